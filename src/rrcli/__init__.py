@@ -1,0 +1,39 @@
+"""Give a pretrained causal language model a second thought, and find out honestly whether it helped.
+
+The public API is imported on first use, so that `import rrcli` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from rrcli.evaluation import evaluate_model
+    from rrcli.models import load
+    from rrcli.recursion.config import RecursionConfig
+    from rrcli.recursion.engine import Recursion, attach
+    from rrcli.tracker import MetricsTracker
+
+_HOMES = {
+    "MetricsTracker": "rrcli.tracker",
+    "Recursion": "rrcli.recursion.engine",
+    "RecursionConfig": "rrcli.recursion.config",
+    "attach": "rrcli.recursion.engine",
+    "evaluate_model": "rrcli.evaluation",
+    "load": "rrcli.models",
+}
+
+__all__ = ["MetricsTracker", "Recursion", "RecursionConfig", "attach", "evaluate_model", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rrcli' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,326 @@
+"""The commands. Each parses, loads its settings, calls one service, and shows what it returned.
+
+Options are declared once, in `settings`; `_command` turns a settings class into the command's flags.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from typer.core import TyperGroup
+
+from rrcli import __version__, settings, ui
+from rrcli.errors import CheckFailed, RRError, UsageError, suggest
+from rrcli.settings import STAGES
+
+FILES, OUTPUT = settings.FILES, "Output"
+STAGE_HELP = f"Stage: {', '.join(STAGES)}."
+
+
+class Commands(TyperGroup):
+    """Turns our errors into an `error:` and a `hint:` line and an exit code, also for names that are not known."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except RRError as error:
+            if os.environ.get("RR_DEBUG"):
+                raise
+            ui.show_error(error)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            ui.show_error(RRError("interrupted", "What was published stays; the same command goes on or begins anew."))
+            raise typer.Exit(130) from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find a command by its name."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            error = UsageError(f"unknown command '{args[0]}'", suggest(args[0], self.commands))
+            ui.show_error(error)
+            raise typer.Exit(error.exit_code)
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="rr",
+    help="Give a language model a second thought, and find out honestly whether it helped.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel=FILES)]
+Stage = Annotated[str, typer.Option("--stage", help=STAGE_HELP)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Accept the options that stand before a command."""
+
+
+def _command(cls: type[settings.CommonSettings], panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function `f(ctx, **own options)`; every option of `cls` becomes a flag beside its own."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        from dataclasses import fields
+
+        types = get_type_hints(cls)
+        flags = [_flag(item, types[item.name]) for item in fields(cls) if item.name not in {p.name for p in own}]
+        directory = inspect.Parameter(
+            "dir", inspect.Parameter.KEYWORD_ONLY, default=Path("."),
+            annotation=Annotated[Path, typer.Option("--dir", help="Working directory.", rich_help_panel=FILES)],
+        )  # fmt: skip
+        debug = inspect.Parameter(
+            "debug", inspect.Parameter.KEYWORD_ONLY, default=False,
+            annotation=Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)],
+        )  # fmt: skip
+
+        def call(**values: Any) -> None:
+            if values.pop("debug"):
+                os.environ["RR_DEBUG"] = "1"
+            context = Context(values.pop("dir").resolve(), cls, {flag.name: values.pop(flag.name) for flag in flags})
+            function(context, **values)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [*flags, directory, debug]
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in parameters}
+        call.__doc__ = function.__doc__
+        app.command(function.__name__, rich_help_panel=panel)(call)
+        return function
+
+    return register
+
+
+def _flag(item: Any, kind: Any) -> inspect.Parameter:
+    name = "--" + item.name.replace("_", "-")
+    default = item.default
+    shown = f" [default: {default}]" if default not in ("", ()) and kind is not bool else ""
+    choices = item.metadata["choices"]
+    text = item.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "") + shown
+    text = text.replace("[", r"\[")  # help is rich markup
+    names = [f"{name}/--no-{name[2:]}"] if kind is bool else [name, *item.metadata["aliases"]]
+    if kind is bool and name.startswith("--skip-"):
+        names = [name]
+    annotation = list[str] | None if kind == tuple[str, ...] else kind | None
+    option = typer.Option(*names, help=text, rich_help_panel=item.metadata["panel"], show_default=False)
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
+    )
+
+
+class Context:
+    """One call of a command: where it works and which flags were given."""
+
+    def __init__(self, directory: Path, cls: type[settings.CommonSettings], flags: dict[str, Any]) -> None:
+        self.directory, self.cls = directory, cls
+        self.flags = {key: tuple(v) if isinstance(v, list) else v for key, v in flags.items() if v not in (None, [])}
+
+    def load(self, cls: type[settings.S]) -> settings.S:
+        """Return the settings of a command from rr.toml, the environment and the flags."""
+        if not self.directory.is_dir():
+            raise UsageError(f"the directory {self.directory} does not exist")
+        return settings.load(cls, self.directory, self.flags)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that stood on the command line."""
+        return self.flags
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+EXPERIMENT, LOOK = "The experiment", "Look at it"
+
+
+@_command(settings.SetupSettings, EXPERIMENT)
+def setup(ctx: Context, overwrite: Overwrite = False, json: Json = False) -> None:
+    """Create folders and rr.toml, and check that everything is there."""
+    from rrcli.services import setup as service
+
+    result = service.setup(ctx.load(settings.SetupSettings), ctx.directory, ctx.given, _reporter(), overwrite=overwrite)
+    if json:
+        ui.show_json("setup", {"ok": result.ok, "checks": [vars(check) for check in result.checks]})
+    else:
+        ui.show_setup(result)
+    failed = [check.name for check in result.checks if not check.ok]
+    if failed:
+        raise CheckFailed(f"failed: {', '.join(failed)}", "Correct what the table says, then run 'rr setup' again.")
+    if not json:
+        ui.show_next("Settings:", result.settings_file, "rr eval --stage baseline   (or 'rr run' for everything)")
+
+
+@_command(settings.SurgerySettings, EXPERIMENT)
+def surgery(
+    ctx: Context,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing.")] = False,
+    verify: Annotated[bool, typer.Option(help="Prove on probe prompts that no logit changed.")] = True,
+    json: Json = False,
+) -> None:
+    """Attach a zero-initialised recursion to the base model, and prove that nothing changed."""
+    from rrcli.services import surgery as service
+
+    result = service.surgery(
+        ctx.load(settings.SurgerySettings), ctx.directory, _reporter(),
+        overwrite=overwrite, dry_run=dry_run, verify=verify,
+    )  # fmt: skip
+    if json:
+        ui.show_json("surgery", vars(result))
+        return
+    ui.show_surgery(result)
+    if result.folder:
+        ui.show_next("Sidecar:", result.folder, "rr eval --stage after_surgery")
+
+
+@_command(settings.TrainSettings, EXPERIMENT)
+def train(
+    ctx: Context,
+    mode: Annotated[str, typer.Option("--mode", help="vanilla or recursive.")] = "recursive",
+    restart: Annotated[bool, typer.Option("--restart", help="Drop the run's checkpoints and begin anew.")] = False,
+    json: Json = False,
+) -> None:
+    """Fine-tune, with recursion or without; goes on from the last checkpoint."""
+    from rrcli.services import train as service
+
+    loaded = ctx.load(settings.TrainSettings)
+    result = service.train(loaded, mode, ctx.directory, _reporter(), restart=restart)
+    if json:
+        ui.show_json("train", vars(result))
+        return
+    ui.show_train(result)
+    standard = result.run in STAGES
+    command = f"rr eval --stage finetuned_{mode}" + ("" if standard else f" --model {result.checkpoint}")
+    ui.show_next("Checkpoint:", result.checkpoint, command)
+
+
+@_command(settings.EvalSettings, EXPERIMENT)
+def eval(
+    ctx: Context,
+    stage: Stage = "baseline",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "--model-path", help="Measure this model as the stage.  \\[default: the stage's own]",
+            rich_help_panel=settings.MODEL, show_default=False,
+        ),
+    ] = None,
+    use_recursive: Annotated[
+        bool | None,
+        typer.Option("--use-recursive/--no-use-recursive", help="With or without recursion. \\[default: as the stage]",
+                     show_default=False),
+    ] = None,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Measure a stage: perplexity, accuracy, reasoning, generations, speed."""
+    from rrcli.services import eval as service
+
+    result = service.evaluate(
+        ctx.load(settings.EvalSettings), stage, ctx.directory, _reporter(), model=model, use_recursive=use_recursive
+    )
+    if json:
+        ui.show_json("evaluation", {key: value for key, value in result.results.items() if key != "schema"})
+        return
+    ui.show_eval(result)
+    following = STAGES.index(stage) + 1
+    command = f"rr compare baseline {stage}" if following > 1 else "rr surgery"
+    ui.show_next("Results:", result.file, command)
+
+
+@_command(settings.CompareSettings, LOOK)
+def compare(
+    ctx: Context,
+    stages: Annotated[
+        list[str] | None, typer.Argument(help="Stages or results files; the first is the reference. \\[default: all]")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Put stages side by side: what is shown, what is noise, what it cost."""
+    from rrcli.services import compare as service
+
+    result = service.compare(ctx.load(settings.CompareSettings), stages or [], ctx.directory)
+    if json:
+        ui.show_json("comparison", {key: value for key, value in result.to_dict().items() if key != "schema"})
+        return
+    ui.show_comparison(result)
+
+
+@_command(settings.BoardSettings, LOOK)
+def board(ctx: Context) -> None:
+    """Open TensorBoard on the logs."""
+    from rrcli.services import board as service
+
+    service.board(ctx.load(settings.BoardSettings), ctx.directory, _reporter(), ui.show_board)
+
+
+@_command(settings.SetupSettings, EXPERIMENT)
+def run(
+    ctx: Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Run the whole experiment: every stage that is missing or out of date, then the comparison."""
+    from rrcli.services import compare as comparing
+    from rrcli.services import run as service
+
+    if dry_run:
+        steps = service.plan(ctx.directory, ctx.load, new_options=bool(ctx.given))
+        if json:
+            ui.show_json("plan", {"steps": [vars(step) | {"command": step.command} for step in steps]})
+        else:
+            ui.show_plan(steps)
+        return
+    service.run(ctx.directory, ctx.load, _reporter(), lambda step: _perform(step, ctx), new_options=bool(ctx.given))
+    result = comparing.compare(ctx.load(settings.CompareSettings), [], ctx.directory)
+    if json:
+        ui.show_json("comparison", {key: value for key, value in result.to_dict().items() if key != "schema"})
+        return
+    ui.show_comparison(result)
+    ui.show_next("Results:", ctx.directory / ctx.load(settings.SetupSettings).output_dir, "rr board")
+
+
+def _perform(step: Any, ctx: Context) -> None:
+    """Do one step of `rr run`."""
+    from rrcli.services import eval as evaluating
+    from rrcli.services import setup as setting_up
+    from rrcli.services import surgery as operating
+    from rrcli.services import train as training
+
+    directory, reporter = ctx.directory, _reporter()
+    if step.kind == "setup":
+        result = setting_up.setup(ctx.load(settings.SetupSettings), directory, ctx.given, reporter)
+        if not result.ok:
+            ui.show_setup(result)
+            raise CheckFailed("the setup checks failed", "Correct what the table says, then run 'rr run' again.")
+    elif step.kind == "surgery":
+        operating.surgery(ctx.load(settings.SurgerySettings), directory, reporter, overwrite=True)
+    elif step.kind == "train":
+        restart = step.status == "stale"
+        training.train(ctx.load(settings.TrainSettings), step.target, directory, reporter, restart=restart)
+    else:
+        evaluating.evaluate(ctx.load(settings.EvalSettings), step.target, directory, reporter)
+
+
+def _reporter() -> ui.TerminalReporter:
+    # SIGTERM ends a command as Ctrl-C does, so that what it was writing is cleaned up.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return ui.TerminalReporter()

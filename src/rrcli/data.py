@@ -1,0 +1,232 @@
+"""Text and problems: where they come from, which side of the split they are on, and how they become batches.
+
+A text source is `default` (the embedded stories), a `.txt` file (documents are separated by blank lines), a `.jsonl`
+file (one object with a `text` on each line), or a folder of such files. A source that is shared by training and
+evaluation is split by `splits.is_held_out`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from rrcli import demo
+from rrcli.errors import RRError, UsageError
+from rrcli.settings import CommonSettings, TrainSettings
+from rrcli.splits import is_held_out
+from rrcli.tasks import Problem, Task, prompt_of
+
+if TYPE_CHECKING:
+    import torch
+
+SUFFIXES = (".txt", ".jsonl")
+IGNORED = -100
+# Built-in prompts of the sample generations: plain openings that a story model and a large model can both go on from.
+PROMPTS = (
+    "Once upon a time",
+    "Tom has a red ball and",
+    "The capital of France is",
+    "Question: State the final answer to the following arithmetic problem: 3 + 4 - 2 =\nAnswer:",
+)
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """What a model is evaluated on: held-out documents, problems of each task, and prompts to continue."""
+
+    documents: tuple[str, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    prompts: tuple[str, ...] = ()
+    source: str = "given"
+
+
+def source_files(spec: str, directory: Path) -> list[Path]:
+    """Return the files behind a text source.
+
+    Raises:
+        UsageError: it does not exist, or holds no readable kind of file.
+    """
+    if spec == "default":
+        return [demo.TEXT_FILE]
+    path = (directory / spec).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if not files:
+            raise UsageError(f"the folder {path} holds no {' or '.join(SUFFIXES)} file")
+        return files
+    if not path.exists():
+        raise UsageError(f"the data {path} does not exist", "Name a .txt or .jsonl file, or a folder of them.")
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"the data {path} is of an unknown kind", f"Known: {', '.join(SUFFIXES)}, or a folder.")
+    return [path]
+
+
+def read_documents(spec: str, directory: Path) -> list[str]:
+    """Return every document of a text source, in order, without repeats.
+
+    Raises:
+        RRError: empty, not UTF-8, or a line that is no object with a `text`; names the file and the line.
+    """
+    documents: dict[str, None] = {}
+    for path in source_files(spec, directory):
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = path.read_bytes()[: error.start].count(b"\n") + 1
+            raise RRError(
+                f"{path} is not UTF-8: byte {error.object[error.start]:#04x} in line {line}", "Convert it to UTF-8."
+            ) from error
+        except OSError as error:
+            raise RRError(f"cannot read {path}: {error.strerror}") from error
+        split = _lines(text, path) if path.suffix == ".jsonl" else text.replace("\r\n", "\n").split("\n\n")
+        documents.update(dict.fromkeys(filter(None, (document.strip() for document in split))))
+    if not documents:
+        raise RRError(f"the data {spec} is empty", "It needs at least one document.")
+    return list(documents)
+
+
+def _lines(text: str, path: Path) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise RRError(f"{path}, line {number}: no JSON ({error})", "Each line is one JSON object.") from error
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise RRError(f"{path}, line {number}: no object with a 'text'", 'Write {"text": "..."} on each line.')
+        yield value["text"]
+
+
+def source_fingerprint(settings: CommonSettings, directory: Path) -> str:
+    """Return a hash of the bytes of the text source and of the task names: "the same data" for `rr run`."""
+    digest = hashlib.sha256(repr(task_specs(settings)).encode())
+    for path in source_files(settings.data, directory):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def task_specs(settings: CommonSettings) -> tuple[str, ...]:
+    """Return the reasoning tasks in use: those that were asked for, else the embedded ones."""
+    return settings.task or demo.TASKS
+
+
+def held_out_data(
+    settings: CommonSettings, directory: Path, problems_per_task: int, max_samples: int = 0, *, reasoning: bool = True
+) -> EvalData:
+    """Return the evaluation side of the split.
+
+    Raises:
+        RRError: no document of the source is held out.
+    """
+    documents = [text for text in read_documents(settings.data, directory) if is_held_out(text)]
+    if not documents:
+        raise RRError(
+            f"no document of {settings.data} falls into the held-out tenth", "Give more documents (about 50 or more)."
+        )
+    if 0 < max_samples < len(documents):
+        documents = Random(settings.seed).sample(documents, max_samples)
+    tasks = tuple(Task(spec) for spec in task_specs(settings)) if reasoning else ()
+    problems = [problem for task in tasks for problem in task.problems(problems_per_task, settings.seed, held_out=True)]
+    return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data)
+
+
+@dataclass
+class Batch:
+    """One step's examples, padded on the right; `labels[t]` is what position t should predict next, -100 = no loss."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Loss-bearing tokens."""
+        return int(self.labels.ne(IGNORED).sum())
+
+
+class TrainingData:
+    """The training side of the split as an endless row of batches; batch `step` depends on seed and step alone.
+
+    So resuming needs no position, and every run with the same seed sees the same batches in the same order.
+    """
+
+    def __init__(self, settings: TrainSettings, directory: Path, tokenizer: Any) -> None:
+        self.settings, self.tokenizer = settings, tokenizer
+        self.documents = [text for text in read_documents(settings.data, directory) if not is_held_out(text)]
+        self.tasks = [Task(spec) for spec in task_specs(settings)] if settings.task_share > 0 else []
+        if not self.documents and settings.task_share < 1:
+            raise RRError(f"every document of {settings.data} is held out", "Give more documents (about 50 or more).")
+        self.cut = 0
+
+    def batch(self, step: int) -> Batch:
+        """Return the examples of one optimiser step (`batch_size` of them)."""
+        random = Random(f"{self.settings.seed}/{step}")
+        examples = []
+        for position in range(self.settings.batch_size):
+            if self.tasks and random.random() < self.settings.task_share:
+                examples.append(self._problem(random, step * self.settings.batch_size + position))
+            else:
+                examples.append(self._document(random.choice(self.documents)))
+        return collate(examples, pad=_pad_id(self.tokenizer))
+
+    def _problem(self, random: Random, index: int) -> tuple[list[int], list[int]]:
+        task = random.choice(self.tasks)
+        # Generators seed problem i with seed + i: leave room between the seeds, so that examples don't repeat.
+        seed = (self.settings.seed * 1_000_003 + index * 64) % 2**31
+        problem = next(task.stream(seed, limit=4096, held_out=False))
+        prompt = encode_prompt(self.tokenizer, prompt_of(problem.question))
+        answer = self.tokenizer(" " + problem.answer, add_special_tokens=False)["input_ids"] + _end(self.tokenizer)
+        ids = self._cut(prompt + answer)
+        return ids, [IGNORED] * (min(len(prompt), len(ids)) - 1) + ids[len(prompt) :] + [IGNORED]
+
+    def _document(self, text: str) -> tuple[list[int], list[int]]:
+        ids = self._cut(_start(self.tokenizer) + self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(ids) < self.settings.max_length:
+            ids += _end(self.tokenizer)
+        return ids, [*ids[1:], IGNORED]
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        self.cut += len(ids) > self.settings.max_length
+        return ids[: self.settings.max_length]
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the ids of a prompt, with the start token that the tokenizer itself would put before it."""
+    return tokenizer(prompt)["input_ids"]
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """Return the token that scoring starts from: BOS, or EOS where there is none (as lm-eval does)."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
+def collate(examples: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
+    """Pad (ids, labels) pairs on the right into one batch."""
+    import torch
+
+    width = max(len(ids) for ids, _ in examples)
+    return Batch(
+        torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in examples]),
+        torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in examples]),
+        torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in examples]),
+    )
+
+
+def _start(tokenizer: Any) -> list[int]:
+    token = start_token(tokenizer)
+    return [] if token is None else [token]
+
+
+def _end(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)

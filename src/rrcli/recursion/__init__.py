@@ -1,0 +1,6 @@
+"""The heart: passes over a span of decoder layers, attached to a stock transformers model by hooks.
+
+config    what a recursion is (no torch)        cell      the modules that it adds
+families  where each architecture keeps things  caches    every pass has its own cache
+engine    `attach` and the passes themselves    losses    what training minimises
+"""

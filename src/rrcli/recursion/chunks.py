@@ -1,0 +1,106 @@
+"""The chunk metrics, from teacher-forced passes: what drafting, refining and committing would have done.
+
+A draft is what pass 0 predicts over a window of `chunk_width` positions; refining it is looking at what the last pass
+predicts there. Totals add up over batches, so the metrics are means over all chunks, not means of means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+COMMIT_THRESHOLD = 0.5
+
+
+@dataclass
+class ChunkTotals:
+    """Sums over chunks and positions.
+
+    Attributes:
+        chunks, positions: how many were seen.
+        refine_steps: passes after pass 0, summed over chunks, when the boundary head stops them.
+        whole: chunks whose whole draft the last pass agrees with.
+        committed: tokens committed at once, summed over chunks: the agreed prefix plus the corrected token.
+        stable: for each pass k >= 1, positions whose prediction equals that of pass k-1.
+        wrong, fixed: pass-0 errors, and how many of them the last pass corrects.
+        right, broken: pass-0 hits, and how many of them the last pass spoils.
+    """
+
+    chunks: int = 0
+    positions: int = 0
+    refine_steps: int = 0
+    whole: int = 0
+    committed: int = 0
+    stable: list[int] = field(default_factory=list)
+    wrong: int = 0
+    fixed: int = 0
+    right: int = 0
+    broken: int = 0
+
+    def add(self, other: ChunkTotals) -> None:
+        """Add another batch's totals."""
+        for name in ("chunks", "positions", "refine_steps", "whole", "committed", "wrong", "fixed", "right", "broken"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        width = max(len(self.stable), len(other.stable))
+        padded = [[*t.stable, *[0] * (width - len(t.stable))] for t in (self, other)]
+        self.stable = [a + b for a, b in zip(*padded, strict=True)]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics under the names of the guide; nothing where no chunk was seen."""
+        if not self.chunks:
+            return {}
+        values = {
+            "avg_refine_steps": self.refine_steps / self.chunks,
+            "commit_rate": self.whole / self.chunks,
+            "avg_chunk_length": self.committed / self.chunks,
+        }
+        values |= {f"stability@{k}": count / self.positions for k, count in enumerate(self.stable, start=1)}
+        if self.wrong:
+            values["fix_rate"] = self.fixed / self.wrong
+        if self.right:
+            values["break_rate"] = self.broken / self.right
+        return values
+
+
+@torch.no_grad()
+def teacher_forced_chunks(predictions: Tensor, commit: Tensor, targets: Tensor, windows: Tensor) -> ChunkTotals:
+    """Count what chunked decoding would have done on known text.
+
+    Args:
+        predictions: `[passes, n]` most likely tokens of every pass at n positions, in order of position.
+        commit: `[passes - 1, n]` the boundary head's probability of stopping after pass k.
+        targets: `[n]` the true tokens; windows: `[n]` the number of each position's chunk, ascending.
+    """
+    depth, n = len(predictions) - 1, predictions.shape[1]
+    if depth < 1 or n == 0:
+        return ChunkTotals()
+    _, chunk, lengths = torch.unique_consecutive(windows, return_inverse=True, return_counts=True)
+    chunks = len(lengths)
+    offset = torch.arange(n, device=windows.device) - (lengths.cumsum(0) - lengths)[chunk]
+
+    # A chunk stops after the first pass with which the head is content at every position.
+    content = (commit >= COMMIT_THRESHOLD).int()
+    waits = content.cumsum(0).eq(0).sum(0) if depth else torch.zeros(n)
+    steps = torch.zeros(chunks, dtype=waits.dtype, device=waits.device).scatter_reduce(0, chunk, waits, "amax")
+
+    agrees = predictions[0] == predictions[-1]
+    first = torch.where(agrees, lengths[chunk], offset)
+    prefix = lengths.clone().scatter_reduce(0, chunk, first, "amin")
+    committed = torch.minimum(prefix + 1, lengths)
+
+    hit = predictions[0] == targets
+    final = predictions[-1] == targets
+    return ChunkTotals(
+        chunks=chunks,
+        positions=n,
+        refine_steps=int(steps.sum()),
+        whole=int((prefix == lengths).sum()),
+        committed=int(committed.sum()),
+        stable=[int((predictions[k] == predictions[k - 1]).sum()) for k in range(1, depth + 1)],
+        wrong=int((~hit).sum()),
+        fixed=int((~hit & final).sum()),
+        right=int(hit.sum()),
+        broken=int((hit & ~final).sum()),
+    )

@@ -1,0 +1,281 @@
+"""`attach`: run a span of decoder layers again, with forward hooks, on a model that knows nothing about it.
+
+How one forward goes at depth d:
+
+    backbone opens      -> a frame is opened
+    layer i is called   -> its arguments are noted in the frame; layer 0 gives the cache its pass copies
+    layer end-1 returns -> that was pass 0. For k = 1..d the span's layers are called again with the noted arguments,
+                           the span's input plus the cell's feedback, and the cache of pass k; the last pass's output
+                           replaces the layer's output, and the model goes on with the layers behind the span
+    backbone returns    -> the frame is closed
+
+At depth 0 no frame is opened and the hooks return at once: the model is the stock model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rrcli.errors import RRError, UsageError
+from rrcli.recursion import caches
+from rrcli.recursion.cell import BoundaryHead, FeedbackCell
+from rrcli.recursion.config import RecursionConfig
+from rrcli.recursion.families import find_layout
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class _Frame:
+    """One forward under way: its depth, how each layer was called, and what is being recorded."""
+
+    depth: int
+    calls: dict[int, Call] = field(default_factory=dict)
+    states: list[Tensor] | None = None
+    feedback: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Passes:
+    """What `Recursion.passes` measured; index k is pass k, shapes are `[batch, position, hidden]`.
+
+    Attributes:
+        states: the span's output h(k), which the boundary head reads.
+        hidden: the readout of h(k): behind the remaining layers and the final norm, what the model's head reads.
+        feedback_norm: root mean square of the last pass's feedback relative to the span's input (0 = silently off).
+    """
+
+    states: list[Tensor]
+    hidden: list[Tensor]
+    feedback_norm: Tensor
+
+
+class Recursion(nn.Module):
+    """A recursion attached to a model. `.parameters()` are its own (the sidecar), never the model's.
+
+    Set `.depth` to choose how many passes follow pass 0 (0 = the stock model). `.detach()` takes it off again.
+    """
+
+    def __init__(self, model: Any, config: RecursionConfig) -> None:
+        super().__init__()
+        layout, known = find_layout(model)
+        # Plain references: the model must not become a submodule of its own sidecar.
+        self.__dict__["model"] = model
+        self.__dict__["backbone"] = model.get_submodule(layout.backbone)
+        self.__dict__["layers"] = list(model.get_submodule(layout.layers))
+        tail = [_submodule_or_none(model, path) for path in layout.tail]
+        self.__dict__["tail"] = [module for module in tail if module is not None]
+        self.config = config
+        self.start, self.end = config.resolve_span(len(self.layers))
+        self.needs_check = not known
+
+        like = next(p for p in self.layers[self.start].parameters() if p.is_floating_point())
+        hidden = model.config.get_text_config().hidden_size
+        generator = torch.Generator().manual_seed(config.seed)
+        self.cell = FeedbackCell(hidden, config.cell_width or hidden, config.max_steps, generator)
+        self.head = BoundaryHead(hidden, generator)
+        self.to(device=like.device, dtype=like.dtype)
+
+        self._depth = config.max_steps
+        self._frame: _Frame | None = None
+        self._hooks = self._install()
+        model.__dict__["recursion"] = self
+
+    # -- what users touch ---------------------------------------------------------------------------------------------
+
+    @property
+    def depth(self) -> int:
+        """How many passes follow pass 0, `0..max_steps`."""
+        return self._depth
+
+    @depth.setter
+    def depth(self, depth: int) -> None:
+        if not 0 <= depth <= self.config.max_steps:
+            raise UsageError(f"depth is {depth}", f"It must be between 0 and max_steps, {self.config.max_steps}.")
+        self._depth = depth
+
+    @contextmanager
+    def at_depth(self, depth: int) -> Iterator[None]:
+        """Use another depth for a while."""
+        before, self.depth = self.depth, depth
+        try:
+            yield
+        finally:
+            self.depth = before
+
+    def detach(self) -> None:
+        """Take every hook off; the model is the stock model again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.model.__dict__.pop("recursion", None)
+
+    def passes(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Passes:
+        """Run the backbone once, without a cache, and return what every pass 0..depth produced.
+
+        Args:
+            input_ids: `[batch, position]`; attention_mask: the same shape, 1 = a real token.
+        """
+        frame = _Frame(self.depth, states=[])
+        with self._forced(frame):
+            output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        assert frame.states is not None
+        hidden = [self._readout(frame, state) for state in frame.states[:-1]] + [output.last_hidden_state]
+        norm = frame.feedback[-1] if frame.feedback else torch.zeros((), device=input_ids.device)
+        return Passes(frame.states, hidden, norm)
+
+    # -- how it works -------------------------------------------------------------------------------------------------
+
+    def _install(self) -> list[Any]:
+        hooks = [
+            self.backbone.register_forward_pre_hook(self._open),
+            self.backbone.register_forward_hook(self._close, always_call=True),
+            self.layers[0].register_forward_pre_hook(self._prepare_caches, with_kwargs=True),
+            self.layers[self.end - 1].register_forward_hook(self._after_pass_0),
+        ]
+        for index in range(self.start, len(self.layers)):
+            hooks.append(self.layers[index].register_forward_pre_hook(self._noter(index), with_kwargs=True))
+        return hooks
+
+    @contextmanager
+    def _forced(self, frame: _Frame | None) -> Iterator[None]:
+        before, self._frame = self._frame, frame
+        try:
+            yield
+        finally:
+            self._frame = before
+
+    def _open(self, *_: Any) -> None:
+        if self._frame is None and self._depth > 0:
+            self._frame = _Frame(self._depth)
+
+    def _close(self, *_: Any) -> None:
+        if self._frame is not None and self._frame.states is None:
+            self._frame = None
+
+    def _prepare_caches(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if caches.is_cache(value):
+                caches.prepare(value, self._frame.depth if self._frame else 0)
+
+    def _noter(self, index: int) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._frame is not None:
+                self._frame.calls[index] = (args, kwargs)
+
+        return note
+
+    def _after_pass_0(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        frame = self._frame
+        if frame is None:
+            return None
+        span = range(self.start, self.end)
+        entry = _hidden(frame.calls[self.start])
+        hidden = output if isinstance(output, Tensor) else output[0]
+        states = [hidden]
+        with self._forced(None):
+            for step in range(1, frame.depth + 1):
+                feedback = self.cell(hidden.to(entry.device), step)
+                if frame.states is not None:
+                    frame.feedback.append(_relative_norm(feedback, entry))
+                hidden = self._run(span, entry + feedback, frame, step)
+                states.append(hidden)
+        if frame.states is not None:
+            frame.states.extend(states)
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    def _run(self, span: Iterable[int], hidden: Tensor, frame: _Frame, step: int) -> Tensor:
+        """Call layers again as the model called them, but for the hidden state and the cache of pass `step`."""
+        for index in span:
+            args, kwargs = frame.calls[index]
+            args = tuple(caches.of_pass(value, step) if caches.is_cache(value) else value for value in args)
+            kwargs = {
+                k: caches.of_pass(value, step) if caches.is_cache(value) else value for k, value in kwargs.items()
+            }
+            if args:
+                args = (hidden, *args[1:])
+            else:
+                kwargs["hidden_states"] = hidden
+            output = self.layers[index](*args, **kwargs)
+            hidden = output if isinstance(output, Tensor) else output[0]
+        return hidden
+
+    def _readout(self, frame: _Frame, hidden: Tensor) -> Tensor:
+        with self._forced(None):
+            hidden = self._run(range(self.end, len(self.layers)), hidden, frame, 0)
+            for module in self.tail:
+                hidden = module(hidden)
+        return hidden
+
+
+def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
+    """Attach a zero-initialised recursion to a causal language model of transformers, and return it.
+
+    The model object stays what it was (`generate`, `peft`, `lm-eval` keep working on it); the recursion is also
+    reachable as `model.recursion`. Its depth starts at `max_steps`.
+
+    Raises:
+        UsageError: the configuration does not fit the model.
+        RRError: the model has a recursion already, or its family cannot be supported.
+    """
+    if getattr(model, "recursion", None) is not None:
+        raise RRError("the model has a recursion attached already", "Call model.recursion.detach() first.")
+    recursion = Recursion(model, config or RecursionConfig())
+    if recursion.needs_check:
+        try:
+            self_check(recursion)
+        except Exception:
+            recursion.detach()
+            raise
+    return recursion
+
+
+@torch.no_grad()
+def self_check(recursion: Recursion, tokens: int = 8) -> None:
+    """Prove on a few tokens that a fresh recursion changes nothing and that readouts are what the model computes.
+
+    Raises:
+        RRError: the logits at some depth differ from the stock model's, or a readout does.
+    """
+    model = recursion.model
+    family = model.config.model_type
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(tokens, device=model.device)[None] * 37 + 11) % vocabulary
+    training, _ = model.training, model.eval()
+    try:
+        with recursion.at_depth(0):
+            stock = model(input_ids=ids).logits
+        for depth in range(1, recursion.config.max_steps + 1):
+            with recursion.at_depth(depth):
+                if not torch.equal(model(input_ids=ids).logits, stock):
+                    raise RRError(
+                        f"'{family}' models cannot be supported: a zero-initialised recursion changes the logits "
+                        f"at depth {depth}",
+                        f"Decoder layers were taken to be {type(recursion.layers[0]).__name__}.",
+                    )
+        hidden = recursion.passes(ids).hidden
+        if not all(torch.equal(state, hidden[-1]) for state in hidden[:-1]):
+            raise RRError(f"'{family}' models cannot be supported: what follows the decoder layers was not understood")
+    finally:
+        model.train(training)
+
+
+def _hidden(call: Call) -> Tensor:
+    args, kwargs = call
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _relative_norm(feedback: Tensor, entry: Tensor) -> Tensor:
+    with torch.no_grad():
+        return feedback.float().pow(2).mean().sqrt() / entry.float().pow(2).mean().sqrt().clamp_min(1e-12)
+
+
+def _submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
+    parent, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(parent), name, None)

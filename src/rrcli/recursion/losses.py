@@ -1,0 +1,135 @@
+"""What training minimises. One function for vanilla and recursive: vanilla is depth 0.
+
+    final_ce    cross-entropy of the last pass, all loss-bearing tokens
+    masked_ce   the same of passes 0..d-1, on a sampled share of the windows of text (deep supervision)
+    halt        the boundary head's BCE; label 1 where the next pass gains no more than a margin; weighted by how far
+                the gain is from the margin
+    ponder      expected number of passes, Σ_k Π_{j<k} (1 - p_j), differentiable
+    stability   mean SiLU(CE(k) - CE(k-1)): a later pass may not be worse
+    total       their weighted sum
+
+The boundary head reads detached states: it learns to judge the passes, it does not bend them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rrcli.recursion.chunks import ChunkTotals, teacher_forced_chunks
+from rrcli.recursion.readout import Readout
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The weight of each loss in the total; `margin` is in nats, `share` the sampled share of positions."""
+
+    final: float = 1.0
+    masked: float = 0.5
+    halt: float = 0.05
+    ponder: float = 0.01
+    stability: float = 0.01
+    margin: float = 0.02
+    share: float = 0.5
+
+
+@dataclass
+class LossTerms:
+    """The losses of one batch part, each already divided by the step's count of tokens.
+
+    Attributes:
+        total: what to call `backward` on.
+        parts: the named losses, detached.
+        depth_ce: mean cross-entropy of each pass at the sampled positions, in nats.
+        chunks: totals of the chunk metrics; feedback_norm: see `Passes`.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    depth_ce: list[Tensor]
+    chunks: ChunkTotals
+    feedback_norm: Tensor
+
+
+def compute_losses(
+    readout: Readout,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    weights: LossWeights,
+    tokens_in_step: int,
+    chunk_width: int,
+    generator: torch.Generator,
+) -> LossTerms:
+    """Run the model at its current depth and return the losses.
+
+    Args:
+        input_ids, attention_mask: `[batch, position]`; labels: the same shape, -100 where there is no loss; label t is
+            what position t should predict next (already shifted).
+        tokens_in_step: loss-bearing tokens of the whole optimiser step, over all parts and processes. Sums are divided
+            by it, so that parts with few tokens do not weigh as much as parts with many.
+        generator: draws the sampled windows, on the CPU.
+    """
+    passes = readout.passes(input_ids, attention_mask)
+    depth = len(passes.hidden) - 1
+    loss_bearing = labels.ne(-100)
+    targets = labels[loss_bearing]
+    n = len(targets)
+
+    final, final_prediction = readout.token_losses(passes.hidden[-1][loss_bearing], targets)
+    parts = {"final_ce": final.sum() / tokens_in_step}
+    if depth == 0:
+        total = weights.final * parts["final_ce"]
+        return LossTerms(total, _detached(parts, total), [final.detach().mean()], ChunkTotals(), passes.feedback_norm)
+
+    # Sample whole windows, not lone positions: the same passes then also give the chunk metrics.
+    windows = _windows(loss_bearing, chunk_width)
+    chosen = torch.rand(int(windows[-1]) + 1, generator=generator).to(windows.device) < weights.share
+    if not chosen[windows].any():
+        chosen[windows[0]] = True
+    index = chosen[windows].nonzero().squeeze(1)
+    scale = n / (len(index) * tokens_in_step)
+    earlier, predictions = [], []
+    for hidden in passes.hidden[:-1]:
+        ce, prediction = readout.token_losses(hidden[loss_bearing][index], targets[index])
+        earlier.append(ce)
+        predictions.append(prediction)
+    ce_by_pass = torch.stack([*earlier, final[index]])
+    predictions.append(final_prediction[index])
+
+    logits = readout.recursion.head(torch.stack([s[loss_bearing][index].detach() for s in passes.states[:-1]])).float()
+    gain = (ce_by_pass[:-1] - ce_by_pass[1:]).detach()
+    label = (gain <= weights.margin).float()
+    importance = (gain - weights.margin).abs().clamp(max=1.0)
+    bce = F.binary_cross_entropy_with_logits(logits, label, weight=importance, reduction="sum")
+    going_on = (1 - logits.sigmoid()).cumprod(0)
+
+    parts["masked_ce"] = ce_by_pass[:-1].sum() * scale / depth
+    parts["halt"] = bce / importance.sum().clamp_min(1e-6) * (n / tokens_in_step)
+    parts["ponder"] = going_on.sum() * scale
+    parts["stability"] = F.silu(ce_by_pass[1:] - ce_by_pass[:-1].detach()).sum() * scale / depth
+    total = (
+        weights.final * parts["final_ce"]
+        + weights.masked * parts["masked_ce"]
+        + weights.halt * parts["halt"]
+        + weights.ponder * parts["ponder"]
+        + weights.stability * parts["stability"]
+    )
+    chunks = teacher_forced_chunks(torch.stack(predictions), logits.sigmoid(), targets[index], windows[index])
+    means = [ce.detach().mean() for ce in ce_by_pass]
+    return LossTerms(total, _detached(parts, total), means, chunks, passes.feedback_norm)
+
+
+def _windows(loss_bearing: Tensor, width: int) -> Tensor:
+    """Return `[n]`: for each loss-bearing position the number of its window of `width` such positions in its row."""
+    count = loss_bearing.long().cumsum(1)
+    per_row = -(-count[:, -1] // width)
+    before = per_row.cumsum(0) - per_row
+    return (before[:, None] + (count - 1) // width)[loss_bearing]
+
+
+def _detached(parts: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:
+    return {"total": total.detach()} | {name: part.detach() for name, part in parts.items()}

@@ -1,0 +1,55 @@
+"""How services tell what they are doing, without knowing a terminal. `ui` implements it; tests use `Silent`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """One piece of work that is under way."""
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Count work done; `note` replaces the words behind the bar."""
+
+
+class Reporter(Protocol):
+    """What a service may say while it works. Results are returned, not reported."""
+
+    def note(self, message: str) -> None:
+        """Say something that the user should know."""
+
+    def warn(self, message: str) -> None:
+        """Say something that the user should act on."""
+
+    def progress(self, label: str, total: int, unit: str) -> _ProgressContext:
+        """Show the progress of `total` units of work."""
+
+
+class _ProgressContext(Protocol):
+    def __enter__(self) -> Progress: ...
+
+    def __exit__(self, *exc: object) -> bool | None: ...
+
+
+class Silent:
+    """A reporter that says nothing and remembers the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def note(self, message: str) -> None:
+        """Ignore it."""
+
+    def warn(self, message: str) -> None:
+        """Remember it."""
+        self.warnings.append(message)
+
+    @contextmanager
+    def progress(self, label: str, total: int, unit: str) -> Iterator[Silent]:
+        """Count nothing."""
+        yield self
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Ignore it."""

@@ -1,0 +1,171 @@
+"""`rr setup`: make the folders and `rr.toml`, and check that everything an experiment needs is there."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rrcli import demo
+from rrcli.data import held_out_data
+from rrcli.errors import RRError
+from rrcli.models import load_config, load_tokenizer, pick_device
+from rrcli.reporting import Reporter
+from rrcli.settings import SETTINGS_FILE, SetupSettings, read_file, write_file
+from rrcli.store import make_folder
+from rrcli.workspace import Workspace
+
+PACKAGES = ("torch", "transformers", "accelerate", "tensorboard", "safetensors", "reasoning-gym")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    found: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class SetupResult:
+    """What was found and written."""
+
+    checks: list[Check]
+    settings_file: Path
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check holds."""
+        return all(check.ok for check in self.checks)
+
+
+def setup(
+    settings: SetupSettings, directory: Path, given: Mapping[str, Any], reporter: Reporter, *, overwrite: bool = False
+) -> SetupResult:
+    """Create folders and `rr.toml`, then check versions, device, disk, memory, TensorBoard, model, data and tasks.
+
+    Args:
+        given: the options that stood on the command line; they are written into `rr.toml`.
+        overwrite: write a fresh `rr.toml` instead of keeping what an existing one says.
+    """
+    workspace = Workspace(directory, settings)
+    for folder in (settings.log_dir, settings.checkpoint_dir, settings.output_dir):
+        make_folder(directory / folder)
+    file = _write_settings(settings, directory, given, overwrite)
+    checks: list[Check] = []
+    looks: tuple[tuple[str, Callable[[], str]], ...] = (
+        ("versions", _versions),
+        ("device", lambda: _device(settings)),
+        ("memory", _memory),
+        ("disk", lambda: _disk(directory)),
+        ("tensorboard", _tensorboard),
+        ("model", lambda: _model(workspace)),
+        ("tokenizer", lambda: _tokenizer(workspace)),
+        ("data", lambda: _data(settings, directory)),
+    )
+    with reporter.progress("checks", len(looks), "checks") as progress:
+        for name, look in looks:
+            try:
+                checks.append(Check(name, True, look()))
+            except RRError as error:
+                checks.append(Check(name, False, error.message, error.hint))
+            progress.advance(note=name)
+    return SetupResult(checks, file)
+
+
+def _write_settings(settings: SetupSettings, directory: Path, given: Mapping[str, Any], overwrite: bool) -> Path:
+    path = directory / SETTINGS_FILE
+    before = None if overwrite or not path.exists() else path.read_text(encoding="utf-8")
+    changes: dict[str, dict[str, Any]] = {}
+    if before is None and settings.model == "default":
+        changes = {section: dict(values) for section, values in demo.SETTINGS.items()}
+    elif before is not None:
+        if not any(value is not None for value in given.values()):
+            return path
+        changes = {section: values for section, values in read_file(directory).items() if section != "common"}
+    text = write_file(settings, changes)
+    if text == before:
+        return path
+    try:
+        if path.exists():
+            shutil.copyfile(path, path.with_name(SETTINGS_FILE + ".bak"))
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=directory, prefix=".rr.toml.", delete=False) as new:
+            new.write(text)
+        Path(new.name).chmod(0o644)
+        Path(new.name).replace(path)
+    except OSError as error:
+        raise RRError(f"cannot write {path}: {error.strerror}", "Name a --dir that you may write to.") from error
+    return path
+
+
+def _versions() -> str:
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name).partition('+')[0]}")
+        except PackageNotFoundError:
+            raise RRError(f"{name} is not installed", "Install rrcli again.") from None
+    return f"Python {sys.version.split()[0]}, " + ", ".join(found)
+
+
+def _device(settings: SetupSettings) -> str:
+    import torch
+
+    device = pick_device(settings.device)
+    if device.startswith("cuda"):
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    return f"{device}, {torch.get_num_threads()} threads"
+
+
+def _memory() -> str:
+    memory = psutil.virtual_memory()
+    return f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
+
+
+def _disk(directory: Path) -> str:
+    free = shutil.disk_usage(directory).free
+    if free < 2**30:
+        raise RRError(f"{free / 2**20:.0f} MiB free", "Checkpoints need space; make at least 1 GiB.")
+    return f"{free / 2**30:.1f} GiB free"
+
+
+def _tensorboard() -> str:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from rrcli.tracker import MetricsTracker
+
+    with tempfile.TemporaryDirectory() as folder:
+        with MetricsTracker(folder) as tracker:
+            tracker.log_scalar("setup/check", 0.5, 1)
+        events = EventAccumulator(folder).Reload()
+        if [event.value for event in events.Scalars("setup/check")] != [0.5]:
+            raise RRError("an event was written but not read back", "Install tensorboard again.")
+    return "an event was written and read back"
+
+
+def _model(workspace: Workspace) -> str:
+    source = workspace.base()
+    config = load_config(source, trust_remote_code=workspace.settings.trust_remote_code)
+    text = config.get_text_config()
+    return f"{source.name}: {text.model_type}, {text.num_hidden_layers} layers, hidden size {text.hidden_size}"
+
+
+def _tokenizer(workspace: Workspace) -> str:
+    tokenizer = load_tokenizer(workspace.base(), trust_remote_code=workspace.settings.trust_remote_code)
+    chat = "with" if getattr(tokenizer, "chat_template", None) else "without"
+    return f"{len(tokenizer):,} tokens, {chat} a chat template"
+
+
+def _data(settings: SetupSettings, directory: Path) -> str:
+    data = held_out_data(settings, directory, problems_per_task=1)
+    names = ", ".join(task.name for task in data.tasks)
+    return f"{len(data.documents):,} held-out documents; tasks {names}"

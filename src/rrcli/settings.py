@@ -1,0 +1,303 @@
+"""Every option of every command, in one place: its type, default, help and limits.
+
+A value comes from, in rising order: the default here, `rr.toml`, the environment (`RR_<SECTION>_<NAME>`), the command
+line. The command line and the written `rr.toml` are both made from these dataclasses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from rrcli.errors import UsageError, suggest
+
+SETTINGS_FILE = "rr.toml"
+BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    panel: str = "Options",
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    aliases: tuple[str, ...] = (),
+) -> Any:
+    """Declare one option; everything that is known about it goes into the field's metadata."""
+    metadata = {"help": help, "panel": panel, "choices": choices, "minimum": minimum, "aliases": aliases}
+    return field(default=default, metadata=metadata)
+
+
+MODEL = "Model and data"
+FILES = "Files and folders"
+LOSS = "Losses"
+
+
+@dataclass(frozen=True)
+class CommonSettings:
+    """What every stage shares, so that stages stay comparable. Section `[common]`."""
+
+    SECTION = "common"
+
+    model: str = option(
+        "default",
+        "Base model: 'default' (embedded), a hub id, a folder or a .gguf file.",
+        panel=MODEL,
+        aliases=("--model-path", "--model-name"),
+    )
+    data: str = option(
+        "default",
+        "Text: 'default' (embedded), a .txt or .jsonl file, or a folder of them. One tenth is held out for evaluation.",
+        panel=MODEL,
+    )
+    task: tuple[str, ...] = option(
+        (), "Reasoning task NAME[:key=value,...] of reasoning-gym; repeat for several. [default: embedded]", panel=MODEL
+    )
+    device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", panel=MODEL)
+    dtype: str = option(
+        "auto",
+        "Number format of the weights.",
+        panel=MODEL,
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the model.", panel=MODEL)
+    seed: int = option(0, "Seed of everything that is drawn.", minimum=0)
+    log_dir: str = option("logs", "TensorBoard logs.", panel=FILES)
+    checkpoint_dir: str = option("checkpoints", "Surgery results and training checkpoints.", panel=FILES)
+    output_dir: str = option("eval_results", "Evaluation results.", panel=FILES)
+
+
+@dataclass(frozen=True)
+class SetupSettings(CommonSettings):
+    """`rr setup` writes the file and has no section of its own."""
+
+    SECTION = "setup"
+
+
+@dataclass(frozen=True)
+class SurgerySettings(CommonSettings):
+    """Section `[surgery]`."""
+
+    SECTION = "surgery"
+
+    span: str = option("all", "Decoder layers to run again: 'all' or START:END.")
+    max_steps: int = option(2, "The most passes after pass 0 (1 to 8).", minimum=1)
+    cell_width: int = option(0, "Inner width of the feedback cell; 0 = the hidden size.", minimum=0)
+    chunk_width: int = option(16, "Positions drafted and refined together, in tokens.", minimum=1)
+
+
+@dataclass(frozen=True)
+class TrainSettings(CommonSettings):
+    """Section `[train]`."""
+
+    SECTION = "train"
+
+    steps: int = option(300, "Optimiser steps.", minimum=1)
+    batch_size: int = option(8, "Examples in a step.", minimum=1)
+    gradient_accumulation: int = option(1, "Parts that a step's batch is computed in.", minimum=1)
+    lr: float = option(2e-5, "Peak learning rate (AdamW).", minimum=0)
+    sidecar_lr: float = option(1e-3, "Peak learning rate of the feedback cell and the boundary head.", minimum=0)
+    warmup_steps: int = option(20, "Steps of linear warm-up; a cosine to a tenth follows.", minimum=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices.", minimum=0)
+    max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0 = never.", minimum=0)
+    max_length: int = option(256, "Longest example, in tokens; longer text is cut.", minimum=8)
+    task_share: float = option(0.75, "Share of reasoning problems in a batch; the rest is text.", minimum=0)
+    phase: str = option(
+        "c", "What trains: a = the sidecar, base frozen; c = everything (vanilla always c).", choices=("a", "c")
+    )
+    max_steps: int = option(0, "Train with at most this many passes; 0 = all that surgery made.", minimum=0)
+    chunk_width: int = option(0, "Window of the chunk metrics, in tokens; 0 = as surgery set it.", minimum=0)
+    eval_interval: int = option(100, "Evaluate every so many steps; 0 = never.", minimum=0)
+    eval_samples: int = option(64, "Documents, and problems per task, in these evaluations.", minimum=1)
+    save_interval: int = option(100, "Save a checkpoint every so many steps.", minimum=1)
+    keep: int = option(2, "Checkpoints to keep.", minimum=1)
+    run_name: str = option(
+        "", "Folder name under logs and checkpoints. [default: the stage that it trains]", panel=FILES
+    )
+    final_weight: float = option(1.0, "Weight of final_ce.", panel=LOSS, minimum=0)
+    masked_weight: float = option(0.5, "Weight of masked_ce.", panel=LOSS, minimum=0)
+    halt_weight: float = option(0.05, "Weight of halt.", panel=LOSS, minimum=0)
+    ponder_weight: float = option(0.01, "Weight of ponder, after its warm-up.", panel=LOSS, minimum=0)
+    stability_weight: float = option(0.01, "Weight of stability.", panel=LOSS, minimum=0)
+    supervised_share: float = option(0.5, "Share of positions that intermediate passes learn from.", panel=LOSS)
+    commit_margin: float = option(0.02, "A pass must gain more than this to be worth it, in nats.", panel=LOSS)
+
+
+@dataclass(frozen=True)
+class EvalSettings(CommonSettings):
+    """Section `[eval]`."""
+
+    SECTION = "eval"
+
+    max_length: int = option(0, "Window of the perplexity, in tokens; 0 = the model's context, at most 1024.")
+    stride: int = option(0, "Tokens that a window moves on by; 0 = the window's length.", minimum=0)
+    max_samples: int = option(0, "Score only this many documents (a seeded choice); 0 = all.", minimum=0)
+    problems: int = option(250, "Problems per reasoning task.", minimum=1)
+    max_new_tokens: int = option(48, "Longest answer, in tokens.", minimum=1)
+    batch_tokens: int = option(8192, "Tokens in a batch.", minimum=1)
+    depth: int = option(-1, "Passes after pass 0 for recursive stages; -1 = all.", minimum=-1)
+    chat_template: bool = option(True, "Ask through the tokenizer's chat template, if it has one.")
+    skip_perplexity: bool = option(False, "Leave out perplexity and token accuracy.")
+    skip_reasoning: bool = option(False, "Leave out reasoning accuracy.")
+    skip_generation: bool = option(False, "Leave out the sample generations.")
+    skip_performance: bool = option(False, "Leave out speed, memory and FLOPs.")
+    tensorboard: bool = option(True, "Log the results for TensorBoard.")
+
+
+@dataclass(frozen=True)
+class CompareSettings(CommonSettings):
+    """Section `[compare]`."""
+
+    SECTION = "compare"
+
+    alpha: float = option(0.05, "Family-wise error rate of the verdicts.", minimum=0)
+
+
+@dataclass(frozen=True)
+class BoardSettings(CommonSettings):
+    """Section `[board]`."""
+
+    SECTION = "board"
+
+    port: int = option(6006, "First port to try.", minimum=0)
+    host: str = option("127.0.0.1", "Address to listen on.")
+    reload_interval: int = option(5, "Seconds between looks at the logs.", minimum=1)
+
+
+SECTIONS: tuple[type[CommonSettings], ...] = (
+    CommonSettings,
+    SurgerySettings,
+    TrainSettings,
+    EvalSettings,
+    CompareSettings,
+    BoardSettings,
+)
+
+S = TypeVar("S", bound=CommonSettings)
+
+
+def own_fields(cls: type[CommonSettings]) -> list[Field[Any]]:
+    """Return the options that a section adds to the common ones (all of them for the common section)."""
+    common = {item.name for item in fields(CommonSettings)} if cls is not CommonSettings else set()
+    return [item for item in fields(cls) if item.name not in common]
+
+
+def load(cls: type[S], directory: Path, flags: Mapping[str, Any] | None = None) -> S:
+    """Build the settings of one command from every source; `flags` holds None for options that were not given.
+
+    Raises:
+        UsageError: an unknown key in `rr.toml` or a value out of its type or limits, with the place it stands.
+    """
+    file = read_file(directory)
+    values: dict[str, tuple[Any, str]] = {}
+    sections: tuple[type[CommonSettings], ...] = tuple(dict.fromkeys((CommonSettings, cls)))
+    for section in sections:
+        for item in own_fields(section):
+            key = item.name
+            if key in file.get(section.SECTION, {}):
+                values[key] = (file[section.SECTION][key], f"{SETTINGS_FILE} [{section.SECTION}] {key}")
+            for variable in (f"RR_{section.SECTION}_{key}".upper(),) + (
+                (f"RR_{key}".upper(),) if section is CommonSettings else ()
+            ):
+                if variable in os.environ:
+                    values[key] = (os.environ[variable], variable)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            values[key] = (value, "--" + key.replace("_", "-"))
+    types = get_type_hints(cls)
+    checked = {
+        item.name: _check(item, types[item.name], *values[item.name]) for item in fields(cls) if item.name in values
+    }
+    return cls(**checked)
+
+
+def read_file(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return the sections of `rr.toml`, or nothing where there is none.
+
+    Raises:
+        UsageError: no valid TOML, or an unknown section or key.
+    """
+    path = directory / SETTINGS_FILE
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}", "Correct it, or run 'rr setup --overwrite'.") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    known = {section.SECTION: [item.name for item in own_fields(section)] for section in SECTIONS}
+    for name, table in document.items():
+        if name not in known:
+            raise UsageError(f"unknown section [{name}] in {path}", suggest(name, known))
+        if not isinstance(table, dict):
+            raise UsageError(f"'{name}' in {path} stands outside a section", f"Put it under [{name}].")
+        for key in table:
+            if key not in known[name]:
+                raise UsageError(f"unknown key '{key}' in {path}, section [{name}]", suggest(key, known[name]))
+    return document
+
+
+def write_file(common: CommonSettings, changes: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the text of an `rr.toml` that holds every option with its help, at its default or its changed value."""
+    lines = ["# Options of every rr command. Flags and RR_<SECTION>_<NAME> variables override them."]
+    for section in SECTIONS:
+        lines += ["", f"[{section.SECTION}]"]
+        for item in own_fields(section):
+            value = getattr(common, item.name) if section is CommonSettings else item.default
+            value = changes.get(section.SECTION, {}).get(item.name, value)
+            lines += [f"# {item.metadata['help']}", f"{item.name} = {_toml(value)}"]
+    return "\n".join(lines) + "\n"
+
+
+def with_changes(settings: S, **changes: Any) -> S:
+    """Return a copy with some values replaced."""
+    return replace(settings, **changes)
+
+
+def _check(item: Field[Any], kind: Any, value: Any, place: str) -> Any:
+    try:
+        value = _convert(kind, value)
+    except (TypeError, ValueError) as error:
+        name = getattr(kind, "__name__", str(kind)).replace("tuple", "list of strings")
+        raise UsageError(f"{place} is {value!r}, which is no {name}") from error
+    choices, minimum = item.metadata["choices"], item.metadata["minimum"]
+    if choices and value not in choices:
+        raise UsageError(f"{place} is '{value}'", suggest(str(value), choices))
+    if minimum is not None and value < minimum:
+        raise UsageError(f"{place} is {value}", f"It must be at least {minimum:g}.")
+    return value
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    if kind is bool:
+        value = BOOLEANS.get(value.lower(), value) if isinstance(value, str) else value
+        if not isinstance(value, bool):
+            raise TypeError(value)
+        return value
+    if kind in (int, float):
+        if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+            raise TypeError(value)
+        return kind(value)
+    if kind is str:
+        if not isinstance(value, str):
+            raise TypeError(value)
+        return value
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(";") if part.strip())
+    if not all(isinstance(part, str) for part in value):
+        raise TypeError(value)
+    return tuple(value)
+
+
+def _toml(value: Any) -> str:
+    if value is MISSING:
+        raise AssertionError("every option has a default")
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

@@ -1,0 +1,270 @@
+"""Files and folders that are whole or not there: atomic publishing, manifests, fingerprints, safetensors headers.
+
+Nothing here imports torch, so every command can look at the workspace in milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rrcli.errors import RRError, UsageError
+
+MANIFEST = "recursion.json"
+METRICS = "metrics.json"
+SIDECAR = "recursion.safetensors"
+TRAINER_STATE = "trainer_state"
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+SCHEMA = 1
+
+# A fingerprint reads every header whole and this many blocks spread over the rest of each weight file: enough to see
+# any training step, and no more for a model of 100 GB than for one of 1 GB.
+SAMPLED_BLOCKS = 16
+BLOCK_BYTES = 64 * 1024
+
+
+# -- publishing --------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Publish `value` at `path`: temporary name, fsync, rename. A reader sees the old file or the new one.
+
+    Raises:
+        RRError: the folder cannot be written.
+        ValueError: `value` holds a NaN (callers turn it into null with `finite`).
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    make_folder(path.parent)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RRError(f"cannot write {path}: {error.strerror}", "Nothing was changed.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, made_by: str) -> dict[str, Any]:
+    """Read a JSON object that one of our commands wrote.
+
+    Raises:
+        RRError: missing, cut off, not an object, or of a newer schema; `made_by` is the command that makes it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RRError(f"{path} does not exist", f"'{made_by}' makes it.") from None
+    except OSError as error:
+        raise RRError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise RRError(f"{path} is cut off or no JSON: {error}", f"Make it anew with '{made_by}'.") from error
+    if not isinstance(value, dict):
+        raise RRError(f"{path} holds no JSON object", f"Make it anew with '{made_by}'.")
+    if isinstance(value.get("schema"), int) and value["schema"] > SCHEMA:
+        raise RRError(f"{path} has schema {value['schema']}, this rr reads up to {SCHEMA}", "Update rr.")
+    return value
+
+
+@contextmanager
+def publish_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder to fill; on success it is synced and becomes `path`, on failure nothing remains.
+
+    Raises:
+        RRError: `path` exists and `overwrite` is off, or the parent cannot be written.
+    """
+    if path.exists() and not overwrite:
+        raise RRError(f"{path} exists already", "Use --overwrite to replace it.")
+    if path.exists() and not path.is_dir():
+        raise RRError(f"{path} is a file, a folder was expected", "Move it away.")
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            _sync(file)
+        _sync(temporary)
+        old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+        if path.exists():
+            path.rename(old)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise RRError(f"cannot write {path}: {error.strerror or error}", "Nothing was changed.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder`."""
+    for leftover in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        RRError: something that is no folder stands in the way, or it is not writable.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        blocking = next(p for p in (path, *path.parents) if p.exists() and not p.is_dir())
+        raise RRError(f"{blocking} is a file, a folder was expected", "Move it away, or name another folder.") from None
+    except OSError as error:
+        raise RRError(f"cannot create {path}: {error.strerror}", "Name a folder that you may write to.") from error
+    if not os.access(path, os.W_OK):
+        raise RRError(f"{path} is not writable", "Name a folder that you may write to.")
+
+
+def safe_name(name: str, what: str) -> str:
+    """Return `name` if it is one plain path component, so that it cannot leave its folder.
+
+    Raises:
+        UsageError: empty, hidden, or with a separator in it.
+    """
+    if not name or name.startswith(".") or any(c in name for c in "/\\\0") or name != name.strip():
+        raise UsageError(f"{what} '{name}' is no plain name", "Use letters, digits, '-', '_' and '.'.")
+    return name
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some file systems refuse to sync folders
+        pass
+    finally:
+        os.close(descriptor)
+
+
+# -- looking at models -------------------------------------------------------------------------------------------------
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Return the header of a safetensors file after checking that the file is as long as it says.
+
+    Format: 8 bytes little-endian header length, JSON header with `data_offsets`, then the data (safetensors' own spec).
+
+    Raises:
+        RRError: truncated or not safetensors; names the file and the bytes that are missing.
+    """
+    hint = "Download or copy the file again."
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if length > size - 8:
+                raise RRError(f"{path} is truncated: its header needs {length + 8} bytes, it has {size}", hint)
+            header = json.loads(file.read(length))
+        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+    except OSError as error:
+        raise RRError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RRError(f"{path} is no safetensors file: {error}", hint) from error
+    if size != 8 + length + end:
+        wrong = "truncated" if size < 8 + length + end else "too long"
+        raise RRError(f"{path} is {wrong}: its header tells of {8 + length + end} bytes, it has {size}", hint)
+    return {key: entry for key, entry in header.items() if key != "__metadata__"}
+
+
+def weight_files(source: Path) -> list[Path]:
+    """Return the weight files of a model folder (safetensors) or the single `.gguf` file, checked for truncation.
+
+    Raises:
+        RRError: no weights, only pickled weights, a shard that the index names is missing, or a truncated file.
+    """
+    if source.is_file():
+        return [source]
+    index = source / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index, "the model's author").get("weight_map", {}).values()))
+        missing = [name for name in names if not (source / name).exists()]
+        if missing:
+            raise RRError(f"{source} lacks {missing[0]}, which its index names", "Download or copy the folder again.")
+        files = [source / safe_name(name, "shard") for name in names]
+    else:
+        files = [p for p in sorted(source.glob("*.safetensors")) if p.name != SIDECAR]
+    if not files:
+        pickled = sorted([*source.glob("*.bin"), *source.glob("*.pt"), *source.glob("*.pth")])
+        reason = f"only pickled weights ({pickled[0].name}), which are never read" if pickled else "no weights"
+        raise RRError(f"{source} holds {reason}", "A model folder needs config.json and model*.safetensors.")
+    for file in files:
+        safetensors_header(file)
+    return files
+
+
+def fingerprint(source: Path) -> str:
+    """Return a short identity of a model folder, checkpoint folder or `.gguf` file, from its weights and config.
+
+    Reads headers whole and `SAMPLED_BLOCKS` blocks per file, so the time does not grow with the model.
+    """
+    digest = hashlib.sha256()
+    files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name if source.is_dir() else ''}:{size}\n".encode())
+        with path.open("rb") as file:
+            head = file.read(8)
+            if path.suffix == ".safetensors" and len(head) == 8:
+                digest.update(file.read(min(struct.unpack("<Q", head)[0], size)))
+            for block in range(SAMPLED_BLOCKS):
+                file.seek(max(0, size - BLOCK_BYTES) * block // (SAMPLED_BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    for name in ("config.json", MANIFEST):
+        if source.is_dir() and (source / name).exists():
+            digest.update((source / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def combine(*parts: Any) -> str:
+    """Return a short hash of any JSON-like values: the identity of "these inputs with these settings"."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def finite(value: Any) -> Any:
+    """Return `value` with every NaN and infinity replaced by None, recursively, as JSON needs it."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first. A folder without its manifest does not count."""
+    found = [p for p in run.glob("step-*") if (p / MANIFEST).is_file() and p.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of optimiser steps behind a checkpoint."""
+    return int(checkpoint.name[5:])

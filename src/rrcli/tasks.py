@@ -1,0 +1,125 @@
+"""Reasoning problems with a verifier: reasoning-gym generators, addressed by name and options.
+
+A task is written `NAME` or `NAME:key=value,key=value`, for example `chain_sum:min_terms=2,max_terms=3`. Options are the
+fields of the generator's own configuration. Problems are split into training and evaluation by `splits.is_held_out`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rrcli.errors import UsageError, suggest
+from rrcli.splits import content_hash, is_held_out
+
+# How many candidates are drawn for each problem that is asked for. One in ten is held out, and small generators repeat.
+MAX_DRAWS_PER_PROBLEM = 200
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its expected answer; `entry` is what the generator's scorer wants back."""
+
+    task: str
+    question: str
+    answer: str
+    entry: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The hash by which the same problem is recognised in another stage's results."""
+        return content_hash(f"{self.task}\n{self.question}")
+
+
+class Task:
+    """A reasoning-gym generator with fixed options.
+
+    Raises:
+        UsageError: unknown generator, unknown option, or a value that the generator refuses.
+    """
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec.strip()
+        self.name, options = parse_spec(self.spec)
+        datasets = _generators()
+        if self.name not in datasets:
+            raise UsageError(f"unknown task '{self.name}' in '{spec}'", suggest(self.name, datasets))
+        fields = {field.name: field for field in dataclasses.fields(datasets[self.name][1])}
+        for key in options:
+            if key not in fields or key in ("seed", "size"):
+                known = [name for name in fields if name not in ("seed", "size")]
+                raise UsageError(f"task '{self.name}' has no option '{key}'", suggest(key, known))
+        self.options = options
+        self._scorer = self._create(seed=0, size=1)
+
+    def problems(self, count: int, seed: int, *, held_out: bool) -> list[Problem]:
+        """Return `count` distinct problems of one side of the split, the same for the same seed.
+
+        Raises:
+            UsageError: the generator has too few distinct problems on that side.
+        """
+        found: dict[str, Problem] = {}
+        for problem in self.stream(seed, limit=count * MAX_DRAWS_PER_PROBLEM, held_out=held_out):
+            found.setdefault(problem.question, problem)
+            if len(found) == count:
+                return list(found.values())
+        side = "held-out" if held_out else "training"
+        raise UsageError(
+            f"task '{self.spec}' yields only {len(found)} distinct {side} problems, {count} were asked for",
+            "Ask for fewer problems, or widen the task's options.",
+        )
+
+    def stream(self, seed: int, limit: int, *, held_out: bool) -> Iterator[Problem]:
+        """Yield the problems of one side of the split among `limit` candidates drawn from `seed`; they may repeat."""
+        dataset = self._create(seed=seed, size=limit)
+        for index in range(limit):
+            entry = dataset[index]
+            if is_held_out(entry["question"]) == held_out and isinstance(entry["answer"], str):
+                yield Problem(self.spec, entry["question"], entry["answer"], entry)
+
+    def score(self, answer: str, problem: Problem) -> float:
+        """Return the generator's own score of `answer`, in [0, 1]; 1 is a correct answer."""
+        return float(self._scorer.score_answer(answer, entry=problem.entry))
+
+    def _create(self, seed: int, size: int) -> Any:
+        from reasoning_gym.factory import create_dataset
+
+        try:
+            return create_dataset(self.name, seed=seed, size=size, **self.options)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise UsageError(f"task '{self.spec}' refused its options: {error}") from error
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Split `NAME:key=value,...` into the name and its options; values are Python literals, else strings.
+
+    Raises:
+        UsageError: an option without `=`.
+    """
+    name, _, rest = spec.partition(":")
+    options: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in rest.split(","))):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"task option '{item}' in '{spec}' has no value", "Write NAME:key=value,key=value.")
+        try:
+            options[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            options[key.strip()] = value.strip()
+    return name.strip(), options
+
+
+def _generators() -> dict[str, Any]:
+    """Return reasoning-gym's registry: name -> (dataset class, configuration class)."""
+    import reasoning_gym  # noqa: F401  registers the generators
+    from reasoning_gym.factory import DATASETS
+
+    return dict(DATASETS)
+
+
+def prompt_of(question: str) -> str:
+    """Return the prompt of a question for models without a chat template; the answer follows behind a space."""
+    return f"Question: {question}\nAnswer:"

@@ -1,0 +1,271 @@
+"""Everything that a person sees: the only user of rich. Results go to stdout, progress and notices to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rrcli.errors import RRError
+    from rrcli.services.board import Board
+    from rrcli.services.compare import Cell, Comparison, Row
+    from rrcli.services.eval import EvalResult
+    from rrcli.services.run import Step
+    from rrcli.services.setup import SetupResult
+    from rrcli.services.surgery import SurgeryResult
+    from rrcli.services.train import TrainResult
+
+# Wide enough for every table where the output is a file or a pipe.
+PIPED_WIDTH = 160
+WIDE = 120
+VERDICT_STYLES = {"better": "green", "worse": "red", "same": "cyan", "not comparable": "yellow"}
+STATUS_STYLES = {"done": "green", "missing": "yellow", "stale": "yellow", "unfinished": "cyan"}
+
+
+def out() -> Console:
+    """Return the console for results."""
+    return _console(sys.stdout)
+
+
+def err() -> Console:
+    """Return the console for progress, notices and errors."""
+    return _console(sys.stderr)
+
+
+def _console(stream: Any) -> Console:
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
+    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+
+
+class TerminalReporter:
+    """Shows what a service is doing: live bars in a terminal, plain lines elsewhere."""
+
+    def note(self, message: str) -> None:
+        """Print a line."""
+        err().print(escape(message))
+
+    def warn(self, message: str) -> None:
+        """Print a warning."""
+        err().print(f"[yellow]warning:[/yellow] {escape(message)}")
+
+    @contextmanager
+    def progress(self, label: str, total: int, unit: str) -> Iterator[_Bar]:
+        """Show a bar with done/total, speed and remaining time; a line with the total when it ends."""
+        import time
+
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console, began = err(), time.monotonic()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+        )
+        bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        bar = _Bar(bars, bars.add_task(escape(label), total=total, unit=unit, note=""), console, label, total)
+        with bars:
+            yield bar
+        seconds = time.monotonic() - began
+        tail = f", {bar.note}" if bar.note else ""
+        console.print(f"  {escape(label)}: {bar.done:,} {unit} in {seconds:.1f} s{escape(tail)}")
+
+
+class _Bar:
+    """One bar; without a terminal it prints a line at every tenth of a long piece of work."""
+
+    def __init__(self, bars: Any, task: Any, console: Console, label: str, total: int) -> None:
+        self.bars, self.task, self.console, self.label, self.total = bars, task, console, label, total
+        self.done, self.note, self.told = 0, "", 0
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Count work done."""
+        self.done += amount
+        self.note = note or self.note
+        self.bars.update(self.task, advance=amount, note=escape(self.note))
+        tenth = 10 * self.done // max(1, self.total)
+        if not self.console.is_terminal and self.total >= 100 and self.note and tenth > self.told:
+            self.told = tenth
+            self.console.print(f"  {escape(self.label)}: {self.done:,}/{self.total:,}  {escape(self.note)}")
+
+
+def show_error(error: RRError) -> None:
+    """Print `error:` and `hint:` lines."""
+    label = "stopped" if error.exit_code == 130 else "error"
+    console = err()
+    console.print(f"[bold red]{label}:[/bold red] {escape(error.message)}", soft_wrap=True)
+    if error.hint:
+        console.print(f"[bold]hint:[/bold] {escape(error.hint)}", soft_wrap=True)
+
+
+def show_json(schema: str, value: dict[str, Any]) -> None:
+    """Print one JSON object with a `schema` field on stdout."""
+    from rrcli.store import finite
+
+    print(json.dumps({"schema": f"rr.{schema}/1", **finite(value)}, allow_nan=False, default=str))
+
+
+def show_next(what: str, where: Any, command: str) -> None:
+    """Say where the output is and which command comes next."""
+    out().print(f"{what} [bold]{escape(str(where))}[/bold]\nNext: [bold]{escape(command)}[/bold]", soft_wrap=True)
+
+
+def show_setup(result: SetupResult) -> None:
+    """Print the table of checks."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("Check", "", "Found"):
+        table.add_column(name, overflow="fold")
+    for check in result.checks:
+        mark = "[green]ok[/green]" if check.ok else "[red]failed[/red]"
+        table.add_row(check.name, mark, escape(check.found + (f"\n{check.hint}" if check.hint else "")))
+    out().print(table)
+
+
+def show_surgery(result: SurgeryResult) -> None:
+    """Print what was added and what was proved."""
+    share = 100 * result.added_parameters / result.base_parameters
+    rows = {
+        "Family": result.family,
+        "Layers": f"{result.layers}, of which {result.span[0]}:{result.span[1]} run again",
+        "Passes after pass 0": f"up to {result.max_steps}",
+        "Base parameters": f"{result.base_parameters:,}",
+        "Added parameters": f"{result.added_parameters:,} ({share:.2f} %), {result.sidecar_bytes / 2**20:.2f} MiB",
+        "Verified": (
+            f"logits bit-identical to the base at depths {', '.join(map(str, result.verified_depths))}"
+            if result.verified_depths
+            else "only that the output projection is zero"
+        ),
+    }
+    _show_pairs(rows)
+
+
+def show_eval(result: EvalResult) -> None:
+    """Print a stage's metrics, and by depth where there is recursion."""
+    from rrcli.metrics import METRICS
+
+    metrics = result.results["metrics"]
+    table = Table(box=SIMPLE_HEAD, title=result.stage, title_justify="left")
+    for name in ("Metric", "Value", "95 % interval", "n"):
+        table.add_column(name, justify="left" if name == "Metric" else "right")
+    for name, entry in metrics.items():
+        known = METRICS.get(name)
+        label, unit = (known.label, known.unit) if known else (name.replace("_", " ").capitalize(), "")
+        if name.startswith("reasoning_accuracy"):
+            label, unit = f"  {name.rpartition('/')[2]}" if "/" in name else label, "%"
+        low, high = entry.get("low"), entry.get("high")
+        interval = f"{_number(low)} to {_number(high)}" if low is not None and high is not None else ""
+        table.add_row(label, f"{_number(entry['value'])} {unit}".strip(), interval, str(entry.get("n", "")))
+    out().print(table)
+    depths = {name: values for name, values in result.results["by_depth"].items() if len(values) > 1}
+    if depths:
+        table = Table(box=SIMPLE_HEAD, title="by depth", title_justify="left")
+        table.add_column("Metric")
+        for depth in range(max(map(len, depths.values()))):
+            table.add_column(f"pass {depth}", justify="right")
+        for name, values in depths.items():
+            table.add_row(METRICS[name].label, *[_number(entry["value"]) for entry in values])
+        out().print(table)
+
+
+def show_train(result: TrainResult) -> None:
+    """Print what a training ended with."""
+    if result.first_step == result.steps:
+        out().print(f"The run was finished already at step {result.steps}.")
+    rows = {"Run": result.run, "Steps": f"{result.steps:,}", "Training tokens": f"{result.tokens:,}"}
+    rows["Training time"] = f"{result.seconds:.1f} s"
+    _show_pairs(rows | {f"Last {name}": f"{value:.4f}" for name, value in result.losses.items()})
+
+
+def show_board(board: Board) -> None:
+    """Print TensorBoard's address."""
+    out().print(f"TensorBoard on [bold]{escape(str(board.log_dir))}[/bold]: [bold]{board.url}[/bold]", soft_wrap=True)
+    out().print(f"From another machine: {escape(board.tunnel)}   (Ctrl-C stops it)", soft_wrap=True)
+
+
+def show_plan(steps: list[Step]) -> None:
+    """Print what `rr run` would do."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("", "Step", "Status", "Why"):
+        table.add_column(name)
+    for number, step in enumerate(steps, start=1):
+        style = STATUS_STYLES[step.status]
+        table.add_row(str(number), step.command, f"[{style}]{step.status}[/{style}]", escape(step.detail))
+    out().print(table)
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """Print the table, what it means, and what to be careful about."""
+    console = out()
+    wide = console.width >= WIDE
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1) if wide else (0, 0, 0, 1), show_lines=False)
+    table.add_column("Metric")
+    for stage in comparison.stages:
+        table.add_column(stage if wide else stage.replace("_", "_\n"), justify="right", overflow="fold")
+    for row in comparison.rows:
+        arrow = {"lower": " ↓", "higher": " ↑"}.get(row.metric.better, "")
+        unit = f", {row.metric.unit}" if row.metric.unit else ""
+        table.add_row(f"{row.metric.label}{unit}{arrow}", *[_cell(cell, row, wide) for cell in row.cells])
+    console.print(table)
+    console.print(
+        f"[dim]Differences are to {escape(comparison.stages[0])}, paired, with 95 % intervals; verdicts hold at "
+        f"{comparison.alpha:g} over the whole table (Holm).[/dim]"
+    )
+    for sentence in comparison.sentences:
+        console.print(f"- {escape(sentence)}")
+    for warning in comparison.warnings:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
+
+
+def _cell(cell: Cell, row: Row, wide: bool) -> str:
+    if cell.value is None:
+        return "[dim]-[/dim]"
+    lines = [_number(cell.value)]
+    if cell.low is not None and cell.high is not None and not cell.verdict:
+        lines.append(f"[dim][{_number(cell.low)}, {_number(cell.high)}][/dim]".replace("[dim][", "[dim]\\["))
+    if cell.verdict == "same":
+        lines.append("[cyan]same[/cyan]")
+    elif cell.difference is not None:
+        unit = " %" if row.name == "perplexity" or row.metric.kind == "cost" else ""
+        change = f"{_signed(cell.difference)}{unit}"
+        if cell.difference_low is not None and cell.difference_high is not None:
+            interval = f"\\[{_signed(cell.difference_low)}, {_signed(cell.difference_high)}]"
+            change = f"{change} {interval}" if wide else f"{change}\n{interval}"
+        style = VERDICT_STYLES.get(cell.verdict, "dim")
+        lines.append(f"[{style}]{change}[/{style}]")
+        if cell.verdict:
+            lines.append(f"[{style}]{cell.verdict}[/{style}]")
+    elif cell.verdict:
+        lines.append(f"[yellow]{cell.verdict}[/yellow]")
+    return "\n".join(lines)
+
+
+def _show_pairs(rows: dict[str, str]) -> None:
+    table = Table(box=None, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    out().print(table)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    size = abs(value)
+    if size >= 1000 or isinstance(value, int):
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 1 else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value >= 0 else '−'}{_number(abs(value))}"
