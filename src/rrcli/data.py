@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -22,9 +22,10 @@ from rrcli.splits import is_held_out
 from rrcli.tasks import Problem, Task, prompt_of
 
 if TYPE_CHECKING:
-    import torch
+    from rrcli.batching import Batch
 
 SUFFIXES = (".txt", ".jsonl")
+# Labels with this value bear no loss.
 IGNORED = -100
 # Built-in prompts of the sample generations: plain openings that a story model and a large model can both go on from.
 PROMPTS = (
@@ -137,20 +138,6 @@ def held_out_data(
     return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data)
 
 
-@dataclass
-class Batch:
-    """One step's examples, padded on the right; `labels[t]` is what position t should predict next, -100 = no loss."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor
-
-    @property
-    def tokens(self) -> int:
-        """Loss-bearing tokens."""
-        return int(self.labels.ne(IGNORED).sum())
-
-
 class TrainingData:
     """The training side of the split as an endless row of batches; batch `step` depends on seed and step alone.
 
@@ -167,6 +154,8 @@ class TrainingData:
 
     def batch(self, step: int) -> Batch:
         """Return the examples of one optimiser step (`batch_size` of them)."""
+        from rrcli.batching import collate
+
         random = Random(f"{self.settings.seed}/{step}")
         examples = []
         for position in range(self.settings.batch_size):
@@ -205,18 +194,6 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 def start_token(tokenizer: Any) -> int | None:
     """Return the token that scoring starts from: BOS, or EOS where there is none (as lm-eval does)."""
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-
-
-def collate(examples: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
-    """Pad (ids, labels) pairs on the right into one batch."""
-    import torch
-
-    width = max(len(ids) for ids, _ in examples)
-    return Batch(
-        torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in examples]),
-        torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in examples]),
-        torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in examples]),
-    )
 
 
 def _start(tokenizer: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -163,8 +164,11 @@ def show_eval(result: EvalResult) -> None:
         if name.startswith("reasoning_accuracy"):
             label, unit = f"  {name.rpartition('/')[2]}" if "/" in name else label, "%"
         low, high = entry.get("low"), entry.get("high")
-        interval = f"{_number(low)} to {_number(high)}" if low is not None and high is not None else ""
-        table.add_row(label, f"{_number(entry['value'])} {unit}".strip(), interval, str(entry.get("n", "")))
+        number = functools.partial(_number, percent=unit == "%")
+        interval = f"{number(low)} to {number(high)}" if low is not None and high is not None else ""
+        table.add_row(
+            label, f"{number(entry['value'])} {unit}".strip(), interval, _number(entry["n"]) if "n" in entry else ""
+        )
     out().print(table)
     depths = {name: values for name, values in result.results["by_depth"].items() if len(values) > 1}
     if depths:
@@ -229,16 +233,20 @@ def show_comparison(comparison: Comparison) -> None:
 def _cell(cell: Cell, row: Row, wide: bool) -> str:
     if cell.value is None:
         return "[dim]-[/dim]"
-    lines = [_number(cell.value)]
+    percent = row.metric.unit == "%"
+    lines = [_number(cell.value, percent=percent)]
     if cell.low is not None and cell.high is not None and not cell.verdict:
-        lines.append(f"[dim][{_number(cell.low)}, {_number(cell.high)}][/dim]".replace("[dim][", "[dim]\\["))
+        interval = ", ".join(_number(bound, percent=percent) for bound in (cell.low, cell.high))
+        lines.append(f"[dim]\\[{interval}][/dim]")
     if cell.verdict == "same":
         lines.append("[cyan]same[/cyan]")
     elif cell.difference is not None:
-        unit = " %" if row.name == "perplexity" or row.metric.kind == "cost" else ""
-        change = f"{_signed(cell.difference)}{unit}"
+        relative = row.name == "perplexity" or row.metric.kind == "cost"
+        percent = percent or relative
+        change = _signed(cell.difference, percent=percent) + (" %" if relative else "")
         if cell.difference_low is not None and cell.difference_high is not None:
-            interval = f"\\[{_signed(cell.difference_low)}, {_signed(cell.difference_high)}]"
+            bounds = (_signed(bound, percent=percent) for bound in (cell.difference_low, cell.difference_high))
+            interval = f"\\[{', '.join(bounds)}]"
             change = f"{change} {interval}" if wide else f"{change}\n{interval}"
         style = VERDICT_STYLES.get(cell.verdict, "dim")
         lines.append(f"[{style}]{change}[/{style}]")
@@ -258,14 +266,16 @@ def _show_pairs(rows: dict[str, str]) -> None:
     out().print(table)
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, *, percent: bool = False) -> str:
     if value is None:
         return "-"
     size = abs(value)
     if size >= 1000 or isinstance(value, int):
         return f"{value:,.0f}"
-    return f"{value:.1f}" if size >= 100 else f"{value:.2f}" if size >= 1 else f"{value:.3f}"
+    if percent or size >= 100:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if size >= 1 else f"{value:.3f}"
 
 
-def _signed(value: float) -> str:
-    return f"{'+' if value >= 0 else '−'}{_number(abs(value))}"
+def _signed(value: float, *, percent: bool = False) -> str:
+    return f"{'+' if value >= 0 else '−'}{_number(abs(value), percent=percent)}"

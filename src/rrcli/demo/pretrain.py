@@ -32,14 +32,15 @@ from rrcli.tasks import Problem, Task, prompt_of
 STORIES = 4000
 TOKENIZER_PROBLEMS = 1500  # a task, from TASKS and PRETRAIN_TASKS alike
 
-STEPS = 4000
+STEPS = 2300
 STORIES_PER_STEP, PROBLEMS_PER_STEP = 12, 48
 MICRO_BATCHES = 4
-PEAK_LR, FINAL_LR_SHARE, WARMUP_STEPS = 4e-3, 0.05, 200
+PEAK_LR, FINAL_LR_SHARE, WARMUP_STEPS = 2.5e-3, 0.05, 200
 WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 0.1, (0.9, 0.95), 1.0
 
-# A story has about thirty times the tokens of an answer: without these weights the answers would hardly count.
-STORY_WEIGHT, QUESTION_WEIGHT, ANSWER_WEIGHT = 0.1, 0.05, 1.0
+# A story has thirty times the tokens of a short answer, so it is weighted by token and an answer as a whole: otherwise
+# the stories, and the tasks with long answers, would drown the others.
+STORY_TOKEN_WEIGHT, ANSWER_WEIGHT = 0.1, 3.0
 
 EVAL_PROBLEMS, EVAL_SEED, EVAL_BATCH, MAX_ANSWER_TOKENS = 300, 7, 100, 16
 
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=MODEL_DIR.parent, help="folder for text.jsonl and model/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -70,6 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
         save_stories(write_stories(STORIES, options.seed), text_file)
         stories = load_stories(text_file, held_out=False)
         tokenizer = train_tokenizer([*stories, *prompts_for_tokenizer(options.seed)])
+        # Saved now, because the file would also record the padding of the batches that are measured below.
+        tokenizer.save_pretrained(staging / MODEL_DIR.name)
         model = create_model(tokenizer)
         print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(stories)} training stories")
 
@@ -86,7 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps({key: result[key] for key in ("held_out_perplexity", "accuracy")}, indent=2))
 
         model.save_pretrained(staging / MODEL_DIR.name)
-        tokenizer.save_pretrained(staging / MODEL_DIR.name)
+        # safetensors writes a private file, which an installed package could not read.
+        (staging / MODEL_DIR.name / "model.safetensors").chmod(0o644)
         curve_file = staging / MODEL_DIR.name / "training_curve.json"
         curve_file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         publish(staging, options.output)
@@ -129,24 +133,30 @@ def document_batches(
     # Twice as many candidates as are needed, because the held-out ones are skipped.
     limit = 2 * math.ceil(steps * PROBLEMS_PER_STEP / len(PRETRAIN_TASKS))
     streams = cycle([Task(spec).stream(seed, limit, held_out=False) for spec in PRETRAIN_TASKS])
-    shuffled = (story for _ in iter(int, 1) for story in rng.sample(stories, len(stories)))
+    shuffled = endless(stories, rng)
     for _ in range(steps):
         batch = [story_document(tokenizer, story) for story in islice(shuffled, STORIES_PER_STEP)]
         batch += [problem_document(tokenizer, next(stream)) for stream in islice(streams, PROBLEMS_PER_STEP)]
         yield [after_end_of_text(tokenizer, document) if rng.random() < 0.5 else document for document in batch]
 
 
+def endless(stories: list[str], rng: random.Random) -> Iterator[str]:
+    """Yield the stories for ever, every epoch in a new order."""
+    while True:
+        yield from rng.sample(stories, len(stories))
+
+
 def story_document(tokenizer: PreTrainedTokenizerFast, story: str) -> Document:
     """Return a story whose every token counts."""
     ids = [*tokenizer(story).input_ids, tokenizer.eos_token_id]
-    return Document(ids, [STORY_WEIGHT] * len(ids))
+    return Document(ids, [STORY_TOKEN_WEIGHT] * len(ids))
 
 
 def problem_document(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> Document:
-    """Return a problem whose answer counts."""
+    """Return a problem of which only the answer and the end-of-text behind it count."""
     question = tokenizer(prompt_of(problem.question)).input_ids
     answer = [*tokenizer(f" {problem.answer}").input_ids, tokenizer.eos_token_id]
-    return Document(question + answer, [QUESTION_WEIGHT] * len(question) + [ANSWER_WEIGHT] * len(answer))
+    return Document(question + answer, [0.0] * len(question) + [ANSWER_WEIGHT / len(answer)] * len(answer))
 
 
 def after_end_of_text(tokenizer: PreTrainedTokenizerFast, document: Document) -> Document:
@@ -234,7 +244,7 @@ def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, spec: 
     for begin in range(0, len(problems), EVAL_BATCH):
         part = problems[begin : begin + EVAL_BATCH]
         prompts = [prompt_of(problem.question) for problem in part]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
         output = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
         answers = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         correct += sum(

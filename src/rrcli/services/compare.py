@@ -334,8 +334,8 @@ def _claim(
     label = metric.label.lower()
     if p <= alpha:
         direction = _direction(metric, e.value)
-        return f"{what}: {label} is {direction} than {against}'s, {values}, {interval}, p = {_p(p)}, n = {e.n}."
-    text = f"{what}: no effect on {label} is shown, {values}, {interval}, p = {_p(p)}, n = {e.n}."
+        return f"{what}: {label} is {direction} than {against}'s, {values}, {interval}, {_p(p)}, n = {e.n}."
+    text = f"{what}: no effect on {label} is shown, {values}, {interval}, {_p(p)}, n = {e.n}."
     if name == "reasoning_accuracy":
         a, b = _answers(result, ""), _answers(reference, "")
         discordant = sum(a[key][0] != b[key][0] for key in b if key in a) / e.n
@@ -362,4 +362,4 @@ def _bound(scale: Any, value: float) -> str:
 
 
 def _p(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"

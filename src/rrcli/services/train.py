@@ -19,15 +19,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rrcli.data import Batch, EvalData, TrainingData, held_out_data
-from rrcli.errors import Interrupted, RRError, UsageError
+from rrcli.data import EvalData, TrainingData, held_out_data
+from rrcli.errors import Interrupted, RRError, UsageError, suggest
 from rrcli.models import ModelSource, base_of, load_for, save_folder
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings, TrainSettings
 from rrcli.store import TRAINER_STATE, checkpoints, make_folder, publish_folder, read_json, step_of, sweep, write_json
 from rrcli.workspace import MAKERS, Workspace, data_identity, model_fingerprint, recorded_inputs, train_inputs
+
+if TYPE_CHECKING:
+    from rrcli.batching import Batch
 
 MODES = ("vanilla", "recursive")
 FEEDBACK_CHECK_STEP = 20
@@ -102,13 +105,13 @@ def train(
             data, a loss that is not finite. Interrupted: stopped by the user after saving.
     """
     if mode not in MODES:
-        raise UsageError(f"mode is '{mode}'", f"Known: {', '.join(MODES)}.")
+        raise UsageError(f"mode is '{mode}'", suggest(mode, MODES))
     if mode == "vanilla" and settings.phase == "a":
         raise UsageError("vanilla training in phase a has nothing to train", "Phase a trains the sidecar only.")
     workspace = Workspace(directory, settings)
-    start = workspace.base() if mode == "vanilla" else workspace.stage_model("after_surgery")
     name = settings.run_name or f"finetuned_{mode}"
     folder = workspace.run_folder(name)
+    start = workspace.base() if mode == "vanilla" else workspace.stage_model("after_surgery")
     identity = data_identity(settings, directory)
     inputs = train_inputs(settings, mode, model_fingerprint(start, directory), identity)
     if restart:
@@ -150,14 +153,6 @@ def train(
     )
 
 
-def learning_rate_factor(step: int, settings: TrainSettings) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up, then a cosine down to a tenth."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
 def sampled_depth(seed: int, step: int, deepest: int) -> int:
     """Return the depth of a step, uniform in 1..deepest and the same for everyone who asks (0 without recursion)."""
     return Random(f"depth/{seed}/{step}").randint(1, deepest) if deepest else 0
@@ -167,15 +162,16 @@ def _loop(run: _Run, first: int, checkpoint: Path | None, tracker: Any) -> dict[
     import torch
     from accelerate import Accelerator
 
+    from rrcli.optimization import Optimizer
+
     settings, model = run.settings, run.model
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     recursion = getattr(model, "recursion", None)
     deepest = min(settings.max_steps or 99, recursion.config.max_steps) if recursion is not None else 0
-    groups, names = _parameter_groups(run)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = Optimizer(model, settings)
     if checkpoint is not None:
-        _load_state(run, optimizer, names, checkpoint)
-    model, optimizer = accelerator.prepare(model, optimizer)
+        _resume(run, optimizer, checkpoint)
+    model, optimizer.adamw = accelerator.prepare(model, optimizer.adamw)
     losses: dict[str, float] = {}
     model.train()
     with _stop_signals() as stopped, run.reporter.progress(f"train {run.name}", settings.steps, "steps") as progress:
@@ -184,20 +180,18 @@ def _loop(run: _Run, first: int, checkpoint: Path | None, tracker: Any) -> dict[
             began = time.perf_counter()
             depth = sampled_depth(settings.seed, step, deepest)
             torch.manual_seed(settings.seed * 1_000_003 + step)
-            factor = learning_rate_factor(step, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
+            lr = optimizer.set_step(step)
             batch = run.data.batch(step)
             scalars = _forward_backward(run, accelerator, batch, step, depth)
-            norm = _gradient_norm(accelerator, optimizer, settings)
+            norm = float(accelerator.clip_grad_norm_(optimizer.parameters(), settings.max_grad_norm or math.inf))
             if not math.isfinite(scalars["train/loss/total"]) or not math.isfinite(norm):
                 raise _not_finite(run, step, scalars["train/loss/total"], norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.adamw.step()
+            optimizer.adamw.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - began
             _count(run, batch, depth, seconds)
             scalars |= {
-                "train/lr": settings.lr * factor,
+                "train/lr": lr,
                 "train/gradient_norm": norm,
                 "train/performance/tokens_per_sec": batch.tokens / seconds,
                 "train/performance/memory_mb": _memory_mb(model.device),
@@ -211,7 +205,7 @@ def _loop(run: _Run, first: int, checkpoint: Path | None, tracker: Any) -> dict[
             if run.eval_data and (done % settings.eval_interval == 0 or done == settings.steps):
                 _evaluate(run, tracker, done)
             if done % settings.save_interval == 0 or done == settings.steps or stopped:
-                _save(run, optimizer, names, tracker, done)
+                _save(run, optimizer, tracker, done)
             if stopped and done < settings.steps:
                 raise Interrupted(
                     f"stopped after step {done} of {settings.steps}; it is saved",
@@ -279,32 +273,6 @@ def _forward_backward(run: _Run, accelerator: Any, batch: Batch, step: int, dept
     return sums
 
 
-def _parameter_groups(run: _Run) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the optimiser's groups (base and sidecar, with and without decay) and the parameters' names in order."""
-    settings, recursion = run.settings, getattr(run.model, "recursion", None)
-    named = []
-    frozen = settings.phase == "a" and recursion is not None
-    for name, parameter in run.model.named_parameters():
-        parameter.requires_grad_(not frozen)
-        if not frozen:
-            named.append((f"model.{name}", parameter, settings.lr))
-    for name, parameter in recursion.named_parameters() if recursion is not None else ():
-        named.append((f"recursion.{name}", parameter, settings.sidecar_lr))
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    names: dict[tuple[float, float], list[str]] = {}
-    for name, parameter, lr in named:
-        decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
-        group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "peak_lr": lr, "weight_decay": decay})
-        group["params"].append(parameter)
-        names.setdefault((lr, decay), []).append(name)
-    return list(groups.values()), [name for group in names.values() for name in group]
-
-
-def _gradient_norm(accelerator: Any, optimizer: Any, settings: TrainSettings) -> float:
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
-
-
 def _count(run: _Run, batch: Batch, depth: int, seconds: float) -> None:
     spent, positions = run.spent, batch.input_ids.numel()
     spent.steps += 1
@@ -326,7 +294,7 @@ def _evaluate(run: _Run, tracker: Any, step: int) -> None:
 # -- saving and resuming -----------------------------------------------------------------------------------------------
 
 
-def _save(run: _Run, optimizer: Any, names: list[str], tracker: Any, step: int) -> None:
+def _save(run: _Run, optimizer: Any, tracker: Any, step: int) -> None:
     from safetensors.torch import save_file
 
     target = run.folder / f"step-{step:06d}"
@@ -335,7 +303,7 @@ def _save(run: _Run, optimizer: Any, names: list[str], tracker: Any, step: int) 
     with publish_folder(target, overwrite=True) as folder:
         state = folder / TRAINER_STATE
         state.mkdir()
-        save_file(_flatten(optimizer, names), state / "optimizer.safetensors")
+        save_file(optimizer.state(), state / "optimizer.safetensors")
         progress = {"step": step, "spent": vars(run.spent), "flops_by_depth": run.flops_by_depth}
         write_json(state / "progress.json", {"schema": 1, **progress})
         training = {"mode": run.mode, "run": run.name, "phase": run.settings.phase, **vars(run.spent)}
@@ -348,30 +316,11 @@ def _save(run: _Run, optimizer: Any, names: list[str], tracker: Any, step: int) 
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _flatten(optimizer: Any, names: list[str]) -> dict[str, Any]:
-    import torch
-
-    state = optimizer.state_dict()["state"]
-    tensors = {}
-    for index, entries in state.items():
-        for key, value in entries.items():
-            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
-            tensors[f"{names[index]}/{key}"] = tensor.contiguous()
-    return tensors
-
-
-def _load_state(run: _Run, optimizer: Any, names: list[str], checkpoint: Path) -> None:
+def _resume(run: _Run, optimizer: Any, checkpoint: Path) -> None:
     from safetensors.torch import load_file
 
     folder = checkpoint / TRAINER_STATE
-    saved = load_file(folder / "optimizer.safetensors")
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensor in saved.items():
-        name, _, entry = key.rpartition("/")
-        if name not in names:
-            raise RRError(f"{folder} holds optimiser state of another model ({name})", "Use --restart.")
-        state.setdefault(names.index(name), {})[entry] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state(load_file(folder / "optimizer.safetensors"))
     progress = read_json(folder / "progress.json", MAKERS.get(run.name, "rr train"))
     run.spent = Spent(**progress["spent"])
     run.flops_by_depth = {int(depth): flops for depth, flops in progress["flops_by_depth"].items()}

@@ -1,0 +1,62 @@
+"""Lists of token ids as tensors: padded, masked, and cut into batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rrcli.data import IGNORED
+
+
+@dataclass
+class Batch:
+    """One step's examples, padded on the right; `labels[t]` is what position t should predict next, -100 = no loss."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Loss-bearing tokens."""
+        return int(self.labels.ne(IGNORED).sum())
+
+
+def collate(examples: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
+    """Pad (ids, labels) pairs on the right into one batch."""
+    width = max(len(ids) for ids, _ in examples)
+    return Batch(
+        torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in examples]),
+        torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in examples]),
+        torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in examples]),
+    )
+
+
+def padded(rows: Sequence[list[int]], device: Any, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Return `[row, position]` ids and mask (1 = a real token), padded on the right or on the left."""
+    width = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        gap = width - len(row)
+        ids.append([0] * gap + row if left else row + [0] * gap)
+        mask.append([0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap)
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def batches(items: Sequence[Any], budget: int, length: Any) -> Iterator[list[Any]]:
+    """Cut items, longest first, into batches whose padded size stays within `budget` tokens (at least one item)."""
+    begin = 0
+    while begin < len(items):
+        rows = max(1, budget // max(1, length(items[begin])))
+        yield list(items[begin : begin + rows])
+        begin += rows
+
+
+def context_length(model: Any) -> int:
+    """Return the longest input the model's configuration allows, in tokens."""
+    config = model.config.get_text_config()
+    return next((v for n in ("max_position_embeddings", "n_positions") if (v := getattr(config, n, None))), 2048)

@@ -1,0 +1,226 @@
+"""The whole experiment, as a user runs it: the installed `rr`, in a temporary folder, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rrcli.store import checkpoints
+
+RR = Path(sys.executable).with_name("rr")
+STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive")
+SMALL = {
+    "RR_TRAIN_STEPS": "6",
+    "RR_TRAIN_BATCH_SIZE": "4",
+    "RR_TRAIN_SAVE_INTERVAL": "2",
+    "RR_TRAIN_EVAL_INTERVAL": "3",
+    "RR_TRAIN_EVAL_SAMPLES": "4",
+    "RR_EVAL_PROBLEMS": "6",
+    "RR_EVAL_MAX_SAMPLES": "12",
+}
+
+
+def rr(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed command and return what it printed."""
+    return subprocess.run(
+        [RR, *arguments], cwd=folder, env=os.environ | SMALL | environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("experiment")
+    done = rr("run", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def results(folder: Path, stage: str) -> dict:
+    return json.loads((folder / "eval_results" / f"{stage}_results.json").read_text())
+
+
+def test_run_measures_four_stages_and_compares(experiment):
+    folder, done = experiment
+    assert all(stage in done.stdout for stage in STAGES)
+    assert "Surgery preserved the baseline exactly" in done.stdout
+    assert "What recursion costs against vanilla" in done.stdout
+    for stage in STAGES:
+        found = results(folder, stage)
+        assert found["schema"] == 1
+        assert found["stage"] == stage
+        assert found["provenance"]["seed"] == 0
+        assert {"perplexity", "token_accuracy", "bits_per_byte", "reasoning_accuracy", "distinct_2", "rep_4"} <= set(
+            found["metrics"]
+        )
+        assert found["metrics"]["perplexity"]["low"] < found["metrics"]["perplexity"]["value"]
+        assert len(found["records"]["documents"]) == 12
+        assert len(found["records"]["generations"]) == 4
+
+
+def test_recursive_stages_are_measured_at_every_depth(experiment):
+    folder, _ = experiment
+    for stage, depths in (("baseline", 1), ("after_surgery", 3), ("finetuned_vanilla", 1), ("finetuned_recursive", 3)):
+        found = results(folder, stage)
+        assert {len(values) for values in found["by_depth"].values()} == {depths}
+        assert ("avg_refine_steps" in found["metrics"]) == (depths > 1)
+    trained = results(folder, "finetuned_recursive")["by_depth"]["perplexity"]
+    assert trained[0]["value"] != trained[2]["value"]
+
+
+def test_surgery_changed_no_number(experiment):
+    folder, _ = experiment
+    before, after = results(folder, "baseline"), results(folder, "after_surgery")
+    for a, b in zip(before["records"]["documents"], after["records"]["documents"], strict=True):
+        assert b["nll"] == a["nll"] * 3
+    for a, b in zip(before["records"]["problems"], after["records"]["problems"], strict=True):
+        assert b["outputs"] == a["outputs"] * 3
+    texts = [[r["text"] for r in found["records"]["generations"]] for found in (before, after)]
+    assert texts[0] == texts[1]
+
+
+def test_vanilla_and_recursive_saw_the_same_tokens(experiment):
+    folder, _ = experiment
+    vanilla, recursive = (results(folder, stage)["training"] for stage in STAGES[2:])
+    assert vanilla["tokens"] == recursive["tokens"] > 0
+    assert recursive["flops"] > 1.5 * vanilla["flops"]
+
+
+def test_a_second_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_it(experiment):
+    folder, _ = experiment
+    again = rr("run", folder=folder)
+    assert again.stderr.count("done already") == 8
+    plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, RR_TRAIN_LR="0.0003").stdout)["steps"]
+    assert [step["status"] for step in plan] == ["done"] * 4 + ["stale"] * 4
+    plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, RR_SURGERY_MAX_STEPS="1").stdout)["steps"]
+    assert [step["status"] for step in plan] == ["done", "done", "stale", "stale", "done", "done", "stale", "stale"]
+
+
+def test_tensorboard_has_the_guides_tags(experiment):
+    folder, _ = experiment
+    events = EventAccumulator(str(folder / "logs" / "finetuned_recursive")).Reload()
+    tags = set(events.Tags()["scalars"])
+    losses = {f"train/loss/{name}" for name in ("total", "final_ce", "masked_ce", "halt", "ponder", "stability")}
+    generation = {f"train/generation/{name}" for name in ("avg_refine_steps", "commit_rate", "avg_chunk_length")}
+    performance = {"train/performance/tokens_per_sec", "train/performance/memory_mb"}
+    assert losses | generation | performance <= tags
+    assert [event.step for event in events.Scalars("train/loss/total")] == [1, 2, 3, 4, 5, 6]
+    assert {"evaluation/finetuned_recursive/perplexity", "evaluation/during_training/reasoning_accuracy"} <= tags
+    baseline = EventAccumulator(str(folder / "logs" / "baseline")).Reload()
+    logged = baseline.Scalars("evaluation/baseline/perplexity")[0].value
+    assert logged == pytest.approx(results(folder, "baseline")["metrics"]["perplexity"]["value"], rel=1e-6)
+
+
+def test_checkpoints_load_with_the_stock_library(experiment):
+    folder, _ = experiment
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import rrcli
+
+    last = checkpoints(folder / "checkpoints" / "finetuned_recursive")[-1]
+    assert last.name == "step-000006"
+    assert (last / "metrics.json").is_file()
+    assert not list(last.rglob("*.bin")) + list(last.rglob("*.pt")) + list(last.rglob("*.pkl"))
+    ours, tokenizer = rrcli.load(last)
+    stock = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(last)("Tom has a ball.", return_tensors="pt")["input_ids"]
+    assert tokenizer("Tom has a ball.")["input_ids"] == ids[0].tolist()
+    with torch.no_grad():
+        ours.recursion.depth = 0
+        assert torch.equal(ours(ids).logits, stock(ids).logits)
+        ours.recursion.depth = 2
+        assert not torch.equal(ours(ids).logits, stock(ids).logits)
+
+
+def test_compare_needs_no_option_and_takes_stages_in_any_order(experiment):
+    folder, _ = experiment
+    done = rr("compare", "baseline", "finetuned_recursive", folder=folder)
+    assert done.returncode == 0
+    assert "Reasoning accuracy" in done.stdout
+    swapped = json.loads(rr("compare", "finetuned_recursive", "baseline", "--json", folder=folder).stdout)
+    assert swapped["stages"] == ["finetuned_recursive", "baseline"]
+
+
+def test_a_baseline_eval_is_the_same_again(experiment, tmp_path):
+    folder, _ = experiment
+    done = rr("eval", "--output-dir", str(tmp_path), "--skip-performance", "--log-dir", str(tmp_path), folder=folder)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "baseline_results.json").read_text())
+    assert again["records"] == results(folder, "baseline")["records"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+def test_a_stopped_training_goes_on_to_the_same_weights(experiment, tmp_path, number):
+    folder, _ = experiment
+    assert rr("setup", folder=tmp_path).returncode == 0
+    environment = os.environ | SMALL | {"RR_TRAIN_EVAL_INTERVAL": "0"}
+    command = [RR, "train", "--mode", "vanilla"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    run = tmp_path / "checkpoints" / "finetuned_vanilla"
+    deadline = time.monotonic() + 120
+    while not checkpoints(run) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    if process.returncode != 0:
+        assert process.returncode == (-9 if number == signal.SIGKILL else 130)
+        if number != signal.SIGKILL:
+            assert "goes on from there" in errors
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert not list(run.glob(".*"))
+    for name in ("model.safetensors", "trainer_state/optimizer.safetensors"):
+        reference = checkpoints(folder / "checkpoints" / "finetuned_vanilla")[-1] / name
+        assert (checkpoints(run)[-1] / name).read_bytes() == reference.read_bytes()
+    events = EventAccumulator(str(tmp_path / "logs" / "finetuned_vanilla")).Reload()
+    assert [event.step for event in events.Scalars("train/loss/total")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_missing_stage_names_the_command_that_makes_it(tmp_path):
+    assert rr("setup", folder=tmp_path).returncode == 0
+    for stage, maker in (("after_surgery", "rr surgery"), ("finetuned_vanilla", "rr train --mode vanilla")):
+        done = rr("eval", "--stage", stage, folder=tmp_path)
+        assert done.returncode == 1
+        assert f"'{maker}' makes it" in done.stderr
+    done = rr("train", "--mode", "recursive", folder=tmp_path)
+    assert done.returncode == 1
+    assert "'rr surgery' makes it" in done.stderr
+    assert not (tmp_path / "eval_results" / "after_surgery_results.json").exists()
+
+
+def test_setup_checks_and_says_what_failed(tmp_path):
+    done = rr("setup", "--json", folder=tmp_path)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert found["schema"] == "rr.setup/1"
+    assert {check["name"] for check in found["checks"]} >= {"versions", "device", "memory", "disk", "tensorboard"}
+    assert all((tmp_path / name).is_dir() for name in ("logs", "checkpoints", "eval_results"))
+    assert (tmp_path / "rr.toml").is_file()
+    (tmp_path / "empty").mkdir()
+    done = rr("setup", "--model", "empty", folder=tmp_path)
+    assert done.returncode == 3
+    assert "config.json" in done.stdout
+
+
+def test_use_recursive_attaches_a_fresh_recursion_to_a_plain_model(experiment, tmp_path):
+    """The guide evaluates stage after_surgery on the base model's own folder."""
+    folder, _ = experiment
+    from rrcli import demo
+
+    done = rr(
+        *("eval", "--model-path", str(demo.MODEL_DIR), "--stage", "after_surgery", "--use-recursive"),
+        *("--output-dir", str(tmp_path), "--log-dir", str(tmp_path), "--skip-performance", "--skip-generation"),
+        folder=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "after_surgery_results.json").read_text())
+    assert again["model"]["depth"] == 2
+    assert again["records"]["documents"] == results(folder, "after_surgery")["records"]["documents"]
