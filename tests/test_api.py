@@ -26,7 +26,10 @@ metrics_tracker.save_checkpoint_metrics(checkpoint_path)
 
 
 def test_importing_the_package_loads_no_torch():
-    code = "import sys, rrcli; dir(rrcli); rrcli.RecursionConfig; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, rrcli; dir(rrcli); rrcli.RecursionConfig; "
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from rrcli import __version__, settings, ui
-from rrcli.errors import CheckFailed, RRError, UsageError, suggest
+from rrcli.errors import CheckFailed, Interrupted, RRError, UsageError, suggest
 from rrcli.settings import STAGES
 
 FILES, OUTPUT = settings.FILES, "Output"
@@ -36,8 +36,12 @@ class Commands(TyperGroup):
             ui.show_error(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            ui.show_error(RRError("interrupted", "What was published stays; the same command goes on or begins anew."))
-            raise typer.Exit(130) from None
+            ui.show_error(
+                Interrupted(
+                    "by the user", "What was published stays; the same command goes on, or begins its last part anew."
+                )
+            )
+            raise typer.Exit(Interrupted.exit_code) from None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find a command by its name."""
@@ -119,8 +123,6 @@ def _flag(item: Any, kind: Any) -> inspect.Parameter:
     text = item.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "") + shown
     text = text.replace("[", r"\[")  # help is rich markup
     names = [f"{name}/--no-{name[2:]}"] if kind is bool else [name, *item.metadata["aliases"]]
-    if kind is bool and name.startswith("--skip-"):
-        names = [name]
     annotation = list[str] | None if kind == tuple[str, ...] else kind | None
     option = typer.Option(*names, help=text, rich_help_panel=item.metadata["panel"], show_default=False)
     return inspect.Parameter(
@@ -135,11 +137,11 @@ class Context:
         self.directory, self.cls = directory, cls
         self.flags = {key: tuple(v) if isinstance(v, list) else v for key, v in flags.items() if v not in (None, [])}
 
-    def load(self, cls: type[settings.S]) -> settings.S:
+    def load(self, cls: type[settings.S], *, use_file: bool = True) -> settings.S:
         """Return the settings of a command from rr.toml, the environment and the flags."""
         if not self.directory.is_dir():
             raise UsageError(f"the directory {self.directory} does not exist")
-        return settings.load(cls, self.directory, self.flags)
+        return settings.load(cls, self.directory, self.flags, use_file=use_file)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -157,7 +159,8 @@ def setup(ctx: Context, overwrite: Overwrite = False, json: Json = False) -> Non
     """Create folders and rr.toml, and check that everything is there."""
     from rrcli.services import setup as service
 
-    result = service.setup(ctx.load(settings.SetupSettings), ctx.directory, ctx.given, _reporter(), overwrite=overwrite)
+    loaded = ctx.load(settings.SetupSettings, use_file=not overwrite)
+    result = service.setup(loaded, ctx.directory, ctx.given, _reporter(), overwrite=overwrite)
     if json:
         ui.show_json("setup", {"ok": result.ok, "checks": [vars(check) for check in result.checks]})
     else:
@@ -220,7 +223,8 @@ def eval(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "--model-path", help="Measure this model as the stage.  \\[default: the stage's own]",
+            "--model", "--model-path", "--model-name",
+            help="Measure this model as the stage.  \\[default: the stage's own]",
             rich_help_panel=settings.MODEL, show_default=False,
         ),
     ] = None,
@@ -265,11 +269,12 @@ def compare(
 
 
 @_command(settings.BoardSettings, LOOK)
-def board(ctx: Context) -> None:
+def board(ctx: Context, json: Json = False) -> None:
     """Open TensorBoard on the logs."""
     from rrcli.services import board as service
 
-    service.board(ctx.load(settings.BoardSettings), ctx.directory, _reporter(), ui.show_board)
+    started = (lambda board: ui.show_json("board", vars(board))) if json else ui.show_board
+    service.board(ctx.load(settings.BoardSettings), ctx.directory, _reporter(), started)
 
 
 @_command(settings.SetupSettings, EXPERIMENT)

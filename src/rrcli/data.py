@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ def read_documents(spec: str, directory: Path) -> list[str]:
             ) from error
         except OSError as error:
             raise RRError(f"cannot read {path}: {error.strerror}") from error
-        split = _lines(text, path) if path.suffix == ".jsonl" else text.replace("\r\n", "\n").split("\n\n")
+        text = text.removeprefix("\ufeff")
+        split = _lines(text, path) if path.suffix == ".jsonl" else re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n"))
         documents.update(dict.fromkeys(filter(None, (document.strip() for document in split))))
     if not documents:
         raise RRError(f"the data {spec} is empty", "It needs at least one document.")
@@ -93,7 +95,8 @@ def read_documents(spec: str, directory: Path) -> list[str]:
 
 
 def _lines(text: str, path: Path) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines: it also cuts at separators that JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -169,7 +172,9 @@ class TrainingData:
         task = random.choice(self.tasks)
         # Generators seed problem i with seed + i: leave room between the seeds, so that examples don't repeat.
         seed = (self.settings.seed * 1_000_003 + index * 64) % 2**31
-        problem = next(task.stream(seed, limit=4096, held_out=False))
+        problem = next(task.stream(seed, limit=4096, held_out=False), None)
+        if problem is None:
+            raise UsageError(f"task '{task.spec}' has no problems with a text answer to train on", "Leave it out.")
         prompt = encode_prompt(self.tokenizer, prompt_of(problem.question))
         answer = self.tokenizer(" " + problem.answer, add_special_tokens=False)["input_ids"] + _end(self.tokenizer)
         ids = self._cut(prompt + answer)

@@ -7,7 +7,7 @@ one is the stage's own depth. Nothing here needs torch, so `rr compare` and test
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,17 @@ def from_ratio(name: str, ratio: float) -> float:
     return ratio / math.log(2) if name == "bits_per_byte" else 100 * ratio
 
 
+def _bounded(name: str, value: float) -> float:
+    return min(100.0, max(0.0, value)) if name == "token_accuracy" else value
+
+
+def task_labels(specs: Iterable[str]) -> dict[str, str]:
+    """Return a short name for each task: its generator, or the whole spec where a generator occurs twice."""
+    specs = list(dict.fromkeys(specs))
+    names = [spec.partition(":")[0] for spec in specs]
+    return {spec: name if names.count(name) == 1 else spec for spec, name in zip(specs, names, strict=True)}
+
+
 def distinct_n(tokens: Sequence[int], n: int = 2) -> float:
     """Return the share of n-grams that are distinct (Li et al. 2016); 1 for a text without any n-gram."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
@@ -111,8 +122,8 @@ def _document_metrics(documents: Sequence[Mapping[str, Any]], depth: int) -> dic
         estimate = stats.ratio([total for total, _ in pairs], [size for _, size in pairs])
         metrics[name] = {
             "value": from_ratio(name, estimate.value),
-            "low": from_ratio(name, estimate.low),
-            "high": from_ratio(name, estimate.high),
+            "low": _bounded(name, from_ratio(name, estimate.low)),
+            "high": _bounded(name, from_ratio(name, estimate.high)),
             "n": len(documents),
         }
     nats = math.fsum(r["nll"][depth] for r in documents)
@@ -127,9 +138,8 @@ def _problem_metrics(problems: Sequence[Mapping[str, Any]], depth: int = -1) -> 
         return {}
     metrics = {"reasoning_accuracy": _share([r["correct"][depth] for r in problems])}
     metrics["reasoning_accuracy_strict"] = _share([r["strict"][depth] for r in problems])
-    for task in dict.fromkeys(r["task"] for r in problems):
-        name = task.partition(":")[0]
-        metrics[f"reasoning_accuracy/{name}"] = _share([r["correct"][depth] for r in problems if r["task"] == task])
+    for task, label in task_labels(r["task"] for r in problems).items():
+        metrics[f"reasoning_accuracy/{label}"] = _share([r["correct"][depth] for r in problems if r["task"] == task])
     return metrics
 
 

@@ -7,6 +7,7 @@ line. The command line and the written `rr.toml` are both made from these datacl
 from __future__ import annotations
 
 import json
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -28,10 +29,12 @@ def option(
     panel: str = "Options",
     choices: tuple[str, ...] = (),
     minimum: float | None = None,
+    maximum: float | None = None,
     aliases: tuple[str, ...] = (),
 ) -> Any:
     """Declare one option; everything that is known about it goes into the field's metadata."""
-    metadata = {"help": help, "panel": panel, "choices": choices, "minimum": minimum, "aliases": aliases}
+    metadata = {"help": help, "panel": panel, "choices": choices, "minimum": minimum, "maximum": maximum}
+    metadata |= {"aliases": aliases}
     return field(default=default, metadata=metadata)
 
 
@@ -88,7 +91,7 @@ class SurgerySettings(CommonSettings):
     SECTION = "surgery"
 
     span: str = option("all", "Decoder layers to run again: 'all' or START:END.")
-    max_steps: int = option(2, "The most passes after pass 0 (1 to 8).", minimum=1)
+    max_steps: int = option(2, "The most passes after pass 0 (1 to 8).", minimum=1, maximum=8)
     cell_width: int = option(0, "Inner width of the feedback cell; 0 = the hidden size.", minimum=0)
     chunk_width: int = option(16, "Positions drafted and refined together, in tokens.", minimum=1)
 
@@ -108,7 +111,7 @@ class TrainSettings(CommonSettings):
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices.", minimum=0)
     max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0 = never.", minimum=0)
     max_length: int = option(256, "Longest example, in tokens; longer text is cut.", minimum=8)
-    task_share: float = option(0.75, "Share of reasoning problems in a batch; the rest is text.", minimum=0)
+    task_share: float = option(0.75, "Share of reasoning problems in a batch; the rest is text.", minimum=0, maximum=1)
     phase: str = option(
         "c", "What trains: a = the sidecar, base frozen; c = everything (vanilla always c).", choices=("a", "c")
     )
@@ -126,7 +129,9 @@ class TrainSettings(CommonSettings):
     halt_weight: float = option(0.05, "Weight of halt.", panel=LOSS, minimum=0)
     ponder_weight: float = option(0.01, "Weight of ponder, after its warm-up.", panel=LOSS, minimum=0)
     stability_weight: float = option(0.01, "Weight of stability.", panel=LOSS, minimum=0)
-    supervised_share: float = option(0.5, "Share of positions that intermediate passes learn from.", panel=LOSS)
+    supervised_share: float = option(
+        0.5, "Share of positions that intermediate passes learn from.", panel=LOSS, minimum=0, maximum=1
+    )
     commit_margin: float = option(0.02, "A pass must gain more than this to be worth it, in nats.", panel=LOSS)
 
 
@@ -136,7 +141,9 @@ class EvalSettings(CommonSettings):
 
     SECTION = "eval"
 
-    max_length: int = option(0, "Window of the perplexity, in tokens; 0 = the model's context, at most 1024.")
+    max_length: int = option(
+        0, "Window of the perplexity, in tokens; 0 = the model's context, at most 1024.", minimum=0
+    )
     stride: int = option(0, "Tokens that a window moves on by; 0 = the window's length.", minimum=0)
     max_samples: int = option(0, "Score only this many documents (a seeded choice); 0 = all.", minimum=0)
     problems: int = option(250, "Problems per reasoning task.", minimum=1)
@@ -157,7 +164,7 @@ class CompareSettings(CommonSettings):
 
     SECTION = "compare"
 
-    alpha: float = option(0.05, "Family-wise error rate of the verdicts.", minimum=0)
+    alpha: float = option(0.05, "Family-wise error rate of the verdicts.", minimum=0, maximum=1)
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,7 @@ class BoardSettings(CommonSettings):
 
     SECTION = "board"
 
-    port: int = option(6006, "First port to try.", minimum=0)
+    port: int = option(6006, "First port to try.", minimum=0, maximum=65535)
     host: str = option("127.0.0.1", "Address to listen on.")
     reload_interval: int = option(5, "Seconds between looks at the logs.", minimum=1)
 
@@ -189,13 +196,26 @@ def own_fields(cls: type[CommonSettings]) -> list[Field[Any]]:
     return [item for item in fields(cls) if item.name not in common]
 
 
-def load(cls: type[S], directory: Path, flags: Mapping[str, Any] | None = None) -> S:
-    """Build the settings of one command from every source; `flags` holds None for options that were not given.
+def load(
+    cls: type[S],
+    directory: Path,
+    flags: Mapping[str, Any] | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    use_file: bool = True,
+) -> S:
+    """Build the settings of one command from every source.
+
+    Args:
+        flags: what stood on the command line; None for options that were not given.
+        environment: the process's own if not given.
+        use_file: whether to read `rr.toml`.
 
     Raises:
         UsageError: an unknown key in `rr.toml` or a value out of its type or limits, with the place it stands.
     """
-    file = read_file(directory)
+    file = read_file(directory) if use_file else {}
+    environment = os.environ if environment is None else environment
     values: dict[str, tuple[Any, str]] = {}
     sections: tuple[type[CommonSettings], ...] = tuple(dict.fromkeys((CommonSettings, cls)))
     for section in sections:
@@ -206,8 +226,8 @@ def load(cls: type[S], directory: Path, flags: Mapping[str, Any] | None = None) 
             for variable in (f"RR_{section.SECTION}_{key}".upper(),) + (
                 (f"RR_{key}".upper(),) if section is CommonSettings else ()
             ):
-                if variable in os.environ:
-                    values[key] = (os.environ[variable], variable)
+                if variable in environment:
+                    values[key] = (environment[variable], variable)
     for key, value in (flags or {}).items():
         if value is not None:
             values[key] = (value, "--" + key.replace("_", "-"))
@@ -234,14 +254,18 @@ def read_file(directory: Path) -> dict[str, dict[str, Any]]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
     known = {section.SECTION: [item.name for item in own_fields(section)] for section in SECTIONS}
+    home = {key: section for section, keys in reversed(known.items()) for key in keys}
     for name, table in document.items():
+        if not isinstance(table, dict):
+            section = name if name in known else home.get(name)
+            hint = f"Put it under [{section}]." if section else suggest(name, home)
+            raise UsageError(f"'{name}' in {path} stands outside a section", hint)
         if name not in known:
             raise UsageError(f"unknown section [{name}] in {path}", suggest(name, known))
-        if not isinstance(table, dict):
-            raise UsageError(f"'{name}' in {path} stands outside a section", f"Put it under [{name}].")
         for key in table:
             if key not in known[name]:
-                raise UsageError(f"unknown key '{key}' in {path}, section [{name}]", suggest(key, known[name]))
+                hint = f"It belongs in [{home[key]}]." if key in home else suggest(key, known[name])
+                raise UsageError(f"unknown key '{key}' in {path}, section [{name}]", hint)
     return document
 
 
@@ -273,6 +297,9 @@ def _check(item: Field[Any], kind: Any, value: Any, place: str) -> Any:
         raise UsageError(f"{place} is '{value}'", suggest(str(value), choices))
     if minimum is not None and value < minimum:
         raise UsageError(f"{place} is {value}", f"It must be at least {minimum:g}.")
+    maximum = item.metadata["maximum"]
+    if maximum is not None and value > maximum:
+        raise UsageError(f"{place} is {value}", f"It must be at most {maximum:g}.")
     return value
 
 
@@ -285,7 +312,10 @@ def _convert(kind: Any, value: Any) -> Any:
     if kind in (int, float):
         if isinstance(value, bool) or (kind is int and isinstance(value, float)):
             raise TypeError(value)
-        return kind(value)
+        number = kind(value)
+        if not math.isfinite(number):
+            raise ValueError(value)
+        return number
     if kind is str:
         if not isinstance(value, str):
             raise TypeError(value)
@@ -300,4 +330,5 @@ def _convert(kind: Any, value: Any) -> Any:
 def _toml(value: Any) -> str:
     if value is MISSING:
         raise AssertionError("every option has a default")
-    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+    text = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")  # JSON leaves it as it is, TOML forbids it

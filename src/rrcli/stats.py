@@ -6,12 +6,15 @@ accuracies. Intervals are two-sided at `confidence`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 CONFIDENCE = 0.95
+# Up to this many units, a permutation test looks at every flip of signs (2^12 of them).
+ENUMERATED_UNITS = 12
 
 
 @dataclass(frozen=True)
@@ -104,15 +107,18 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool], confidence: float = CONFIDENCE
     plus_a, plus_b, total = only_a + 0.5, only_b + 0.5, n + 2
     centre = (plus_a - plus_b) / total
     reach = normal_quantile(confidence) * math.sqrt(plus_a + plus_b - (plus_a - plus_b) ** 2 / total) / total
-    return Estimate(value, min(value, centre - reach), max(value, centre + reach), p_value, n)
+    low, high = min(value, centre - reach), max(value, centre + reach)
+    return Estimate(value, max(-1.0, low), min(1.0, high), p_value, n)
 
 
 def paired_bootstrap(
     a: Sequence[float], b: Sequence[float], draws: int = 4000, seed: int = 0, confidence: float = CONFIDENCE
 ) -> Estimate:
-    """Estimate mean(a) - mean(b) for the same units scored twice by the percentile bootstrap over units.
+    """Estimate mean(a) - mean(b) for the same units scored twice.
 
-    The p-value is twice the smaller share of draws on one side of zero, never below 1/draws (Efron & Tibshirani 1993).
+    The interval is the percentile bootstrap's over units (Efron & Tibshirani 1993). The p-value is the sign-flip
+    permutation test's, which holds its level for a handful of units, where the bootstrap's would not: all flips are
+    enumerated for up to 12 units, else `draws` of them are taken.
     """
     import numpy as np
 
@@ -121,10 +127,14 @@ def paired_bootstrap(
     value = float(difference.mean())
     if n < 2 or not difference.any():
         return Estimate(value, -math.inf if n < 2 else 0.0, math.inf if n < 2 else 0.0, 1.0, n)
-    means = difference[np.random.default_rng(seed).integers(0, n, size=(draws, n))].mean(axis=1)
+    random = np.random.default_rng(seed)
+    means = difference[random.integers(0, n, size=(draws, n))].mean(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    side = min(float((means <= 0).mean()), float((means >= 0).mean()))
-    return Estimate(value, float(low), float(high), min(1.0, max(2 * side, 1 / draws)), n)
+    few = n <= ENUMERATED_UNITS
+    signs = np.array(list(itertools.product((1, -1), repeat=n))) if few else random.choice((1, -1), size=(draws, n))
+    extreme = np.abs((signs * difference).mean(axis=1)) >= abs(value) - 1e-12
+    p_value = extreme.mean() if few else (extreme.sum() + 1) / (draws + 1)
+    return Estimate(value, float(low), float(high), float(p_value), n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

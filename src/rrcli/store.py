@@ -29,6 +29,11 @@ SCHEMA = 1
 # any training step, and no more for a model of 100 GB than for one of 1 GB.
 SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 64 * 1024
+# What else decides how a model behaves: hashed whole.
+SMALL_FILES = (
+    *("config.json", "generation_config.json", MANIFEST, "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja"),
+)
 
 
 # -- publishing --------------------------------------------------------------------------------------------------------
@@ -114,9 +119,12 @@ def publish_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`."""
+    """Remove what a killed process left half-written in `folder`; bring back what it had just moved aside."""
     for leftover in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
-        if leftover.is_dir():
+        original = folder / leftover.name[1:].rsplit(".", 2)[0]
+        if leftover.suffix == ".old" and not original.exists():
+            leftover.rename(original)
+        elif leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
@@ -131,7 +139,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        blocking = next(p for p in (path, *path.parents) if p.exists() and not p.is_dir())
+        blocking = next((p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir()), path)
         raise RRError(f"{blocking} is a file, a folder was expected", "Move it away, or name another folder.") from None
     except OSError as error:
         raise RRError(f"cannot create {path}: {error.strerror}", "Name a folder that you may write to.") from error
@@ -218,7 +226,7 @@ def weight_files(source: Path) -> list[Path]:
 
 
 def fingerprint(source: Path) -> str:
-    """Return a short identity of a model folder, checkpoint folder or `.gguf` file, from its weights and config.
+    """Return a short identity of a model folder, checkpoint folder or `.gguf` file: weights, config, tokenizer.
 
     Reads headers whole and `SAMPLED_BLOCKS` blocks per file, so the time does not grow with the model.
     """
@@ -234,9 +242,9 @@ def fingerprint(source: Path) -> str:
             for block in range(SAMPLED_BLOCKS):
                 file.seek(max(0, size - BLOCK_BYTES) * block // (SAMPLED_BLOCKS - 1))
                 digest.update(file.read(BLOCK_BYTES))
-    for name in ("config.json", MANIFEST):
+    for name in SMALL_FILES:
         if source.is_dir() and (source / name).exists():
-            digest.update((source / name).read_bytes())
+            digest.update(f"{name}\n".encode() + (source / name).read_bytes())
     return digest.hexdigest()[:16]
 
 

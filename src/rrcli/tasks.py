@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,10 @@ class Task:
 
     def score(self, answer: str, problem: Problem) -> float:
         """Return the generator's own score of `answer`, in [0, 1]; 1 is a correct answer."""
-        return float(self._scorer.score_answer(answer, entry=problem.entry))
+        try:
+            return float(self._scorer.score_answer(answer, entry=problem.entry))
+        except Exception:  # some scorers parse the answer, and raise on one that cannot be parsed
+            return 0.0
 
     def _create(self, seed: int, size: int) -> Any:
         from reasoning_gym.factory import create_dataset
@@ -101,7 +105,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """
     name, _, rest = spec.partition(":")
     options: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in rest.split(","))):
+    # Commas inside brackets belong to the value: operators=['+','-'].
+    for item in filter(None, (part.strip() for part in re.split(r",(?![^\[(]*[\])])", rest))):
         key, equals, value = item.partition("=")
         if not equals:
             raise UsageError(f"task option '{item}' in '{spec}' has no value", "Write NAME:key=value,key=value.")

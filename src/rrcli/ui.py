@@ -102,7 +102,7 @@ class _Bar:
 
 def show_error(error: RRError) -> None:
     """Print `error:` and `hint:` lines."""
-    label = "stopped" if error.exit_code == 130 else "error"
+    label = "interrupted" if error.exit_code == 130 else "error"
     console = err()
     console.print(f"[bold red]{label}:[/bold red] {escape(error.message)}", soft_wrap=True)
     if error.hint:

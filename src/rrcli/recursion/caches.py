@@ -39,22 +39,26 @@ def is_empty(cache: Any) -> bool:
     if layers is None:
         length = getattr(cache, "get_seq_length", None)
         return length is not None and int(length()) == 0
-    for layer in layers:
-        if not getattr(layer, "is_initialized", True):
-            continue
-        length = getattr(layer, "get_seq_length", None)
-        if length is not None and int(length()) > 0:
-            return False
-        previous = getattr(layer, "has_previous_state", False)
-        if previous is True or (isinstance(previous, (list, dict)) and any(_values(previous))):
-            return False
-    return True
+    return all(_is_blank(layer) for layer in layers)
 
 
-def prepare(cache: Any, depth: int) -> None:
+def _is_blank(layer: Any) -> bool:
+    """Tell whether no token went through one layer of a cache."""
+    length = getattr(layer, "get_seq_length", None)
+    if getattr(layer, "is_initialized", True) and length is not None and int(length()) > 0:
+        return False
+    previous = getattr(layer, "has_previous_state", False)
+    return not (previous is True or (isinstance(previous, (list, dict)) and any(_values(previous))))
+
+
+def prepare(cache: Any, depth: int, full: bool = True) -> None:
     """Make `cache` carry one cache for each of the passes `1..depth`, at the start of a forward at that depth.
 
     Copies for deeper passes are dropped: they will not see this forward's tokens.
+
+    Args:
+        full: whether the span ends with the last layer. If not, the layers behind it have cached what the passes so far
+            gave them, and going on at a lower depth would mix two models.
 
     Raises:
         RRError: tokens went through the cache at a lower depth, so a deeper pass has no past.
@@ -63,7 +67,7 @@ def prepare(cache: Any, depth: int) -> None:
     if passes is None and depth == 0:
         return
     have = len(passes or ())
-    if depth > have and not is_empty(cache):
+    if (depth > have or (depth < have and not full)) and not is_empty(cache):
         raise RRError(
             f"this cache was filled at recursion depth {have}; it cannot go on at depth {depth}",
             "Start from a new cache, or keep the depth that the first tokens were run at.",
@@ -104,7 +108,11 @@ def _mirrored(cls: type) -> type:
         @functools.wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             for twin in self.rr_passes:
-                getattr(twin, name)(*args, **kwargs)
+                # Layers outside the span stay blank in the copies, and some kinds cannot crop nothing.
+                targets = twin.layers if name == "crop" and hasattr(twin, "layers") else [twin]
+                for target in targets:
+                    if target is twin or not _is_blank(target):
+                        getattr(target, name)(*args, **kwargs)
             return method(self, *args, **kwargs)
 
         return call

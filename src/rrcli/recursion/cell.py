@@ -40,7 +40,7 @@ class FeedbackCell(nn.Module):
 
     def forward(self, hidden: Tensor, step: int) -> Tensor:
         """Return the feedback of pass `step` (1-based) from `h(step-1)`, both `[batch, position, hidden]`."""
-        return self.w_out(F.silu(self.w_in(self.norm(hidden)) + self.step.weight[step - 1]))
+        return self.w_out(F.silu(self.w_in(self.norm(hidden.to(self.w_in.weight.dtype))) + self.step.weight[step - 1]))
 
 
 class BoundaryHead(nn.Module):
@@ -56,4 +56,4 @@ class BoundaryHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return `[..., ]` logits from `[..., hidden]` span outputs of one pass."""
-        return self.score(self.norm(hidden)).squeeze(-1)
+        return self.score(self.norm(hidden.to(self.score.weight.dtype))).squeeze(-1)

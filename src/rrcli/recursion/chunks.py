@@ -81,9 +81,9 @@ def teacher_forced_chunks(predictions: Tensor, commit: Tensor, targets: Tensor, 
     offset = torch.arange(n, device=windows.device) - (lengths.cumsum(0) - lengths)[chunk]
 
     # A chunk stops after the first pass with which the head is content at every position.
-    content = (commit >= COMMIT_THRESHOLD).int()
-    waits = content.cumsum(0).eq(0).sum(0) if depth else torch.zeros(n)
-    steps = torch.zeros(chunks, dtype=waits.dtype, device=waits.device).scatter_reduce(0, chunk, waits, "amax")
+    doubts = (commit < COMMIT_THRESHOLD).int()
+    per_chunk = torch.zeros(depth, chunks, dtype=doubts.dtype, device=doubts.device).index_add_(1, chunk, doubts)
+    steps = per_chunk.ne(0).int().cumprod(0).sum(0)
 
     agrees = predictions[0] == predictions[-1]
     first = torch.where(agrees, lengths[chunk], offset)

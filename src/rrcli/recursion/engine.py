@@ -14,7 +14,8 @@ At depth 0 no frame is opened and the hooks return at once: the model is the sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +76,8 @@ class Recursion(nn.Module):
         self.start, self.end = config.resolve_span(len(self.layers))
         self.needs_check = not known
 
-        like = next(p for p in self.layers[self.start].parameters() if p.is_floating_point())
+        # Weights of one byte (fp8) are storage, not something to compute in.
+        like = next(p for p in self.layers[self.start].parameters() if p.is_floating_point() and p.element_size() > 1)
         hidden = model.config.get_text_config().hidden_size
         generator = torch.Generator().manual_seed(config.seed)
         self.cell = FeedbackCell(hidden, config.cell_width or hidden, config.max_steps, generator)
@@ -114,7 +116,8 @@ class Recursion(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self.model.__dict__.pop("recursion", None)
+        if self.model.__dict__.get("recursion") is self:
+            del self.model.__dict__["recursion"]
 
     def passes(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Passes:
         """Run the backbone once, without a cache, and return what every pass 0..depth produced.
@@ -140,7 +143,8 @@ class Recursion(nn.Module):
             self.layers[self.end - 1].register_forward_hook(self._after_pass_0),
         ]
         for index in range(self.start, len(self.layers)):
-            hooks.append(self.layers[index].register_forward_pre_hook(self._noter(index), with_kwargs=True))
+            note = functools.partial(self._note, index)
+            hooks.append(self.layers[index].register_forward_pre_hook(note, with_kwargs=True))
         return hooks
 
     @contextmanager
@@ -162,14 +166,11 @@ class Recursion(nn.Module):
     def _prepare_caches(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for value in (*args, *kwargs.values()):
             if caches.is_cache(value):
-                caches.prepare(value, self._frame.depth if self._frame else 0)
+                caches.prepare(value, self._frame.depth if self._frame else 0, self.end == len(self.layers))
 
-    def _noter(self, index: int) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._frame is not None:
-                self._frame.calls[index] = (args, kwargs)
-
-        return note
+    def _note(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._frame is not None:
+            self._frame.calls[index] = (args, kwargs)
 
     def _after_pass_0(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         frame = self._frame
@@ -184,7 +185,7 @@ class Recursion(nn.Module):
                 feedback = self.cell(hidden.to(entry.device), step)
                 if frame.states is not None:
                     frame.feedback.append(_relative_norm(feedback, entry))
-                hidden = self._run(span, entry + feedback, frame, step)
+                hidden = self._run(span, entry + feedback.to(entry.dtype), frame, step)
                 states.append(hidden)
         if frame.states is not None:
             frame.states.extend(states)
@@ -230,9 +231,11 @@ def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
     if recursion.needs_check:
         try:
             self_check(recursion)
-        except Exception:
+        except Exception as error:
             recursion.detach()
-            raise
+            if isinstance(error, RRError):
+                raise
+            raise RRError(f"'{model.config.model_type}' models cannot be supported: {error}") from error
     return recursion
 
 

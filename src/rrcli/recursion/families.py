@@ -59,7 +59,7 @@ LAYOUTS: dict[str, Layout] = {
         ),
         LLAMA,
     ),
-    **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "codegen", "bloom", "falcon", "gpt_bigcode"), GPT2),
+    **dict.fromkeys(("gpt2", "gptj", "codegen", "bloom", "falcon", "gpt_bigcode"), GPT2),
     "phi": Layout("model.layers", ("model.final_layernorm",)),
     "lfm2": Layout("model.layers", ("model.embedding_norm",)),
     "falcon_h1": Layout("model.layers", ("model.final_layernorm",)),

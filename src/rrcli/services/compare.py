@@ -10,9 +10,9 @@ from typing import Any
 
 from rrcli import stats
 from rrcli.errors import RRError, UsageError, suggest
-from rrcli.metrics import METRICS, Metric, document_totals, from_ratio
+from rrcli.metrics import METRICS, Metric, document_totals, from_ratio, task_labels
 from rrcli.settings import STAGES, CompareSettings
-from rrcli.store import read_json
+from rrcli.store import finite, read_json
 from rrcli.workspace import Workspace
 
 Results = dict[str, Any]
@@ -51,11 +51,25 @@ class Row:
 
 
 @dataclass
+class Claim:
+    """A difference that a sentence speaks about: `name` of `result` against `reference`."""
+
+    what: str
+    against: str
+    name: str
+    estimate: stats.Estimate
+    result: Results
+    reference: Results
+    p_adjusted: float = 1.0
+
+
+@dataclass
 class Comparison:
     """Everything that `rr compare` shows."""
 
     stages: list[str]
     rows: list[Row]
+    claims: list[Claim] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     alpha: float = 0.05
@@ -71,6 +85,11 @@ class Comparison:
                 {"name": row.name, "label": row.metric.label, "unit": row.metric.unit, "better": row.metric.better}
                 | {"cells": [vars(cell) for cell in row.cells]}
                 for row in self.rows
+            ],
+            "claims": [
+                finite(vars(claim.estimate))
+                | {"what": claim.what, "metric": claim.name, "p_adjusted": claim.p_adjusted}
+                for claim in self.claims
             ],
             "sentences": self.sentences,
             "warnings": self.warnings,
@@ -95,10 +114,12 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
     labels = [r["stage"] if name in STAGES else name for name, r in zip(names, results, strict=True)]
     rows = [Row(name, metric, _cells(name, metric, results)) for name, metric in _metrics_of(results).items()]
     rows = [row for row in rows if any(cell.value is not None for cell in row.cells)]
-    _correct(rows, settings.alpha)
-    comparison = Comparison(labels, rows + _training_rows(results), alpha=settings.alpha)
+    stages = {r["stage"]: r for r in results}
+    claims = _claims(stages)
+    _correct(rows, claims, results, settings.alpha)
+    comparison = Comparison(labels, rows + _training_rows(results), claims, alpha=settings.alpha)
     comparison.warnings = _warnings(labels, results)
-    comparison.sentences = _sentences(dict(zip(labels, results, strict=True)), settings.alpha)
+    comparison.sentences = _sentences(stages, claims, settings.alpha)
     return comparison
 
 
@@ -202,10 +223,11 @@ def paired(name: str, metric: Metric, result: Results, first: Results) -> tuple[
 
 
 def _answers(result: Results, task: str) -> dict[str, tuple[bool, str]]:
+    labels = task_labels(r["task"] for r in result["records"].get("problems", ()))
     return {
         r["key"]: (bool(r["correct"][-1]), r["outputs"][-1])
         for r in result["records"].get("problems", ())
-        if not task or r["task"].partition(":")[0] == task
+        if not task or labels[r["task"]] == task
     }
 
 
@@ -224,13 +246,25 @@ def _direction(metric: Metric, difference: float) -> str:
     return "better" if (difference < 0) == (metric.better == "lower") else "worse"
 
 
-def _correct(rows: list[Row], alpha: float) -> None:
-    """Adjust all p-values of the table together, and call what does not survive noise."""
-    tested = [cell for row in rows for cell in row.cells if cell.p_value is not None]
-    for cell, adjusted in zip(tested, stats.holm([cell.p_value or 0.0 for cell in tested]), strict=True):
-        cell.p_adjusted = adjusted
-        if cell.verdict != "same" and adjusted > alpha:
+def _correct(rows: list[Row], claims: list[Claim], results: list[Results], alpha: float) -> None:
+    """Adjust all p-values together, and call what does not survive noise.
+
+    A claim against the first stage is a cell of the table and shares its value; other claims join the family.
+    """
+    cells = [cell for row in rows for cell in row.cells if cell.p_value is not None]
+    others = [claim for claim in claims if claim.reference is not results[0]]
+    adjusted = stats.holm([x.p_value or 0.0 for x in (*cells, *(claim.estimate for claim in others))])
+    for cell, p_value in zip(cells, adjusted, strict=False):
+        cell.p_adjusted = p_value
+        if cell.verdict != "same" and p_value > alpha:
             cell.verdict = "within noise"
+    for claim, p_value in zip(others, adjusted[len(cells) :], strict=True):
+        claim.p_adjusted = p_value
+    for claim in claims:
+        if claim.reference is results[0]:
+            row = next(row for row in rows if row.name == claim.name)
+            column = next(i for i, result in enumerate(results) if result is claim.result)
+            claim.p_adjusted = row.cells[column].p_adjusted or 0.0
 
 
 def _training_rows(results: list[Results]) -> list[Row]:
@@ -260,6 +294,8 @@ def _warnings(labels: list[str], results: list[Results]) -> list[str]:
             "tokenizer": (result["model"]["tokenizer"], first["model"]["tokenizer"]),
             "versions": (result["provenance"]["versions"], first["provenance"]["versions"]),
         }
+        for name in ("max_length", "stride", "max_new_tokens", "chat_template"):
+            pairs[name] = tuple(r.get("settings", {}).get(name) for r in (result, first))
         differ = [name for name, (a, b) in pairs.items() if a != b]
         if differ:
             told = [f"{name} ({pairs[name][1]} and {pairs[name][0]})" if name in ("seed", "dtype", "device") else name
@@ -268,20 +304,34 @@ def _warnings(labels: list[str], results: list[Results]) -> list[str]:
     return warnings
 
 
-def _sentences(stages: dict[str, Results], alpha: float) -> list[str]:
+def _claims(stages: dict[str, Results]) -> list[Claim]:
+    """Return the differences that the sentences speak about: fine-tuning, and recursion beyond it."""
+    pairs = [("Fine-tuning without recursion", "finetuned_vanilla", "baseline", "the baseline")]
+    if {"finetuned_vanilla", "finetuned_recursive"} <= stages.keys():
+        words = ("Recursion, beyond fine-tuning", "vanilla fine-tuning")
+        pairs.append((words[0], "finetuned_recursive", "finetuned_vanilla", words[1]))
+    else:
+        pairs.append(("Recursive fine-tuning", "finetuned_recursive", "baseline", "the baseline"))
+    claims = []
+    for what, stage, reference, against in pairs:
+        if {stage, reference} <= stages.keys():
+            result, other = stages[stage], stages[reference]
+            for name in ("reasoning_accuracy", "perplexity"):
+                if name in result["metrics"] and name in other["metrics"]:
+                    estimate, _ = paired(name, METRICS[name], result, other)
+                    if estimate is not None:
+                        claims.append(Claim(what, against, name, estimate, result, other))
+    return claims
+
+
+def _sentences(stages: dict[str, Results], claims: list[Claim], alpha: float) -> list[str]:
     said = []
     if {"baseline", "after_surgery"} <= stages.keys():
         said.append(_preserved(stages["after_surgery"], stages["baseline"]))
-    if {"baseline", "finetuned_vanilla"} <= stages.keys():
-        vanilla, base = stages["finetuned_vanilla"], stages["baseline"]
-        said += _gain("Fine-tuning without recursion", vanilla, base, alpha, "the baseline")
+    said += [_tell(claim, alpha) for claim in claims]
     if {"finetuned_vanilla", "finetuned_recursive"} <= stages.keys():
-        recursive, vanilla = stages["finetuned_recursive"], stages["finetuned_vanilla"]
-        said += _gain("Recursion, beyond fine-tuning", recursive, vanilla, alpha, "vanilla fine-tuning")
-        said += _cost(recursive, vanilla)
+        said += _cost(stages["finetuned_recursive"], stages["finetuned_vanilla"])
     elif {"baseline", "finetuned_recursive"} <= stages.keys():
-        recursive, base = stages["finetuned_recursive"], stages["baseline"]
-        said += _gain("Recursive fine-tuning", recursive, base, alpha, "the baseline")
         said.append("What recursion adds to fine-tuning needs stage finetuned_vanilla beside it.")
     return said
 
@@ -308,38 +358,21 @@ def _preserved(after: Results, base: Results) -> str:
     return f"Surgery did NOT preserve the baseline: {changed} differ (ln perplexity by {worst:.2g})."
 
 
-def _gain(what: str, result: Results, reference: Results, alpha: float, against: str) -> list[str]:
-    tests = []
-    for name in ("reasoning_accuracy", "perplexity"):
-        if name in result["metrics"] and name in reference["metrics"]:
-            estimate, same = paired(name, METRICS[name], result, reference)
-            if estimate is not None:
-                tests.append((name, estimate, same))
-    adjusted = stats.holm([estimate.p_value or 0.0 for _, estimate, _ in tests])
-    return [
-        _claim(what, name, estimate, p, alpha, result, reference, against)
-        for (name, estimate, _), p in zip(tests, adjusted, strict=True)
-    ]
-
-
-def _claim(
-    what: str, name: str, e: stats.Estimate, p: float, alpha: float, result: Results, reference: Results, against: str
-) -> str:
-    metric, scale = METRICS[name], _scale(name, METRICS[name])
-    unit = "%" if name == "perplexity" else "points"
-    values = (
-        f"{reference['metrics'][name]['value']:.4g} -> {result['metrics'][name]['value']:.4g}{metric.unit and ' %'}"
-    )
-    interval = f"{scale(e.value):+.1f} {unit} [{_bound(scale, e.low)}, {_bound(scale, e.high)}]"
-    label = metric.label.lower()
-    if p <= alpha:
-        direction = _direction(metric, e.value)
-        return f"{what}: {label} is {direction} than {against}'s, {values}, {interval}, {_p(p)}, n = {e.n}."
-    text = f"{what}: no effect on {label} is shown, {values}, {interval}, {_p(p)}, n = {e.n}."
-    if name == "reasoning_accuracy":
-        a, b = _answers(result, ""), _answers(reference, "")
-        discordant = sum(a[key][0] != b[key][0] for key in b if key in a) / e.n
-        needed = stats.problems_needed(e.value, discordant, alpha)
+def _tell(claim: Claim, alpha: float) -> str:
+    metric, scale, estimate = METRICS[claim.name], _scale(claim.name, METRICS[claim.name]), claim.estimate
+    unit = "%" if claim.name == "perplexity" else "points"
+    before, after = (r["metrics"][claim.name]["value"] for r in (claim.reference, claim.result))
+    values = f"{before:.4g} -> {after:.4g}{' %' if metric.unit else ''}"
+    interval = f"{scale(estimate.value):+.1f} {unit} [{_bound(scale, estimate.low)}, {_bound(scale, estimate.high)}]"
+    facts = f"{values}, {interval}, {_p(claim.p_adjusted)}, n = {estimate.n}"
+    if claim.p_adjusted <= alpha:
+        direction = _direction(metric, estimate.value)
+        return f"{claim.what}: {metric.label.lower()} is {direction} than {claim.against}'s, {facts}."
+    text = f"{claim.what}: no effect on {metric.label.lower()} is shown, {facts}."
+    if claim.name == "reasoning_accuracy":
+        a, b = _answers(claim.result, ""), _answers(claim.reference, "")
+        discordant = sum(a[key][0] != b[key][0] for key in b if key in a) / estimate.n
+        needed = stats.problems_needed(estimate.value, discordant, alpha)
         if needed is not None:
             text += f" A difference of this size would take about {needed:,} problems to show."
     return text

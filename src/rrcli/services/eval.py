@@ -48,8 +48,8 @@ def evaluate(
     check_stage(stage)
     workspace = Workspace(directory, settings)
     file = workspace.results_file(stage)
-    make_folder(file.parent)
     source = workspace.resolve(model) if model else workspace.stage_model(stage)
+    make_folder(file.parent)
     inputs = eval_inputs(settings, stage, model_fingerprint(source, directory), data_identity(settings, directory))
     data = held_out_data(
         settings, directory, settings.problems, settings.max_samples, reasoning=not settings.skip_reasoning

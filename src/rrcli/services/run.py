@@ -145,7 +145,7 @@ def _status(kind: str, target: str, recorded: str | None, expected: str) -> Step
     if recorded is None:
         return Step(kind, target, "missing")
     if recorded != expected:
-        return Step(kind, target, "stale", "made from another model, other data or settings")
+        return Step(kind, target, "stale", "its inputs changed")
     return Step(kind, target, DONE)
 
 

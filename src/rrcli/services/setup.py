@@ -18,7 +18,7 @@ from rrcli.data import held_out_data
 from rrcli.errors import RRError
 from rrcli.models import load_config, load_tokenizer, pick_device
 from rrcli.reporting import Reporter
-from rrcli.settings import SETTINGS_FILE, SetupSettings, read_file, write_file
+from rrcli.settings import SETTINGS_FILE, SetupSettings, load, read_file, write_file
 from rrcli.store import make_folder
 from rrcli.workspace import Workspace
 
@@ -60,7 +60,7 @@ def setup(
     workspace = Workspace(directory, settings)
     for folder in (settings.log_dir, settings.checkpoint_dir, settings.output_dir):
         make_folder(directory / folder)
-    file = _write_settings(settings, directory, given, overwrite)
+    file = _write_settings(directory, given, overwrite)
     checks: list[Check] = []
     looks: tuple[tuple[str, Callable[[], str]], ...] = (
         ("versions", _versions),
@@ -82,17 +82,19 @@ def setup(
     return SetupResult(checks, file)
 
 
-def _write_settings(settings: SetupSettings, directory: Path, given: Mapping[str, Any], overwrite: bool) -> Path:
+def _write_settings(directory: Path, given: Mapping[str, Any], overwrite: bool) -> Path:
     path = directory / SETTINGS_FILE
     before = None if overwrite or not path.exists() else path.read_text(encoding="utf-8")
     changes: dict[str, dict[str, Any]] = {}
-    if before is None and settings.model == "default":
+    if before is None and given.get("model", "default") == "default":
         changes = {section: dict(values) for section, values in demo.SETTINGS.items()}
     elif before is not None:
         if not any(value is not None for value in given.values()):
             return path
         changes = {section: values for section, values in read_file(directory).items() if section != "common"}
-    text = write_file(settings, changes)
+    # The environment is of this shell; the file keeps what was asked for on the command line.
+    common = load(SetupSettings, directory, given, environment={}, use_file=not overwrite)
+    text = write_file(common, changes)
     if text == before:
         return path
     try:

@@ -11,7 +11,7 @@ from rrcli.models import load_for, save_folder
 from rrcli.recursion.config import RecursionConfig, parse_span
 from rrcli.reporting import Reporter
 from rrcli.settings import SurgerySettings
-from rrcli.store import publish_folder, write_json
+from rrcli.store import publish_folder, sweep, write_json
 from rrcli.workspace import Workspace, surgery_inputs
 
 PROBES = ("The quick brown fox jumps over the lazy dog.", "Question: 2 + 3 =\nAnswer:")
@@ -57,6 +57,8 @@ def surgery(
     base = workspace.base()
     if base.path.is_dir() and folder.resolve().is_relative_to(base.path):
         raise RRError(f"the output {folder} lies inside the base model's folder", "Choose another --checkpoint-dir.")
+    if folder.parent.is_dir():
+        sweep(folder.parent)
     if folder.exists() and not overwrite and not dry_run:
         raise RRError(f"{folder} exists already", "Use --overwrite to replace it.")
     config = surgery_config(settings)

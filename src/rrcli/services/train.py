@@ -25,7 +25,7 @@ from rrcli.data import EvalData, TrainingData, held_out_data
 from rrcli.errors import Interrupted, RRError, UsageError, suggest
 from rrcli.models import ModelSource, base_of, load_for, save_folder
 from rrcli.reporting import Reporter
-from rrcli.settings import EvalSettings, TrainSettings
+from rrcli.settings import STAGES, EvalSettings, TrainSettings
 from rrcli.store import TRAINER_STATE, checkpoints, make_folder, publish_folder, read_json, step_of, sweep, write_json
 from rrcli.workspace import MAKERS, Workspace, data_identity, model_fingerprint, recorded_inputs, train_inputs
 
@@ -110,6 +110,8 @@ def train(
         raise UsageError("vanilla training in phase a has nothing to train", "Phase a trains the sidecar only.")
     workspace = Workspace(directory, settings)
     name = settings.run_name or f"finetuned_{mode}"
+    if name in STAGES and name != f"finetuned_{mode}":
+        raise UsageError(f"run name '{name}' is a stage of its own", "Choose another --run-name.")
     folder = workspace.run_folder(name)
     start = workspace.base() if mode == "vanilla" else workspace.stage_model("after_surgery")
     identity = data_identity(settings, directory)
@@ -208,8 +210,8 @@ def _loop(run: _Run, first: int, checkpoint: Path | None, tracker: Any) -> dict[
                 _save(run, optimizer, tracker, done)
             if stopped and done < settings.steps:
                 raise Interrupted(
-                    f"stopped after step {done} of {settings.steps}; it is saved",
-                    f"'{MAKERS.get(run.name, 'the same command')}' goes on from there.",
+                    f"{run.name} stopped after step {done} of {settings.steps}; it is saved",
+                    "The same command goes on from there.",
                 )
     return losses
 

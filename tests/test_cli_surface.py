@@ -1,0 +1,382 @@
+"""The command line from outside: its options, exit codes, streams, and what it says when it is misspelled."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from rrcli import __version__
+from rrcli.cli import app
+from rrcli.settings import STAGES
+from rrcli.store import write_json
+
+ESCAPE = "\x1b"
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands set a signal handler, `--debug` a variable: leave neither behind."""
+    for name in [name for name in os.environ if name.startswith("RR_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RR_DEBUG", "")
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def rr(*arguments: Any, directory: Path | None = None) -> Any:
+    where = ["--dir", str(directory)] if directory else []
+    return CliRunner().invoke(app, [*map(str, arguments), *where])
+
+
+def plain(text: str) -> str:
+    """Return text without the frame that help and usage errors are drawn in."""
+    return re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", " ", text))
+
+
+# -- the options -------------------------------------------------------------------------------------------------------
+
+COMMON = {
+    *("--model", "--model-path", "--model-name", "--data", "--task", "--device", "--dtype"),
+    *("--trust-remote-code", "--no-trust-remote-code", "--seed"),
+    *("--log-dir", "--checkpoint-dir", "--output-dir", "--dir", "--debug"),
+}
+SURFACE = {
+    "setup": COMMON | {"--overwrite", "--json"},
+    "surgery": COMMON
+    | {"--span", "--max-steps", "--cell-width", "--chunk-width"}
+    | {"--overwrite", "--dry-run", "--verify", "--no-verify", "--json"},
+    "train": COMMON
+    | {"--mode", "--restart", "--json", "--run-name", "--phase"}
+    | {"--steps", "--batch-size", "--gradient-accumulation", "--lr", "--sidecar-lr", "--warmup-steps"}
+    | {"--weight-decay", "--max-grad-norm", "--max-length", "--task-share", "--max-steps", "--chunk-width"}
+    | {"--eval-interval", "--eval-samples", "--save-interval", "--keep"}
+    | {"--final-weight", "--masked-weight", "--halt-weight", "--ponder-weight", "--stability-weight"}
+    | {"--supervised-share", "--commit-margin"},
+    "eval": COMMON
+    | {"--stage", "--use-recursive", "--no-use-recursive", "--json"}
+    | {"--max-length", "--stride", "--max-samples", "--problems", "--max-new-tokens", "--batch-tokens", "--depth"}
+    | {"--chat-template", "--no-chat-template", "--tensorboard", "--no-tensorboard"}
+    | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "generation", "performance")},
+    "compare": COMMON | {"--alpha", "--json"},
+    "board": COMMON | {"--json", "--port", "--host", "--reload-interval"},
+    "run": COMMON | {"--dry-run", "--json"},
+}
+
+
+def commands() -> dict[str, Any]:
+    return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def test_the_commands_are_these() -> None:
+    assert set(commands()) == set(SURFACE)
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_the_options_are_these(name: str) -> None:
+    options = [
+        text for p in commands()[name].params for text in (*p.opts, *p.secondary_opts) if p.param_type_name == "option"
+    ]
+    assert set(options) == SURFACE[name]
+    assert len(options) == len(set(options))
+
+
+def test_compare_takes_stages_by_position() -> None:
+    arguments = [p.name for c in commands().values() for p in c.params if p.param_type_name == "argument"]
+    assert arguments == ["stages"]
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_every_command_and_option_has_help(name: str) -> None:
+    command = commands()[name]
+    assert command.help
+    for option in command.params:
+        assert getattr(option, "help", None), f"{name} {option.opts}"
+    shown = rr(name, "--help")
+    assert shown.exit_code == 0
+    assert "Traceback" not in shown.output
+
+
+def test_help_shows_every_command() -> None:
+    for flag in ("--help", "-h"):
+        shown = rr(flag)
+        assert shown.exit_code == 0
+        assert all(name in shown.stdout for name in SURFACE)
+    assert all(name in rr().output for name in SURFACE)
+
+
+def test_version() -> None:
+    shown = rr("--version")
+    assert (shown.exit_code, shown.stdout) == (0, f"rr {__version__}\n")
+
+
+# -- misspelled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        (["trian"], "'train'"),
+        (["comapre", "baseline"], "'compare'"),
+        (["train", "--stps", "3"], "--steps"),
+        (["eval", "--stge", "baseline"], "--stage"),
+        (["eval", "--stage", "basline"], "'baseline'"),
+        (["eval", "--stage", "finetuned-recursive"], "'finetuned_recursive'"),
+        (["compare", "basline"], "'baseline'"),
+        (["surgery", "--dtype", "float23"], "'float32'"),
+        (["train", "--mode", "foo"], "vanilla, recursive"),
+        (["setup", "--seed", "-1"], "at least 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_typo_is_a_usage_error_with_a_suggestion(tmp_path: Path, arguments: list[str], suggestion: str) -> None:
+    failed = rr(*arguments, directory=tmp_path)
+    assert failed.exit_code == 2
+    assert suggestion in plain(failed.stderr)
+    assert failed.stdout == ""
+    assert "Traceback" not in failed.stderr
+    assert list(tmp_path.iterdir()) == [] or "eval" in arguments
+
+
+def test_a_typo_in_the_settings_file_stops_every_command(tmp_path: Path) -> None:
+    (tmp_path / "rr.toml").write_text("[train]\nstesp = 3\n")
+    for arguments in (["run", "--dry-run"], ["compare"], ["board"], ["train"], ["setup"]):
+        failed = rr(*arguments, directory=tmp_path)
+        assert failed.exit_code == 2
+        assert "unknown key 'stesp'" in failed.stderr
+        assert "hint: Did you mean 'steps'?" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--steps", "many"],
+        ["train", "--steps", "0"],
+        ["train", "--gradient-accumulation"],
+        ["compare", "--alpha", "x"],
+        ["board", "extra"],
+    ],
+    ids=" ".join,
+)
+def test_values_that_cannot_be_are_usage_errors(tmp_path: Path, arguments: list[str]) -> None:
+    failed = rr(*arguments, directory=tmp_path)
+    assert failed.exit_code == 2
+    assert failed.stderr
+    assert failed.stdout == ""
+
+
+def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    failed = rr("compare", directory=tmp_path / "absent")
+    assert failed.exit_code == 2
+    assert "absent does not exist" in failed.stderr
+
+
+# -- what is missing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["eval", "--stage", "after_surgery"], "rr surgery"),
+        (["eval", "--stage", "finetuned_vanilla"], "rr train --mode vanilla"),
+        (["eval", "--stage", "finetuned_recursive"], "rr train --mode recursive"),
+        (["train", "--mode", "recursive"], "rr surgery"),
+        (["board"], "rr eval --stage baseline"),
+        (["compare"], "rr run"),
+        (["compare", "baseline"], "rr eval --stage baseline"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_missing_is_an_error_that_names_the_command(tmp_path: Path, arguments: list[str], named: str) -> None:
+    failed = rr(*arguments, directory=tmp_path)
+    assert failed.exit_code == 1
+    assert re.search(r"^error: ", failed.stderr, re.MULTILINE)
+    hint = re.search(r"^hint: (.*)$", failed.stderr, re.MULTILINE)
+    assert hint
+    assert named in hint.group(1)
+    assert failed.stdout == ""
+
+
+def test_json_is_not_printed_when_a_command_fails(tmp_path: Path) -> None:
+    failed = rr("compare", "--json", directory=tmp_path)
+    assert (failed.exit_code, failed.stdout) == (1, "")
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    failed = rr("compare", "--debug", directory=tmp_path)
+    assert failed.exit_code == 1
+    assert type(failed.exception).__name__ == "RRError"
+
+
+def test_the_hint_for_a_broken_settings_file_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rr.toml").write_text("[train\n")
+    failed = rr("compare", directory=tmp_path)
+    assert "rr setup --overwrite" in failed.stderr
+    from rrcli.services import setup as service
+
+    def stub(settings: Any, directory: Path, *_: Any, **__: Any) -> Any:
+        return service.SetupResult([], directory / "rr.toml")
+
+    monkeypatch.setattr(service, "setup", stub)
+    assert rr("setup", "--overwrite", directory=tmp_path).exit_code == 0
+
+
+def test_a_run_cannot_take_the_place_of_surgery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rrcli.errors import RRError
+    from rrcli.services import train as service
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise RRError("stopped by the test")
+
+    monkeypatch.setattr(service, "load_for", stop)
+    kept = tmp_path / "checkpoints" / "after_surgery" / "recursion.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    rr("train", "--mode", "vanilla", "--run-name", "after_surgery", "--restart", directory=tmp_path)
+    assert kept.exists()
+
+
+# -- results and streams -----------------------------------------------------------------------------------------------
+
+
+def stage_results(stage: str, better: float = 0.0) -> dict[str, Any]:
+    def document(i: int) -> dict[str, Any]:
+        nll = (10 + i) * (2.0 - better - i / 1e4)
+        return {"key": str(i), "tokens": 10 + i, "words": 5, "bytes": 40, "nll": [nll], "correct": [4]}
+
+    from rrcli.metrics import from_records
+
+    records = {"documents": [document(i) for i in range(40)]}
+    return {
+        "schema": 1,
+        "stage": stage,
+        "model": {"tokenizer": "t"},
+        "data": {"fingerprint": "f"},
+        "provenance": {"seed": 0, "dtype": "float32", "device": "cpu", "versions": {}},
+        "metrics": from_records(records),
+        "records": records,
+    }
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    for stage, better in zip(STAGES, (0.0, 0.0, 0.1, 0.2), strict=True):
+        file = tmp_path / "eval_results" / f"{stage}_results.json"
+        write_json(file, stage_results(stage, better))
+    return tmp_path
+
+
+def test_compare_shows_a_table_and_says_what_it_means(measured: Path) -> None:
+    shown = rr("compare", directory=measured)
+    assert shown.exit_code == 0
+    assert all(stage in shown.stdout for stage in STAGES)
+    perplexity = next(line for line in shown.stdout.splitlines() if "Perplexity" in line)
+    assert "7.37" in perplexity
+    assert "Surgery preserved the baseline exactly" in shown.stdout
+    assert "better" in shown.stdout
+    assert re.search(r"\[7\.3\d, 7\.\d+\]", shown.stdout), "the first stage has its interval in brackets"
+    assert shown.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["compare"], ["compare", "baseline", "finetuned_vanilla"], ["run", "--dry-run"]])
+def test_json_is_one_object_with_a_schema_alone_on_stdout(measured: Path, arguments: list[str]) -> None:
+    shown = rr(*arguments, "--json", directory=measured)
+    assert shown.exit_code == 0
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    value = json.loads(shown.stdout, parse_constant=no_constant)
+    assert re.fullmatch(r"rr\.\w+/1", value["schema"])
+    assert shown.stdout.count("\n") == 1
+    if arguments[0] == "compare":
+        assert value["stages"] == (arguments[1:] or list(STAGES))
+        assert {row["name"] for row in value["rows"]} == {"perplexity", "bits_per_byte", "token_accuracy"}
+
+
+def test_a_dry_run_plans_every_step_and_writes_nothing(tmp_path: Path) -> None:
+    shown = rr("run", "--dry-run", "--json", directory=tmp_path)
+    steps = json.loads(shown.stdout)["steps"]
+    assert [step["command"] for step in steps] == [
+        "rr setup",
+        "rr eval --stage baseline",
+        "rr surgery",
+        "rr eval --stage after_surgery",
+        "rr train --mode vanilla",
+        "rr eval --stage finetuned_vanilla",
+        "rr train --mode recursive",
+        "rr eval --stage finetuned_recursive",
+    ]
+    assert {step["status"] for step in steps} == {"missing"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_warnings_stand_apart_from_sentences(measured: Path) -> None:
+    file = measured / "eval_results" / "finetuned_vanilla_results.json"
+    value = json.loads(file.read_text())
+    value["provenance"]["seed"] = 5
+    write_json(file, value)
+    shown = rr("compare", directory=measured)
+    assert "warning: baseline and finetuned_vanilla were measured with different seed (0 and 5)" in shown.output
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
+    failed = rr("eval", "--stage", "[bold]x[/bold]", directory=tmp_path)
+    assert "'[bold]x[/bold]'" in failed.stderr
+
+
+@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}, {"TERM": "xterm-256color"}], ids=str)
+def test_a_pipe_gets_no_escape_codes(measured: Path, variables: dict[str, str]) -> None:
+    for arguments in (["compare"], ["compare", "basline"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "rrcli", *arguments],
+            cwd=measured,
+            env={key: value for key, value in os.environ.items() if key not in ("FORCE_COLOR", "COLUMNS")} | variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert ESCAPE not in done.stdout + done.stderr
+        assert done.stdout or done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("no_color", [True, False])
+def test_a_terminal_gets_colour_unless_it_is_unwanted(measured: Path, no_color: bool) -> None:
+    controller, terminal = os.openpty()
+    environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "CI", "FORCE_COLOR")}
+    environment |= {"TERM": "xterm-256color", "COLUMNS": "150"} | ({"NO_COLOR": "1"} if no_color else {})
+    with subprocess.Popen(
+        [sys.executable, "-m", "rrcli", "compare"], cwd=measured, env=environment, stdout=terminal, stdin=terminal
+    ) as process:
+        os.close(terminal)
+        shown = b""
+        try:
+            while chunk := os.read(controller, 65536):
+                shown += chunk
+        except OSError:  # Linux says so when the other end is closed
+            pass
+    os.close(controller)
+    assert process.returncode == 0
+    assert b"Perplexity" in shown
+    assert bool(re.search(rb"\x1b\[(?:\d+;)*(?:3[0-8]|9[0-7])[;m]", shown)) is not no_color
+
+
+def test_a_narrow_terminal_still_shows_every_number(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = rr("compare", directory=measured)
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    assert "7.37" in shown.stdout
+    assert "…" not in shown.stdout

@@ -1,0 +1,312 @@
+"""Documents from files, and training batches that follow from seed and step alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rrcli import demo
+from rrcli.batching import Batch, collate
+from rrcli.data import (
+    IGNORED,
+    TrainingData,
+    encode_prompt,
+    held_out_data,
+    read_documents,
+    source_files,
+    source_fingerprint,
+    task_specs,
+)
+from rrcli.errors import RRError, UsageError
+from rrcli.settings import CommonSettings, EvalSettings, TrainSettings
+from rrcli.splits import is_held_out
+from rrcli.tasks import Task, prompt_of
+
+# -- documents ---------------------------------------------------------------------------------------------------------
+
+
+def write(file: Path, content: str | bytes) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+def jsonl(*texts: str) -> str:
+    return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("content", "documents"),
+    [
+        ("one\n\ntwo\n", ["one", "two"]),
+        ("one\nstill one\n\n\n\n  two  \n\n", ["one\nstill one", "two"]),
+        (b"one\r\nstill one\r\n\r\ntwo\r\n", ["one\nstill one", "two"]),
+        ("one\n\none\n\ntwo", ["one", "two"]),
+        ("no line break", ["no line break"]),
+        ("zwei \u00e4\n\n\u4e09", ["zwei \u00e4", "\u4e09"]),
+    ],
+)
+def test_text_is_cut_at_blank_lines(tmp_path: Path, content: str | bytes, documents: list[str]) -> None:
+    write(tmp_path / "data.txt", content)
+    assert read_documents("data.txt", tmp_path) == documents
+
+
+def test_a_line_of_spaces_is_blank(tmp_path: Path) -> None:
+    write(tmp_path / "data.txt", "one\n  \ntwo\n \t\r\nthree")
+    assert read_documents("data.txt", tmp_path) == ["one", "two", "three"]
+
+
+def test_jsonl_has_a_document_on_each_line(tmp_path: Path) -> None:
+    first = '{"text": "one\\n\\nstill one"}'
+    write(tmp_path / "data.jsonl", first + '\r\n\r\n{"text": " two ", "other": [1]}\n{"text": ""}\n' + first)
+    assert read_documents("data.jsonl", tmp_path) == ["one\n\nstill one", "two"]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_jsonl_is_cut_at_line_feeds_only(tmp_path: Path, separator: str) -> None:
+    write(tmp_path / "data.jsonl", jsonl(f"one{separator}still one", "two"))
+    assert read_documents("data.jsonl", tmp_path) == [f"one{separator}still one", "two"]
+
+
+@pytest.mark.parametrize(("name", "content"), [("data.txt", "one\n\ntwo"), ("data.jsonl", jsonl("one", "two"))])
+def test_a_byte_order_mark_is_not_text(tmp_path: Path, name: str, content: str) -> None:
+    write(tmp_path / name, b"\xef\xbb\xbf" + content.encode())
+    try:
+        documents = read_documents(name, tmp_path)
+    except RRError as error:
+        documents = [error.message]
+    assert documents == ["one", "two"]
+
+
+def test_a_folder_is_read_in_order_and_without_repeats(tmp_path: Path) -> None:
+    write(tmp_path / "texts" / "b.txt", "from b\n\nshared")
+    write(tmp_path / "texts" / "a" / "a.jsonl", jsonl("from a", "shared"))
+    write(tmp_path / "texts" / "ignored.md", "not data")
+    assert read_documents("texts", tmp_path) == ["from a", "shared", "from b"]
+    assert read_documents(str(tmp_path / "texts"), Path("/")) == ["from a", "shared", "from b"]
+
+
+def test_the_embedded_text_is_there() -> None:
+    documents = read_documents("default", Path("/nowhere"))
+    assert len(documents) > 500
+    assert len(set(documents)) == len(documents)
+    assert source_files("default", Path("/nowhere")) == [demo.TEXT_FILE]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.txt", "", "is empty"),
+        ("data.txt", "\n\n  \n", "is empty"),
+        ("data.jsonl", "", "is empty"),
+        ("data.jsonl", '{"text": "  "}\n', "is empty"),
+        ("data.txt", b"one\ntwo\nthr\xe9e\n", r"data\.txt is not UTF-8: byte 0xe9 in line 3"),
+        ("data.jsonl", '{"text": "one"}\n\n{"text": \n', r"data\.jsonl, line 3: no JSON"),
+        ("data.jsonl", '{"text": "one"}\n{"txt": "two"}\n', r"data\.jsonl, line 2: no object with a 'text'"),
+        ("data.jsonl", '{"text": 3}\n', r"data\.jsonl, line 1: no object with a 'text'"),
+        ("data.jsonl", '["text"]\n', r"data\.jsonl, line 1: no object with a 'text'"),
+    ],
+)
+def test_broken_data_is_named_by_file_and_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    write(tmp_path / name, content)
+    with pytest.raises(RRError, match=message) as caught:
+        read_documents(name, tmp_path)
+    assert caught.value.exit_code == 1
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"), [("absent.txt", "does not exist"), ("data.csv", "unknown kind"), ("empty", "holds no .txt or")]
+)
+def test_a_source_that_is_none_is_refused(tmp_path: Path, spec: str, message: str) -> None:
+    write(tmp_path / "data.csv", "a,b")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=message):
+        read_documents(spec, tmp_path)
+
+
+def test_the_fingerprint_of_a_source_follows_its_bytes_and_tasks(tmp_path: Path) -> None:
+    file = write(tmp_path / "data.txt", "one")
+    settings = CommonSettings(data="data.txt")
+    seen = {source_fingerprint(settings, tmp_path)}
+    assert {source_fingerprint(replace(settings, seed=5), tmp_path)} == seen
+    seen.add(source_fingerprint(replace(settings, task=("gcd",)), tmp_path))
+    write(file, "onf")
+    seen.add(source_fingerprint(settings, tmp_path))
+    assert len(seen) == 3
+
+
+# -- the evaluation side -----------------------------------------------------------------------------------------------
+
+TEXTS = [f"This is story number {i}. It is about {i * 7} birds." for i in range(200)]
+
+
+@pytest.fixture
+def stories(tmp_path: Path) -> Path:
+    write(tmp_path / "stories.jsonl", jsonl(*TEXTS))
+    return tmp_path
+
+
+def test_evaluation_takes_exactly_what_is_held_out(stories: Path) -> None:
+    data = held_out_data(EvalSettings(data="stories.jsonl", task=("gcd",)), stories, problems_per_task=7)
+    assert list(data.documents) == [text for text in TEXTS if is_held_out(text)]
+    assert [task.name for task in data.tasks] == ["gcd"]
+    assert len(data.problems) == 7
+    assert all(is_held_out(problem.question) for problem in data.problems)
+    assert data.prompts
+
+
+def test_evaluation_takes_a_seeded_sample(stories: Path) -> None:
+    def sample(seed: int, count: int) -> tuple[str, ...]:
+        settings = EvalSettings(data="stories.jsonl", seed=seed)
+        return held_out_data(settings, stories, 1, count, reasoning=False).documents
+
+    assert sample(0, 5) == sample(0, 5)
+    assert sample(0, 5) != sample(1, 5)
+    assert len(set(sample(0, 5))) == 5
+    assert sample(0, 1000) == sample(1, 0)
+
+
+def test_without_reasoning_no_problem_is_made(stories: Path) -> None:
+    data = held_out_data(EvalSettings(data="stories.jsonl"), stories, 5, reasoning=False)
+    assert (data.tasks, data.problems) == ((), ())
+
+
+def test_nothing_held_out_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "data.txt", next(text for text in TEXTS if not is_held_out(text)))
+    with pytest.raises(RRError, match="held-out tenth"):
+        held_out_data(EvalSettings(data="data.txt"), tmp_path, 1)
+
+
+def test_the_embedded_tasks_are_used_where_none_is_named() -> None:
+    assert task_specs(CommonSettings()) == demo.TASKS
+    assert task_specs(CommonSettings(task=("gcd",))) == ("gcd",)
+
+
+# -- the training side -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    transformers = pytest.importorskip("transformers")
+    if not (demo.MODEL_DIR / "tokenizer.json").exists():
+        pytest.skip("the embedded tokenizer is not there")
+    return transformers.AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+
+
+def training(directory: Path, tokenizer: Any, **changes: Any) -> TrainingData:
+    chosen = {"data": "stories.jsonl", "task": ("chain_sum:max_digits=1",), "max_length": 96} | changes
+    return TrainingData(TrainSettings(**chosen), directory, tokenizer)
+
+
+def rows(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """Return (ids, labels) of each example without its padding."""
+    lengths = batch.attention_mask.sum(1).tolist()
+    ids, labels = batch.input_ids.tolist(), batch.labels.tolist()
+    return [(i[:n], t[:n]) for i, t, n in zip(ids, labels, lengths, strict=True)]
+
+
+def test_a_batch_follows_from_seed_and_step_alone(stories: Path, tokenizer: Any) -> None:
+    first, second = training(stories, tokenizer), training(stories, tokenizer)
+    straight = [first.batch(step) for step in range(4)]
+    for step in (3, 0, 2, 1):
+        again = second.batch(step)
+        for name in ("input_ids", "attention_mask", "labels"):
+            assert getattr(again, name).equal(getattr(straight[step], name))
+    assert rows(first.batch(0)) != rows(first.batch(1))
+    for share in (0.0, 1.0):
+        drawn = [training(stories, tokenizer, task_share=share, seed=seed).batch(0) for seed in (0, 1)]
+        assert rows(drawn[0]) != rows(drawn[1])
+
+
+def test_what_a_run_cannot_see_does_not_change_its_batches(stories: Path, tokenizer: Any) -> None:
+    """Vanilla and recursive runs differ in these options; their tokens must not."""
+    plain = training(stories, tokenizer).batch(5)
+    other = training(stories, tokenizer, lr=1.0, max_steps=3, phase="a", run_name="x", gradient_accumulation=4).batch(5)
+    assert rows(plain) == rows(other)
+
+
+def test_a_problem_has_its_prompt_masked_and_its_answer_as_labels(stories: Path, tokenizer: Any) -> None:
+    data = training(stories, tokenizer, task_share=1.0)
+    task = Task("chain_sum:max_digits=1")
+    questions = {}
+    for step in range(3):
+        for ids, labels in rows(data.batch(step)):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            question, _, answer = text.removeprefix("Question: ").partition("\nAnswer: ")
+            prompt = encode_prompt(tokenizer, prompt_of(question))
+            assert ids[: len(prompt)] == prompt
+            assert labels[: len(prompt) - 1] == [IGNORED] * (len(prompt) - 1)
+            assert labels[len(prompt) - 1 : -1] == ids[len(prompt) :]
+            assert labels[-1] == IGNORED
+            assert ids[-1] == tokenizer.eos_token_id
+            assert not is_held_out(question)
+            questions[question] = answer
+    assert len(questions) > 20
+    known = {p.question: p for p in task.stream(0, limit=64 * 32, held_out=False)}
+    scored = [task.score(answer, known[question]) for question, answer in questions.items() if question in known]
+    assert scored
+    assert set(scored) == {1.0}
+
+
+def test_a_document_has_its_own_tokens_shifted_as_labels(stories: Path, tokenizer: Any) -> None:
+    data = training(stories, tokenizer, task_share=0.0)
+    assert data.tasks == []
+    for step in range(3):
+        batch = data.batch(step)
+        assert batch.tokens == sum(len(ids) - 1 for ids, _ in rows(batch))
+        for ids, labels in rows(batch):
+            assert labels == [*ids[1:], IGNORED]
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            assert text in TEXTS
+            assert not is_held_out(text)
+
+
+def test_task_share_is_kept(stories: Path, tokenizer: Any) -> None:
+    def share(**changes: Any) -> float:
+        data = training(stories, tokenizer, batch_size=100, **changes)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in rows(data.batch(0))]
+        return sum(text.startswith("Question: ") for text in texts) / len(texts)
+
+    assert share(task_share=0.0) == 0
+    assert share(task_share=1.0) == 1
+    assert share(task_share=0.3) == pytest.approx(0.3, abs=0.14)
+
+
+def test_only_problems_need_no_training_document(tmp_path: Path, tokenizer: Any) -> None:
+    write(tmp_path / "stories.jsonl", jsonl(*[text for text in TEXTS if is_held_out(text)]))
+    assert training(tmp_path, tokenizer, task_share=1.0).batch(0).tokens > 0
+    with pytest.raises(RRError, match=r"every document of .* is held out"):
+        training(tmp_path, tokenizer, task_share=0.5)
+
+
+def test_long_examples_are_cut_and_counted(stories: Path, tokenizer: Any) -> None:
+    data = training(stories, tokenizer, task_share=0.0, max_length=8)
+    batch = data.batch(0)
+    assert batch.input_ids.shape == (8, 8)
+    assert data.cut == 8
+    assert all(labels == [*ids[1:], IGNORED] for ids, labels in rows(batch))
+    assert tokenizer.eos_token_id not in [ids[-1] for ids, _ in rows(batch)]
+
+
+def test_a_prompt_that_fills_the_length_leaves_nothing_to_learn(stories: Path, tokenizer: Any) -> None:
+    batch = training(stories, tokenizer, task_share=1.0, max_length=8).batch(0)
+    assert batch.tokens == 0
+    assert all(len(ids) == len(labels) for ids, labels in rows(batch))
+
+
+def test_a_task_without_text_answers_is_refused(stories: Path, tokenizer: Any) -> None:
+    with pytest.raises(RRError, match="graph_color"):
+        training(stories, tokenizer, task=("graph_color",), task_share=1.0).batch(0)
+
+
+def test_collate_pads_on_the_right() -> None:
+    batch = collate([([1, 2, 3], [2, 3, IGNORED]), ([4], [IGNORED])], pad=9)
+    assert batch.input_ids.tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.labels.tolist() == [[2, 3, IGNORED], [IGNORED] * 3]
+    assert batch.tokens == 2

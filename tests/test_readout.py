@@ -1,0 +1,155 @@
+"""A readout taken apart is the model: for every family and every pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from families import FAMILIES, build, far, tokens, uncached, wake
+from rrcli.errors import RRError
+from rrcli.recursion import readout as module
+from rrcli.recursion.config import RecursionConfig
+from rrcli.recursion.engine import attach
+from rrcli.recursion.readout import Readout
+
+MAX_STEPS = 2
+VOCABULARY = 97
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def awake(family, span=(1, 3), **changes):
+    model = build(family, **changes)
+    return model, wake(attach(model, RecursionConfig(max_steps=MAX_STEPS, span=span)))
+
+
+@pytest.mark.parametrize("span", [None, (1, 3)], ids=["full", "partial"])
+@every_family
+@torch.no_grad()
+def test_the_readout_of_pass_k_is_the_model_at_depth_k(family, span):
+    model, recursion = awake(family, span)
+    readout, ids = Readout(model), tokens()
+    mask = torch.ones_like(ids)
+    passes = readout.passes(ids, mask)
+    for k, hidden in enumerate(passes.hidden):
+        logits = readout.logits(hidden.flatten(0, 1)).unflatten(0, ids.shape)
+        assert recursion.depth == MAX_STEPS
+        with recursion.at_depth(k):
+            assert far(logits, uncached(model, ids)) < 1e-5
+            readout.check(ids, mask)
+
+
+@every_family
+@torch.no_grad()
+def test_a_model_without_a_recursion_has_pass_0_only(family):
+    model, ids = build(family), tokens()
+    readout = Readout(model)
+    passes = readout.passes(ids, torch.ones_like(ids))
+    assert (len(passes.hidden), passes.states) == (1, [])
+    assert far(readout.logits(passes.hidden[0].flatten(0, 1)).unflatten(0, ids.shape), uncached(model, ids)) < 1e-5
+    readout.check(ids, torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("changes", [{"word_embed_proj_dim": 16}, {"do_layer_norm_before": False}])
+@torch.no_grad()
+def test_variants_of_opt_have_other_tails(changes):
+    model, recursion = awake("opt", **changes)
+    ids = tokens()
+    for depth in range(MAX_STEPS + 1):
+        with recursion.at_depth(depth):
+            Readout(model).check(ids, torch.ones_like(ids))
+
+
+@torch.no_grad()
+def test_padding_is_passed_on():
+    model, _ = awake("llama")
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    Readout(model).check(ids, mask)
+    passes = Readout(model).passes(ids, mask)
+    expected = uncached(model, ids, mask)
+    assert far(Readout(model).logits(passes.hidden[-1][1, 4:]), expected[1, 4:]) < 1e-5
+
+
+@torch.no_grad()
+def test_two_halves_that_disagree_are_refused(monkeypatch):
+    model, _ = awake("llama")
+    readout, ids = Readout(model), tokens()
+    logits = readout.logits
+    monkeypatch.setattr(readout, "logits", lambda rows: logits(rows) * 1.1)
+    with pytest.raises(RRError, match="'llama' model differ by"):
+        readout.check(ids, torch.ones_like(ids))
+    monkeypatch.undo()
+    model.lm_head.weight[3] = torch.nan
+    with pytest.raises(RRError, match="are not finite"):
+        readout.check(ids, torch.ones_like(ids))
+
+
+@torch.no_grad()
+def test_the_backbone_is_put_back_whatever_happens():
+    model, recursion = awake("llama")
+    readout, rows = Readout(model), torch.randn(3, 32)
+    readout.logits(rows)
+    assert "forward" not in model.model.__dict__
+
+    def own(*args, **kwargs):
+        return type(model.model).forward(model.model, *args, **kwargs)
+
+    model.model.forward = own
+    with pytest.raises(RuntimeError):
+        readout.logits(torch.randn(3, 31))
+    assert model.model.forward is own
+    assert recursion.depth == MAX_STEPS
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere2", "gpt2", "mixtral", "mamba2"])
+@pytest.mark.parametrize("at_a_time", [1, 4, 7, 100])
+def test_token_losses_in_chunks_are_plain_cross_entropy(family, at_a_time, monkeypatch):
+    monkeypatch.setattr(module, "LOGITS_AT_A_TIME", at_a_time * VOCABULARY + 5)
+    model, recursion = awake(family)
+    readout, ids = Readout(model), tokens()
+    sizes, logits = [], readout.logits
+    monkeypatch.setattr(readout, "logits", lambda rows: sizes.append(len(rows)) or logits(rows))
+    targets = ids.roll(-1, 1).flatten()
+    upstream = torch.randn(len(targets))
+
+    def gradients(loss):
+        model.zero_grad()
+        recursion.zero_grad()
+        (loss * upstream).sum().backward()
+        named = [*model.named_parameters(), *recursion.cell.named_parameters()]
+        return {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    whole = uncached(model, ids).flatten(0, 1).float()
+    naive = F.cross_entropy(whole, targets, reduction="none")
+    expected = gradients(naive)
+    hidden = readout.passes(ids, torch.ones_like(ids)).hidden[-1].flatten(0, 1)
+    losses, predictions = readout.token_losses(hidden, targets)
+    found = gradients(losses)
+
+    assert max(sizes) <= at_a_time
+    torch.testing.assert_close(losses, naive, rtol=1e-5, atol=1e-5)
+    assert torch.equal(predictions, whole.argmax(-1))
+    assert not predictions.requires_grad
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=name)
+    with torch.no_grad():
+        again, _ = readout.token_losses(hidden, targets)
+    torch.testing.assert_close(again, naive, rtol=1e-5, atol=1e-5)
+
+
+def test_token_losses_are_fp32_whatever_the_model_is():
+    model, _ = awake("llama")
+    readout = Readout(model.bfloat16())
+    losses, _ = readout.token_losses(torch.randn(5, 32, dtype=torch.bfloat16), torch.arange(5))
+    assert losses.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "mamba2"])
+def test_no_rows_have_no_losses(family):
+    model, _ = awake(family)
+    losses, predictions = Readout(model).token_losses(torch.zeros(0, 32), torch.zeros(0, dtype=torch.long))
+    assert losses.shape == predictions.shape == (0,)

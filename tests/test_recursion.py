@@ -1,0 +1,455 @@
+"""What attaching a recursion must and must not change, on every family, with a full and a partial span."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from families import FAMILIES, SPANS, build, cached, far, generate, tokens, uncached, wake
+from rrcli.errors import RRError, UsageError
+from rrcli.recursion.config import RecursionConfig, parse_span
+from rrcli.recursion.engine import attach, self_check
+from rrcli.recursion.families import find_layout
+
+MAX_STEPS = 2
+# Cached and uncached forward may differ by rounding: fp32, relative to the largest logit.
+ROUNDING = 1e-5
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_span = pytest.mark.parametrize("span", SPANS, ids=["full", "partial"])
+
+
+def attached(family, span=None, awake=True, **changes):
+    model = build(family, **changes)
+    recursion = attach(model, RecursionConfig(max_steps=MAX_STEPS, span=span))
+    return model, wake(recursion) if awake else recursion
+
+
+def hooks(model):
+    """Return how many hooks each module has."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {name: [len(getattr(module, kind)) for kind in kinds] for name, module in model.named_modules()}
+
+
+@every_span
+@every_family
+@torch.no_grad()
+def test_a_fresh_recursion_changes_no_bit(family, span):
+    stock, ids = build(family), tokens()
+    plain, stepwise, text = uncached(stock, ids), cached(stock, ids)[0], generate(stock, ids)
+    model, recursion = attached(family, span, awake=False)
+    assert recursion.depth == MAX_STEPS
+    for depth in range(MAX_STEPS + 1):
+        recursion.depth = depth
+        assert torch.equal(uncached(model, ids), plain)
+        assert torch.equal(cached(model, ids)[0], stepwise)
+        assert torch.equal(generate(model, ids), text)
+    self_check(recursion)
+
+
+@every_span
+@every_family
+@torch.no_grad()
+def test_depth_0_is_the_stock_model_whatever_the_sidecar_holds(family, span):
+    stock, ids = build(family), tokens()
+    model, recursion = attached(family, span)
+    assert far(uncached(model, ids), uncached(stock, ids)) > 0.01
+    recursion.depth = 0
+    assert torch.equal(uncached(model, ids), uncached(stock, ids))
+    assert torch.equal(cached(model, ids)[0], cached(stock, ids)[0])
+    assert torch.equal(generate(model, ids), generate(stock, ids))
+    assert torch.equal(recursion.passes(ids).hidden[0], recursion.backbone(ids, use_cache=False).last_hidden_state)
+
+
+@every_span
+@every_family
+@torch.no_grad()
+def test_cached_and_uncached_logits_agree(family, span):
+    model, recursion = attached(family, span)
+    ids = tokens()
+    for depth in range(MAX_STEPS + 1):
+        recursion.depth = depth
+        assert far(cached(model, ids)[0], uncached(model, ids)) < ROUNDING
+
+
+@every_family
+@torch.no_grad()
+def test_left_padding_leaves_the_real_positions_alone(family):
+    model, recursion = attached(family, span=(1, 3))
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    real = mask.bool()
+    for depth in (0, MAX_STEPS):
+        recursion.depth = depth
+        padded = uncached(model, ids, mask)
+        assert far(cached(model, ids, mask=mask)[0][real], padded[real]) < ROUNDING
+        assert far(padded[0], uncached(model, ids[:1])[0]) < ROUNDING
+        assert far(padded[1, 3:], uncached(model, ids[1:, 3:])[0]) < ROUNDING
+
+
+@every_family
+@torch.no_grad()
+def test_nothing_leaks_from_the_future(family):
+    model, _ = attached(family)
+    ids, place = tokens(), 6
+    other = ids.clone()
+    other[:, place] = (other[:, place] + 7) % 90 + 3
+    a, b = uncached(model, ids), uncached(model, other)
+    assert far(a[:, :place], b[:, :place]) < ROUNDING
+    assert far(a[:, place:], b[:, place:]) > 1e-3
+
+
+@every_span
+@every_family
+def test_one_backward_reaches_the_output_projection_and_one_step_changes_depth_1(family, span):
+    model, recursion = attached(family, span, awake=False)
+    ids = tokens()
+    model.requires_grad_(False)
+    stock = uncached(model, ids)
+    logits = uncached(model, ids)
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    gradient = recursion.cell.w_out.weight.grad
+    assert gradient is not None
+    assert float(gradient.norm()) > 0
+    torch.optim.SGD(recursion.parameters(), lr=1.0).step()
+    with torch.no_grad():
+        recursion.depth = 0
+        assert torch.equal(uncached(model, ids), stock)
+        recursion.depth = 1
+        assert not torch.equal(uncached(model, ids), stock)
+
+
+@every_family
+@torch.no_grad()
+def test_detaching_restores_the_stock_model_and_it_can_be_attached_again(family):
+    model, ids = build(family), tokens()
+    model(ids, output_hidden_states=True)  # transformers installs hooks of its own on the first such call
+    plain, names, before = uncached(model, ids), set(model.state_dict()), hooks(model)
+    recursion = wake(attach(model, RecursionConfig(max_steps=MAX_STEPS)))
+    awake, sidecar = uncached(model, ids), recursion.state_dict()
+    assert set(model.state_dict()) == names
+    assert not torch.equal(awake, plain)
+    recursion.detach()
+    assert hooks(model) == before
+    assert not hasattr(model, "recursion")
+    assert torch.equal(uncached(model, ids), plain)
+    again = attach(model, RecursionConfig(max_steps=MAX_STEPS))
+    assert torch.equal(uncached(model, ids), plain)
+    again.load_state_dict(sidecar)
+    assert torch.equal(uncached(model, ids), awake)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2", "mamba2", "qwen3_next", "opt"])
+@torch.no_grad()
+def test_asking_for_hidden_states_works(family):
+    model, _ = attached(family)
+    ids = tokens()
+    output = model(ids, output_hidden_states=True)
+    assert output.hidden_states
+    assert torch.equal(output.logits, uncached(model, ids))
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gemma3_text", "mixtral", "gpt2", "bloom", "qwen3_next", "mamba2"],
+)
+@torch.no_grad()
+def test_bfloat16(family):
+    stock, ids = build(family).bfloat16(), tokens()
+    plain, text = uncached(stock, ids), generate(stock, ids)
+    recursion = attach(stock, RecursionConfig(max_steps=MAX_STEPS))
+    assert {p.dtype for p in recursion.parameters()} == {torch.bfloat16}
+    assert torch.equal(uncached(stock, ids), plain)
+    assert torch.equal(generate(stock, ids), text)
+    wake(recursion)
+    awake = uncached(stock, ids)
+    assert awake.dtype == plain.dtype
+    assert torch.isfinite(awake).all()
+    assert not torch.equal(awake, plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "gpt_neox", "mixtral", "lfm2", "mamba2"])
+def test_gradient_checkpointing_gives_the_same_gradients(family):
+    gradients = []
+    for on in (False, True):
+        model, recursion = attached(family, span=(1, 3))
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if on:
+            model.gradient_checkpointing_enable()
+        model.train()
+        ids = tokens()
+        model(ids, labels=ids).loss.backward()
+        named = [*model.named_parameters(), *recursion.cell.named_parameters()]
+        gradients.append({name: p.grad for name, p in named if p.grad is not None})
+    plain, checkpointed = gradients
+    assert plain.keys() == checkpointed.keys()
+    assert "w_out.weight" in plain
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_forwards_then_one_backward_give_the_sum_of_their_gradients(checkpointing):
+    def gradients(depths_at_once):
+        model, recursion = attached("llama")
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.train()
+        for group in depths_at_once:
+            losses = []
+            for depth in group:
+                with recursion.at_depth(depth):
+                    losses.append(model(tokens(seed=depth), labels=tokens(seed=depth), use_cache=False).loss)
+            sum(losses).backward()
+        return [p.grad for p in (*recursion.cell.parameters(), *model.parameters())]
+
+    for together, apart in zip(gradients([[2, 1, 0]]), gradients([[2], [1], [0]]), strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-7)
+
+
+def test_a_failing_forward_leaves_no_trace():
+    model, recursion = attached("llama")
+    ids = tokens()
+    plain = uncached(model, ids)
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    for module in (model.model.norm, model.model.layers[0], model.model.layers[2].mlp):
+        handle = module.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            uncached(model, ids)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            recursion.passes(ids)
+        handle.remove()
+        assert torch.equal(uncached(model, ids), plain)
+
+
+@every_family
+@torch.no_grad()
+def test_passes_end_in_the_backbones_own_output(family):
+    _, recursion = attached(family, span=(1, 3))
+    ids = tokens()
+    for depth in range(MAX_STEPS + 1):
+        recursion.depth = depth
+        passes = recursion.passes(ids, torch.ones_like(ids))
+        assert len(passes.states) == len(passes.hidden) == depth + 1
+        assert all(state.shape == (*ids.shape, 32) for state in (*passes.states, *passes.hidden))
+        final = recursion.backbone(ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+        assert torch.equal(passes.hidden[-1], final)
+        assert (float(passes.feedback_norm) > 0) == (depth > 0)
+
+
+@torch.no_grad()
+def test_a_zero_feedback_shows_in_its_norm():
+    _, recursion = attached("llama", awake=False)
+    assert float(recursion.passes(tokens()).feedback_norm) == 0
+
+
+@torch.no_grad()
+def test_pass_k_is_the_span_run_on_its_input_plus_the_feedback():
+    """The definition, written out by hand for one family."""
+    model, recursion = attached("llama", span=(1, 3))
+    ids = tokens()
+    seen = {}
+
+    def note(_, args, kwargs):
+        seen.setdefault("call", (args[0], kwargs))
+
+    handle = model.model.layers[1].register_forward_pre_hook(note, with_kwargs=True)
+    passes = recursion.passes(ids)
+    handle.remove()
+    entry, kwargs = seen["call"]
+    cell = recursion.cell
+    with recursion.at_depth(0):
+        hidden = entry
+        for layer in model.model.layers[1:3]:
+            hidden = layer(hidden, **kwargs)
+        assert torch.equal(hidden, passes.states[0])
+        for step in (1, 2):
+            normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6) * cell.norm.weight
+            inner = F.silu(normed @ cell.w_in.weight.T + cell.step.weight[step - 1])
+            hidden = entry + inner @ cell.w_out.weight.T
+            for layer in model.model.layers[1:3]:
+                hidden = layer(hidden, **kwargs)
+            assert far(passes.states[step], hidden) < 1e-5
+        assert far(passes.hidden[-1], model.model.norm(model.model.layers[3](hidden, **kwargs))) < 1e-5
+
+
+def test_only_the_output_projection_starts_at_zero():
+    _, recursion = attached("llama", awake=False)
+    zero = [name for name, p in recursion.named_parameters() if not p.any()]
+    assert zero == ["cell.w_out.weight"]
+    twin = attached("llama", awake=False)[1]
+    for (name, a), (_, b) in zip(recursion.named_parameters(), twin.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_sidecar_holds_none_of_the_models_parameters_and_the_reverse():
+    model, recursion = attached("llama")
+    own = {id(p) for p in recursion.parameters()}
+    assert not own & {id(p) for p in model.parameters()}
+    assert set(recursion.state_dict()) == {
+        "cell.norm.weight",
+        "cell.w_in.weight",
+        "cell.step.weight",
+        "cell.w_out.weight",
+        "head.norm.weight",
+        "head.score.weight",
+        "head.score.bias",
+    }
+
+
+def test_attaching_twice_is_refused():
+    model, recursion = attached("llama")
+    with pytest.raises(RRError, match="already"):
+        attach(model)
+    assert model.recursion is recursion
+
+
+def test_detaching_an_old_recursion_leaves_the_next_one_alone():
+    model, old = attached("llama")
+    old.detach()
+    new = attach(model)
+    old.detach()
+    assert model.recursion is new
+
+
+@torch.no_grad()
+def test_a_copied_model_has_a_recursion_of_its_own():
+    model, recursion = attached("llama")
+    ids = tokens()
+    awake = uncached(model, ids)
+    twin = copy.deepcopy(model)
+    assert torch.equal(uncached(twin, ids), awake)
+    twin.recursion.depth = 0
+    assert torch.equal(uncached(twin, ids), uncached(build("llama"), ids))
+    twin.recursion.detach()
+    recursion.cell.w_out.weight.mul_(2)
+    assert not torch.equal(uncached(model, ids), awake)
+
+
+def test_a_span_behind_the_last_layer_is_refused_and_leaves_the_model_alone():
+    model = build("llama")
+    before = hooks(model)
+    with pytest.raises(UsageError, match="1:5"):
+        attach(model, RecursionConfig(span=(1, 5)))
+    assert hooks(model) == before
+    attach(model, RecursionConfig(span=(1, 4)))
+
+
+def test_a_depth_out_of_range_is_refused():
+    _, recursion = attached("llama")
+    for depth in (-1, MAX_STEPS + 1):
+        with pytest.raises(UsageError, match=str(depth)):
+            recursion.depth = depth
+    assert recursion.depth == MAX_STEPS
+    with pytest.raises(ZeroDivisionError), recursion.at_depth(0):
+        raise ZeroDivisionError
+    assert recursion.depth == MAX_STEPS
+
+
+def test_a_model_whose_layers_cannot_be_found_is_refused():
+    model = build("llama")
+    model.config.model_type = "never_heard_of"
+    model.model.blocks = nn.ModuleList(nn.Identity() for _ in range(4))
+    with pytest.raises(RRError) as error:
+        attach(model)
+    assert "never_heard_of" in str(error.value)
+    assert "model.layers (4)" in str(error.value)
+    assert "model.blocks (4)" in str(error.value)
+    assert not hasattr(model, "recursion")
+
+
+@torch.no_grad()
+def test_an_unlisted_family_is_found_by_structure_and_has_to_prove_itself():
+    model, ids = build("llama"), tokens()
+    plain = uncached(model, ids)
+    model.config.model_type = "never_heard_of"
+    layout, known = find_layout(model)
+    assert not known
+    assert layout.layers == "model.layers"
+    # `rotary_emb` also stands behind the layers, and is no part of the tail.
+    assert layout.tail == ("model.norm",)
+    recursion = attach(model)
+    assert torch.equal(uncached(model, ids), plain)
+    recursion.detach()
+
+    class Twice(nn.Module):
+        """A norm that the structure cannot tell from what it wraps: its own name does not say norm."""
+
+        def forward(self, hidden):
+            return hidden * 2
+
+    before = hooks(model)
+    norm = model.model.norm
+    del model.model.norm
+    model.model.final = norm
+    model.model.forward = _forward_with_final(model.model, Twice())
+    with pytest.raises(RRError, match="never_heard_of"):
+        attach(model)
+    assert not hasattr(model, "recursion")
+    model.model.norm = norm
+    del model.model.final, model.model.forward
+    assert hooks(model) == before
+
+
+def test_an_unlisted_family_that_breaks_when_its_layers_run_again_is_refused():
+    model = build("llama")
+    model.config.model_type = "never_heard_of"
+    runs = []
+
+    def once(module, args):
+        runs.append(module)
+        if len(runs) % 2 == 0 and model.recursion.depth:
+            raise TypeError("a layer of this family cannot run twice")
+
+    model.model.layers[1].register_forward_pre_hook(once)
+    with pytest.raises(RRError, match="never_heard_of"):
+        attach(model)
+    assert not hasattr(model, "recursion")
+
+
+def _forward_with_final(backbone, extra):
+    """Return the forward of a backbone whose tail cannot be found by its names."""
+    forward = type(backbone).forward
+
+    def run(*args, **kwargs):
+        backbone._modules["norm"] = nn.Sequential(backbone.final, extra)
+        try:
+            return forward(backbone, *args, **kwargs)
+        finally:
+            del backbone._modules["norm"]
+
+    return run
+
+
+def test_the_configuration_reads_back_what_it_wrote():
+    for config in (RecursionConfig(), RecursionConfig(max_steps=4, span=(2, 6), cell_width=8, chunk_width=4, seed=3)):
+        assert RecursionConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(UsageError, match="max_step'"):
+        RecursionConfig.from_dict({"max_step": 2})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"max_steps": 0}, {"max_steps": 9}, {"span": (2, 2)}, {"span": (-1, 2)}, {"cell_width": 0}, {"chunk_width": 0}],
+)
+def test_a_configuration_out_of_range_is_refused(values):
+    with pytest.raises(UsageError, match=next(iter(values))):
+        RecursionConfig(**values)
+
+
+def test_spans_are_read_as_written():
+    assert parse_span("all") is None
+    assert parse_span("2:6") == (2, 6)
+    for text in ("", "2", "2:", ":6", "a:b", "-1:3"):
+        with pytest.raises(UsageError, match="span"):
+            parse_span(text)

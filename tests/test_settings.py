@@ -1,0 +1,322 @@
+"""Where a value comes from, what is refused and how, and the file that `rr setup` writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from rrcli import settings
+from rrcli.errors import UsageError
+from rrcli.settings import (
+    SECTIONS,
+    SETTINGS_FILE,
+    BoardSettings,
+    CommonSettings,
+    CompareSettings,
+    EvalSettings,
+    SurgerySettings,
+    TrainSettings,
+)
+
+# A busy machine must not fail a property: no limit of time for an example.
+hypothesis_settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("patient")
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in settings.os.environ if name.startswith("RR_")]:
+        monkeypatch.delenv(name)
+
+
+def toml(directory: Path, text: str) -> None:
+    (directory / SETTINGS_FILE).write_text(text, encoding="utf-8")
+
+
+# -- precedence --------------------------------------------------------------------------------------------------------
+
+
+def test_default_then_file_then_environment_then_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings.load(TrainSettings, tmp_path).steps == 300
+    toml(tmp_path, "[train]\nsteps = 11\n")
+    assert settings.load(TrainSettings, tmp_path).steps == 11
+    monkeypatch.setenv("RR_TRAIN_STEPS", "22")
+    assert settings.load(TrainSettings, tmp_path).steps == 22
+    assert settings.load(TrainSettings, tmp_path, {"steps": 33}).steps == 33
+    assert settings.load(TrainSettings, tmp_path, {"steps": None}).steps == 22
+
+
+def test_common_values_reach_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml(tmp_path, '[common]\nseed = 7\ntask = ["a", "b"]\ntrust_remote_code = true\n')
+    for cls in SECTIONS:
+        loaded = settings.load(cls, tmp_path)
+        assert (loaded.seed, loaded.task, loaded.trust_remote_code) == (7, ("a", "b"), True)
+    monkeypatch.setenv("RR_COMMON_SEED", "8")
+    assert settings.load(EvalSettings, tmp_path).seed == 8
+    monkeypatch.setenv("RR_SEED", "9")
+    assert settings.load(EvalSettings, tmp_path).seed == 9
+
+
+def test_a_section_belongs_to_its_command_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml(tmp_path, "[surgery]\nmax_steps = 5\n[eval]\nmax_length = 77\n")
+    monkeypatch.setenv("RR_SURGERY_CHUNK_WIDTH", "3")
+    assert settings.load(SurgerySettings, tmp_path).max_steps == 5
+    assert settings.load(TrainSettings, tmp_path).max_steps == 0
+    assert settings.load(TrainSettings, tmp_path).max_length == 256
+    assert settings.load(SurgerySettings, tmp_path).chunk_width == 3
+    assert settings.load(TrainSettings, tmp_path).chunk_width == 0
+
+
+def test_no_file_and_no_folder_mean_the_defaults(tmp_path: Path) -> None:
+    assert settings.load(CommonSettings, tmp_path) == CommonSettings()
+    (tmp_path / "file").touch()
+    assert settings.load(CommonSettings, tmp_path / "file") == CommonSettings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "value"),
+    [
+        ("RR_TRUST_REMOTE_CODE", "yes", "trust_remote_code", True),
+        ("RR_TRUST_REMOTE_CODE", "FALSE", "trust_remote_code", False),
+        ("RR_EVAL_SKIP_GENERATION", "1", "skip_generation", True),
+        ("RR_TASK", "gcd:a=1,b=2; chain_sum ;", "task", ("gcd:a=1,b=2", "chain_sum")),
+        ("RR_TASK", "", "task", ()),
+        ("RR_MODEL", "org/name", "model", "org/name"),
+    ],
+)
+def test_the_environment_is_read_by_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, text: str, name: str, value: Any
+) -> None:
+    monkeypatch.setenv(variable, text)
+    assert getattr(settings.load(EvalSettings, tmp_path), name) == value
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("[trian]\nsteps = 3\n", r"unknown section \[trian\]", "Did you mean 'train'?"),
+        ("[train]\nstesp = 3\n", r"unknown key 'stesp' .* section \[train\]", "Did you mean 'steps'?"),
+        ("[common]\nmodle = 'x'\n", r"unknown key 'modle' .* section \[common\]", "Did you mean 'model'?"),
+        ("[train]\nzzzzzz = 3\n", "unknown key 'zzzzzz'", "Known: steps, batch_size"),
+        ("train = 3\n", "'train' in .* stands outside a section", "[train]"),
+        ("[train\n", "is not valid TOML", "rr setup"),
+        ("[train]\nsteps = 3\nsteps = 4\n", "is not valid TOML", "rr setup"),
+    ],
+)
+def test_a_file_that_means_nothing_is_refused(tmp_path: Path, text: str, message: str, hint: str) -> None:
+    toml(tmp_path, text)
+    for cls in (TrainSettings, CompareSettings):
+        with pytest.raises(UsageError, match=message) as caught:
+            settings.load(cls, tmp_path)
+        assert caught.value.exit_code == 2
+        assert hint in caught.value.hint
+        assert str(tmp_path / SETTINGS_FILE) in caught.value.message
+
+
+def test_a_key_outside_every_section_is_told_where_it_belongs(tmp_path: Path) -> None:
+    toml(tmp_path, 'model = "x"\n')
+    with pytest.raises(UsageError, match="outside a section") as caught:
+        settings.load(CommonSettings, tmp_path)
+    assert "[common]" in caught.value.hint
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / SETTINGS_FILE).write_bytes(b"[train]\n# \xff\n")
+    with pytest.raises(UsageError, match="is not valid TOML"):
+        settings.load(TrainSettings, tmp_path)
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / SETTINGS_FILE).mkdir()
+    with pytest.raises(UsageError, match="cannot be read"):
+        settings.load(TrainSettings, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cls", "key", "value"),
+    [
+        (TrainSettings, "steps", "'many'"),
+        (TrainSettings, "steps", "1.5"),
+        (TrainSettings, "steps", "true"),
+        (TrainSettings, "lr", "'fast'"),
+        (TrainSettings, "lr", "false"),
+        (TrainSettings, "run_name", "3"),
+        (EvalSettings, "chat_template", "1"),
+        (EvalSettings, "chat_template", "'perhaps'"),
+        (EvalSettings, "stride", "[1]"),
+    ],
+)
+def test_a_wrong_type_is_refused_and_its_place_named(
+    tmp_path: Path, cls: type[CommonSettings], key: str, value: str
+) -> None:
+    toml(tmp_path, f"[{cls.SECTION}]\n{key} = {value}\n")
+    with pytest.raises(UsageError, match="which is no") as caught:
+        settings.load(cls, tmp_path)
+    assert f"{SETTINGS_FILE} [{cls.SECTION}] {key}" in caught.value.message
+
+
+@pytest.mark.parametrize("value", ["3", "[1, 2]", "['a', 2]", "true"])
+def test_tasks_are_strings(tmp_path: Path, value: str) -> None:
+    toml(tmp_path, f"[common]\ntask = {value}\n")
+    with pytest.raises(UsageError, match=r"\[common\] task"):
+        settings.load(CommonSettings, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cls", "key", "value"),
+    [
+        (CommonSettings, "seed", -1),
+        (SurgerySettings, "max_steps", 0),
+        (TrainSettings, "steps", 0),
+        (TrainSettings, "lr", -1e-5),
+        (TrainSettings, "max_length", 7),
+        (EvalSettings, "depth", -2),
+        (EvalSettings, "problems", 0),
+        (BoardSettings, "port", -1),
+    ],
+)
+def test_a_value_below_its_least_is_refused(tmp_path: Path, cls: type[CommonSettings], key: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"--{key.replace('_', '-')} is") as caught:
+        settings.load(cls, tmp_path, {key: value})
+    assert "at least" in caught.value.hint
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_number_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("RR_TRAIN_LR", value)
+    with pytest.raises(UsageError, match="RR_TRAIN_LR"):
+        settings.load(TrainSettings, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cls", "key", "value"),
+    [
+        (TrainSettings, "task_share", 1.5),
+        (TrainSettings, "supervised_share", -0.5),
+        (CompareSettings, "alpha", 5),
+        (EvalSettings, "max_length", -3),
+        (SurgerySettings, "max_steps", 9),
+        (BoardSettings, "port", 70_000),
+    ],
+)
+def test_a_value_beyond_its_range_is_refused(tmp_path: Path, cls: type[CommonSettings], key: str, value: float) -> None:
+    with pytest.raises(UsageError):
+        settings.load(cls, tmp_path, {key: value})
+
+
+def test_a_choice_is_refused_with_the_closest(tmp_path: Path) -> None:
+    toml(tmp_path, "[common]\ndtype = 'bfloat61'\n")
+    with pytest.raises(UsageError, match=r"\[common\] dtype is 'bfloat61'") as caught:
+        settings.load(CommonSettings, tmp_path)
+    assert caught.value.hint == "Did you mean 'bfloat16'?"
+
+
+def test_a_choice_on_the_command_line_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--dtype is 'int4'") as caught:
+        settings.load(CommonSettings, tmp_path, {"dtype": "int4"})
+    assert "float32" in caught.value.hint
+
+
+def test_the_environment_is_named_when_it_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RR_SEED", "often")
+    with pytest.raises(UsageError, match="RR_SEED is 'often', which is no int"):
+        settings.load(CommonSettings, tmp_path)
+
+
+# -- the declarations --------------------------------------------------------------------------------------------------
+
+OPTIONS = [(cls, item) for cls in SECTIONS for item in settings.own_fields(cls)]
+
+
+@pytest.mark.parametrize(
+    ("cls", "item"), OPTIONS, ids=lambda value: getattr(value, "name", getattr(value, "SECTION", ""))
+)
+def test_every_option_has_help_and_a_default_that_it_would_accept(
+    tmp_path: Path, cls: type[CommonSettings], item: dataclasses.Field[Any]
+) -> None:
+    assert item.metadata["help"]
+    assert settings.load(cls, tmp_path, {item.name: item.default}) == cls()
+
+
+def test_no_command_redefines_a_common_option() -> None:
+    common = {item.name for item in dataclasses.fields(CommonSettings)}
+    for cls in SECTIONS[1:]:
+        assert common.isdisjoint(cls.__annotations__)
+    assert len({cls.SECTION for cls in SECTIONS}) == len(SECTIONS)
+
+
+def test_settings_are_frozen_and_copied_with_changes() -> None:
+    first = TrainSettings()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.steps = 3  # type: ignore[misc]
+    second = settings.with_changes(first, steps=3)
+    assert (first.steps, second.steps) == (300, 3)
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def other_value(cls: type[CommonSettings], item: dataclasses.Field[Any]) -> Any:
+    """Return a legal value that is not the default."""
+    if item.metadata["choices"]:
+        return next(choice for choice in item.metadata["choices"] if choice != item.default)
+    kind = get_type_hints(cls)[item.name]
+    if kind is bool:
+        return not item.default
+    if kind is int:
+        return item.default + 1
+    if kind is float:
+        return item.default / 2 + 1e-7
+    return ('q"uote', "back\\slash [x] = #") if kind == tuple[str, ...] else 'it\'s "näme"\\ # [x]'
+
+
+def written(directory: Path, common: CommonSettings, changes: dict[str, dict[str, Any]]) -> None:
+    toml(directory, settings.write_file(common, changes))
+
+
+def test_the_written_file_gives_the_defaults_back(tmp_path: Path) -> None:
+    written(tmp_path, CommonSettings(), {})
+    for cls in SECTIONS:
+        assert settings.load(cls, tmp_path) == cls()
+    document = tomllib.loads((tmp_path / SETTINGS_FILE).read_text())
+    assert {(name, key) for name, table in document.items() for key in table} == {
+        (cls.SECTION, item.name) for cls, item in OPTIONS
+    }
+
+
+def test_every_changed_option_comes_back(tmp_path: Path) -> None:
+    changes = {cls.SECTION: {i.name: other_value(cls, i) for i in settings.own_fields(cls)} for cls in SECTIONS}
+    common = CommonSettings(**changes["common"])
+    written(tmp_path, common, {name: values for name, values in changes.items() if name != "common"})
+    for cls in SECTIONS:
+        expected = cls(**(changes["common"] | changes[cls.SECTION]))
+        assert expected != cls()
+        assert settings.load(cls, tmp_path) == expected
+
+
+@given(st.text(st.characters(exclude_characters="\x7f", exclude_categories=["Cs"])), st.lists(st.text('ab"\\\n,;:= é')))
+def test_any_text_comes_back_from_the_file(text: str, tasks: list[str]) -> None:
+    document = tomllib.loads(settings.write_file(CommonSettings(model=text, task=tuple(tasks)), {}))
+    assert document["common"]["model"] == text
+    assert document["common"]["task"] == tasks
+
+
+def test_a_delete_character_comes_back_from_the_file() -> None:
+    document = tomllib.loads(settings.write_file(CommonSettings(model="a\x7fb"), {}))
+    assert document["common"]["model"] == "a\x7fb"
+
+
+@given(st.floats(0, allow_infinity=False))
+def test_any_number_comes_back_from_the_file(value: float) -> None:
+    document = tomllib.loads(settings.write_file(CommonSettings(), {"train": {"lr": value}}))
+    assert document["train"]["lr"] == value

@@ -1,0 +1,232 @@
+"""Who may import whom, read from the source, and what a quick command loads, seen from outside."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rrcli
+from rrcli.store import write_json
+
+PACKAGE = Path(rrcli.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+SERVICES = sorted(path.stem for path in (PACKAGE / "services").glob("*.py") if path.stem != "__init__")
+SURFACE = {"cli", "ui", "services", "__main__"}
+# Modules that read and write no tensors: not even a lazy import of torch belongs there.
+TORCH_FREE = ("errors", "settings", "store", "stats", "splits", "tasks", "metrics", "reporting", "ui", "cli")
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, *, top_level: bool = False, at_run_time: bool = False) -> set[str]:
+    """Return the absolute names of everything a file imports: `from a import b` gives `a` and `a.b`.
+
+    Args:
+        top_level: only what importing the file loads. at_run_time: leave out `if TYPE_CHECKING:`.
+    """
+    found: set[str] = set()
+    package = module_of(path).split(".") if path.name == "__init__.py" else module_of(path).split(".")[:-1]
+
+    def visit(node: ast.AST) -> None:
+        if top_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            return
+        if at_run_time and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            for child in node.orelse:
+                visit(child)
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found.update({name, *(f"{name}.{alias.name}" for alias in node.names)})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def ours(names: set[str]) -> set[str]:
+    """Return the parts of the package that are meant: `rrcli.services.eval.evaluate` -> `services`."""
+    return {name.split(".")[1] for name in names if name.startswith("rrcli.")}
+
+
+def roots(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def test_the_reader_of_imports_sees_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "rrcli.errors" in imports(PACKAGE / "cli.py")
+    file = tmp_path / "a.py"
+    file.write_text(
+        "import x.y as z\nfrom p import q\nif TYPE_CHECKING:\n    import only_types\n"
+        "class C:\n    import inside\n    def f(self):\n        from late import r\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    assert imports(file) == {"x.y", "p", "p.q", "only_types", "inside", "late", "late.r"}
+    assert imports(file, top_level=True, at_run_time=True) == {"x.y", "p", "p.q", "inside"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_typer_belongs_to_cli_and_rich_to_ui(path: Path) -> None:
+    used = roots(imports(path))
+    assert ids(path) == "cli.py" or not used & {"typer", "click"}
+    assert ids(path) == "ui.py" or "rich" not in used
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_nothing_but_the_entry_point_imports_the_command_line(path: Path) -> None:
+    assert ids(path) == "__main__.py" or "cli" not in ours(imports(path))
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_know_neither_each_other_nor_the_screen(name: str) -> None:
+    used = imports(PACKAGE / "services" / f"{name}.py")
+    assert not {"cli", "ui"} & ours(used)
+    others = {part for part in used if part.startswith("rrcli.services")}
+    assert not others, f"services/{name}.py imports {sorted(others)}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "services").glob("*.py")), ids=ids)
+def test_services_neither_print_nor_exit(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in {"print", "exit", "quit", "sys.exit", "os._exit"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "recursion").glob("*.py")), ids=ids)
+def test_the_recursion_knows_nothing_of_the_tool(path: Path) -> None:
+    used = ours(imports(path))
+    assert not used & SURFACE
+    assert used <= {"recursion", "errors"}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent == PACKAGE], ids=ids)
+def test_imports_go_one_way(path: Path) -> None:
+    """cli -> services -> everything else; what services share never looks back at them."""
+    if path.stem in {"cli", "__main__"}:
+        return
+    used = ours(imports(path, at_run_time=True))
+    assert not used & SURFACE
+    if path.stem in {"errors", "splits", "stats", "reporting"}:
+        assert not used - {"errors"}
+    if path.stem in {"settings", "store"}:
+        assert used <= {"errors"}
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_a_torch_free_module_never_imports_torch(name: str) -> None:
+    assert not roots(imports(PACKAGE / f"{name}.py", at_run_time=True)) & {
+        "torch",
+        "transformers",
+        "accelerate",
+        "peft",
+    }
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "services").glob("*.py")), ids=ids)
+def test_services_load_torch_only_when_they_work(path: Path) -> None:
+    assert not roots(imports(path, top_level=True)) & {"torch", "transformers", "accelerate", "tensorboard"}
+
+
+def test_every_command_is_a_service_of_its_name() -> None:
+    tree = ast.parse((PACKAGE / "cli.py").read_text(encoding="utf-8"))
+    commands = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and any("_command" in ast.unparse(d) for d in node.decorator_list)
+    }
+    assert commands == set(SERVICES)
+
+
+# -- what a quick command loads ----------------------------------------------------------------------------------------
+
+WATCH = """
+import atexit, json, os, runpy, sys
+heavy = ("torch", "transformers", "accelerate", "tensorboard", "pandas")
+report = lambda: open(os.environ["RR_REPORT"], "w").write(json.dumps([m for m in heavy if m in sys.modules]))
+atexit.register(report)
+sys.argv[0] = "rr"
+runpy.run_module("rrcli", run_name="__main__")
+"""
+
+
+def stage_results(stage: str) -> dict[str, object]:
+    documents = [
+        {"key": str(i), "tokens": 10, "words": 5, "bytes": 40, "nll": [20.0 + i], "correct": [4]} for i in range(5)
+    ]
+    entry = {"value": 9.0, "low": 8.0, "high": 10.0, "n": 5}
+    return {
+        "schema": 1,
+        "stage": stage,
+        "model": {"tokenizer": "t"},
+        "data": {"fingerprint": "f"},
+        "provenance": {"seed": 0, "dtype": "float32", "device": "cpu", "versions": {}},
+        "metrics": {"perplexity": entry, "bits_per_byte": entry, "token_accuracy": entry},
+        "records": {"documents": documents},
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["train", "--help"], 0),
+        (["compare"], 0),
+        (["compare", "--json"], 0),
+        (["compare", "basline"], 2),
+        (["run", "--dry-run"], 0),
+        (["eval", "--stage", "basline"], 2),
+        (["eval", "--stage", "after_surgery"], 1),
+        (["train", "--mode", "foo"], 2),
+        (["board"], 1),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_quick_command_loads_no_torch(tmp_path: Path, arguments: list[str], code: int) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    if arguments[0] == "compare":
+        for stage in ("baseline", "after_surgery"):
+            write_json(folder / "eval_results" / f"{stage}_results.json", stage_results(stage))
+    report = tmp_path / "report.json"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RR_")}
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, *arguments],
+        cwd=folder,
+        env=environment | {"RR_REPORT": str(report)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads(report.read_text()) == []
+
+
+def test_importing_the_package_loads_next_to_nothing() -> None:
+    code = "import sys, rrcli; print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'rich')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_listed_and_typos_refused() -> None:
+    assert set(rrcli.__all__) <= set(dir(rrcli))
+    with pytest.raises(AttributeError, match="no attribute 'atach'"):
+        _ = rrcli.atach
