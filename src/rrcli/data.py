@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rrcli.batching import Batch
 
 SUFFIXES = (".txt", ".jsonl")
+TRAINING_SEEDS = 2**30
 # Labels with this value bear no loss.
 IGNORED = -100
 # Built-in prompts of the sample generations: plain openings that a story model and a large model can both go on from.
@@ -170,8 +171,9 @@ class TrainingData:
 
     def _problem(self, random: Random, index: int) -> tuple[list[int], list[int]]:
         task = random.choice(self.tasks)
-        # Generators seed problem i with seed + i: leave room between the seeds, so that examples don't repeat.
-        seed = (self.settings.seed * 1_000_003 + index * 64) % 2**31
+        # Generators seed problem i with seed + i: leave room between the seeds, so that examples don't repeat, and keep
+        # away from the small seeds that pretraining and evaluation draw from.
+        seed = TRAINING_SEEDS + (self.settings.seed * 1_000_003 + index * 64) % TRAINING_SEEDS
         problem = next(task.stream(seed, limit=4096, held_out=False), None)
         if problem is None:
             raise UsageError(f"task '{task.spec}' has no problems with a text answer to train on", "Leave it out.")

@@ -98,7 +98,10 @@ def publish_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        readable = 0o666 & ~_umask()
         for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                file.chmod(readable)  # safetensors makes its files private
             _sync(file)
         _sync(temporary)
         old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
@@ -156,6 +159,12 @@ def safe_name(name: str, what: str) -> str:
     if not name or name.startswith(".") or any(c in name for c in "/\\\0") or name != name.strip():
         raise UsageError(f"{what} '{name}' is no plain name", "Use letters, digits, '-', '_' and '.'.")
     return name
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

@@ -28,6 +28,6 @@ TASKS = (
 
 # What `rr setup` writes into rr.toml for the embedded model, beside the defaults.
 SETTINGS = {
-    "train": {"steps": 250, "batch_size": 32, "lr": 1e-3, "sidecar_lr": 2e-3, "max_length": 160},
+    "train": {"steps": 250, "batch_size": 32, "lr": 5e-4, "sidecar_lr": 2e-3, "max_length": 160},
     "eval": {"max_new_tokens": 16},
 }
