@@ -57,7 +57,9 @@ def test_vanilla_equals_a_plain_loop(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         expected.append(loss.item())
-    assert losses(tmp_path, "finetuned_vanilla") == pytest.approx(expected, rel=1e-5)
+    found = losses(tmp_path, "finetuned_vanilla")
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_recursive_at_depth_0_equals_vanilla(operated, monkeypatch):
@@ -70,7 +72,10 @@ def test_recursive_at_depth_0_equals_vanilla(operated, monkeypatch):
 def test_parts_of_a_batch_weigh_as_the_whole(tmp_path):
     service.train(changed(run_name="whole"), "vanilla", tmp_path, Silent())
     service.train(changed(run_name="parts", gradient_accumulation=4), "vanilla", tmp_path, Silent())
-    assert losses(tmp_path, "parts") == pytest.approx(losses(tmp_path, "whole"), rel=1e-5)
+    whole, parts = losses(tmp_path, "whole"), losses(tmp_path, "parts")
+    assert parts[0] == pytest.approx(whole[0], rel=1e-6)
+    # Adam divides a gradient by its own size, so rounding grows with every step.
+    assert parts == pytest.approx(whole, rel=1e-3)
 
 
 def test_phase_a_trains_the_sidecar_and_nothing_else(operated):

@@ -9,6 +9,7 @@ import inspect
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -86,8 +87,6 @@ def _command(cls: type[settings.CommonSettings], panel: str) -> Callable[[Callab
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        from dataclasses import fields
-
         types = get_type_hints(cls)
         flags = [_flag(item, types[item.name]) for item in fields(cls) if item.name not in {p.name for p in own}]
         directory = inspect.Parameter(
@@ -131,7 +130,7 @@ def _flag(item: Any, kind: Any) -> inspect.Parameter:
 
 
 class Context:
-    """One call of a command: where it works and which flags were given."""
+    """One call of a command: where it works, and the flags that were given."""
 
     def __init__(self, directory: Path, cls: type[settings.CommonSettings], flags: dict[str, Any]) -> None:
         self.directory, self.cls = directory, cls
@@ -142,11 +141,6 @@ class Context:
         if not self.directory.is_dir():
             raise UsageError(f"the directory {self.directory} does not exist")
         return settings.load(cls, self.directory, self.flags, use_file=use_file)
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The options that stood on the command line."""
-        return self.flags
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------
@@ -160,7 +154,7 @@ def setup(ctx: Context, overwrite: Overwrite = False, json: Json = False) -> Non
     from rrcli.services import setup as service
 
     loaded = ctx.load(settings.SetupSettings, use_file=not overwrite)
-    result = service.setup(loaded, ctx.directory, ctx.given, _reporter(), overwrite=overwrite)
+    result = service.setup(loaded, ctx.directory, ctx.flags, _reporter(), overwrite=overwrite)
     if json:
         ui.show_json("setup", {"ok": result.ok, "checks": [vars(check) for check in result.checks]})
     else:
@@ -288,13 +282,13 @@ def run(
     from rrcli.services import run as service
 
     if dry_run:
-        steps = service.plan(ctx.directory, ctx.load, new_options=bool(ctx.given))
+        steps = service.plan(ctx.directory, ctx.load, new_options=bool(ctx.flags))
         if json:
             ui.show_json("plan", {"steps": [vars(step) | {"command": step.command} for step in steps]})
         else:
             ui.show_plan(steps)
         return
-    service.run(ctx.directory, ctx.load, _reporter(), lambda step: _perform(step, ctx), new_options=bool(ctx.given))
+    service.run(ctx.directory, ctx.load, _reporter(), lambda step: _perform(step, ctx), new_options=bool(ctx.flags))
     result = comparing.compare(ctx.load(settings.CompareSettings), [], ctx.directory)
     if json:
         ui.show_json("comparison", {key: value for key, value in result.to_dict().items() if key != "schema"})
@@ -312,7 +306,7 @@ def _perform(step: Any, ctx: Context) -> None:
 
     directory, reporter = ctx.directory, _reporter()
     if step.kind == "setup":
-        result = setting_up.setup(ctx.load(settings.SetupSettings), directory, ctx.given, reporter)
+        result = setting_up.setup(ctx.load(settings.SetupSettings), directory, ctx.flags, reporter)
         if not result.ok:
             ui.show_setup(result)
             raise CheckFailed("the setup checks failed", "Correct what the table says, then run 'rr run' again.")

@@ -133,7 +133,8 @@ def train(
     model, tokenizer = load_for(settings, ModelSource(str(found[-1]), found[-1]) if found else start, directory)
     if model.config.get_text_config().vocab_size < len(tokenizer):
         raise RRError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
-    evaluation = held_out_data(settings, directory, settings.eval_samples, settings.eval_samples)
+    samples = settings.eval_samples
+    evaluation = held_out_data(settings, directory, samples, samples) if settings.eval_interval else None
     run = _Run(
         settings,
         workspace,
@@ -144,7 +145,7 @@ def train(
         start,
         inputs,
         TrainingData(settings, directory, tokenizer),
-        evaluation if settings.eval_interval else None,
+        evaluation,
         reporter,
     )
     first = step_of(found[-1]) if found else 0
