@@ -11,6 +11,7 @@ import copy
 import functools
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache
 
 from rrcli.errors import RRError
@@ -51,6 +52,7 @@ def _is_blank(layer: Any) -> bool:
     return not (previous is True or (isinstance(previous, (list, dict)) and any(_values(previous))))
 
 
+@torch.compiler.disable
 def prepare(cache: Any, depth: int, full: bool = True) -> None:
     """Make `cache` carry one cache for each of the passes `1..depth`, at the start of a forward at that depth.
 
