@@ -33,6 +33,7 @@ from rrcli.recursion.cell import BoundaryHead, FeedbackCell
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.families import find_layout, home_of
 
+CACHE_NAMES = ("past_key_values", "cache_params")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -171,9 +172,11 @@ class Recursion(nn.Module):
             self._frame = None
 
     def _prepare_caches(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        depth = self._frame.depth if self._frame else 0
         for value in (*args, *kwargs.values()):
-            if caches.is_cache(value):
-                caches.prepare(value, self._frame.depth if self._frame else 0, self.end == len(self.layers))
+            # `prepare` is not compiled: call it where a generation begins, not for every token.
+            if caches.is_cache(value) and len(getattr(value, "rr_passes", ())) != depth:
+                caches.prepare(value, depth, self.end == len(self.layers))
 
     def _note(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._frame is not None:
@@ -289,7 +292,7 @@ def _decoded(model: Any, ids: Tensor, last: int = 3) -> Tensor:
     parts, cache = [], {}
     for piece in (ids[:, :-last], *ids[:, -last:].split(1, 1)):
         output = model(input_ids=piece, use_cache=True, **cache)
-        cache = {name: value for name, value in output.items() if caches.is_cache(value)}
+        cache = {name: value for name, value in output.items() if name in CACHE_NAMES or caches.is_cache(value)}
         parts.append(output.logits)
     return torch.cat(parts, 1)
 
