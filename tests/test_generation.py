@@ -14,6 +14,7 @@ from families import FAMILIES, build, cached, far, generate, tokens, uncached, w
 from rrcli.recursion import caches
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach, self_check
+from rrcli.recursion.lora import add_lora
 
 MAX_STEPS = 2
 ROUNDING = 1e-5
@@ -111,7 +112,7 @@ def test_a_compiled_model_computes_the_same_at_every_depth():
     torch._dynamo.reset()
     counters.clear()
     model, ids = awake("llama", num_hidden_layers=2), tokens(length=10)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")
     for depth in (2, 0, 1, 2):
         model.recursion.depth = depth
         expected = uncached(model, ids)
@@ -127,9 +128,13 @@ def test_a_compiled_model_computes_the_same_at_every_depth():
 
 
 @torch.no_grad()
-def test_a_compiled_model_makes_its_own_caches_too():
+def test_a_compiled_model_may_have_adapters_and_makes_its_own_caches():
     torch._dynamo.reset()
     model, ids = awake("llama", num_hidden_layers=2), tokens(length=8)
+    bare = uncached(model, ids)
+    for parameter in add_lora(model, 2, 2).parameters():
+        parameter.add_(0.05)
+    assert far(uncached(model, ids), bare) > 1e-3
     compiled = torch.compile(model, backend="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from torch.nn import functional as F
 
 import rrcli
@@ -20,8 +21,10 @@ from rrcli.recursion.engine import attach
 from rrcli.recursion.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, add_lora, load_lora
 from rrcli.reporting import Silent
 from rrcli.services import train as service
+from rrcli.services.eval import evaluate
+from rrcli.services.run import plan
 from rrcli.services.surgery import surgery
-from rrcli.settings import SurgerySettings, TrainSettings
+from rrcli.settings import EvalSettings, SurgerySettings, TrainSettings
 from rrcli.store import checkpoints
 
 RANK, ALPHA = 4, 8
@@ -160,13 +163,23 @@ def test_detaching_takes_the_adapters_off(family):
     add_lora(model, RANK, ALPHA)
 
 
+@torch.no_grad()
+def test_adapters_that_were_there_before_the_recursion_stay_on_and_stay():
+    model, ids = adapted("llama", recursive=False), tokens()
+    before = uncached(model, ids)
+    recursion = attach(model)
+    for depth in range(3):
+        recursion.depth = depth
+        assert torch.equal(uncached(model, ids), before)
+    recursion.detach()
+    assert torch.equal(uncached(model, ids), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("span", SPANS, ids=["full", "partial"])
 @pytest.mark.parametrize("family", SOME)
 @torch.no_grad()
 def test_peft_alone_loads_what_was_saved(family, span, dtype, tmp_path):
-    from peft import PeftModel
-
     ids = tokens()
     vanilla = build(family).to(dtype)
     lora = add_lora(vanilla, RANK, ALPHA, span=span)
@@ -254,8 +267,6 @@ def test_phase_b_leaves_depth_0_the_base_and_moves_the_rest(trained):
 
 @torch.no_grad()
 def test_vanilla_of_phase_b_is_a_peft_model(trained):
-    from peft import PeftModel
-
     folder = last(trained, "finetuned_vanilla")
     model, tokenizer = rrcli.load(folder)
     base, ids = rrcli.load("default")[0], sentence(tokenizer)
@@ -269,6 +280,10 @@ def test_the_base_is_referenced_and_both_modes_have_the_same_adapters(trained):
     shapes = []
     for run in ("finetuned_vanilla", "finetuned_recursive"):
         folder = last(trained, run)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # missing and unexpected keys are warnings
+            warnings.simplefilter("ignore", FutureWarning)
+            PeftModel.from_pretrained(rrcli.load("default")[0], folder)
         assert json.loads((folder / "recursion.json").read_text())["weights"] == "base"
         assert not list(folder.glob("model*.safetensors"))
         model, _ = rrcli.load(folder)
@@ -287,6 +302,32 @@ def test_a_resumed_run_ends_at_the_same_weights(trained, mode, tmp_path):
     files = [ADAPTER_WEIGHTS, "trainer_state/optimizer.safetensors"]
     for name in [*files, "recursion.safetensors"] if mode == "recursive" else files:
         assert (run / "step-000004" / name).read_bytes() == (whole / "step-000004" / name).read_bytes(), name
+
+
+def test_eval_restores_the_adapters(trained, tmp_path):
+    settings = EvalSettings(
+        max_samples=4, skip_reasoning=True, skip_generation=True, skip_performance=True, tensorboard=False,
+        output_dir=str(tmp_path),
+    )  # fmt: skip
+    nll = {}
+    for stage in ("baseline", "finetuned_vanilla", "finetuned_recursive"):
+        documents = evaluate(settings, stage, trained, Silent()).results["records"]["documents"]
+        nll[stage] = [document["nll"] for document in documents]
+    for base, vanilla, recursive in zip(*nll.values(), strict=True):
+        assert vanilla[0] != base[0] == recursive[0]
+        assert len({*recursive}) == 3
+
+
+def test_a_plan_knows_that_vanilla_adapts_what_surgery_chose(trained, tmp_path):
+    def statuses(folder, **changes):
+        def load(cls):
+            return SETTINGS if cls is TrainSettings else cls(**(changes if cls is SurgerySettings else {}))
+
+        return {(step.kind, step.target): step.status for step in plan(folder, load)}
+
+    assert statuses(trained)["train", "vanilla"] == statuses(trained)["train", "recursive"] == "done"
+    assert statuses(trained, span="0:1")["train", "vanilla"] == "stale"
+    assert statuses(tmp_path)["train", "vanilla"] == "missing"
 
 
 def test_an_adapters_settings_belong_to_the_run(trained, tmp_path):

@@ -186,7 +186,7 @@ def provenance(settings: CommonSettings, directory: Path, device: str, dtype: st
     import subprocess
     from importlib.metadata import version
 
-    packages = ("torch", "transformers", "accelerate", "safetensors", "reasoning-gym")
+    packages = ("torch", "transformers", "accelerate", "peft", "safetensors", "reasoning-gym")
     try:
         commit = subprocess.run(
             ["git", "-C", str(directory), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False

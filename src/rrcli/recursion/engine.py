@@ -117,14 +117,15 @@ class Recursion(nn.Module):
             self.depth = before
 
     def detach(self) -> None:
-        """Take every hook off, and the adapters if there are any; the model is the stock model again."""
+        """Take every hook off, and the adapters of the passes; the model is the stock model again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         if self.model.__dict__.get("recursion") is self:
             del self.model.__dict__["recursion"]
-            if self.model.__dict__.get("lora") is not None:
-                self.model.lora.remove()
+            lora = self.model.__dict__.get("lora")
+            if lora is not None and not lora.always:
+                lora.remove()
 
     def passes(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Passes:
         """Run the backbone once, without a cache, and return what every pass 0..depth produced.
