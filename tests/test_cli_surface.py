@@ -63,7 +63,7 @@ SURFACE = {
     | {"--weight-decay", "--max-grad-norm", "--max-length", "--task-share", "--max-steps", "--chunk-width"}
     | {"--eval-interval", "--eval-samples", "--save-interval", "--keep"}
     | {"--final-weight", "--masked-weight", "--halt-weight", "--ponder-weight", "--stability-weight"}
-    | {"--supervised-share", "--commit-margin"},
+    | {"--supervised-share", "--commit-margin", "--lora-rank", "--lora-alpha"},
     "eval": COMMON
     | {"--stage", "--use-recursive", "--no-use-recursive", "--json"}
     | {"--max-length", "--stride", "--max-samples", "--problems", "--max-new-tokens", "--batch-tokens", "--depth"}

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from families import FAMILIES, SPANS, build, cached, far, generate, tokens, uncached, wake
 from rrcli.errors import RRError, UsageError
+from rrcli.recursion import caches
 from rrcli.recursion.config import RecursionConfig, parse_span
 from rrcli.recursion.engine import attach, self_check
 from rrcli.recursion.families import find_layout
@@ -144,14 +145,40 @@ def test_detaching_restores_the_stock_model_and_it_can_be_attached_again(family)
     assert torch.equal(uncached(model, ids), awake)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2", "mamba2", "qwen3_next", "opt"])
+@pytest.mark.parametrize("recorded_before", [False, True])
+@every_span
+@every_family
 @torch.no_grad()
-def test_asking_for_hidden_states_works(family):
-    model, _ = attached(family)
-    ids = tokens()
-    output = model(ids, output_hidden_states=True)
-    assert output.hidden_states
+def test_hidden_states_are_as_many_as_stock_and_of_the_models_own_forward(family, span, recorded_before):
+    stock, ids = build(family), tokens()
+    model = build(family)
+    if recorded_before:  # then the recorder's hooks stand before ours
+        model(ids, output_hidden_states=True)
+    recursion = wake(attach(model, RecursionConfig(max_steps=MAX_STEPS, span=span)))
+    plain, output = (m(ids, output_hidden_states=True, use_cache=False) for m in (stock, model))
     assert torch.equal(output.logits, uncached(model, ids))
+    ours, theirs = output.hidden_states, plain.hidden_states
+    assert len(ours) == len(theirs) == 5
+    inside = recursion.end if family != "mamba2" else recursion.end - 1  # whose list has no input of layer 0
+    assert all(torch.equal(a, b) for a, b in zip(ours[:inside], theirs[:inside], strict=True))
+    assert all(far(a, b) > 1e-3 for a, b in zip(ours[recursion.end :], theirs[recursion.end :], strict=True))
+    passes = recursion.passes(ids)
+    assert torch.equal(ours[-1], passes.hidden[-1])
+    if recursion.end < 4 and family != "mamba2":
+        assert torch.equal(ours[recursion.end], passes.states[-1])
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "bloom", "qwen3_next", "gpt_oss", "opt"])
+@torch.no_grad()
+def test_attentions_and_router_logits_are_as_many_as_stock(family):
+    stock, (model, _), ids = build(family), attached(family), tokens()
+    for m in (stock, model):
+        m.set_attn_implementation("eager")
+    mixture = {"output_router_logits": True} if family in ("mixtral", "qwen3_next", "gpt_oss") else {}
+    plain, output = (m(ids, output_attentions=True, use_cache=False, **mixture) for m in (stock, model))
+    for name in ("attentions", "router_logits") if mixture else ("attentions",):
+        assert len(output[name]) == len(plain[name])
+        assert all(torch.equal(a, b) for a, b in zip(output[name], plain[name], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -415,6 +442,17 @@ def test_an_unlisted_family_that_breaks_when_its_layers_run_again_is_refused():
     with pytest.raises(RRError, match="never_heard_of"):
         attach(model)
     assert not hasattr(model, "recursion")
+
+
+def test_an_unlisted_family_whose_caches_are_not_recognised_is_refused(monkeypatch):
+    model = build("llama")
+    model.config.model_type = "never_heard_of"
+    monkeypatch.setattr(caches, "is_cache", lambda value: False)
+    with pytest.raises(RRError, match="depth 1 when they are cached"):
+        attach(model)
+    assert not hasattr(model, "recursion")
+    monkeypatch.undo()
+    attach(model)
 
 
 def _forward_with_final(backbone, extra):

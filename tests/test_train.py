@@ -78,8 +78,9 @@ def test_parts_of_a_batch_weigh_as_the_whole(tmp_path):
     assert parts == pytest.approx(whole, rel=1e-3)
 
 
-def test_phase_a_trains_the_sidecar_and_nothing_else(operated):
-    result = service.train(changed(phase="a", steps=6), "recursive", operated, Silent())
+@pytest.mark.parametrize("phase", ["a", "b"])
+def test_a_frozen_base_stays_the_base_at_depth_0(operated, phase):
+    result = service.train(changed(phase=phase, steps=6), "recursive", operated, Silent())
     assert not (result.checkpoint / "model.safetensors").exists()
     model, tokenizer = rrcli.load(result.checkpoint)
     base, _ = rrcli.load("default")

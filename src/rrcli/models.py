@@ -133,7 +133,7 @@ def load(
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer: a base model, or a folder that `rr surgery` or `rr train` wrote.
 
-    A recursion is attached and reachable as `model.recursion`, at its full depth.
+    A recursion is attached and reachable as `model.recursion`, at its full depth; adapters as `model.lora`.
 
     Args:
         path: 'default', a hub id, a folder or a `.gguf` file.
@@ -159,6 +159,10 @@ def load(
     tokenizer = load_tokenizer(source if carries_tokenizer else base, trust_remote_code=trust_remote_code)
     if manifest and manifest["recursion"]:
         load_sidecar(model, source.path, RecursionConfig.from_dict(manifest["recursion"]))
+    if manifest and manifest.get("lora"):
+        from rrcli.recursion.lora import load_lora
+
+        load_lora(model, source.path).model.eval()
     return model, tokenizer
 
 
@@ -196,12 +200,15 @@ def load_sidecar(model: Any, folder: Path, config: RecursionConfig) -> Any:
 def save_folder(
     folder: Path, model: Any, tokenizer: Any, base: ModelSource, base_fingerprint: str, *, own_weights: bool
 ) -> None:
-    """Write a model's sidecar, its weights if they are its own, its tokenizer and, last, the manifest into `folder`."""
+    """Write a model's sidecar, adapters, weights (if its own), tokenizer and, last, the manifest into `folder`."""
     from safetensors.torch import save_file
 
     recursion = getattr(model, "recursion", None)
     if recursion is not None:
         save_file({name: t.contiguous() for name, t in recursion.state_dict().items()}, folder / SIDECAR)
+    lora = getattr(model, "lora", None)
+    if lora is not None:
+        lora.save(folder, base.name if _recorded(base) == base.name != "default" else str(base.path))
     if own_weights:
         _as_plain(model)
         model.save_pretrained(folder)
@@ -211,6 +218,7 @@ def save_folder(
         "base": {"source": _recorded(base), "fingerprint": base_fingerprint},
         "weights": "own" if own_weights else "base",
         "recursion": recursion.config.to_dict() if recursion is not None else None,
+        "lora": lora is not None,
     }
     write_json(folder / MANIFEST, manifest)
 

@@ -24,7 +24,9 @@ def learning_rate_factor(step: int, settings: TrainSettings) -> float:
 
 
 class Optimizer:
-    """AdamW over the base model (unless the phase freezes it) and the sidecar, each with its own learning rate.
+    """AdamW over what the phase trains of the model (nothing, its adapters, everything) and the sidecar.
+
+    Each has its own learning rate; adapters learn at the model's.
 
     Weight decay applies to matrices only. The schedule is a function of the step, so it has no state to save.
     """
@@ -32,9 +34,10 @@ class Optimizer:
     def __init__(self, model: Any, settings: TrainSettings) -> None:
         self.settings = settings
         recursion = getattr(model, "recursion", None)
-        frozen = settings.phase == "a" and recursion is not None
-        model.requires_grad_(not frozen)
-        named = [] if frozen else [(f"model.{n}", p, settings.lr) for n, p in model.named_parameters()]
+        model.requires_grad_(settings.phase == "c")
+        for parameter in model.lora.parameters() if settings.phase == "b" else ():
+            parameter.requires_grad_(True)
+        named = [(f"model.{n}", p, settings.lr) for n, p in model.named_parameters() if p.requires_grad]
         if recursion is not None:
             named += [(f"recursion.{n}", p, settings.sidecar_lr) for n, p in recursion.named_parameters()]
         groups: dict[tuple[float, float], dict[str, Any]] = {}

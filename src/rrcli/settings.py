@@ -41,6 +41,7 @@ def option(
 MODEL = "Model and data"
 FILES = "Files and folders"
 LOSS = "Losses"
+LORA = "LoRA (phase b)"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,10 @@ class TrainSettings(CommonSettings):
     max_length: int = option(256, "Longest example, in tokens; longer text is cut.", minimum=8)
     task_share: float = option(0.75, "Share of reasoning problems in a batch; the rest is text.", minimum=0, maximum=1)
     phase: str = option(
-        "c", "What trains: a = the sidecar, base frozen; c = everything (vanilla always c).", choices=("a", "c")
+        "c",
+        "What trains: a = the sidecar, base frozen; b = a and LoRA on the span, which wants an --lr of about 2e-4; "
+        "c = everything. Vanilla: b = the same LoRA, c = everything.",
+        choices=("a", "b", "c"),
     )
     max_steps: int = option(0, "Train with at most this many passes; 0 = all that surgery made.", minimum=0)
     chunk_width: int = option(0, "Window of the chunk metrics, in tokens; 0 = as surgery set it.", minimum=0)
@@ -124,6 +128,8 @@ class TrainSettings(CommonSettings):
     run_name: str = option(
         "", "Folder name under logs and checkpoints. [default: the stage that it trains]", panel=FILES
     )
+    lora_rank: int = option(16, "Rank of the adapters.", panel=LORA, minimum=1)
+    lora_alpha: int = option(32, "Adapters are scaled by alpha / rank.", panel=LORA, minimum=1)
     final_weight: float = option(1.0, "Weight of final_ce.", panel=LOSS, minimum=0)
     masked_weight: float = option(0.5, "Weight of masked_ce.", panel=LOSS, minimum=0)
     halt_weight: float = option(0.05, "Weight of halt.", panel=LOSS, minimum=0)

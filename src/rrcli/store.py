@@ -31,8 +31,9 @@ SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 64 * 1024
 # What else decides how a model behaves: hashed whole.
 SMALL_FILES = (
-    *("config.json", "generation_config.json", MANIFEST, "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja"),
+    *("config.json", "generation_config.json", "adapter_config.json", MANIFEST),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "chat_template.jinja"),
 )
 
 

@@ -53,8 +53,18 @@ class Workspace:
         return self.directory / self.settings.output_dir / f"{stage}_results.json"
 
     def base(self) -> ModelSource:
-        """The base model of the experiment."""
-        return self.resolve(self.settings.model)
+        """The base model of the experiment.
+
+        Raises:
+            RRError: it cannot be found, or is no more than adapters on another model.
+        """
+        source = self.resolve(self.settings.model)
+        if source.manifest is not None and source.manifest.get("lora"):
+            raise RRError(
+                f"the base model {source.name} is a LoRA adapter on another model",
+                "Merge it with peft's merge_and_unload() and save_pretrained(), or name the model it was made from.",
+            )
+        return source
 
     def resolve(self, name: str) -> ModelSource:
         """Find a model; the folder of a training run stands for its last complete checkpoint."""
@@ -62,6 +72,17 @@ class Workspace:
         if name != "default" and path.is_dir() and checkpoints(path):
             return resolve(str(checkpoints(path)[-1]), self.directory)
         return resolve(name, self.directory)
+
+    def vanilla_span(self, settings: TrainSettings) -> list[int] | None:
+        """Return the layers that vanilla training adapts in phase b: surgery's span, None being all of them.
+
+        Raises:
+            RRError: there was no surgery yet.
+        """
+        if settings.phase != "b":
+            return None
+        manifest = self.stage_model(SURGERY_STAGE).manifest
+        return manifest["recursion"]["span"] if manifest else None
 
     def stage_model(self, stage: str) -> ModelSource:
         """Return the model that a stage measures.
@@ -108,15 +129,25 @@ WEIGHTLESS = (
     *("model", "data", "task", "device", "trust_remote_code"),
 )
 RECURSIVE_ONLY = (
-    *("sidecar_lr", "phase", "max_steps", "chunk_width", "masked_weight", "halt_weight", "ponder_weight"),
+    *("sidecar_lr", "max_steps", "chunk_width", "masked_weight", "halt_weight", "ponder_weight"),
     *("stability_weight", "supervised_share", "commit_margin"),
 )
+LORA_ONLY = ("lora_rank", "lora_alpha")
 
 
-def train_inputs(settings: TrainSettings, mode: str, start_fingerprint: str, data_fingerprint: str) -> str:
-    """Identify a training by the model it starts from, its data, and every setting that reaches the weights."""
+def train_inputs(
+    settings: TrainSettings, mode: str, start_fingerprint: str, data_fingerprint: str, span: Any = None
+) -> str:
+    """Identify a training by the model it starts from, its data, and every setting that reaches the weights.
+
+    Args:
+        span: the layers that vanilla's adapters are on; see `Workspace.vanilla_span`.
+    """
     left_out = {*WEIGHTLESS, *(RECURSIVE_ONLY if mode == "vanilla" else ())}
+    left_out |= set() if settings.phase == "b" else set(LORA_ONLY)
     values = {key: value for key, value in asdict(settings).items() if key not in left_out}
+    if mode == "vanilla":
+        values |= {"phase": "b", "span": span} if settings.phase == "b" else {"phase": "c"}
     return combine("train", mode, start_fingerprint, data_fingerprint, values)
 
 
@@ -155,7 +186,7 @@ def provenance(settings: CommonSettings, directory: Path, device: str, dtype: st
     import subprocess
     from importlib.metadata import version
 
-    packages = ("torch", "transformers", "accelerate", "safetensors", "reasoning-gym")
+    packages = ("torch", "transformers", "accelerate", "peft", "safetensors", "reasoning-gym")
     try:
         commit = subprocess.run(
             ["git", "-C", str(directory), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False

@@ -3,4 +3,5 @@
 config    what a recursion is (no torch)        cell      the modules that it adds
 families  where each architecture keeps things  caches    every pass has its own cache
 engine    `attach` and the passes themselves    losses    what training minimises
+lora      adapters for the passes (peft)
 """

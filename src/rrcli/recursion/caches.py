@@ -11,6 +11,7 @@ import copy
 import functools
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache
 
 from rrcli.errors import RRError
@@ -51,6 +52,7 @@ def _is_blank(layer: Any) -> bool:
     return not (previous is True or (isinstance(previous, (list, dict)) and any(_values(previous))))
 
 
+@torch.compiler.disable
 def prepare(cache: Any, depth: int, full: bool = True) -> None:
     """Make `cache` carry one cache for each of the passes `1..depth`, at the start of a forward at that depth.
 
@@ -73,7 +75,7 @@ def prepare(cache: Any, depth: int, full: bool = True) -> None:
             "Start from a new cache, or keep the depth that the first tokens were run at.",
         )
     if passes is None:
-        blanks = [copy.deepcopy(cache) for _ in range(depth)]
+        blanks = [_copied(cache) for _ in range(depth)]
         cache.__class__ = _mirrored(type(cache))
         cache.rr_passes = blanks
     elif depth < have:
@@ -90,12 +92,17 @@ def of_pass(cache: Any, step: int) -> Any:
 def _blank(cache: Any) -> Any:
     passes, cache.rr_passes = cache.rr_passes, []
     try:
-        blank = copy.deepcopy(cache)
+        blank = _copied(cache)
     finally:
         cache.rr_passes = passes
     blank.__class__ = type(cache).__bases__[0]
     del blank.rr_passes
     return blank
+
+
+def _copied(cache: Any) -> Any:
+    # Caches that offload hold a stream of their device, which cannot be copied and can be shared.
+    return copy.deepcopy(cache, {id(part): part for part in vars(cache).values() if isinstance(part, torch.Stream)})
 
 
 @functools.cache

@@ -10,6 +10,9 @@ How one forward goes at depth d:
     backbone returns    -> the frame is closed
 
 At depth 0 no frame is opened and the hooks return at once: the model is the stock model.
+
+Hidden states, attentions and router logits that a caller asks for are those of the model's own forward, in the stock
+number: of pass 0 inside the span, of the last pass from the span's end on. What passes >= 1 do is not recorded.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.output_capturing import _active_collector
 
 from rrcli.errors import RRError, UsageError
 from rrcli.recursion import caches
 from rrcli.recursion.cell import BoundaryHead, FeedbackCell
 from rrcli.recursion.config import RecursionConfig
-from rrcli.recursion.families import find_layout
+from rrcli.recursion.families import find_layout, home_of
 
+CACHE_NAMES = ("past_key_values", "cache_params")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -82,7 +87,7 @@ class Recursion(nn.Module):
         generator = torch.Generator().manual_seed(config.seed)
         self.cell = FeedbackCell(hidden, config.cell_width or hidden, config.max_steps, generator)
         self.head = BoundaryHead(hidden, generator)
-        self.to(device=like.device, dtype=like.dtype)
+        self.to(device=home_of(self.layers[self.start]), dtype=like.dtype)
 
         self._depth = config.max_steps
         self._frame: _Frame | None = None
@@ -112,12 +117,15 @@ class Recursion(nn.Module):
             self.depth = before
 
     def detach(self) -> None:
-        """Take every hook off; the model is the stock model again."""
+        """Take every hook off, and the adapters of the passes; the model is the stock model again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         if self.model.__dict__.get("recursion") is self:
             del self.model.__dict__["recursion"]
+            lora = self.model.__dict__.get("lora")
+            if lora is not None and not lora.always:
+                lora.remove()
 
     def passes(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Passes:
         """Run the backbone once, without a cache, and return what every pass 0..depth produced.
@@ -140,7 +148,8 @@ class Recursion(nn.Module):
             self.backbone.register_forward_pre_hook(self._open),
             self.backbone.register_forward_hook(self._close, always_call=True),
             self.layers[0].register_forward_pre_hook(self._prepare_caches, with_kwargs=True),
-            self.layers[self.end - 1].register_forward_hook(self._after_pass_0),
+            # First of the layer's hooks, so that whoever records its output records what the model goes on with.
+            self.layers[self.end - 1].register_forward_hook(self._after_pass_0, prepend=True),
         ]
         for index in range(self.start, len(self.layers)):
             note = functools.partial(self._note, index)
@@ -164,9 +173,11 @@ class Recursion(nn.Module):
             self._frame = None
 
     def _prepare_caches(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        depth = self._frame.depth if self._frame else 0
         for value in (*args, *kwargs.values()):
-            if caches.is_cache(value):
-                caches.prepare(value, self._frame.depth if self._frame else 0, self.end == len(self.layers))
+            # `prepare` is not compiled: call it where a generation begins, not for every token.
+            if caches.is_cache(value) and len(getattr(value, "rr_passes", ())) != depth:
+                caches.prepare(value, depth, self.end == len(self.layers))
 
     def _note(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._frame is not None:
@@ -180,9 +191,12 @@ class Recursion(nn.Module):
         entry = _hidden(frame.calls[self.start])
         hidden = output if isinstance(output, Tensor) else output[0]
         states = [hidden]
-        with self._forced(None):
+        # Layers may lie on different devices: the sidecar lies with the first layer of the span.
+        home = self.cell.w_in.weight.device
+        entry = entry.to(home)
+        with self._forced(None), _unrecorded():
             for step in range(1, frame.depth + 1):
-                feedback = self.cell(hidden.to(entry.device), step)
+                feedback = self.cell(hidden.to(home), step)
                 if frame.states is not None:
                     frame.feedback.append(_relative_norm(feedback, entry))
                 hidden = self._run(span, entry + feedback.to(entry.dtype), frame, step)
@@ -193,6 +207,7 @@ class Recursion(nn.Module):
 
     def _run(self, span: Iterable[int], hidden: Tensor, frame: _Frame, step: int) -> Tensor:
         """Call layers again as the model called them, but for the hidden state and the cache of pass `step`."""
+        lora = self.model.__dict__.get("lora") if step else None
         for index in span:
             args, kwargs = frame.calls[index]
             args = tuple(caches.of_pass(value, step) if caches.is_cache(value) else value for value in args)
@@ -203,7 +218,8 @@ class Recursion(nn.Module):
                 args = (hidden, *args[1:])
             else:
                 kwargs["hidden_states"] = hidden
-            output = self.layers[index](*args, **kwargs)
+            layer = self.layers[index]
+            output = layer(*args, **kwargs) if lora is None else lora.call(layer, *args, **kwargs)
             hidden = output if isinstance(output, Tensor) else output[0]
         return hidden
 
@@ -243,23 +259,26 @@ def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
 def self_check(recursion: Recursion, tokens: int = 8) -> None:
     """Prove on a few tokens that a fresh recursion changes nothing and that readouts are what the model computes.
 
+    Looks at one forward without a cache, and at decoding the last tokens one by one with the model's own.
+
     Raises:
         RRError: the logits at some depth differ from the stock model's, or a readout does.
     """
     model = recursion.model
     family = model.config.model_type
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(tokens, device=model.device)[None] * 37 + 11) % vocabulary
+    ids = (torch.arange(tokens, device=home_of(model.get_input_embeddings()))[None] * 37 + 11) % vocabulary
     training, _ = model.training, model.eval()
     try:
         with recursion.at_depth(0):
-            stock = model(input_ids=ids).logits
+            stock, decoded = model(input_ids=ids, use_cache=False).logits, _decoded(model, ids)
         for depth in range(1, recursion.config.max_steps + 1):
             with recursion.at_depth(depth):
-                if not torch.equal(model(input_ids=ids).logits, stock):
+                same = torch.equal(model(input_ids=ids, use_cache=False).logits, stock)
+                if not same or not torch.equal(_decoded(model, ids), decoded):
                     raise RRError(
                         f"'{family}' models cannot be supported: a zero-initialised recursion changes the logits "
-                        f"at depth {depth}",
+                        f"at depth {depth}{' when they are cached' if same else ''}",
                         f"Decoder layers were taken to be {type(recursion.layers[0]).__name__}.",
                     )
         hidden = recursion.passes(ids).hidden
@@ -267,6 +286,30 @@ def self_check(recursion: Recursion, tokens: int = 8) -> None:
             raise RRError(f"'{family}' models cannot be supported: what follows the decoder layers was not understood")
     finally:
         model.train(training)
+
+
+def _decoded(model: Any, ids: Tensor, last: int = 3) -> Tensor:
+    """Return the logits of all but the `last` positions at once and of those one by one, with the model's own cache."""
+    parts, cache = [], {}
+    for piece in (ids[:, :-last], *ids[:, -last:].split(1, 1)):
+        output = model(input_ids=piece, use_cache=True, **cache)
+        cache = {name: value for name, value in output.items() if name in CACHE_NAMES or caches.is_cache(value)}
+        parts.append(output.logits)
+    return torch.cat(parts, 1)
+
+
+@contextmanager
+def _unrecorded() -> Iterator[None]:
+    """Hide what happens inside from transformers' recorder of hidden states, attentions and router logits."""
+    before = _active_collector.get()
+    if not before:
+        yield
+        return
+    _active_collector.set(None)
+    try:
+        yield
+    finally:
+        _active_collector.set(before)
 
 
 def _hidden(call: Call) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from rrcli.errors import RRError
@@ -96,6 +97,16 @@ def find_layout(model: nn.Module) -> tuple[Layout, bool]:
     behind = names[names.index(layers.rpartition(".")[2]) + 1 :]
     tail = tuple(f"{layers.rpartition('.')[0]}.{name}" for name in behind if "norm" in name or name.startswith("ln"))
     return Layout(layers, tail), False
+
+
+def home_of(module: nn.Module) -> torch.device:
+    """Return the device that `module` computes on, also where accelerate keeps its weights elsewhere until then."""
+    weight = next(module.parameters())
+    if weight.device.type != "meta":
+        return weight.device
+    hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
+    homes = [home for hook in hooks if (home := getattr(hook, "execution_device", None)) is not None]
+    return torch.device(homes[0]) if homes else weight.device
 
 
 def _has(model: nn.Module, path: str) -> bool:

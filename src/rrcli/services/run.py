@@ -81,8 +81,11 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
         new_options: options stand on the command line that `rr.toml` does not hold yet.
     """
     steps: dict[tuple[str, str], Step] = {}
+    needs = NEEDS
+    if load(TrainSettings).phase == "b":  # vanilla adapts the layers of surgery's span
+        needs = NEEDS | {("train", "vanilla"): (("surgery", ""),)}
     for kind, target in ORDER:
-        waiting = [steps[need] for need in NEEDS.get((kind, target), ()) if steps[need].status != DONE]
+        waiting = [steps[need] for need in needs.get((kind, target), ()) if steps[need].status != DONE]
         # A missing rr.toml means the defaults and flags are at hand, so the rest can be judged without it.
         waiting = [step for step in waiting if step.kind != "setup"]
         if waiting:
@@ -133,7 +136,8 @@ def _judge(kind: str, target: str, directory: Path, load: Load) -> Step:
     training = load(TrainSettings)
     start = workspace.base() if target == "vanilla" else workspace.stage_model(SURGERY_STAGE)
     identity = data_identity(training, directory)
-    expected = train_inputs(training, target, model_fingerprint(start, directory), identity)
+    span = workspace.vanilla_span(training) if target == "vanilla" else None
+    expected = train_inputs(training, target, model_fingerprint(start, directory), identity, span)
     found = checkpoints(workspace.run_folder(f"finetuned_{target}"))
     step = _status(kind, target, recorded_inputs(found[-1]) if found else None, expected)
     if step.status == DONE and step_of(found[-1]) < training.steps:

@@ -22,7 +22,7 @@ from rrcli.settings import SETTINGS_FILE, SetupSettings, load, read_file, write_
 from rrcli.store import make_folder
 from rrcli.workspace import Workspace
 
-PACKAGES = ("torch", "transformers", "accelerate", "tensorboard", "safetensors", "reasoning-gym")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "tensorboard", "safetensors", "reasoning-gym")
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,8 @@ def train(
     folder = workspace.run_folder(name)
     start = workspace.base() if mode == "vanilla" else workspace.stage_model("after_surgery")
     identity = data_identity(settings, directory)
-    inputs = train_inputs(settings, mode, model_fingerprint(start, directory), identity)
+    span = workspace.vanilla_span(settings) if mode == "vanilla" else None
+    inputs = train_inputs(settings, mode, model_fingerprint(start, directory), identity, span)
     if restart:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(workspace.log_folder(name), ignore_errors=True)
@@ -131,6 +132,10 @@ def train(
     from rrcli.tracker import MetricsTracker
 
     model, tokenizer = load_for(settings, ModelSource(str(found[-1]), found[-1]) if found else start, directory)
+    if settings.phase == "b" and not found:
+        from rrcli.recursion.lora import add_lora
+
+        add_lora(model, settings.lora_rank, settings.lora_alpha, settings.seed, span)
     if model.config.get_text_config().vocab_size < len(tokenizer):
         raise RRError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     samples = settings.eval_samples

@@ -1,0 +1,214 @@
+"""LoRA for phase b, through `peft`: adapters on the linear layers of the span, for the passes that are to have them.
+
+With a recursion the adapters are on in passes >= 1 only, so pass 0 stays the base model bit for bit. Without one
+(vanilla) the same adapters are on always, that is in pass 0.
+
+They are off unless a pass switches them on, one layer at a time. Activation checkpointing runs a layer a second time in
+the backward pass, long after that pass: the switch therefore goes into what is checkpointed.
+
+What is left out, since `peft` cannot adapt it: layers whose weight a fused kernel reads (Mamba's projections), and the
+experts of a mixture with their shared siblings (fused into one parameter; attention is adapted there).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rrcli.errors import RRError
+from rrcli.recursion.families import find_layout
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+NAME = "default"
+PREFIX = "base_model.model."
+
+BYPASSED = dict.fromkeys(
+    (
+        *("mamba", "falcon_mamba", "jamba", "mamba2", "falcon_h1", "nemotron_h", "bamba", "zamba2"),
+        "granitemoehybrid",
+    ),
+    ("x_proj", "dt_proj", "out_proj"),
+)
+FUSED_WITH_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
+class Lora:
+    """The adapters of one model, reachable as `model.lora`.
+
+    Attributes:
+        config: peft's own `LoraConfig`.
+        always: whether they are on in every pass (vanilla) or only where the recursion switches them on.
+    """
+
+    def __init__(self, model: Any, config: Any, *, always: bool) -> None:
+        from peft import inject_adapter_in_model
+        from peft.functional import cast_adapter_dtype
+        from peft.tuners.lora import LoraLayer
+
+        self.model, self.config, self.always = model, config, always
+        try:
+            inject_adapter_in_model(config, model, NAME)
+        except (ValueError, NotImplementedError, TypeError) as error:
+            raise RRError(f"LoRA cannot be added to '{model.config.model_type}' models: {error}") from error
+        cast_adapter_dtype(model, NAME)
+        layers = model.get_submodule(find_layout(model)[0].layers)
+        self._of_layer: dict[nn.Module, list[LoraLayer]] = {
+            layer: [module for module in layer.modules() if isinstance(module, LoraLayer)] for layer in layers
+        }
+        for adapted in self._of_layer.values():
+            _switch(adapted, always)
+        model.__dict__["lora"] = self
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the adapters' weights, in the model's order."""
+        return [p for name, p in self.model.named_parameters() if ".lora_" in name]
+
+    def call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call a decoder layer with its adapters on, now and when a checkpoint recomputes it."""
+        adapted = self._of_layer[layer]
+        checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None:
+            layer._gradient_checkpointing_func = lambda run, *inputs, **options: checkpoint(
+                self._with_adapters(run, adapted), *inputs, **options
+            )
+        try:
+            return self._with_adapters(layer, adapted)(*args, **kwargs)
+        finally:
+            if checkpoint is not None:
+                layer._gradient_checkpointing_func = checkpoint
+
+    def remove(self) -> None:
+        """Put the model's own modules back."""
+        for name, module in list(self.model.named_modules()):
+            if module in {one for adapted in self._of_layer.values() for one in adapted}:
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.base_layer)
+        del self.model.peft_config, self.model.__dict__["lora"]
+
+    def save(self, folder: Path, base: str) -> None:
+        """Write what `PeftModel.from_pretrained(base, folder)` reads.
+
+        Args:
+            base: path or hub id of the base model, noted for `AutoPeftModelForCausalLM`.
+        """
+        from peft.functional import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        weights = get_peft_model_state_dict(self.model, adapter_name=NAME, save_embedding_layers=False)
+        save_file(
+            {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()},
+            folder / ADAPTER_WEIGHTS,
+            metadata={"format": "pt"},
+        )
+        self.config.base_model_name_or_path = base
+        self.config.save_pretrained(folder)
+        # peft keeps the targets in a set: sort them, so that equal adapters make equal files.
+        path = folder / ADAPTER_CONFIG
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values |= {"target_modules": sorted(values["target_modules"]), "inference_mode": True}
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _with_adapters(self, run: Callable[..., Any], adapted: list[Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._on(adapted):
+                return run(*args, **kwargs)
+
+        return call
+
+    @contextmanager
+    def _on(self, adapted: list[Any]) -> Iterator[None]:
+        _switch(adapted, True)
+        try:
+            yield
+        finally:
+            _switch(adapted, self.always)
+
+
+def add_lora(model: Any, rank: int, alpha: int, seed: int = 0, span: Sequence[int] | None = None) -> Lora:
+    """Add fresh adapters (B is zero, so nothing changes) to the linear layers of a span of decoder layers.
+
+    The model's own weights are frozen. With a recursion attached the adapters belong to its passes >= 1.
+
+    Args:
+        rank, alpha: an adapter adds `alpha / rank · B · A`, with rank rows in A.
+        seed: draws A.
+        span: the layers `[start, end)`; None means those of the recursion, or all where there is none.
+
+    Raises:
+        RRError: there is no layer that `peft` can adapt, or there are adapters already.
+    """
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    if getattr(model, "lora", None) is not None or hasattr(model, "peft_config"):
+        raise RRError("the model has adapters already", "Merge them with peft's merge_and_unload() first.")
+    family = model.config.get_text_config().model_type
+    layers = find_layout(model)[0].layers
+    recursion = getattr(model, "recursion", None)
+    start, end = span or ((recursion.start, recursion.end) if recursion else (0, len(model.get_submodule(layers))))
+    left_out = set(BYPASSED.get(family, ()))
+    found: dict[str, nn.Module] = {}
+    for layer in model.get_submodule(layers)[start:end]:
+        if any(name.endswith("experts.gate_up_proj") for name, _ in layer.named_parameters()):
+            left_out |= FUSED_WITH_EXPERTS
+        linear = {name: module for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+        found |= {name.rpartition(".")[2]: module for name, module in linear.items()}
+    targets = {name: module for name, module in found.items() if name not in left_out}
+    if not targets:
+        raise RRError(
+            f"LoRA cannot be added to '{family}' models: peft can adapt none of their linear layers",
+            "Use --phase a or --phase c.",
+        )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=sorted(targets),
+        layers_to_transform=list(range(start, end)),
+        layers_pattern=layers.rpartition(".")[2],
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets.values()),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Lora(model, config, always=recursion is None)
+
+
+def load_lora(model: Any, folder: Path) -> Lora:
+    """Add the adapters that lie in `folder`.
+
+    Raises:
+        RRError: files are missing or broken, or belong to another model.
+    """
+    from peft import PeftConfig
+    from peft.functional import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        weights: dict[str, Tensor] = load_file(folder / ADAPTER_WEIGHTS)
+    except Exception as error:
+        raise RRError(f"cannot read the adapter in {folder}: {error}", "Make the checkpoint again.") from error
+    lora = Lora(model, config, always=getattr(model, "recursion", None) is None)
+    try:
+        result = set_peft_model_state_dict(
+            model, {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}, NAME
+        )
+    except RuntimeError as error:
+        raise RRError(f"the adapter in {folder} does not fit the model: {error}") from error
+    wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
+    if wrong:
+        raise RRError(f"the adapter in {folder} does not fit the model: {wrong[0]}")
+    return lora
+
+
+def _switch(adapted: list[Any], on: bool) -> None:
+    # Not `enable_adapters`: that also turns requires_grad off, and autograd then drops gradients of passes already run.
+    for module in adapted:
+        module._disable_adapters = not on
