@@ -28,6 +28,7 @@ from rrcli.recursion import caches
 from rrcli.recursion.cell import BoundaryHead, FeedbackCell
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.families import find_layout
+from rrcli.recursion.proof import prove
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -78,7 +79,8 @@ class Recursion(nn.Module):
 
         # Weights of one byte (fp8) are storage, not something to compute in.
         like = next(p for p in self.layers[self.start].parameters() if p.is_floating_point() and p.element_size() > 1)
-        hidden = model.config.get_text_config().hidden_size
+        width = getattr(model.config.get_text_config(), "hidden_size", None)
+        hidden = width or model.get_input_embeddings().embedding_dim
         generator = torch.Generator().manual_seed(config.seed)
         self.cell = FeedbackCell(hidden, config.cell_width or hidden, config.max_steps, generator)
         self.head = BoundaryHead(hidden, generator)
@@ -166,7 +168,7 @@ class Recursion(nn.Module):
     def _prepare_caches(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for value in (*args, *kwargs.values()):
             if caches.is_cache(value):
-                caches.prepare(value, self._frame.depth if self._frame else 0, self.end == len(self.layers))
+                caches.prepare(value, self._frame.depth if self._frame else 0, self.end == len(self.layers), self.start)
 
     def _note(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._frame is not None:
@@ -230,6 +232,7 @@ def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
     recursion = Recursion(model, config or RecursionConfig())
     if recursion.needs_check:
         try:
+            prove(recursion)
             self_check(recursion)
         except Exception as error:
             recursion.detach()
