@@ -37,10 +37,10 @@ _TABLE: dict[Layout, str] = {
         deepseek_v32 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text
         gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granite granite_swa
         granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
-        hyperclovax inkling_text internlm3 iquestcoder jais2 jetmoe kimi_linear kolibri1 laguna llama llama4_text longcat_flash
-        mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3 mistral mixtral moshi nanochat nemotron
-        olmo olmo2 olmo3 olmo_hybrid olmoe phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe
-        qwen3_next seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu
+        hyperclovax inkling_text internlm3 iquestcoder jais2 jetmoe kimi_linear kolibri1 laguna llama llama4_text
+        longcat_flash mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3 mistral mixtral moshi
+        nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text
+        qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu
     """,
     Layout("model.layers", ("model.final_layernorm",)): "bamba falcon_h1 jamba persimmon phi zamba2",
     Layout("model.layers", ("model.embedding_norm",)): "lfm2 lfm2_moe lfm3",
