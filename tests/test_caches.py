@@ -8,18 +8,17 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from families import FAMILIES, build, cache_name, cached, far, generate, tokens, uncached, wake
+from families import FAMILIES, ROUNDING, build, cache_name, cached, far, generate, tokens, uncached, wake
 from rrcli.errors import RRError
 from rrcli.recursion import caches
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
 
 MAX_STEPS = 2
-ROUNDING = 1e-5
 SEEN = 9
 
 # Recurrent states cannot be rolled back, so these families' caches cannot be cropped.
-RECURRENT = ("falcon_h1", "kimi_linear", "mamba2", "qwen3_next")
+RECURRENT = (*("falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "mamba2", "qwen3_5_text", "qwen3_next"),)
 # Layers of these caches have no batch_select_indices.
 NO_SELECT = (*RECURRENT, "lfm2")
 CROPPABLE = [family for family in FAMILIES if family not in RECURRENT]

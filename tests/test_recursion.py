@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from families import FAMILIES, SPANS, build, cached, far, generate, tokens, uncached, wake
+from families import FAMILIES, ROUNDING, SPANS, build, cached, far, generate, tokens, uncached, wake
 from rrcli.errors import RRError, UsageError
 from rrcli.recursion import caches
 from rrcli.recursion.config import RecursionConfig, parse_span
@@ -17,9 +17,6 @@ from rrcli.recursion.engine import attach, self_check
 from rrcli.recursion.families import find_layout
 
 MAX_STEPS = 2
-# Cached and uncached forward may differ by rounding: fp32, relative to the largest logit.
-ROUNDING = 1e-5
-
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_span = pytest.mark.parametrize("span", SPANS, ids=["full", "partial"])
 
@@ -181,23 +178,24 @@ def test_attentions_and_router_logits_are_as_many_as_stock(family):
         assert all(torch.equal(a, b) for a, b in zip(output[name], plain[name], strict=True))
 
 
-@pytest.mark.parametrize(
-    "family",
-    ["llama", "gemma3_text", "mixtral", "gpt2", "bloom", "qwen3_next", "mamba2"],
-)
+@every_family
 @torch.no_grad()
 def test_bfloat16(family):
     stock, ids = build(family).bfloat16(), tokens()
     plain, text = uncached(stock, ids), generate(stock, ids)
     recursion = attach(stock, RecursionConfig(max_steps=MAX_STEPS))
     assert {p.dtype for p in recursion.parameters()} == {torch.bfloat16}
-    assert torch.equal(uncached(stock, ids), plain)
+    for depth in range(1, MAX_STEPS + 1):
+        recursion.depth = depth
+        assert torch.equal(uncached(stock, ids), plain)
     assert torch.equal(generate(stock, ids), text)
     wake(recursion)
     awake = uncached(stock, ids)
     assert awake.dtype == plain.dtype
     assert torch.isfinite(awake).all()
     assert not torch.equal(awake, plain)
+    recursion.depth = 0
+    assert torch.equal(uncached(stock, ids), plain)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "gpt_neox", "mixtral", "lfm2", "mamba2"])

@@ -36,11 +36,28 @@ def is_cache(value: object) -> bool:
 
 def is_empty(cache: Any) -> bool:
     """Tell whether no token went through `cache` yet."""
-    layers = getattr(cache, "layers", None)
-    if layers is None:
-        length = getattr(cache, "get_seq_length", None)
-        return length is not None and int(length()) == 0
-    return all(_is_blank(layer) for layer in layers)
+    if not isinstance(cache, Cache):
+        return _length(cache) == 0
+    return all(_is_blank(layer) for layer in cache.layers)
+
+
+def _length(cache: Any, layer: int | None = None) -> int:
+    """Return how many tokens a cache of a foreign class holds, of one layer where it can tell.
+
+    Raises:
+        RRError: it cannot tell, so a filled cache could be taken for an empty one.
+    """
+    try:
+        return int(cache.get_seq_length() if layer is None else cache.get_seq_length(layer))
+    except AttributeError:
+        raise RRError(
+            f"a cache of class {type(cache).__name__} cannot be used: it has no get_seq_length",
+            "Call the model with use_cache=False, or with a cache of transformers.",
+        ) from None
+    except TypeError:
+        if layer is None:
+            raise
+        return _length(cache)
 
 
 def _is_blank(layer: Any) -> bool:
@@ -52,8 +69,13 @@ def _is_blank(layer: Any) -> bool:
     return not (previous is True or (isinstance(previous, (list, dict)) and any(_values(previous))))
 
 
+def is_ready(cache: Any, depth: int) -> bool:
+    """Tell whether `cache` carries what a forward at `depth` needs, without looking further."""
+    return isinstance(cache, Cache) and len(getattr(cache, "rr_passes", ())) == depth
+
+
 @torch.compiler.disable
-def prepare(cache: Any, depth: int, full: bool = True) -> None:
+def prepare(cache: Any, depth: int, full: bool = True, start: int = 0) -> None:
     """Make `cache` carry one cache for each of the passes `1..depth`, at the start of a forward at that depth.
 
     Copies for deeper passes are dropped: they will not see this forward's tokens.
@@ -61,9 +83,11 @@ def prepare(cache: Any, depth: int, full: bool = True) -> None:
     Args:
         full: whether the span ends with the last layer. If not, the layers behind it have cached what the passes so far
             gave them, and going on at a lower depth would mix two models.
+        start: the first layer of the span.
 
     Raises:
-        RRError: tokens went through the cache at a lower depth, so a deeper pass has no past.
+        RRError: tokens went through the cache at a lower depth, so a deeper pass has no past; or a foreign cache was
+            changed by a method that is not known here.
     """
     passes = getattr(cache, "rr_passes", None)
     if passes is None and depth == 0:
@@ -73,6 +97,11 @@ def prepare(cache: Any, depth: int, full: bool = True) -> None:
         raise RRError(
             f"this cache was filled at recursion depth {have}; it cannot go on at depth {depth}",
             "Start from a new cache, or keep the depth that the first tokens were run at.",
+        )
+    if passes and not isinstance(cache, Cache) and any(_length(p, start) != _length(cache, start) for p in passes):
+        raise RRError(
+            f"a {type(cache).__name__} was changed in a way that did not reach the caches of the passes",
+            f"Start from a new cache, or change it with one of: {', '.join(MUTATORS)}.",
         )
     if passes is None:
         blanks = [_copied(cache) for _ in range(depth)]
@@ -116,7 +145,7 @@ def _mirrored(cls: type) -> type:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             for twin in self.rr_passes:
                 # Layers outside the span stay blank in the copies, and some kinds cannot crop nothing.
-                targets = twin.layers if name == "crop" and hasattr(twin, "layers") else [twin]
+                targets = twin.layers if name == "crop" and isinstance(twin, Cache) else [twin]
                 for target in targets:
                     if target is twin or not _is_blank(target):
                         getattr(target, name)(*args, **kwargs)

@@ -32,8 +32,8 @@ from rrcli.recursion import caches
 from rrcli.recursion.cell import BoundaryHead, FeedbackCell
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.families import find_layout, home_of
+from rrcli.recursion.proof import prove, self_check
 
-CACHE_NAMES = ("past_key_values", "cache_params")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -83,7 +83,8 @@ class Recursion(nn.Module):
 
         # Weights of one byte (fp8) are storage, not something to compute in.
         like = next(p for p in self.layers[self.start].parameters() if p.is_floating_point() and p.element_size() > 1)
-        hidden = model.config.get_text_config().hidden_size
+        width = getattr(model.config.get_text_config(), "hidden_size", None)
+        hidden = width or model.get_input_embeddings().embedding_dim
         generator = torch.Generator().manual_seed(config.seed)
         self.cell = FeedbackCell(hidden, config.cell_width or hidden, config.max_steps, generator)
         self.head = BoundaryHead(hidden, generator)
@@ -176,8 +177,8 @@ class Recursion(nn.Module):
         depth = self._frame.depth if self._frame else 0
         for value in (*args, *kwargs.values()):
             # `prepare` is not compiled: call it where a generation begins, not for every token.
-            if caches.is_cache(value) and len(getattr(value, "rr_passes", ())) != depth:
-                caches.prepare(value, depth, self.end == len(self.layers))
+            if caches.is_cache(value) and not caches.is_ready(value, depth):
+                caches.prepare(value, depth, self.end == len(self.layers), self.start)
 
     def _note(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._frame is not None:
@@ -246,6 +247,7 @@ def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
     recursion = Recursion(model, config or RecursionConfig())
     if recursion.needs_check:
         try:
+            prove(recursion)
             self_check(recursion)
         except Exception as error:
             recursion.detach()
@@ -253,49 +255,6 @@ def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
                 raise
             raise RRError(f"'{model.config.model_type}' models cannot be supported: {error}") from error
     return recursion
-
-
-@torch.no_grad()
-def self_check(recursion: Recursion, tokens: int = 8) -> None:
-    """Prove on a few tokens that a fresh recursion changes nothing and that readouts are what the model computes.
-
-    Looks at one forward without a cache, and at decoding the last tokens one by one with the model's own.
-
-    Raises:
-        RRError: the logits at some depth differ from the stock model's, or a readout does.
-    """
-    model = recursion.model
-    family = model.config.model_type
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(tokens, device=home_of(model.get_input_embeddings()))[None] * 37 + 11) % vocabulary
-    training, _ = model.training, model.eval()
-    try:
-        with recursion.at_depth(0):
-            stock, decoded = model(input_ids=ids, use_cache=False).logits, _decoded(model, ids)
-        for depth in range(1, recursion.config.max_steps + 1):
-            with recursion.at_depth(depth):
-                same = torch.equal(model(input_ids=ids, use_cache=False).logits, stock)
-                if not same or not torch.equal(_decoded(model, ids), decoded):
-                    raise RRError(
-                        f"'{family}' models cannot be supported: a zero-initialised recursion changes the logits "
-                        f"at depth {depth}{' when they are cached' if same else ''}",
-                        f"Decoder layers were taken to be {type(recursion.layers[0]).__name__}.",
-                    )
-        hidden = recursion.passes(ids).hidden
-        if not all(torch.equal(state, hidden[-1]) for state in hidden[:-1]):
-            raise RRError(f"'{family}' models cannot be supported: what follows the decoder layers was not understood")
-    finally:
-        model.train(training)
-
-
-def _decoded(model: Any, ids: Tensor, last: int = 3) -> Tensor:
-    """Return the logits of all but the `last` positions at once and of those one by one, with the model's own cache."""
-    parts, cache = [], {}
-    for piece in (ids[:, :-last], *ids[:, -last:].split(1, 1)):
-        output = model(input_ids=piece, use_cache=True, **cache)
-        cache = {name: value for name, value in output.items() if name in CACHE_NAMES or caches.is_cache(value)}
-        parts.append(output.logits)
-    return torch.cat(parts, 1)
 
 
 @contextmanager

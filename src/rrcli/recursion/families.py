@@ -1,12 +1,14 @@
 """Where each family of models keeps its decoder layers: data, not code.
 
 A layout names the list of decoder layers and what follows it inside the backbone (the "tail": final norm, output
-projection). Families that are not listed are looked for by structure and have to prove themselves in a self-check.
+projection). Families in the table are shown to work by the tests. A family in neither table is looked for by structure
+and has to prove itself; see `proof`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,76 +29,107 @@ class Layout:
         return self.layers.rpartition(".")[0]
 
 
-LLAMA = Layout("model.layers", ("model.norm",))
 GPT2 = Layout("transformer.h", ("transformer.ln_f",))
 
-LAYOUTS: dict[str, Layout] = {
+# Model types by layout, each in alphabetical order. The first layout is llama's.
+_TABLE: dict[Layout, str] = {
+    Layout("model.layers", ("model.norm",)): """
+        afmoe apertus arcee axk1 axk2 bailing_hybrid bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3
+        deepseek_v32 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text
+        gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granite granite_swa
+        granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
+        hyperclovax inkling_text internlm3 iquestcoder jais2 jetmoe kimi_linear kolibri1 laguna llama llama4_text
+        longcat_flash mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3 mistral mixtral moshi
+        nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text
+        qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma youtu
+    """,
+    Layout("model.layers", ("model.final_layernorm",)): "bamba falcon_h1 jamba persimmon phi zamba2",
+    Layout("model.layers", ("model.embedding_norm",)): "lfm2 lfm2_moe lfm3",
+    Layout("model.layers", ("model.final_norm",)): "modernbert-decoder",
+    Layout("model.layers", ("model.layer_norm",)): "xglm",
+    Layout("model.layers", ("model.norm_f",)): "nemotron_h",
+    Layout("backbone.layers", ("backbone.norm_f",)): "falcon_mamba mamba mamba2",
+    Layout("biogpt.layers", ("biogpt.layer_norm",)): "biogpt",
+    Layout("gpt_neox.layers", ("gpt_neox.final_layer_norm",)): "gpt_neox",
+    Layout("gpt_neox_japanese.layers", ("gpt_neox_japanese.final_layer_norm",)): "gpt_neox_japanese",
+    Layout("model.decoder.layers", ("model.decoder.final_layer_norm", "model.decoder.project_out")): "opt",
+    GPT2: "bloom codegen falcon gpt2 gpt_bigcode gpt_neo gptj",
+    Layout("transformer.h", ("transformer.layernorm",)): "ctrl",
+    Layout("transformer.blocks", ("transformer.norm_f",)): "dbrx mpt",
+}
+LAYOUTS = {family: layout for layout, families in _TABLE.items() for family in families.split()}
+
+_HYPER = "the stream between its layers holds several mixed copies of every position"
+_ENCODER = "it is an encoder used as a decoder: its layers lie in a module that is not given the tokens"
+_CROSS = "it is the decoder half of an encoder-decoder model"
+
+# What is known not to work, and why.
+REFUSED: dict[str, str] = {
+    "blt": "its layers see patches of bytes, not one position for each token",
+    "cpmant": "it puts a prompt of its own before the tokens, and its stock cached decoding fails",
+    "deepseek_v4": _HYPER,
+    "gemma3n_text": _HYPER,
+    "hrm_text": "it already loops over two lists of layers",
+    "hy_v4": _HYPER,
+    "inkling2_text": "its layers read states that are collected from earlier layers",
+    "recurrent_gemma": "its recurrent state lies in its modules, so the passes would share one state",
+    "reformer": "its reversible layers pass two streams, not one hidden state",
+    "rwkv": "its recurrent state goes from layer to layer as plain tensors, so the passes would share one state",
+    "xlnet": "its layers run on [position, batch, hidden] in two streams",
+    "xlstm": "its backbone writes the recurrent state, not its layers, so the passes would have none",
+    "zaya": "its layers pass router states from one to the next",
     **dict.fromkeys(
-        (
-            *("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen2_moe", "qwen3"),
-            *(
-                "qwen3_moe",
-                "qwen3_next",
-                "phi3",
-                "olmo",
-                "olmo2",
-                "olmoe",
-                "cohere",
-                "cohere2",
-                "granite",
-                "granitemoe",
-            ),
-            *(
-                "smollm3",
-                "starcoder2",
-                "stablelm",
-                "deepseek_v2",
-                "deepseek_v3",
-                "gpt_oss",
-                "kimi_linear",
-                "glm",
-                "glm4",
-            ),
-        ),
-        LLAMA,
+        ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"), _ENCODER
     ),
-    **dict.fromkeys(("gpt2", "gptj", "codegen", "bloom", "falcon", "gpt_bigcode"), GPT2),
-    "phi": Layout("model.layers", ("model.final_layernorm",)),
-    "lfm2": Layout("model.layers", ("model.embedding_norm",)),
-    "falcon_h1": Layout("model.layers", ("model.final_layernorm",)),
-    "gpt_neox": Layout("gpt_neox.layers", ("gpt_neox.final_layer_norm",)),
-    "opt": Layout("model.decoder.layers", ("model.decoder.final_layer_norm", "model.decoder.project_out")),
-    "mamba": Layout("backbone.layers", ("backbone.norm_f",)),
-    "mamba2": Layout("backbone.layers", ("backbone.norm_f",)),
+    **dict.fromkeys(("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"), _ENCODER),
+    **dict.fromkeys(("xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"), _ENCODER),
+    **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp"), _CROSS),
+    **dict.fromkeys(("pegasus", "plbart", "prophetnet", "trocr", "whisper"), _CROSS),
 }
 
 
 def find_layout(model: nn.Module) -> tuple[Layout, bool]:
-    """Return the model's layout and whether it comes from the table (otherwise it needs a self-check).
+    """Return the model's layout and whether it comes from the table (otherwise it needs a proof).
 
     Raises:
-        RRError: the layers cannot be found; the message names what was seen.
+        RRError: the family is known not to work, or the layers cannot be found; the message names what was seen.
     """
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
     family = config.model_type
+    reason = REFUSED.get(family)
+    if reason is None and getattr(model.config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder model"
+    if reason is None and getattr(config, "num_kv_shared_layers", 0):
+        reason = f"its last {config.num_kv_shared_layers} layers read the keys and values of earlier layers"
+    if reason is not None:
+        raise RRError(f"'{family}' models cannot be supported: {reason}", "Recursion needs another model.")
     known = LAYOUTS.get(family)
     if known and _has(model, known.layers):
         return known, True
-    count = config.num_hidden_layers
-    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and "." in name}
-    candidates = [name for name, length in lists.items() if length == count]
+    return _by_structure(model, family, getattr(config, "num_hidden_layers", None)), False
+
+
+def _by_structure(model: nn.Module, family: str, count: int | None) -> Layout:
+    # A list inside a list (the experts of a layer) is never the list of decoder layers.
+    lists = {
+        name: len(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and "." in name and not any(part.isdigit() for part in name.split("."))
+    }
+    candidates = [name for name, length in lists.items() if count in (None, length)]
     if len(candidates) != 1:
         seen = ", ".join(f"{name} ({length})" for name, length in lists.items()) or "none"
         raise RRError(
-            f"cannot find the {count} decoder layers of a '{family}' model; module lists seen: {seen}",
+            f"cannot find the {'' if count is None else f'{count} '}decoder layers of a '{family}' model; "
+            f"module lists seen: {seen}",
             "Recursion needs one list of decoder layers that run one after the other.",
         )
-    layers = candidates[0]
-    backbone = model.get_submodule(layers.rpartition(".")[0])
-    names = [name for name, _ in backbone.named_children()]
-    behind = names[names.index(layers.rpartition(".")[2]) + 1 :]
-    tail = tuple(f"{layers.rpartition('.')[0]}.{name}" for name in behind if "norm" in name or name.startswith("ln"))
-    return Layout(layers, tail), False
+    parent, _, own = candidates[0].rpartition(".")
+    names = [name for name, _ in model.get_submodule(parent).named_children()]
+    behind = names[names.index(own) + 1 :]
+    return Layout(
+        candidates[0], tuple(f"{parent}.{name}" for name in behind if "norm" in name or name.startswith("ln"))
+    )
 
 
 def home_of(module: nn.Module) -> torch.device:

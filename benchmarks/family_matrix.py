@@ -1,0 +1,87 @@
+"""Hold every property against every family and write the table in docs/families.md.
+
+    python benchmarks/family_matrix.py [--out FILE] [FAMILY ...]
+
+The models are tiny and random, the same as in the tests; see tests/tiny_configs.py. With families named, the table is
+printed only. Exits with 1 if a property does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.utils import logging
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from families import ROUNDING, Findings, examine  # noqa: E402
+from rrcli.recursion.families import LAYOUTS, REFUSED  # noqa: E402
+
+INTRO = """# Model families
+
+Written by `python benchmarks/family_matrix.py` (transformers {transformers}, torch {torch}, fp32, CPU) on tiny random
+models with 4 layers, a full and a partial span, every depth from 0 to 2.
+
+- **exact**: a zero-initialised recursion gives the base model's logits bit for bit, cached and uncached, and the same
+  generated tokens; depth 0 stays exact with a trained cell.
+- **cached = uncached**: the largest difference of the logits with a trained cell, relative to the largest logit
+  (must be below {rounding:g}).
+- **causal**: changing a token leaves the logits before it untouched.
+- **generate**: greedy generation with a trained cell is the argmax of the uncached logits.
+- **learns**: one backward pass reaches the output projection.
+"""
+REFUSALS = """
+## Refused
+
+These families are refused with a message when a recursion is attached; nothing runs wrong.
+
+| family | reason |
+|---|---|
+"""
+UNKNOWN = """
+A model with `num_kv_shared_layers` above 0 (the small Gemma 4 models) is refused too: its last layers read the keys and
+values of earlier ones. Any family that is in neither table is looked for by structure and has to prove itself when a
+recursion is attached: its layers run once each in order on `[batch, position, hidden]`, it is causal, and running its
+layers again gives, with and without a cache, what the stock model gives for the same input. Otherwise it is refused.
+"""
+
+
+def row(family: str, found: Findings) -> str:
+    """Return one line of the table."""
+    marks = [found.exact, None, found.causal, found.generates, found.learns]
+    cells = [f"{found.cached:.1e}" if mark is None else "yes" if mark else "**no**" for mark in marks]
+    return f"| {family} | {' | '.join(cells)} |"
+
+
+def main() -> int:
+    """Examine, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="only these, and write nothing")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "families.md")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    names = options.families or sorted(LAYOUTS)
+    found = {}
+    for name in names:
+        found[name] = examine(name)
+        print(f"{len(found)}/{len(names)} {name}", file=sys.stderr)
+    lines = ["| family | exact | cached = uncached | causal | generate | learns |", "|---|---|---|---|---|---|"]
+    table = "\n".join([*lines, *(row(name, findings) for name, findings in found.items())])
+    print(table)
+    if not options.families:
+        versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+        refused = "\n".join(f"| {name} | {reason} |" for name, reason in sorted(REFUSED.items()))
+        intro = INTRO.format(**versions, rounding=ROUNDING)
+        heading = f"\n## Supported: {len(found)}\n\n"
+        options.out.parent.mkdir(exist_ok=True)
+        options.out.write_text(f"{intro}{heading}{table}\n{REFUSALS}{refused}\n{UNKNOWN}", encoding="utf-8")
+    return 0 if all(findings.hold for findings in found.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
