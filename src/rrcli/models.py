@@ -6,15 +6,23 @@ and the recursion. Everything else is loaded as a plain base model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rrcli import demo
 from rrcli.errors import RRError, UsageError
+from rrcli.manifest import read_manifest
 from rrcli.recursion.config import RecursionConfig
 from rrcli.settings import CommonSettings
-from rrcli.store import MANIFEST, SCHEMA, SIDECAR, fingerprint, read_json, weight_files, write_json
+from rrcli.store import MANIFEST, SCHEMA, SIDECAR, fingerprint, sha256, weight_files, write_json
+
+# What to compute in where a configuration names no dtype, other than float32. Formats of one byte are only storage.
+STORED_DTYPES = {
+    **dict.fromkeys(("BF16", "F8_E4M3", "F8_E5M2", "I8", "U8"), "bfloat16"),
+    "F16": "float16",
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class ModelSource:
     @property
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, if this is a folder of ours."""
-        return read_json(self.path / MANIFEST, "rr surgery") if (self.path / MANIFEST).is_file() else None
+        return read_manifest(self.path) if (self.path / MANIFEST).is_file() else None
 
     def fingerprint(self) -> str:
         """Return the identity of its weights; see `store.fingerprint`."""
@@ -130,6 +138,7 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     directory: Path | None = None,
+    check_hashes: bool = False,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer: a base model, or a folder that `rr surgery` or `rr train` wrote.
 
@@ -140,6 +149,7 @@ def load(
         dtype: auto (as stored; on a CPU always float32), float32, bfloat16 or float16.
         device: auto (cuda, then mps, then cpu), or a torch device.
         directory: what relative paths are relative to; the current folder if not given.
+        check_hashes: read the base's weight files whole and compare them with what `rr surgery --hash` recorded.
 
     Returns:
         (model in evaluation mode, tokenizer).
@@ -153,6 +163,8 @@ def load(
     source = resolve(str(path), directory)
     base = base_of(source, directory)
     manifest = source.manifest
+    if check_hashes:
+        compare_hashes(source, base)
     device = pick_device(device)
     model = _load_weights(base, pick_dtype(dtype, device), trust_remote_code).to(torch.device(device)).eval()
     carries_tokenizer = source.path.is_dir() and (source.path / "tokenizer_config.json").exists()
@@ -193,10 +205,63 @@ def load_sidecar(model: Any, folder: Path, config: RecursionConfig) -> Any:
     return recursion
 
 
+def compare_hashes(source: ModelSource, base: ModelSource) -> None:
+    """Read the weight files of `base` whole and compare them with the hashes in the manifest of `source`.
+
+    Raises:
+        RRError: no hashes were recorded, or a file is another than the one that was hashed.
+    """
+    recorded = (source.manifest or {}).get("base", {}).get("sha256")
+    if not recorded:
+        raise RRError(f"{source.path} records no hashes of its base", "'rr surgery --hash' records them.")
+    for file in weight_files(base.path):
+        found = sha256(file, lambda _: None)
+        if found != recorded.get(file.name):
+            raise RRError(
+                f"{file} changed: its SHA-256 was {recorded.get(file.name)}, found {found}",
+                "Run 'rr surgery --overwrite' for the changed model, or bring the old one back.",
+            )
+
+
+def skeleton(settings: CommonSettings, source: ModelSource, stored: str) -> Any:
+    """Build a base model without its weights: every tensor has shape and dtype and no storage (torch's meta device).
+
+    Args:
+        stored: the number format that most weights have on disk ("BF16"), for models whose configuration names none.
+
+    Raises:
+        RRError: the configuration cannot be read, or no causal language model comes of it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = load_config(source, trust_remote_code=settings.trust_remote_code)
+    named = getattr(torch, settings.dtype) if settings.dtype != "auto" else getattr(config, "dtype", None)
+    dtype = named or STORED_DTYPES.get(stored, "float32")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:
+        raise _unreadable(source, "architecture", error) from error
+    return model.eval()
+
+
 def save_folder(
-    folder: Path, model: Any, tokenizer: Any, base: ModelSource, base_fingerprint: str, *, own_weights: bool
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    base: ModelSource,
+    base_fingerprint: str,
+    *,
+    own_weights: bool,
+    hashes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model's sidecar, its weights if they are its own, its tokenizer and, last, the manifest into `folder`."""
+    """Write a model's sidecar, its weights if they are its own, its tokenizer and, last, the manifest into `folder`.
+
+    `hashes` (file -> SHA-256 of the base's weight files) is recorded where it is given.
+    """
     from safetensors.torch import save_file
 
     recursion = getattr(model, "recursion", None)
@@ -208,7 +273,7 @@ def save_folder(
     tokenizer.save_pretrained(folder)
     manifest = {
         "schema": SCHEMA,
-        "base": {"source": _recorded(base), "fingerprint": base_fingerprint},
+        "base": {"source": _recorded(base), "fingerprint": base_fingerprint, **({"sha256": hashes} if hashes else {})},
         "weights": "own" if own_weights else "base",
         "recursion": recursion.config.to_dict() if recursion is not None else None,
     }

@@ -82,7 +82,8 @@ class Recursion(nn.Module):
         generator = torch.Generator().manual_seed(config.seed)
         self.cell = FeedbackCell(hidden, config.cell_width or hidden, config.max_steps, generator)
         self.head = BoundaryHead(hidden, generator)
-        self.to(device=like.device, dtype=like.dtype)
+        # A skeleton (meta device) has no storage, but the sidecar that is made for it is real.
+        self.to(device="cpu" if like.is_meta else like.device, dtype=like.dtype)
 
         self._depth = config.max_steps
         self._frame: _Frame | None = None
@@ -230,6 +231,11 @@ def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
     recursion = Recursion(model, config or RecursionConfig())
     if recursion.needs_check:
         try:
+            if model.device.type == "meta":
+                raise RRError(
+                    f"'{model.config.model_type}' models need a self-check, which a model without weights cannot run",
+                    "Load the model's weights; for 'rr surgery', leave out --no-verify.",
+                )
             self_check(recursion)
         except Exception as error:
             recursion.detach()

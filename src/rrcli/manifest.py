@@ -1,0 +1,58 @@
+"""`recursion.json`, the manifest that makes a folder one of ours: what it must hold, and reading it strictly. No torch.
+
+key        value
+schema     the version of this table
+base       source (path, hub id or `default`), fingerprint; sha256 (file -> digest) where `rr surgery --hash` wrote it
+weights    "base": the folder refers to its base model; "own": it carries all weights itself
+recursion  the recursion's configuration, or null
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rrcli.errors import RRError, UsageError, suggest
+from rrcli.recursion.config import RecursionConfig
+from rrcli.store import MANIFEST, read_json
+
+REQUIRED = ("schema", "base", "weights", "recursion")
+BASE_REQUIRED, BASE_OPTIONAL = ("source", "fingerprint"), ("sha256",)
+WEIGHTS = ("base", "own")
+HINT = "Make the folder anew with 'rr surgery' or 'rr train', or read it with the rr that wrote it."
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check the manifest of a folder.
+
+    Raises:
+        RRError: it is missing, cut off, lacks a key, holds an unknown one, or a value that means nothing.
+    """
+    path = folder / MANIFEST
+    manifest = read_json(path, "rr surgery")
+    _keys(path, "", manifest, REQUIRED)
+    _keys(path, "base", manifest["base"], BASE_REQUIRED, BASE_OPTIONAL)
+    if manifest["weights"] not in WEIGHTS:
+        raise RRError(f"{path} says that its weights are {manifest['weights']!r}", f"Known: {', '.join(WEIGHTS)}.")
+    if manifest["recursion"] is not None:
+        _keys(path, "recursion", manifest["recursion"], [field.name for field in fields(RecursionConfig)])
+        try:
+            RecursionConfig.from_dict(manifest["recursion"])
+        except (UsageError, TypeError, ValueError, LookupError) as error:
+            raise RRError(f"{path} holds no recursion: {error}", HINT) from error
+    return manifest
+
+
+def _keys(path: Path, place: str, value: Any, required: Iterable[str], optional: Iterable[str] = ()) -> None:
+    where = f"{path}, under '{place}'," if place else f"{path}"
+    if not isinstance(value, dict):
+        raise RRError(f"{where} holds no JSON object", HINT)
+    known = [*required, *optional]
+    for key in value:
+        if key not in known:
+            raise RRError(f"{where} holds the unknown key '{key}'", f"{suggest(key, known)} {HINT}")
+    for key in required:
+        if key not in value:
+            raise RRError(f"{where} lacks the key '{key}'", HINT)
