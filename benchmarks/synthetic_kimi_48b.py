@@ -4,7 +4,7 @@
 
 Writes checkpoints of the shape of Kimi-Linear-48B-A3B (published sizes; 27 layers, 49 billion parameters): names,
 shapes, index and safetensors headers are as stock `from_pretrained` expects them, the weights are holes in sparse
-files, so that 92 GiB take a few megabytes of disk. Then surgery runs on each in processes of its own, and wall time, CPU
+files, so that 92 GiB take a few megabytes of disk. Surgery runs on each in processes of its own; wall time, CPU
 time and peak memory are printed. `--check` lets stock `from_pretrained` read every checkpoint onto the meta device
 first and fails if it misses or does not expect a tensor (a minute for the large one: it reads all the holes).
 """
@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import struct
 import subprocess
 import sys

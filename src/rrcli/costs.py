@@ -55,6 +55,7 @@ def measure(model: Any) -> Costs:
     Raises:
         Exception: whatever the family raises that cannot run on meta or keeps no cache.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     recursion, name = model.recursion, caches.argument_of(model)
@@ -62,7 +63,9 @@ def measure(model: Any) -> Costs:
     twins = _twins(model, layers)
     ids = (torch.arange(PROMPT_TOKENS + 1, device=model.device)[None] * 37 + 11) % _vocabulary(model)
     counter = FlopCounterMode(display=False)
-    with recursion.at_depth(0), _countable_experts(model), _run_once(layers, twins):
+    # Of the fused kernels of attention some are not counted, as that of the CPU; matrix products always are.
+    products = sdpa_kernel(SDPBackend.MATH)
+    with recursion.at_depth(0), _countable(model), _run_once(layers, twins), products:
         cache = getattr(model(input_ids=ids[:, :-1], use_cache=True), name)
         before = _sizes(cache, twins)
         with _marks(layers, counter) as layer_flops, counter:
@@ -173,8 +176,8 @@ def _bytes(value: Any, seen: set[int]) -> int:
     if id(value) in seen:
         return 0
     seen.add(id(value))
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
+    if isinstance(value, Tensor):  # states have a batch dimension; what has none is book-keeping
+        return value.numel() * value.element_size() if value.dim() > 1 else 0
     if isinstance(value, (list, tuple)):
         return sum(_bytes(part, seen) for part in value)
     if isinstance(value, dict):
@@ -183,18 +186,18 @@ def _bytes(value: Any, seen: set[int]) -> int:
 
 
 @contextmanager
-def _countable_experts(model: Any) -> Iterator[None]:
-    """Compute mixtures of experts in the way that can be counted."""
+def _countable(model: Any) -> Iterator[None]:
+    """Let `model` compute in a way that runs on shapes and whose products are counted."""
+    # Without an id for padding no family looks for it among the tokens, which on the meta device are not there.
+    settings = {"_experts_implementation": COUNTABLE_EXPERTS, "pad_token_id": None}
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     before = [
-        (config, config._experts_implementation)
-        for config in configs.values()
-        if hasattr(config, "_experts_implementation")
+        (config, key, getattr(config, key)) for config in configs.values() for key in settings if hasattr(config, key)
     ]
     try:
-        for config, _ in before:
-            config._experts_implementation = COUNTABLE_EXPERTS
+        for config, key, _ in before:
+            setattr(config, key, settings[key])
         yield
     finally:
-        for config, implementation in before:
-            config._experts_implementation = implementation
+        for config, key, value in before:
+            setattr(config, key, value)

@@ -16,7 +16,7 @@ from typing import Any
 
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.recursion.config import RecursionConfig
-from rrcli.store import MANIFEST, read_json
+from rrcli.store import MANIFEST, read_json, sha256, weight_files
 
 REQUIRED = ("schema", "base", "weights", "recursion")
 BASE_REQUIRED, BASE_OPTIONAL = ("source", "fingerprint"), ("sha256",)
@@ -43,6 +43,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         except (UsageError, TypeError, ValueError, LookupError) as error:
             raise RRError(f"{path} holds no recursion: {error}", HINT) from error
     return manifest
+
+
+def compare_hashes(folder: Path, base: Path) -> None:
+    """Read the weight files of `base` whole and compare them with the hashes in the manifest of `folder`.
+
+    Raises:
+        RRError: no hashes were recorded, or a file is another than the one that was hashed.
+    """
+    recorded = read_manifest(folder)["base"].get("sha256") if (folder / MANIFEST).is_file() else None
+    if not recorded:
+        raise RRError(f"{folder} records no hashes of its base", "'rr surgery --hash' records them.")
+    for file in weight_files(base):
+        found = sha256(file, lambda _: None)
+        if found != recorded.get(file.name):
+            raise RRError(
+                f"{file} changed: its SHA-256 was {recorded.get(file.name)}, found {found}",
+                "Run 'rr surgery --overwrite' for the changed model, or bring the old one back.",
+            )
 
 
 def _keys(path: Path, place: str, value: Any, required: Iterable[str], optional: Iterable[str] = ()) -> None:

@@ -13,24 +13,19 @@ from typing import Any
 
 from rrcli import demo
 from rrcli.errors import RRError, UsageError
-from rrcli.manifest import read_manifest
+from rrcli.manifest import compare_hashes, read_manifest
 from rrcli.recursion.config import RecursionConfig
 from rrcli.settings import CommonSettings
-from rrcli.store import MANIFEST, SCHEMA, SIDECAR, fingerprint, sha256, weight_files, write_json
-
-# What to compute in where a configuration names no dtype, other than float32. Formats of one byte are only storage.
-STORED_DTYPES = {
-    **dict.fromkeys(("BF16", "F8_E4M3", "F8_E5M2", "I8", "U8"), "bfloat16"),
-    "F16": "float16",
-}
+from rrcli.store import MANIFEST, SCHEMA, SIDECAR, fingerprint, weight_files, write_json
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model lies. `name` is what the user called it; `path` a folder, or a `.gguf` file."""
+    """Where a model lies. `name` is what the user called it; `path` a folder, or a `.gguf` file; `hub`: downloaded."""
 
     name: str
     path: Path
+    hub: bool = False
 
     @property
     def is_gguf(self) -> bool:
@@ -63,7 +58,8 @@ def resolve(name: str, directory: Path) -> ModelSource:
         return ModelSource(name, demo.MODEL_DIR)
     path = Path(name).expanduser()
     path = path if path.is_absolute() else directory / path
-    if not path.exists():
+    hub = not path.exists()
+    if hub:
         if _looks_like_path(name):
             raise UsageError(f"the model {path} does not exist", "Name a folder, a .gguf file or a hub id.")
         path = _download(name)
@@ -77,7 +73,7 @@ def resolve(name: str, directory: Path) -> ModelSource:
         if not (path / "config.json").is_file():
             raise RRError(f"{path} holds no config.json", "A model folder needs config.json and model*.safetensors.")
         weight_files(path)
-    return ModelSource(name, path.resolve())
+    return ModelSource(name, path.resolve(), hub)
 
 
 def base_of(source: ModelSource, directory: Path) -> ModelSource:
@@ -164,7 +160,7 @@ def load(
     base = base_of(source, directory)
     manifest = source.manifest
     if check_hashes:
-        compare_hashes(source, base)
+        compare_hashes(source.path, base.path)
     device = pick_device(device)
     model = _load_weights(base, pick_dtype(dtype, device), trust_remote_code).to(torch.device(device)).eval()
     carries_tokenizer = source.path.is_dir() and (source.path / "tokenizer_config.json").exists()
@@ -203,49 +199,6 @@ def load_sidecar(model: Any, folder: Path, config: RecursionConfig) -> Any:
     except RuntimeError as error:
         raise RRError(f"{folder / SIDECAR} does not fit its {MANIFEST}: {error}", "Run 'rr surgery' again.") from error
     return recursion
-
-
-def compare_hashes(source: ModelSource, base: ModelSource) -> None:
-    """Read the weight files of `base` whole and compare them with the hashes in the manifest of `source`.
-
-    Raises:
-        RRError: no hashes were recorded, or a file is another than the one that was hashed.
-    """
-    recorded = (source.manifest or {}).get("base", {}).get("sha256")
-    if not recorded:
-        raise RRError(f"{source.path} records no hashes of its base", "'rr surgery --hash' records them.")
-    for file in weight_files(base.path):
-        found = sha256(file, lambda _: None)
-        if found != recorded.get(file.name):
-            raise RRError(
-                f"{file} changed: its SHA-256 was {recorded.get(file.name)}, found {found}",
-                "Run 'rr surgery --overwrite' for the changed model, or bring the old one back.",
-            )
-
-
-def skeleton(settings: CommonSettings, source: ModelSource, stored: str) -> Any:
-    """Build a base model without its weights: every tensor has shape and dtype and no storage (torch's meta device).
-
-    Args:
-        stored: the number format that most weights have on disk ("BF16"), for models whose configuration names none.
-
-    Raises:
-        RRError: the configuration cannot be read, or no causal language model comes of it.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    config = load_config(source, trust_remote_code=settings.trust_remote_code)
-    named = getattr(torch, settings.dtype) if settings.dtype != "auto" else getattr(config, "dtype", None)
-    dtype = named or STORED_DTYPES.get(stored, "float32")
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    try:
-        with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
-    except Exception as error:
-        raise _unreadable(source, "architecture", error) from error
-    return model.eval()
 
 
 def save_folder(
@@ -342,7 +295,7 @@ def _as_plain(model: Any) -> None:
 
 def _recorded(base: ModelSource) -> str:
     """Return how a manifest names its base: hub ids and `default` as they are, paths made absolute."""
-    return base.name if base.name == "default" or not Path(base.name).exists() else str(base.path)
+    return base.name if base.name == "default" or base.hub else str(base.path)
 
 
 def _looks_like_path(name: str) -> bool:

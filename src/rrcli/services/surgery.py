@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rrcli.errors import CheckFailed, RRError
 from rrcli.export import check_target, fill
 from rrcli.inspection import inspect_weights
-from rrcli.models import ModelSource, load_for, load_tokenizer, save_folder, skeleton
+from rrcli.models import ModelSource, load_for, load_tokenizer, save_folder
 from rrcli.recursion.config import RecursionConfig, parse_span
 from rrcli.reporting import Reporter
 from rrcli.settings import SurgerySettings
@@ -93,6 +93,8 @@ def surgery(
     if verify:
         model, tokenizer = load_for(settings, base, directory)
     else:
+        from rrcli.skeleton import skeleton
+
         model = skeleton(settings, base, weights.dtype)
         tokenizer = load_tokenizer(base, trust_remote_code=settings.trust_remote_code)
     depths = _operate(model, tokenizer, config, reporter, verify=verify)
