@@ -56,7 +56,7 @@ SURFACE = {
     "setup": COMMON | {"--overwrite", "--json"},
     "surgery": COMMON
     | {"--span", "--max-steps", "--cell-width", "--chunk-width"}
-    | {"--overwrite", "--dry-run", "--verify", "--no-verify", "--json"},
+    | {"--overwrite", "--dry-run", "--verify", "--no-verify", "--hash", "--export", "--json"},
     "train": COMMON
     | {"--mode", "--restart", "--json", "--run-name", "--phase"}
     | {"--steps", "--batch-size", "--gradient-accumulation", "--lr", "--sidecar-lr", "--warmup-steps"}

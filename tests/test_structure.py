@@ -19,7 +19,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SERVICES = sorted(path.stem for path in (PACKAGE / "services").glob("*.py") if path.stem != "__init__")
 SURFACE = {"cli", "ui", "services", "__main__"}
 # Modules that read and write no tensors: not even a lazy import of torch belongs there.
-TORCH_FREE = ("errors", "settings", "store", "stats", "splits", "tasks", "metrics", "reporting", "ui", "cli")
+TORCH_FREE = (
+    *("errors", "settings", "store", "stats", "splits", "tasks", "metrics", "reporting", "ui", "cli"),
+    *("inspection", "manifest", "export"),
+)
 
 
 def module_of(path: Path) -> str:

@@ -9,7 +9,7 @@ import inspect
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -171,20 +171,35 @@ def surgery(
     ctx: Context,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing.")] = False,
-    verify: Annotated[bool, typer.Option(help="Prove on probe prompts that no logit changed.")] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(help="Prove on probe prompts that no logit changed; without, the weights are not even loaded."),
+    ] = True,
+    hash: Annotated[
+        bool, typer.Option("--hash", help="Record the SHA-256 of every weight file of the base: reads them whole.")
+    ] = False,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            "--export", help="Also make this folder, which stands alone: base (hard links), tokenizer and sidecar.",
+            rich_help_panel=FILES, show_default=False,
+        ),
+    ] = None,
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Attach a zero-initialised recursion to the base model, and prove that nothing changed."""
     from rrcli.services import surgery as service
 
     result = service.surgery(
         ctx.load(settings.SurgerySettings), ctx.directory, _reporter(),
-        overwrite=overwrite, dry_run=dry_run, verify=verify,
+        overwrite=overwrite, dry_run=dry_run, verify=verify, hash_weights=hash, export=export,
     )  # fmt: skip
     if json:
-        ui.show_json("surgery", vars(result))
+        ui.show_json("surgery", asdict(result))
         return
     ui.show_surgery(result)
+    if result.export:
+        ui.show_export(result.export)
     if result.folder:
         ui.show_next("Sidecar:", result.folder, "rr eval --stage after_surgery")
 

@@ -6,23 +6,26 @@ and the recursion. Everything else is loaded as a plain base model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rrcli import demo
 from rrcli.errors import RRError, UsageError
+from rrcli.manifest import compare_hashes, read_manifest
 from rrcli.recursion.config import RecursionConfig
 from rrcli.settings import CommonSettings
-from rrcli.store import MANIFEST, SCHEMA, SIDECAR, fingerprint, read_json, weight_files, write_json
+from rrcli.store import MANIFEST, SCHEMA, SIDECAR, fingerprint, weight_files, write_json
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model lies. `name` is what the user called it; `path` a folder, or a `.gguf` file."""
+    """Where a model lies. `name` is what the user called it; `path` a folder, or a `.gguf` file; `hub`: downloaded."""
 
     name: str
     path: Path
+    hub: bool = False
 
     @property
     def is_gguf(self) -> bool:
@@ -32,7 +35,7 @@ class ModelSource:
     @property
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, if this is a folder of ours."""
-        return read_json(self.path / MANIFEST, "rr surgery") if (self.path / MANIFEST).is_file() else None
+        return read_manifest(self.path) if (self.path / MANIFEST).is_file() else None
 
     def fingerprint(self) -> str:
         """Return the identity of its weights; see `store.fingerprint`."""
@@ -55,7 +58,8 @@ def resolve(name: str, directory: Path) -> ModelSource:
         return ModelSource(name, demo.MODEL_DIR)
     path = Path(name).expanduser()
     path = path if path.is_absolute() else directory / path
-    if not path.exists():
+    hub = not path.exists()
+    if hub:
         if _looks_like_path(name):
             raise UsageError(f"the model {path} does not exist", "Name a folder, a .gguf file or a hub id.")
         path = _download(name)
@@ -69,7 +73,7 @@ def resolve(name: str, directory: Path) -> ModelSource:
         if not (path / "config.json").is_file():
             raise RRError(f"{path} holds no config.json", "A model folder needs config.json and model*.safetensors.")
         weight_files(path)
-    return ModelSource(name, path.resolve())
+    return ModelSource(name, path.resolve(), hub)
 
 
 def base_of(source: ModelSource, directory: Path) -> ModelSource:
@@ -130,6 +134,7 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     directory: Path | None = None,
+    check_hashes: bool = False,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer: a base model, or a folder that `rr surgery` or `rr train` wrote.
 
@@ -140,6 +145,7 @@ def load(
         dtype: auto (as stored; on a CPU always float32), float32, bfloat16 or float16.
         device: auto (cuda, then mps, then cpu), or a torch device.
         directory: what relative paths are relative to; the current folder if not given.
+        check_hashes: read the base's weight files whole and compare them with what `rr surgery --hash` recorded.
 
     Returns:
         (model in evaluation mode, tokenizer).
@@ -153,6 +159,8 @@ def load(
     source = resolve(str(path), directory)
     base = base_of(source, directory)
     manifest = source.manifest
+    if check_hashes:
+        compare_hashes(source.path, base.path)
     device = pick_device(device)
     model = _load_weights(base, pick_dtype(dtype, device), trust_remote_code).to(torch.device(device)).eval()
     carries_tokenizer = source.path.is_dir() and (source.path / "tokenizer_config.json").exists()
@@ -198,9 +206,19 @@ def load_sidecar(model: Any, folder: Path, config: RecursionConfig) -> Any:
 
 
 def save_folder(
-    folder: Path, model: Any, tokenizer: Any, base: ModelSource, base_fingerprint: str, *, own_weights: bool
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    base: ModelSource,
+    base_fingerprint: str,
+    *,
+    own_weights: bool,
+    hashes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model's sidecar, adapters, weights (if its own), tokenizer and, last, the manifest into `folder`."""
+    """Write a model's sidecar, adapters, weights (if its own), tokenizer and, last, the manifest into `folder`.
+
+    `hashes` (file -> SHA-256 of the base's weight files) is recorded where it is given.
+    """
     from safetensors.torch import save_file
 
     recursion = getattr(model, "recursion", None)
@@ -215,7 +233,7 @@ def save_folder(
     tokenizer.save_pretrained(folder)
     manifest = {
         "schema": SCHEMA,
-        "base": {"source": _recorded(base), "fingerprint": base_fingerprint},
+        "base": {"source": _recorded(base), "fingerprint": base_fingerprint, **({"sha256": hashes} if hashes else {})},
         "weights": "own" if own_weights else "base",
         "recursion": recursion.config.to_dict() if recursion is not None else None,
         "lora": lora is not None,
@@ -285,7 +303,7 @@ def _as_plain(model: Any) -> None:
 
 def _recorded(base: ModelSource) -> str:
     """Return how a manifest names its base: hub ids and `default` as they are, paths made absolute."""
-    return base.name if base.name == "default" or not Path(base.name).exists() else str(base.path)
+    return base.name if base.name == "default" or base.hub else str(base.path)
 
 
 def _looks_like_path(name: str) -> bool:

@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rrcli.errors import RRError, UsageError
 MANIFEST = "recursion.json"
 METRICS = "metrics.json"
 SIDECAR = "recursion.safetensors"
+INDEX = "model.safetensors.index.json"
 TRAINER_STATE = "trainer_state"
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 SCHEMA = 1
@@ -29,6 +30,7 @@ SCHEMA = 1
 # any training step, and no more for a model of 100 GB than for one of 1 GB.
 SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 64 * 1024
+HASHED_BYTES = 2**24
 # What else decides how a model behaves: hashed whole.
 SMALL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json", MANIFEST),
@@ -101,8 +103,9 @@ def publish_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
         readable = 0o666 & ~_umask()
         for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                file.chmod(readable)  # safetensors makes its files private
+            # safetensors makes its files private; a file with a second name belongs to somebody else too.
+            if file.is_file() and file.stat().st_nlink == 1:
+                file.chmod(readable)
             _sync(file)
         _sync(temporary)
         old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
@@ -120,6 +123,20 @@ def publish_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise RRError(f"cannot write {path}: {error.strerror or error}", "Nothing was changed.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def link(source: Path, target: Path) -> bool:
+    """Give a file a second name without copying it; copy it where that cannot be, and return whether it was linked.
+
+    Links are resolved first: a link to the relative link of a download cache would dangle.
+    """
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except OSError:  # another device, or a file system without hard links
+        shutil.copyfile(source, target)
+        return False
+    return True
 
 
 def sweep(folder: Path) -> None:
@@ -217,9 +234,12 @@ def weight_files(source: Path) -> list[Path]:
     """
     if source.is_file():
         return [source]
-    index = source / "model.safetensors.index.json"
+    index = source / INDEX
     if index.exists():
-        names = sorted(set(read_json(index, "the model's author").get("weight_map", {}).values()))
+        weight_map = read_json(index, "the model's author").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise RRError(f"{index} holds no map from tensors to files", "Download or copy the folder again.")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (source / name).exists()]
         if missing:
             raise RRError(f"{source} lacks {missing[0]}, which its index names", "Download or copy the folder again.")
@@ -256,6 +276,23 @@ def fingerprint(source: Path) -> str:
         if source.is_dir() and (source / name).exists():
             digest.update(f"{name}\n".encode() + (source / name).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def sha256(path: Path, advance: Callable[[int], None]) -> str:
+    """Return the SHA-256 of a whole file; `advance` is told every `HASHED_BYTES` (and the rest) that were read.
+
+    Raises:
+        RRError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(HASHED_BYTES):
+                digest.update(block)
+                advance(len(block))
+    except OSError as error:
+        raise RRError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def combine(*parts: Any) -> str:

@@ -133,21 +133,40 @@ def show_setup(result: SetupResult) -> None:
 
 
 def show_surgery(result: SurgeryResult) -> None:
-    """Print what was added and what was proved."""
+    """Print what was added, what it costs at every depth, and what was proved."""
     share = 100 * result.added_parameters / result.base_parameters
     rows = {
         "Family": result.family,
         "Layers": f"{result.layers}, of which {result.span[0]}:{result.span[1]} run again",
         "Passes after pass 0": f"up to {result.max_steps}",
-        "Base parameters": f"{result.base_parameters:,}",
-        "Added parameters": f"{result.added_parameters:,} ({share:.2f} %), {result.sidecar_bytes / 2**20:.2f} MiB",
+        "Base": f"{result.base_parameters:,} parameters, {_bytes(result.base_bytes)}",
+        "Added": f"{result.added_parameters:,} parameters ({share:.2f} %), {_bytes(result.sidecar_bytes)}",
+        "Written": _bytes(result.bytes_written) if result.folder else "nothing (--dry-run)",
         "Verified": (
-            f"logits bit-identical to the base at depths {', '.join(map(str, result.verified_depths))}"
+            "logits bit-identical to the base's, cached and uncached, at depths "
+            + ", ".join(map(str, result.verified_depths))
             if result.verified_depths
-            else "only that the output projection is zero"
+            else "only that the output projection is zero (--no-verify)"
         ),
     }
     _show_pairs(rows)
+    if result.costs is None:
+        return
+    costs = result.costs
+    table = Table(box=SIMPLE_HEAD, title=f"one token, {costs.dtype}", title_justify="left")
+    for name in ("Depth", "Cache growth", "Cache, constant", "MFLOPs", "times depth 0"):
+        table.add_column(name, justify="right")
+    values = zip(costs.cache_bytes_per_token, costs.cache_bytes_constant, costs.flops_per_token, strict=True)
+    for depth, (growth, constant, flops) in enumerate(values):
+        times = f"{flops / costs.flops_per_token[0]:.2f}" if costs.flops_per_token[0] else "-"
+        table.add_row(str(depth), f"{_bytes(growth)}/token", _bytes(constant), _number(flops / 1e6), times)
+    out().print(table)
+    out().print(f"[dim]{escape(costs.flops_formula)}. Recurrent and convolution states do not grow.[/dim]")
+
+
+def show_export(folder: Any) -> None:
+    """Say where the folder that stands alone is, and how to load it."""
+    out().print(f"Export: [bold]{escape(str(folder))}[/bold] (stock from_pretrained: the base; rrcli.load: recursive)")
 
 
 def show_eval(result: EvalResult) -> None:
@@ -264,6 +283,15 @@ def _show_pairs(rows: dict[str, str]) -> None:
     for name, value in rows.items():
         table.add_row(name, escape(value))
     out().print(table)
+
+
+def _bytes(size: int) -> str:
+    """Return bytes in the unit in which they are easiest to read."""
+    value, units = float(size), iter(("B", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    while value >= 1024 and unit != "GiB":
+        value, unit = value / 1024, next(units)
+    return f"{size:,} B" if unit == "B" else f"{value:,.2f} {unit}"
 
 
 def _number(value: float | None, *, percent: bool = False) -> str:

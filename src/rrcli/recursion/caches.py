@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -32,6 +33,12 @@ def is_cache(value: object) -> bool:
     if isinstance(value, Cache):
         return True
     return type(value).__name__.endswith(("Cache", "CacheParams")) and hasattr(value, "__dict__")
+
+
+def argument_of(model: Any) -> str:
+    """Return the name under which a model takes its cache and gives it back."""
+    takes = inspect.signature(model.forward).parameters
+    return "past_key_values" if "past_key_values" in takes or "cache_params" not in takes else "cache_params"
 
 
 def is_empty(cache: Any) -> bool:

@@ -247,6 +247,11 @@ def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
     recursion = Recursion(model, config or RecursionConfig())
     if recursion.needs_check:
         try:
+            if model.device.type == "meta":
+                raise RRError(
+                    f"'{model.config.model_type}' models need a self-check, which a model without weights cannot run",
+                    "Load the model's weights; for 'rr surgery', leave out --no-verify.",
+                )
             prove(recursion)
             self_check(recursion)
         except Exception as error:

@@ -133,13 +133,16 @@ def _by_structure(model: nn.Module, family: str, count: int | None) -> Layout:
 
 
 def home_of(module: nn.Module) -> torch.device:
-    """Return the device that `module` computes on, also where accelerate keeps its weights elsewhere until then."""
+    """Return the device that `module` computes on, also where accelerate keeps its weights elsewhere until then.
+
+    For a skeleton, whose weights are nowhere, that is the CPU: what is added to it is real.
+    """
     weight = next(module.parameters())
     if weight.device.type != "meta":
         return weight.device
     hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
     homes = [home for hook in hooks if (home := getattr(hook, "execution_device", None)) is not None]
-    return torch.device(homes[0]) if homes else weight.device
+    return torch.device(homes[0] if homes else "cpu")
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rrcli.errors import CheckFailed, RRError
-from rrcli.models import load_for, save_folder
+from rrcli.export import check_target, fill
+from rrcli.inspection import inspect_weights
+from rrcli.models import ModelSource, load_for, load_tokenizer, save_folder
 from rrcli.recursion.config import RecursionConfig, parse_span
 from rrcli.reporting import Reporter
 from rrcli.settings import SurgerySettings
-from rrcli.store import publish_folder, sweep, write_json
+from rrcli.store import METRICS, SCHEMA, publish_folder, sha256, sweep, write_json
 from rrcli.workspace import Workspace, surgery_inputs
 
-PROBES = ("The quick brown fox jumps over the lazy dog.", "Question: 2 + 3 =\nAnswer:")
+if TYPE_CHECKING:
+    from rrcli.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -22,20 +26,31 @@ class SurgeryResult:
     """What surgery did.
 
     Attributes:
-        added_parameters, base_parameters: counts. sidecar_bytes: size of the added weights.
+        span: the layers `[start, end)` that are run again; max_steps: the most passes after pass 0.
+        base_parameters, added_parameters: counts. base_bytes: size of the base's weight files.
+        sidecar_bytes: size of the added weights. bytes_written: of everything in the folder; 0 for a dry run.
+        costs: cache and FLOPs per token at every depth; None where the family cannot be measured.
         verified_depths: the depths whose logits were found equal to the base's, bit for bit; empty if not verified.
-        folder: where the sidecar lies; None for a dry run.
+        hashed: whether the manifest records the SHA-256 of the base's weight files.
+        folder: where the sidecar lies, export: the folder that stands alone; None for a dry run or if not asked for.
+        copied_files: weight files of the export that could not be linked.
     """
 
     family: str
     layers: int
     span: tuple[int, int]
     max_steps: int
-    added_parameters: int
     base_parameters: int
+    base_bytes: int
+    added_parameters: int
     sidecar_bytes: int
+    bytes_written: int
+    costs: Costs | None
     verified_depths: list[int]
+    hashed: bool
     folder: Path | None
+    export: Path | None
+    copied_files: int
 
 
 def surgery(
@@ -46,51 +61,76 @@ def surgery(
     overwrite: bool = False,
     dry_run: bool = False,
     verify: bool = True,
+    hash_weights: bool = False,
+    export: Path | None = None,
 ) -> SurgeryResult:
     """Attach, verify and publish; the base model's files are only read.
 
+    Args:
+        verify: compare logits with those before surgery. If not, the model's weights are never loaded: layout and
+            counts come from a skeleton without storage, so that time and memory do not grow with the model.
+        hash_weights: record the SHA-256 of every weight file of the base.
+        export: also make this folder, which stands alone; relative to `directory`.
+
     Raises:
-        RRError: the output exists, or lies inside the base model's folder. CheckFailed: the logits changed.
+        RRError: the base is broken or has a recursion, the output exists or lies inside the base model's folder.
+        CheckFailed: the logits changed; nothing was written.
     """
     workspace = Workspace(directory, settings)
     folder = workspace.surgery_folder
+    export = directory / export.expanduser() if export else None
     base = workspace.base()
-    if base.path.is_dir() and folder.resolve().is_relative_to(base.path):
-        raise RRError(f"the output {folder} lies inside the base model's folder", "Choose another --checkpoint-dir.")
-    if folder.parent.is_dir():
-        sweep(folder.parent)
-    if folder.exists() and not overwrite and not dry_run:
-        raise RRError(f"{folder} exists already", "Use --overwrite to replace it.")
+    weights = inspect_weights(base.path)
+    if base.manifest and base.manifest["recursion"]:
+        raise RRError(f"the base model {base.name} has a recursion already", "Operate on the model it was made from.")
+    _check_output(folder, base, overwrite=overwrite or dry_run)
+    if export is not None:
+        check_target(export, base, folder, overwrite=overwrite or dry_run)
     config = surgery_config(settings)
     base_fingerprint = base.fingerprint()
+    hashes = _hash(weights.files, reporter) if hash_weights and not dry_run else None
 
-    from rrcli.recursion.engine import attach
+    if verify:
+        model, tokenizer = load_for(settings, base, directory)
+    else:
+        from rrcli.skeleton import skeleton
 
-    model, tokenizer = load_for(settings, base, directory)
-    if getattr(model, "recursion", None) is not None:
-        raise RRError(f"the base model {base.name} has a recursion already", "Operate on the model it was made from.")
-    recursion = attach(model, config)
-    depths = _verify(model, tokenizer, reporter) if verify else []
-    if bool(recursion.cell.w_out.weight.count_nonzero()):
-        raise CheckFailed("the cell's output projection is not zero", "This is a bug; please report it.")
-    parameters = list(recursion.parameters())
-    result = SurgeryResult(
+        model = skeleton(settings, base, weights.dtype)
+        tokenizer = load_tokenizer(base, trust_remote_code=settings.trust_remote_code)
+    depths = _operate(model, tokenizer, config, reporter, verify=verify)
+    recursion = model.recursion
+    costs = _costs(model, reporter)
+    written, copied = 0, 0
+    if not dry_run:
+        with ExitStack() as stack:
+            target = stack.enter_context(publish_folder(folder, overwrite=overwrite))
+            save_folder(target, model, tokenizer, base, base_fingerprint, own_weights=False, hashes=hashes)
+            inputs = surgery_inputs(settings, base_fingerprint)
+            write_json(target / METRICS, {"schema": SCHEMA, "inputs": inputs, "verified_depths": depths})
+            written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+            if export is not None:
+                alone = stack.enter_context(publish_folder(export, overwrite=overwrite))
+                copied = fill(alone, base, weights.files, target)
+    if copied:
+        reporter.warn(f"{copied} weight files were copied: {export} and {base.path} share no file system with links")
+    added = list(recursion.parameters())
+    return SurgeryResult(
         family=model.config.model_type,
         layers=len(recursion.layers),
         span=(recursion.start, recursion.end),
         max_steps=config.max_steps,
-        added_parameters=sum(p.numel() for p in parameters),
         base_parameters=sum(p.numel() for p in model.parameters()),
-        sidecar_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        base_bytes=weights.size,
+        added_parameters=sum(p.numel() for p in added),
+        sidecar_bytes=sum(p.numel() * p.element_size() for p in added),
+        bytes_written=written,
+        costs=costs,
         verified_depths=depths,
+        hashed=hashes is not None,
         folder=None if dry_run else folder,
+        export=None if dry_run else export,
+        copied_files=copied,
     )
-    if not dry_run:
-        with publish_folder(folder, overwrite=overwrite) as temporary:
-            save_folder(temporary, model, tokenizer, base, base_fingerprint, own_weights=False)
-            inputs = surgery_inputs(settings, base_fingerprint)
-            write_json(temporary / "metrics.json", {"schema": 1, "inputs": inputs, "verified_depths": depths})
-    return result
 
 
 def surgery_config(settings: SurgerySettings) -> RecursionConfig:
@@ -104,28 +144,41 @@ def surgery_config(settings: SurgerySettings) -> RecursionConfig:
     )
 
 
-def _verify(model: Any, tokenizer: Any, reporter: Reporter) -> list[int]:
-    import torch
+def _check_output(folder: Path, base: ModelSource, *, overwrite: bool) -> None:
+    if base.path.is_dir() and folder.resolve().is_relative_to(base.path):
+        raise RRError(f"the output {folder} lies inside the base model's folder", "Choose another --checkpoint-dir.")
+    if folder.parent.is_dir():
+        sweep(folder.parent)
+    if folder.exists() and not overwrite:
+        raise RRError(f"{folder} exists already", "Use --overwrite to replace it.")
 
-    recursion = model.recursion
-    depths = list(range(recursion.config.max_steps + 1))
-    with torch.no_grad(), reporter.progress("verify", len(PROBES) * len(depths), "forwards") as progress:
-        for probe in PROBES:
-            ids = torch.tensor([tokenizer(probe)["input_ids"]], device=model.device)
-            with recursion.at_depth(0):
-                stock = model(input_ids=ids).logits
-            if not torch.isfinite(stock).all():
-                raise CheckFailed(
-                    f"the base model gives logits that are not finite for {probe!r}", "Check its weights."
-                )
-            for depth in depths:
-                with recursion.at_depth(depth):
-                    logits = model(input_ids=ids).logits
-                if not torch.equal(logits, stock):
-                    worst = float((logits - stock).abs().max())
-                    raise CheckFailed(
-                        f"surgery changes the model: at depth {depth} logits differ by {worst:.3g} for {probe!r}",
-                        "Nothing was written. Try another --dtype, or report the model family.",
-                    )
-                progress.advance()
-    return depths
+
+def _hash(files: list[Path], reporter: Reporter) -> dict[str, str]:
+    """Return the SHA-256 of every file by its name."""
+    total = sum(file.stat().st_size for file in files)
+    with reporter.progress("hash", total // 2**20, "MiB") as progress:
+        return {file.name: sha256(file, lambda amount: progress.advance(amount // 2**20)) for file in files}
+
+
+def _operate(model: Any, tokenizer: Any, config: RecursionConfig, reporter: Reporter, *, verify: bool) -> list[int]:
+    """Attach the recursion, prove what can be proved, and return the depths that were compared with the base."""
+    from rrcli.recursion.engine import attach
+    from rrcli.verification import reference
+    from rrcli.verification import verify as compare
+
+    before = reference(model, tokenizer) if verify else []
+    recursion = attach(model, config)
+    if bool(recursion.cell.w_out.weight.count_nonzero()):
+        raise CheckFailed("the cell's output projection is not zero", "This is a bug; please report it.")
+    return compare(model, tokenizer, before, reporter) if verify else []
+
+
+def _costs(model: Any, reporter: Reporter) -> Costs | None:
+    from rrcli.costs import measure
+
+    try:
+        return measure(model)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reporter.warn(f"what a token costs could not be measured for '{model.config.model_type}': {reason}")
+        return None

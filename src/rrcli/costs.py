@@ -1,0 +1,203 @@
+"""What a recursion costs while decoding: cache and arithmetic of one token at every depth.
+
+Both are measured on one decoded token behind a short prompt, at depth 0, on the model itself or on its skeleton: on
+torch's meta device the same operators run on shapes alone. A pass after pass 0 adds a cache of the span's layers, the
+span's operators and the cell's; so
+
+    cache(depth) = cache(0) + depth * cache of the span's layers
+    FLOPs(depth) = FLOPs(0) + depth * (FLOPs of the span + FLOPs of the cell)
+
+where FLOPs are those of torch's `FlopCounterMode`: 2 per multiply-add of matrix products and convolutions. Of a mixture
+of experts, only the experts count that a token is routed to.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rrcli.recursion import caches
+
+PROMPT_TOKENS = 8
+# The implementation of experts whose shapes depend on no data (so it runs on meta) and whose products are counted.
+COUNTABLE_EXPERTS = "batched_mm"
+FLOPS_FORMULA = "FlopCounterMode, one decoded token: FLOPs(0) + depth x (span + cell)"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Index k of every list is depth k.
+
+    Attributes:
+        dtype: the number format the model computes in.
+        cache_bytes_per_token: how much the caches of all passes grow by each token (until a sliding window is full).
+        cache_bytes_constant: what they hold whatever the length: recurrent and convolution states, full windows.
+        flops_per_token: operations to decode one token; `flops_formula` says which are counted.
+    """
+
+    dtype: str
+    cache_bytes_per_token: list[int]
+    cache_bytes_constant: list[int]
+    flops_per_token: list[int]
+    flops_formula: str = FLOPS_FORMULA
+
+
+@torch.no_grad()
+def measure(model: Any) -> Costs:
+    """Measure the costs of `model`, which has a recursion attached; its weights may be on the meta device.
+
+    Raises:
+        Exception: whatever the family raises that cannot run on meta or keeps no cache.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    recursion, name = model.recursion, caches.argument_of(model)
+    layers, span = recursion.layers, range(recursion.start, recursion.end)
+    twins = _twins(model, layers)
+    ids = (torch.arange(PROMPT_TOKENS + 1, device=model.device)[None] * 37 + 11) % _vocabulary(model)
+    counter = FlopCounterMode(display=False)
+    # Of the fused kernels of attention some are not counted, as that of the CPU; matrix products always are.
+    products = sdpa_kernel(SDPBackend.MATH)
+    with recursion.at_depth(0), _countable(model), _run_once(layers, twins), products:
+        cache = getattr(model(input_ids=ids[:, :-1], use_cache=True), name)
+        before = _sizes(cache, twins)
+        with _marks(layers, counter) as layer_flops, counter:
+            cache = getattr(model(input_ids=ids[:, -1:], use_cache=True, **{name: cache}), name)
+        after = _sizes(cache, twins)
+    growth = [new - old for old, new in zip(before, after, strict=True)]
+    constant = [new - rate * ids.shape[1] for new, rate in zip(after, growth, strict=True)]
+    with FlopCounterMode(display=False) as cell:
+        weight = recursion.cell.w_in.weight
+        recursion.cell(torch.zeros(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device), 1)
+    a_pass = sum(layer_flops[twins[index]] for index in span) + cell.get_total_flops()
+    rest = counter.get_total_flops() - sum(layer_flops.values())
+    stock = rest + sum(layer_flops[twin] for twin in twins)
+    depths = range(recursion.config.max_steps + 1)
+
+    def cached(bytes_of_layer: list[int]) -> list[int]:
+        # A cache that is not kept by layer is one entry, and every pass has a whole one.
+        again = sum(bytes_of_layer[span.start : span.stop] if len(bytes_of_layer) > 1 else bytes_of_layer)
+        return [sum(bytes_of_layer) + depth * again for depth in depths]
+
+    return Costs(
+        dtype=str(model.dtype).removeprefix("torch."),
+        cache_bytes_per_token=cached(growth),
+        cache_bytes_constant=cached(constant),
+        flops_per_token=[stock + depth * a_pass for depth in depths],
+    )
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def _twins(model: Any, layers: list[Any]) -> list[int]:
+    """Return for each layer the first one that equals it in class, type and shapes; on a real model, itself.
+
+    On a skeleton shapes are all there is, so that one layer of a kind tells what its twins cost. Measuring takes as
+    long for 27 layers as for 4.
+    """
+    if model.device.type != "meta":
+        return list(range(len(layers)))
+    types = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(layers)
+    first: dict[Any, int] = {}
+    kinds = [
+        (type(layer), types[index], tuple((name, tensor.shape) for name, tensor in layer.state_dict().items()))
+        for index, layer in enumerate(layers)
+    ]
+    return [first.setdefault(kind, index) for index, kind in enumerate(kinds)]
+
+
+@contextmanager
+def _run_once(layers: list[Any], twins: list[int]) -> Iterator[None]:
+    """Let a layer that has an earlier twin return what the twin returned, without running."""
+    outputs: dict[int, Any] = {}
+    hooks = []
+
+    def keep(index: int, _: Any, __: Any, output: Any) -> None:
+        outputs[index] = output
+
+    def repeat(twin: int, *_: Any, **__: Any) -> Any:
+        return outputs[twin]
+
+    for index, twin in enumerate(twins):
+        if index == twin:
+            hooks.append(layers[index].register_forward_hook(functools.partial(keep, index)))
+        else:
+            layers[index].forward = functools.partial(repeat, twin)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for index, twin in enumerate(twins):
+            if index != twin:
+                del layers[index].forward
+
+
+@contextmanager
+def _marks(layers: list[Any], counter: Any) -> Iterator[dict[int, int]]:
+    """Count the operations of every layer: filled while the model runs under `counter`."""
+    flops: dict[int, int] = {}
+
+    def enter(index: int, *_: Any) -> None:
+        flops[index] = -counter.get_total_flops()
+
+    def leave(index: int, *_: Any) -> None:
+        flops[index] += counter.get_total_flops()
+
+    hooks = [layer.register_forward_pre_hook(functools.partial(enter, i)) for i, layer in enumerate(layers)]
+    hooks += [layer.register_forward_hook(functools.partial(leave, i)) for i, layer in enumerate(layers)]
+    try:
+        yield flops
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _sizes(cache: Any, twins: list[int]) -> list[int]:
+    """Return the bytes that a cache holds for every layer, or in all where it is not kept by layer."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return [_bytes(cache, set())]
+    # Layers at the end may share the cache of an earlier one and have none.
+    return [_bytes(layers[twin], set()) if index < len(layers) else 0 for index, twin in enumerate(twins)]
+
+
+def _bytes(value: Any, seen: set[int]) -> int:
+    """Return the bytes of all tensors that are reachable from (a part of) a cache, each counted once."""
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    if isinstance(value, Tensor):  # states have a batch dimension; what has none is book-keeping
+        return value.numel() * value.element_size() if value.dim() > 1 else 0
+    if isinstance(value, (list, tuple)):
+        return sum(_bytes(part, seen) for part in value)
+    if isinstance(value, dict):
+        return sum(_bytes(part, seen) for part in value.values())
+    return _bytes(vars(value), seen) if hasattr(value, "__dict__") and not callable(value) else 0
+
+
+@contextmanager
+def _countable(model: Any) -> Iterator[None]:
+    """Let `model` compute in a way that runs on shapes and whose products are counted."""
+    # Without an id for padding no family looks for it among the tokens, which on the meta device are not there.
+    settings = {"_experts_implementation": COUNTABLE_EXPERTS, "pad_token_id": None}
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    before = [
+        (config, key, getattr(config, key)) for config in configs.values() for key in settings if hasattr(config, key)
+    ]
+    try:
+        for config, key, _ in before:
+            setattr(config, key, settings[key])
+        yield
+    finally:
+        for config, key, value in before:
+            setattr(config, key, value)

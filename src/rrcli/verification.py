@@ -1,0 +1,76 @@
+"""Proof that a recursion changed nothing: logits at every depth against the model before surgery, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rrcli.errors import CheckFailed
+from rrcli.recursion import caches
+from rrcli.reporting import Reporter
+
+PROBES = ("The quick brown fox jumps over the lazy dog.", "Question: 2 + 3 =\nAnswer:")
+DECODE_STEPS = 3
+
+Logits = dict[str, Tensor]
+
+
+def reference(model: Any, tokenizer: Any) -> list[Logits]:
+    """Return the logits of a model before surgery on every probe.
+
+    Raises:
+        CheckFailed: logits that are not finite, or a tokenizer that makes nothing of the probes.
+    """
+    found = [_logits(model, ids) for ids in _probes(model, tokenizer)]
+    for probe, logits in zip(PROBES, found, strict=True):
+        if not all(bool(torch.isfinite(values).all()) for values in logits.values()):
+            raise CheckFailed(f"the base model gives logits that are not finite for {probe!r}", "Check its weights.")
+    return found
+
+
+def verify(model: Any, tokenizer: Any, before: list[Logits], reporter: Reporter) -> list[int]:
+    """Compare the logits at every depth, uncached and cached, with those before surgery; return the depths.
+
+    Raises:
+        CheckFailed: a single bit differs.
+    """
+    recursion = model.recursion
+    depths = list(range(recursion.config.max_steps + 1))
+    probes = _probes(model, tokenizer)
+    with reporter.progress("verify", len(PROBES) * len(depths), "probes") as progress:
+        for probe, ids, stock in zip(PROBES, probes, before, strict=True):
+            for depth in depths:
+                with recursion.at_depth(depth):
+                    found = _logits(model, ids)
+                for way, logits in found.items():
+                    if not torch.equal(logits, stock[way]):
+                        worst = float((logits - stock[way]).abs().max())
+                        raise CheckFailed(
+                            f"surgery changes the model: at depth {depth}, {way}, logits differ by {worst:.3g} for "
+                            f"{probe!r}",
+                            "Nothing was written. Try another --dtype, or report the model family.",
+                        )
+                progress.advance()
+    return depths
+
+
+def _probes(model: Any, tokenizer: Any) -> list[Tensor]:
+    """Return the probes as token ids, each `[1, position]`."""
+    probes = [torch.tensor([tokenizer(probe)["input_ids"]], device=model.device) for probe in PROBES]
+    if min(ids.shape[1] for ids in probes) <= DECODE_STEPS:
+        raise CheckFailed("the tokenizer makes too few tokens of the probe prompts", "Check the tokenizer's files.")
+    return probes
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor) -> Logits:
+    """Return `[1, position, vocabulary]` logits of one forward without a cache, and of a prefill and decoded tokens."""
+    name = caches.argument_of(model)
+    output = model(input_ids=ids[:, :-DECODE_STEPS], use_cache=True)
+    parts = [output.logits]
+    for position in range(ids.shape[1] - DECODE_STEPS, ids.shape[1]):
+        output = model(input_ids=ids[:, position : position + 1], use_cache=True, **{name: getattr(output, name)})
+        parts.append(output.logits)
+    return {"uncached": model(input_ids=ids, use_cache=False).logits, "cached": torch.cat(parts, 1)}
