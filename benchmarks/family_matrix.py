@@ -34,6 +34,10 @@ models with 4 layers, a full and a partial span, every depth from 0 to 2.
 - **causal**: changing a token leaves the logits before it untouched.
 - **generate**: greedy generation with a trained cell is the argmax of the uncached logits.
 - **learns**: one backward pass reaches the output projection.
+
+The weights are drawn with standard deviation 0.1, but for four families where the difference then was 1.0e-5 to 1.6e-5
+and another value brings it below the limit: bitnet 0.04, gemma4_text 0.3, moshi 0.02, zamba2 0.05. zamba2 is badly
+conditioned at large weights (0.3: stock model 1e-2, with recursion 3e-1). bamba and minimax were told their positions.
 """
 REFUSALS = """
 ## Refused
