@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Two workers on two cores: one thread each, for this process and for the `rr` that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# xdist names a width of 80 columns; what is tested is what a user's pipe gets.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 import torch

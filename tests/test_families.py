@@ -35,6 +35,7 @@ def refused(model, match, config=None):
     assert model.training == training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(MORE))
 def test_every_property_holds(family):
     findings = examine(family)

@@ -446,7 +446,7 @@ def test_an_unlisted_family_whose_caches_are_not_recognised_is_refused(monkeypat
     model = build("llama")
     model.config.model_type = "never_heard_of"
     monkeypatch.setattr(caches, "is_cache", lambda value: False)
-    with pytest.raises(RRError, match="depth 1 when they are cached"):
+    with pytest.raises(RRError, match="which is not known as a cache"):
         attach(model)
     assert not hasattr(model, "recursion")
     monkeypatch.undo()

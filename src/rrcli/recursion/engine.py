@@ -193,7 +193,7 @@ class Recursion(nn.Module):
         hidden = output if isinstance(output, Tensor) else output[0]
         states = [hidden]
         # Layers may lie on different devices: the sidecar lies with the first layer of the span.
-        home = self.cell.w_in.weight.device
+        home = self.head.score.weight.device
         entry = entry.to(home)
         with self._forced(None), _unrecorded():
             for step in range(1, frame.depth + 1):

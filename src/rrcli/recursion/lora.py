@@ -36,6 +36,8 @@ BYPASSED = dict.fromkeys(
     ),
     ("x_proj", "dt_proj", "out_proj"),
 )
+# Some routers are linear layers that return a pair.
+ROUTER = "router"
 FUSED_WITH_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
@@ -153,7 +155,7 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int = 0, span: Sequence[in
     layers = find_layout(model)[0].layers
     recursion = getattr(model, "recursion", None)
     start, end = span or ((recursion.start, recursion.end) if recursion else (0, len(model.get_submodule(layers))))
-    left_out = set(BYPASSED.get(family, ()))
+    left_out = {ROUTER, *BYPASSED.get(family, ())}
     found: dict[str, nn.Module] = {}
     for layer in model.get_submodule(layers)[start:end]:
         if any(name.endswith("experts.gate_up_proj") for name, _ in layer.named_parameters()):
