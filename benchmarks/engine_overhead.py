@@ -4,10 +4,10 @@
 
 A forward at depth d runs the layers 1 + d times, so it should take (1 + d) times the stock forward. Measured on
 SmolLM2-135M (fp32, no cache, torch's default threads), the backbone alone, since the head runs once whatever the depth
-is. Every depth is measured between two forwards of the stock model (the recursion detached) and held against their
-mean, so that a slow spell of the machine hits both.
+is. Stock (the recursion detached) and every depth alternate in each round. What else a machine does only ever adds
+time, so the ratio that is judged is that of the fastest forwards; the median is shown beside it.
 
-Claims: the median of time(d) / ((1 + d) * time(stock)) is at most 1.02 at depth 0 and 1.05 at depths 1 and 2.
+Claims: fastest(d) / ((1 + d) * fastest(stock)) is at most 1.02 at depth 0 and 1.05 at depths 1 and 2.
 Exits with 3 if one does not hold.
 """
 
@@ -79,25 +79,25 @@ def main() -> int:
 
     for depth in (None, *CLAIMS):
         measure(depth)
-    ratios: dict[int, list[float]] = {depth: [] for depth in CLAIMS}
-    stocks = []
+    # The same number of stock forwards for every depth, so that none has more chances of a quiet moment.
+    stock: dict[int, list[float]] = {depth: [] for depth in CLAIMS}
+    times: dict[int, list[float]] = {depth: [] for depth in CLAIMS}
     for _ in range(options.rounds):
-        stocks.append(measure(None))
         for depth in CLAIMS:
-            took = measure(depth)
-            stocks.append(measure(None))
-            ratios[depth].append(2 * took / ((1 + depth) * (stocks[-1] + stocks[-2])))
+            stock[depth].append(measure(None))
+            times[depth].append(measure(depth))
 
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{parameters:.0f}M parameters, fp32, batch {options.batch} x {options.tokens} tokens, no cache, backbone")
-    print(f"{torch.get_num_threads()} threads, {options.rounds} rounds, stock {statistics.median(stocks):.3f} s\n")
-    print("| depth | time / ((1 + depth) x stock): median | range | claim | holds |\n|---|---|---|---|---|")
+    print(f"{torch.get_num_threads()} threads, {options.rounds} rounds\n")
+    print("| depth | stock, fastest (s) | time / ((1 + depth) x stock): fastest | median | claim | holds |")
+    print("|---|---|---|---|---|---|")
     good = True
     for depth, claim in CLAIMS.items():
-        middle = statistics.median(ratios[depth])
-        good &= middle <= claim
-        span = f"{min(ratios[depth]):.3f} to {max(ratios[depth]):.3f}"
-        print(f"| {depth} | {middle:.3f} | {span} | <= {claim} | {'yes' if middle <= claim else 'NO'} |")
+        best, middle = (f(times[depth]) / ((1 + depth) * f(stock[depth])) for f in (min, statistics.median))
+        good &= best <= claim
+        holds = "yes" if best <= claim else "NO"
+        print(f"| {depth} | {min(stock[depth]):.3f} | {best:.3f} | {middle:.3f} | <= {claim} | {holds} |")
     return 0 if good else 3
 
 

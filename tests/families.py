@@ -17,11 +17,11 @@ from tiny_configs import CONFIGS, MORE, REFUSED, VOCABULARY
 
 # Cached and uncached forward may differ by rounding: fp32, relative to the largest logit.
 ROUNDING = 1e-5
+# A model may be so badly conditioned that fp32 cannot hold ROUNDING: then by this many times what it makes of a change
+# in the last place of its embeddings (0.1 to 2.7 times was seen over all families).
+CONDITIONING = 4
 # Models of these families count positions from 0 in every call, unless they are told; `generate` tells them.
 TOLD_POSITIONS = ("bamba", "minimax")
-# Spread of the random weights where 0.1 gave cached-uncached differences of 1.0e-5 to 1.6e-5, just above ROUNDING;
-# chosen by trying 0.02 to 0.3. That it is rounding was checked against the stock model for zamba2 only.
-SCALE = {"bitnet": 0.04, "gemma4_text": 0.3, "moshi": 0.02, "zamba2": 0.05}
 
 FAMILIES = sorted(CONFIGS)
 SPANS = [None, (1, 3)]
@@ -49,7 +49,7 @@ def _build(family: str, **changes: Any) -> Any:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() >= 2:
-                    parameter.normal_(std=SCALE.get(family, 0.1))
+                    parameter.normal_(std=0.1)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -125,12 +125,39 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
+@torch.no_grad()
+def resolution(model: Any, ids: torch.Tensor) -> float:
+    """Return how far the logits move when every embedding changes by one unit in the last place (fp32)."""
+    plain = uncached(model, ids)
+    generator = torch.Generator().manual_seed(2)
+
+    def nudge(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+        return output * (1 + torch.finfo(torch.float32).eps * signs)
+
+    hook = model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        return far(uncached(model, ids), plain)
+    finally:
+        hook.remove()
+
+
+def limit(model: Any, ids: torch.Tensor) -> float:
+    """Return how far logits that should be the same may differ."""
+    return max(ROUNDING, CONDITIONING * resolution(model, ids))
+
+
 @dataclass(frozen=True)
 class Findings:
-    """What was found for one family, over a full and a partial span and every depth."""
+    """What was found for one family, over a full and a partial span and every depth.
+
+    Attributes:
+        cached: the largest difference of cached and uncached logits. limit: what it must be below.
+    """
 
     exact: bool
     cached: float
+    limit: float
     causal: bool
     generates: bool
     learns: bool
@@ -138,7 +165,7 @@ class Findings:
     @property
     def hold(self) -> bool:
         """Whether every property holds."""
-        return self.exact and self.cached < ROUNDING and self.causal and self.generates and self.learns
+        return self.exact and self.cached < self.limit and self.causal and self.generates and self.learns
 
 
 def examine(family: str, max_steps: int = 2) -> Findings:
@@ -147,7 +174,7 @@ def examine(family: str, max_steps: int = 2) -> Findings:
     stock, ids = build(family).requires_grad_(False), tokens()
     with torch.no_grad():
         plain, stepwise, text = uncached(stock, ids), cached(stock, ids)[0], generate(stock, ids)
-    exact, causal, generates, learns, worst = True, True, True, True, 0.0
+    exact, causal, generates, learns, worst, most = True, True, True, True, 0.0, 0.0
     for span in SPANS:
         model = build(family)
         recursion = attach(model, RecursionConfig(max_steps=max_steps, span=span))
@@ -164,15 +191,16 @@ def examine(family: str, max_steps: int = 2) -> Findings:
             for depth in range(1, max_steps + 1):
                 recursion.depth = depth
                 worst = max(worst, far(cached(model, ids)[0], uncached(model, ids)))
+            most = max(most, limit(model, ids))
             awake, place = uncached(model, ids), 6
             learns &= far(awake, plain) > 1e-3
             other = ids.clone()
             other[:, place] = (other[:, place] + 7) % 90 + 3
             changed = uncached(model, other)
-            causal &= far(changed[:, :place], awake[:, :place]) < ROUNDING
+            causal &= far(changed[:, :place], awake[:, :place]) < most
             causal &= far(changed[:, place:], awake[:, place:]) > 1e-4
             written = generate(model, ids[:, :6])
             generates &= torch.equal(written[:, 6:], uncached(model, written)[:, 5:-1].argmax(-1))
             recursion.depth = 0
             exact &= torch.equal(uncached(model, ids), plain)
-    return Findings(exact, worst, causal, generates, learns)
+    return Findings(exact, worst, most, causal, generates, learns)
