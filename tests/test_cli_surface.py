@@ -16,6 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from comparing import stage_results
 from rrcli import __version__
 from rrcli.cli import app
 from rrcli.settings import STAGES
@@ -69,7 +70,9 @@ SURFACE = {
     | {"--max-length", "--stride", "--max-samples", "--problems", "--max-new-tokens", "--batch-tokens", "--depth"}
     | {"--chat-template", "--no-chat-template", "--tensorboard", "--no-tensorboard"}
     | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "generation", "performance")},
-    "compare": COMMON | {"--alpha", "--json"},
+    "compare": COMMON
+    | {"--alpha", "--generations", "--no-generations", "--gate", "--gate-significant", "--no-gate-significant"}
+    | {"--format", "--out", "--json"},
     "board": COMMON | {"--json", "--port", "--host", "--reload-interval"},
     "run": COMMON | {"--dry-run", "--json"},
 }
@@ -248,25 +251,6 @@ def test_a_run_cannot_take_the_place_of_surgery(tmp_path: Path, monkeypatch: pyt
 
 
 # -- results and streams -----------------------------------------------------------------------------------------------
-
-
-def stage_results(stage: str, better: float = 0.0) -> dict[str, Any]:
-    def document(i: int) -> dict[str, Any]:
-        nll = (10 + i) * (2.0 - better - i / 1e4)
-        return {"key": str(i), "tokens": 10 + i, "words": 5, "bytes": 40, "nll": [nll], "correct": [4]}
-
-    from rrcli.metrics import from_records
-
-    records = {"documents": [document(i) for i in range(40)]}
-    return {
-        "schema": 1,
-        "stage": stage,
-        "model": {"tokenizer": "t"},
-        "data": {"fingerprint": "f"},
-        "provenance": {"seed": 0, "dtype": "float32", "device": "cpu", "versions": {}},
-        "metrics": from_records(records),
-        "records": records,
-    }
 
 
 @pytest.fixture

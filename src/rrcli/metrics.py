@@ -23,7 +23,8 @@ class Metric:
     Attributes:
         label, unit: for people. better: 'lower', 'higher' or '' (neither is).
         kind: how two stages are compared: 'documents' (paired ratio), 'problems' (McNemar), 'prompts' (paired
-            bootstrap) or 'cost' (shown, never tested).
+            bootstrap), 'harness' (McNemar where every score is 0 or 1, else paired bootstrap), 'cost' (the relative
+            difference, never tested) or 'shown' (values only).
     """
 
     label: str
@@ -45,6 +46,11 @@ METRICS: dict[str, Metric] = {
     "time_per_output_token": Metric("Time per token", "ms", "lower", "cost"),
     "memory_mb": Metric("Peak memory", "MB", "lower", "cost"),
     "flops_per_token": Metric("FLOPs per token", "MFLOP", "lower", "cost"),
+    "avg_refine_steps": Metric("Refine steps per chunk", "", "", "shown"),
+    "avg_chunk_length": Metric("Tokens per chunk", "", "", "shown"),
+    "commit_rate": Metric("Commit rate", "", "", "shown"),
+    "fix_rate": Metric("Fix rate", "", "", "shown"),
+    "break_rate": Metric("Break rate", "", "", "shown"),
 }
 
 

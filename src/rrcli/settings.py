@@ -42,6 +42,8 @@ MODEL = "Model and data"
 FILES = "Files and folders"
 LOSS = "Losses"
 LORA = "LoRA (phase b)"
+GATES = "Gates"
+OUTPUT = "Output"
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,23 @@ class CompareSettings(CommonSettings):
     SECTION = "compare"
 
     alpha: float = option(0.05, "Family-wise error rate of the verdicts.", minimum=0, maximum=1)
+    generations: bool = option(False, "Also show what the stages wrote after each prompt, side by side.")
+    gate: tuple[str, ...] = option(
+        (),
+        "Fail (exit code 3) unless this holds of the values shown, noise or not: SIDE > SIDE, or < >= <= ==; a side is "
+        "STAGE.METRIC, NUMBER * STAGE.METRIC or a number; repeat for several.",
+        panel=GATES,
+    )
+    gate_significant: bool = option(
+        False, "A gate also needs the paired test to show the difference, at alpha.", panel=GATES
+    )
+    format: str = option(
+        "auto",
+        "Form of the output; auto = table, or as the suffix of --out says.",
+        panel=OUTPUT,
+        choices=("auto", "table", "json", "csv", "markdown"),
+    )
+    out: str = option("", "Write to this file in place of the screen.", panel=OUTPUT)
 
 
 @dataclass(frozen=True)

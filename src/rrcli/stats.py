@@ -160,3 +160,16 @@ def problems_needed(difference: float, discordant_share: float, alpha: float = 0
     z_alpha, z_beta = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
     root = z_alpha * math.sqrt(share) + z_beta * math.sqrt(max(share - difference**2, 0.0))
     return math.ceil((root / difference) ** 2)
+
+
+def units_needed(estimate: Estimate, alpha: float = 0.05, power: float = 0.8) -> int | None:
+    """Return about how many units like those measured would show a difference of this size, or None.
+
+    The standard error falls with sqrt(n), so a z-test needs n · ((z_a + z_b) / z)² units, where z is the value over its
+    standard error, read off the 95 % interval. None for a difference of zero or an interval that is unknown.
+    """
+    error = (estimate.high - estimate.low) / (2 * normal_quantile())
+    if estimate.value == 0 or not 0 < error < math.inf:
+        return None
+    z_alpha, z_beta = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
+    return math.ceil(estimate.n * ((z_alpha + z_beta) * error / estimate.value) ** 2)

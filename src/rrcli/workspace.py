@@ -200,6 +200,23 @@ def provenance(settings: CommonSettings, directory: Path, device: str, dtype: st
         "device": device,
         "dtype": dtype,
         "machine": f"{platform.system()} {platform.machine()}",
+        "hardware": _hardware(device),
         "seed": settings.seed,
         "git_commit": commit or None,
     }
+
+
+def _hardware(device: str) -> str:
+    """Return the name of the GPU or CPU that computed."""
+    import platform
+
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    try:
+        cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # no Linux
+        cpus = []
+    names = (line.partition(":")[2].strip() for line in cpus if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
