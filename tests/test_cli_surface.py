@@ -49,7 +49,7 @@ def plain(text: str) -> str:
 # -- the options -------------------------------------------------------------------------------------------------------
 
 COMMON = {
-    *("--model", "--model-path", "--model-name", "--data", "--task", "--device", "--dtype"),
+    *("--model", "--model-path", "--model-name", "--data", "--text-field", "--task", "--device", "--dtype"),
     *("--trust-remote-code", "--no-trust-remote-code", "--seed"),
     *("--log-dir", "--checkpoint-dir", "--output-dir", "--dir", "--debug"),
 }
@@ -177,6 +177,15 @@ def test_values_that_cannot_be_are_usage_errors(tmp_path: Path, arguments: list[
     assert failed.exit_code == 2
     assert failed.stderr
     assert failed.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "--dry-run"], ["setup"]], ids=" ".join)
+def test_standard_input_is_refused_where_several_stages_need_it(tmp_path: Path, arguments: list[str]) -> None:
+    failed = rr(*arguments, "--data", "-", directory=tmp_path)
+    assert failed.exit_code == 2
+    assert "standard input" in failed.stderr
+    assert "hint: Write it to a file first" in failed.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:

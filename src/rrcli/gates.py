@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from rrcli.comparison import GateResult, Results
 from rrcli.errors import CheckFailed, UsageError, suggest
-from rrcli.pairing import backed, pair, tested_metrics
+from rrcli.pairing import PARTS, backed, pair, tested_metrics
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}
 FORM = "Write 'STAGE.METRIC > STAGE.METRIC', with > < >= <= or ==; a side may be NUMBER or NUMBER * STAGE.METRIC."
@@ -124,8 +124,9 @@ def _value(side: Side, stages: Mapping[str, Results]) -> float:
 def _shown(gate: Gate, stages: Mapping[str, Results], alpha: float) -> bool:
     a, b = gate.left, gate.right
     metric = tested_metrics(list(stages.values())).get(a.metric)
-    testable = metric is not None and metric.kind not in ("cost", "shown")
-    if not (testable and a.metric == b.metric and a.factor == b.factor == 1 and gate.operator in "><"):
+    if metric is None or not (
+        metric.kind in PARTS and a.metric == b.metric and a.factor == b.factor == 1 and gate.operator in "><"
+    ):
         raise UsageError(
             f"the gate '{gate.text}' has no test of significance",
             "With --gate-significant every gate is 'STAGE.METRIC > STAGE.METRIC' (or <) of one metric that is tested.",

@@ -60,8 +60,13 @@ class CommonSettings:
     )
     data: str = option(
         "default",
-        "Text: 'default' (embedded), a .txt or .jsonl file, or a folder of them. One tenth is held out for evaluation.",
+        "Text: 'default' (embedded), a .txt, .jsonl, .csv or .parquet file, a folder of them, "
+        "hf://NAME[:CONFIG[:SPLIT]] for a data set of the hub, or - for standard input. "
+        "One tenth is held out for evaluation.",
         panel=MODEL,
+    )
+    text_field: str = option(
+        "text", "Field or column that holds the text, in .jsonl, .csv, .parquet and the hub.", panel=MODEL
     )
     task: tuple[str, ...] = option(
         (), "Reasoning task NAME[:key=value,...] of reasoning-gym; repeat for several. [default: embedded]", panel=MODEL

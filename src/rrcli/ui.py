@@ -271,7 +271,7 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
 
 def _stage_table(first: str, stages: list[str], wide: bool, *, justify: Any, lines: bool = False) -> Table:
     """Return an empty table with a column for each stage; a narrow one breaks their names at underscores."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1) if wide else (0, 0, 0, 1), show_lines=lines)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1) if wide else (0, 0, 0, 1), show_lines=lines, pad_edge=wide)
     table.add_column(first, overflow="fold", max_width=None if wide else 14)
     for stage in stages:
         table.add_column(escape(stage if wide else stage.replace("_", "_\n")), justify=justify, overflow="fold")

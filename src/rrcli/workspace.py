@@ -126,7 +126,7 @@ def surgery_inputs(settings: SurgerySettings, base_fingerprint: str) -> str:
 # Settings of a training that change where it is written or what is logged, never its weights.
 WEIGHTLESS = (
     *("eval_interval", "eval_samples", "save_interval", "keep", "run_name", "log_dir", "checkpoint_dir", "output_dir"),
-    *("model", "data", "task", "device", "trust_remote_code"),
+    *("model", "data", "text_field", "task", "device", "trust_remote_code"),
 )
 RECURSIVE_ONLY = (
     *("sidecar_lr", "max_steps", "chunk_width", "masked_weight", "halt_weight", "ponder_weight"),
@@ -153,7 +153,8 @@ def train_inputs(
 
 def eval_inputs(settings: EvalSettings, stage: str, model_fingerprint: str, data_fingerprint: str) -> str:
     """Identify an evaluation by the model, the data and every setting that reaches the numbers."""
-    left_out = {"model", "data", "task", "tensorboard", "log_dir", "checkpoint_dir", "output_dir", "trust_remote_code"}
+    left_out = {"model", "data", "text_field", "task", "tensorboard", "trust_remote_code"}
+    left_out |= {"log_dir", "checkpoint_dir", "output_dir"}
     values = {key: value for key, value in asdict(settings).items() if key not in left_out}
     return combine("eval", stage, model_fingerprint, data_fingerprint, values, __version__)
 

@@ -54,6 +54,8 @@ def evaluate(
     data = held_out_data(
         settings, directory, settings.problems, settings.max_samples, reasoning=not settings.skip_reasoning
     )
+    if data.notice:
+        reporter.note(data.notice)
     if settings.max_samples:
         reporter.warn(
             f"only {len(data.documents)} documents are scored (--max-samples): for trying out, not for claims"

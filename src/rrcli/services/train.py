@@ -138,6 +138,9 @@ def train(
         add_lora(model, settings.lora_rank, settings.lora_alpha, settings.seed, span)
     if model.config.get_text_config().vocab_size < len(tokenizer):
         raise RRError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+    data = TrainingData(settings, directory, tokenizer)
+    if data.notice:
+        reporter.note(data.notice)
     samples = settings.eval_samples
     evaluation = held_out_data(settings, directory, samples, samples) if settings.eval_interval else None
     run = _Run(
@@ -149,7 +152,7 @@ def train(
         tokenizer,
         start,
         inputs,
-        TrainingData(settings, directory, tokenizer),
+        data,
         evaluation,
         reporter,
     )
