@@ -77,6 +77,8 @@ def test_evaluation_takes_a_seeded_sample(stories: Path) -> None:
     assert sample(0, 5) != sample(1, 5)
     assert len(set(sample(0, 5))) == 5
     assert sample(0, 1000) == sample(1, 0)
+    data = held_out_data(EvalSettings(data="stories.jsonl"), stories, 1, 5, reasoning=False)
+    assert (len(data.documents), data.held_out) == (5, len(sample(0, 0)))
 
 
 def test_without_reasoning_no_problem_is_made(stories: Path) -> None:

@@ -175,8 +175,8 @@ def test_csv_holds_quoted_commas_line_breaks_and_quotes(tmp_path: Path) -> None:
     [
         ("", r"a\.csv, line 1: no header"),
         ("text\n", "is empty"),
-        ("one\ntwo\n", r"line 1: no column 'text', or two \(it has one\)"),
-        ("text,text\na,b\n", r"line 1: no column 'text', or two"),
+        ("one\ntwo\n", r"line 1: no column 'text' \(it has one\)"),
+        ("text,text\na,b\n", r"line 1: two columns 'text' \(it has text, text\)"),
         ("id,text\n1,one\n2,two,three\n", r"line 3: 3 columns, the header has 2"),
         ("id,text\n1,one\n2\n", r"line 3: 1 columns, the header has 2"),
         ('id,text\n1,one\n2,"two\nthree\n4,four\n', r"the record that begins in line 3 is torn"),

@@ -236,6 +236,15 @@ def test_other_evaluation_settings_are_warned_of(tmp_path: Path, key: str, value
     assert f"{key} ({before} and {value})" in warning
 
 
+def test_a_sample_is_told(tmp_path: Path) -> None:
+    stages = [results("baseline"), results("after_surgery")]
+    for stage in stages:
+        stage["data"] |= {"documents": 20, "held_out": 20 if stage["stage"] == "baseline" else 392}
+    (warning,) = compared(tmp_path, *stages).warnings
+    assert "only a sample of the documents was scored (--max-samples)" in warning
+    assert warning.endswith(": after_surgery (20 of 392)")
+
+
 def test_what_an_older_version_did_not_record_is_not_said_to_differ(tmp_path: Path) -> None:
     older = results("baseline")
     del older["provenance"]["hardware"], older["settings"]

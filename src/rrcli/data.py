@@ -44,6 +44,7 @@ class EvalData:
 
     Attributes:
         source: what `--data` named. notice: what was left out of it, for people; '' if nothing was.
+        held_out: how many documents are held out, of which `documents` may be a sample.
     """
 
     documents: tuple[str, ...] = ()
@@ -52,6 +53,7 @@ class EvalData:
     prompts: tuple[str, ...] = ()
     source: str = "given"
     notice: str = ""
+    held_out: int = 0
 
 
 class TextStore(Sequence[str]):
@@ -103,12 +105,13 @@ def held_out_data(
         raise RRError(
             f"no document of {settings.data} falls into the held-out tenth", "Give more documents (about 50 or more)."
         )
-    if 0 < max_samples < len(documents):
+    held_out = len(documents)
+    if 0 < max_samples < held_out:
         documents = Random(settings.seed).sample(documents, max_samples)
     tasks = tuple(Task(spec) for spec in task_specs(settings)) if reasoning else ()
     problems = [problem for task in tasks for problem in task.problems(problems_per_task, settings.seed, held_out=True)]
     notice = dropped.notice(settings.data)
-    return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data, notice)
+    return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data, notice, held_out)
 
 
 class TrainingData:

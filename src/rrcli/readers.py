@@ -74,7 +74,8 @@ def csv_rows(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
         if not header:
             raise RRError(f"{name}, line 1: no header", "The first line names the columns.")
         if header.count(field) != 1:
-            raise RRError(f"{name}, line 1: no column '{field}', or two (it has {_listed(header)})", _other(header))
+            wrong = "two columns" if field in header else "no column"
+            raise RRError(f"{name}, line 1: {wrong} '{field}' (it has {_listed(header)})", _other(header))
         column = header.index(field)
         while True:
             begins = rows.line_num + 1
@@ -181,7 +182,10 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _other(names: list[str]) -> str:
-    return f"Name the field that holds the text: --text-field {'|'.join(names)}." if names else "No field holds text."
+    if not names:
+        return "No field holds text."
+    named = f"--text-field {names[0]}" if len(names) == 1 else f"--text-field with one of {', '.join(names)}"
+    return f"Name the field that holds the text: {named}."
 
 
 def _first_line(error: BaseException) -> str:

@@ -43,7 +43,8 @@ class Dropped:
     def notice(self, spec: str) -> str:
         """Say what was left out; '' if nothing was."""
         counts = [f"{count:,} {name}" for name, count in vars(self).items() if count]
-        return f"{spec}: {' and '.join(counts)} documents were left out" if counts else ""
+        name = "standard input" if spec == STDIN else spec
+        return f"{name}: {' and '.join(counts)} documents were left out" if counts else ""
 
 
 def read_documents(

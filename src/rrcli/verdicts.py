@@ -43,6 +43,17 @@ def differences(label: str, first: str, result: Results, reference: Results) -> 
     return [f"{first} and {label} were measured with different {', '.join(found)}"] if found else []
 
 
+def samples(labels: list[str], results: list[Results]) -> list[str]:
+    """Return a warning if a stage was measured on a sample of its documents."""
+    counts = [
+        (label, r["data"].get("documents"), r["data"].get("held_out")) for label, r in zip(labels, results, strict=True)
+    ]
+    told = [f"{label} ({n:,} of {held_out:,})" for label, n, held_out in counts if held_out and n < held_out]
+    if not told:
+        return []
+    return [f"only a sample of the documents was scored (--max-samples), which is for trying out: {', '.join(told)}"]
+
+
 def overlaps(label: str, first: str, pairs: dict[str, Pair], same_tokenizer: bool) -> list[str]:
     """Return a warning for each kind of record that two stages share in part, not at all, or under false keys.
 

@@ -82,7 +82,7 @@ def _rows(labels: list[str], results: list[Results]) -> tuple[list[Row], list[st
         row, pairs[name] = pairing.cells(name, metric, results)
         if any(cell.value is not None for cell in row):
             rows.append(Row(name, metric, row, _depths(name, results)))
-    warnings = []
+    warnings = verdicts.samples(labels, results)
     for number, (label, result) in enumerate(zip(labels, results, strict=True)):
         if number:
             warnings += verdicts.differences(label, labels[0], result, results[0])

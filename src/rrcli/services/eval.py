@@ -56,9 +56,10 @@ def evaluate(
     )
     if data.notice:
         reporter.note(data.notice)
-    if settings.max_samples:
+    if len(data.documents) < data.held_out:
         reporter.warn(
-            f"only {len(data.documents)} documents are scored (--max-samples): for trying out, not for claims"
+            f"only {len(data.documents):,} of {data.held_out:,} held-out documents are scored (--max-samples, chosen "
+            f"with seed {settings.seed}): for trying out, not for claims"
         )
 
     from rrcli.evaluation import evaluate_model
@@ -97,6 +98,7 @@ def evaluate(
             "source": data.source,
             "fingerprint": combine(tokens, [problem.key for problem in data.problems]),
             "documents": len(data.documents),
+            "held_out": data.held_out,
             "tokens": sum(map(len, tokens)),
             "tasks": [task.spec for task in data.tasks],
         },
