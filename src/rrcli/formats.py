@@ -85,7 +85,7 @@ def note(comparison: Comparison) -> str:
     """Say what the differences and the verdicts of the table mean."""
     return (
         f"Differences are to {comparison.stages[0]}, paired, with 95 % intervals; verdicts hold at "
-        f"{comparison.alpha:g} over the whole table (Holm)."
+        f"{comparison.alpha:g} over the whole table (Holm). Speeds are medians with their range."
     )
 
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 # Wide enough for every table where the output is a file or a pipe.
 PIPED_WIDTH = 160
-WIDE = 120
+# Columns that a stage needs for a difference beside its interval, and the names of the metrics.
+STAGE_WIDTH, LABEL_WIDTH = 25, 20
 VERDICT_STYLES = {"better": "green", "worse": "red", "same": "cyan", "not comparable": "yellow"}
 STATUS_STYLES = {"done": "green", "missing": "yellow", "stale": "yellow", "unfinished": "cyan"}
 
@@ -246,7 +247,7 @@ def comparison_text(comparison: Comparison, form: str) -> str:
 def show_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print the table, what it means, and what to be careful about."""
     console = console or out()
-    wide = console.width >= WIDE
+    wide = console.width >= LABEL_WIDTH + STAGE_WIDTH * len(comparison.stages)
     table = _stage_table("Metric", comparison.stages, wide, justify="right")
     for row in comparison.rows:
         table.add_row(escape(formats.row_label(row)), *[_cell(cell, row, wide) for cell in row.cells])
