@@ -144,12 +144,15 @@ def test_depths_are_compared_at_the_last(tmp_path: Path) -> None:
 
 
 def with_harness(
-    result: dict[str, Any], scores: list[float], task: str = "gsm8k", metric: str = "exact_match,strict"
+    result: dict[str, Any], scores: list[float], metric: str = "exact_match/strict-match", better: str = "higher"
 ) -> dict[str, Any]:
+    """Add a task of lm-eval, and a group of tasks, which has no samples of its own."""
     result["records"]["harness"] = [
-        {"key": f"h{i}", "task": task, "metric": metric, "score": score} for i, score in enumerate(scores)
+        {"key": f"h{i}", "target": "t", "task": "gsm8k", "metric": metric, "score": score, "output": ""}
+        for i, score in enumerate(scores)
     ]
-    result["metrics"][f"harness/{task}/{metric}"] = {"value": sum(scores) / len(scores), "n": len(scores)}
+    entry = {"value": sum(scores) / len(scores), "n": len(scores), "better": better}
+    result["metrics"] |= {f"harness/gsm8k/{metric}": entry, f"harness/group/{metric}": entry}
     return result
 
 
@@ -158,22 +161,45 @@ def test_harness_scores_of_0_and_1_are_mcnemar(tmp_path: Path) -> None:
     comparison = compared(
         tmp_path, with_harness(results("baseline"), before), with_harness(results("finetuned_vanilla"), after)
     )
-    found = cell(comparison, "harness/gsm8k/exact_match,strict", "finetuned_vanilla")
+    found = cell(comparison, "harness/gsm8k/exact_match/strict-match", "finetuned_vanilla")
     expected = stats.mcnemar(list(map(bool, after)), list(map(bool, before)))
     assert (found.value, found.difference, found.p_value) == (0.9, 0.5, expected.p_value)
     assert (found.verdict, found.n) == ("better", 100)
-    assert any("gsm8k exact_match,strict is better than the baseline's" in text for text in comparison.sentences)
+    assert any("gsm8k exact_match strict-match is better than the baseline's" in text for text in comparison.sentences)
 
 
-def test_other_harness_scores_are_bootstrapped_and_perplexities_better_when_lower(tmp_path: Path) -> None:
+def test_a_metric_without_records_is_shown_without_a_verdict(tmp_path: Path) -> None:
+    stages = [with_harness(results(stage), [1.0, 0.0]) for stage in ("baseline", "after_surgery")]
+    comparison = compared(tmp_path, *stages)
+    assert cell(comparison, "harness/group/exact_match/strict-match", "after_surgery") == Cell(value=0.5, n=2)
+    assert cell(comparison, "harness/gsm8k/exact_match/strict-match", "after_surgery").verdict == "same"
+    assert comparison.warnings == []
+
+
+@pytest.mark.parametrize(("better", "verdict"), [("lower", "better"), ("higher", "worse"), ("", "differs")])
+def test_other_harness_scores_are_bootstrapped(tmp_path: Path, better: str, verdict: str) -> None:
     before = [5.0 + i / 10 for i in range(40)]
     after = [score - 1 - i % 3 / 10 for i, score in enumerate(before)]
-    stages = [with_harness(results("baseline"), before, "wiki", "word_perplexity"),
-              with_harness(results("finetuned_vanilla"), after, "wiki", "word_perplexity")]  # fmt: skip
-    found = cell(compared(tmp_path, *stages), "harness/wiki/word_perplexity", "finetuned_vanilla")
+    stages = [
+        with_harness(results(stage), scores, "word_perplexity", better)
+        for stage, scores in (("baseline", before), ("finetuned_vanilla", after))
+    ]
+    comparison = compared(tmp_path, *stages)
+    found = cell(comparison, "harness/gsm8k/word_perplexity", "finetuned_vanilla")
     assert found.p_value == stats.paired_bootstrap(after, before).p_value
     assert found.difference == pytest.approx(-1.1, abs=0.02)
-    assert found.verdict == "better"
+    assert found.verdict == verdict
+    verb = "differs from" if verdict == "differs" else f"is {verdict} than"
+    assert any(f"gsm8k word_perplexity {verb} the baseline's" in text for text in comparison.sentences)
+
+
+def test_harness_samples_of_other_targets_are_not_paired(tmp_path: Path) -> None:
+    stages = [with_harness(results(stage), [1.0, 0.0]) for stage in ("baseline", "after_surgery")]
+    stages[1]["records"]["harness"][0]["target"] = "another"
+    comparison = compared(tmp_path, *stages)
+    assert cell(comparison, "harness/gsm8k/exact_match/strict-match", "after_surgery").verdict == "not comparable"
+    (warning,) = comparison.warnings
+    assert "1 of 2 common samples of gsm8k differ in what they hold (prompt or target)" in warning
 
 
 def test_a_prompt_metric_that_one_stage_lacks_in_part_is_paired_on_the_rest(tmp_path: Path) -> None:

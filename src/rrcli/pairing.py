@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rrcli import stats
@@ -32,7 +32,7 @@ class Pair:
         conflicts: common records that are not the same ones (`IDENTITY`). part: where the records come from.
     """
 
-    estimate: stats.Estimate | None
+    estimate: stats.Estimate | None = None
     same: bool = False
     discordant: float = 0.0
     common: int = 0
@@ -53,23 +53,23 @@ def pair(name: str, metric: Metric, result: Results, reference: Results) -> Pair
     keys = [key for key in theirs if key in mine]
     fields = [field for field in IDENTITY[part] if not (name == "bits_per_byte" and field == "tokens")]
     conflicts = sum(any(mine[key].get(f) != theirs[key].get(f) for f in fields) for key in keys)
-    counts = {"common": len(keys), "of": len(theirs), "others": len(mine), "conflicts": conflicts, "part": part}
+    shared = Pair(common=len(keys), of=len(theirs), others=len(mine), conflicts=conflicts, part=part)
     per_token = part == "documents" and name != "bits_per_byte"
     if not keys or conflicts or (per_token and result["model"]["tokenizer"] != reference["model"]["tokenizer"]):
-        return Pair(None, **counts)
+        return shared
     a, b = [mine[key] for key in keys], [theirs[key] for key in keys]
     if part == "documents":
-        totals = [[total for total, _ in document_totals({"documents": rows}, name).values()] for rows in (a, b)]
-        sizes = [size for _, size in document_totals({"documents": b}, name).values()]
-        return Pair(stats.paired_ratio_difference(*totals, sizes), totals[0] == totals[1], **counts)
-    scores = [[_score(name, part, row) for row in rows] for rows in (a, b)]
+        after, before = (list(document_totals({"documents": rows}, name).values()) for rows in (a, b))
+        totals, others, sizes = [t for t, _ in after], [t for t, _ in before], [size for _, size in before]
+        return replace(shared, estimate=stats.paired_ratio_difference(totals, others, sizes), same=totals == others)
+    x, y = ([_score(name, part, row) for row in rows] for rows in (a, b))
     said = {"problems": lambda row: row["outputs"][-1], "generations": lambda row: row["text"]}.get(part)
-    same = [said(row) for row in a] == [said(row) for row in b] if said else scores[0] == scores[1]
-    if part == "generations" or any(score not in (0, 1) for score in (*scores[0], *scores[1])):
-        return Pair(stats.paired_bootstrap(*scores), same, **counts)
-    discordant = sum(x != y for x, y in zip(*scores, strict=True)) / len(keys)
-    hits = [[bool(score) for score in side] for side in scores]
-    return Pair(stats.mcnemar(*hits), same, discordant, **counts)
+    same = [said(row) for row in a] == [said(row) for row in b] if said else x == y
+    if part == "generations" or any(score not in (0, 1) for score in (*x, *y)):
+        return replace(shared, estimate=stats.paired_bootstrap(x, y), same=same)
+    estimate = stats.mcnemar([bool(score) for score in x], [bool(score) for score in y])
+    discordant = sum(p != q for p, q in zip(x, y, strict=True)) / len(keys)
+    return replace(shared, estimate=estimate, same=same, discordant=discordant)
 
 
 def cells(name: str, metric: Metric, results: list[Results]) -> tuple[list[Cell], list[Pair | None]]:
@@ -84,7 +84,10 @@ def cells(name: str, metric: Metric, results: list[Results]) -> tuple[list[Cell]
                 cell.difference = 100 * (cell.value / first["value"] - 1) if first["value"] else None
             elif metric.kind in PARTS:
                 paired = pair(name, metric, result, results[0])
-                _differ(cell, name, metric, paired)
+                if paired.of or paired.others:
+                    _differ(cell, name, metric, paired)
+                else:  # a metric without records, as lm-eval's of a whole group
+                    paired = None
         row.append(cell)
         pairs.append(paired)
     return row, pairs
@@ -113,7 +116,8 @@ def correct(rows: list[Row], claims: list[Claim], results: list[Results], alpha:
     """
     tested = [cell for row in rows for cell in row.cells if cell.p_value is not None]
     others = [claim for claim in claims if claim.reference is not results[0]]
-    adjusted = stats.holm([x.p_value or 0.0 for x in (*tested, *(claim.estimate for claim in others))])
+    p_values = [cell.p_value or 0.0 for cell in tested] + [claim.estimate.p_value or 0.0 for claim in others]
+    adjusted = stats.holm(p_values)
     for cell, p_value in zip(tested, adjusted, strict=False):
         cell.p_adjusted = p_value
         if cell.verdict != "same" and not backed(p_value, cell.difference_low, cell.difference_high, alpha):
@@ -134,7 +138,9 @@ def backed(p_value: float, low: float | None, high: float | None, alpha: float) 
 
 def tested_metrics(results: list[Results]) -> dict[str, Metric]:
     """Return the metrics to show, in order: known ones, each reasoning task behind the overall accuracy, harness."""
-    names = dict.fromkeys(name for result in results for name in result["metrics"])
+    names: dict[str, Mapping[str, Any]] = {}
+    for result in results:
+        names |= {name: entry for name, entry in result["metrics"].items() if name not in names}
     tasks = [name for name in names if name.startswith("reasoning_accuracy/")]
     shown: dict[str, Metric] = {}
     for name, metric in METRICS.items():
@@ -143,7 +149,7 @@ def tested_metrics(results: list[Results]) -> dict[str, Metric]:
             if len(tasks) > 1:
                 label = "  {}".format
                 shown |= {key: Metric(label(key.partition("/")[2]), "%", "higher", "problems") for key in tasks}
-            shown |= {key: _harness_metric(key) for key in names if key.startswith("harness/")}
+            shown |= {key: _harness_metric(key, names[key]) for key in names if key.startswith("harness/")}
         elif name == "commit_rate":
             depths = [key for key in names if key.startswith("stability@")]
             shown |= {key: Metric(f"Stability at pass {key[10:]}", "", "", "shown") for key in depths}
@@ -169,12 +175,9 @@ def _score(name: str, part: str, row: Mapping[str, Any]) -> float:
     return float(row["score"] if part == "harness" else row[name])
 
 
-def _harness_metric(name: str) -> Metric:
-    """Describe `harness/<task>/<metric>`; a perplexity, bits or an error rate is better when lower."""
-    _, task, metric = name.split("/", 2)
-    kind = metric.partition(",")[0]
-    lower = "perplexity" in kind or kind in {"bits_per_byte", "brier_score", "ter", "wer"}
-    return Metric(f"{task} {metric}", "", "lower" if lower else "higher", "harness")
+def _harness_metric(name: str, entry: Mapping[str, Any]) -> Metric:
+    """Describe `harness/<task>/<metric>`, in lm-eval's own unit; the entry says which way is better."""
+    return Metric(name.removeprefix("harness/").replace("/", " "), "", entry.get("better", ""), "harness")
 
 
 def _cell(entry: Mapping[str, Any]) -> Cell:

@@ -179,8 +179,9 @@ def _tell(claim: Claim, alpha: float) -> str:
     )
     facts = f"{values}, {change}{f' {unit}' if unit else ''} [{low}, {high}], {_p(claim.p_adjusted)}"
     if backed(claim.p_adjusted, estimate.low, estimate.high, alpha):
-        told = f"{label} is {direction(metric, estimate.value)} than {claim.against}'s"
-        return f"{claim.what}: {told}, {facts}, n = {estimate.n}."
+        found = direction(metric, estimate.value)
+        verb = "differs from" if found == "differs" else f"is {found} than"
+        return f"{claim.what}: {label} {verb} {claim.against}'s, {facts}, n = {estimate.n}."
     text = f"{claim.what}: no effect on {label} is shown with n = {estimate.n}, {facts}"
     needed = _needed(claim, alpha)
     if needed is None or needed <= estimate.n:  # enough alone, but not among all the metrics of the table
