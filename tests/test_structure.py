@@ -162,7 +162,7 @@ def test_every_command_is_a_service_of_its_name() -> None:
 
 WATCH = """
 import atexit, json, os, runpy, sys
-heavy = ("torch", "transformers", "accelerate", "tensorboard", "pandas")
+heavy = ("torch", "transformers", "accelerate", "tensorboard", "pandas", "pyarrow", "datasets")
 report = lambda: open(os.environ["RR_REPORT"], "w").write(json.dumps([m for m in heavy if m in sys.modules]))
 atexit.register(report)
 sys.argv[0] = "rr"
