@@ -111,7 +111,7 @@ def held_out_data(
     tasks = tuple(Task(spec) for spec in task_specs(settings)) if reasoning else ()
     problems = [problem for task in tasks for problem in task.problems(problems_per_task, settings.seed, held_out=True)]
     notice = dropped.notice(settings.data)
-    return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data, notice, held_out)
+    return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data, notice=notice, held_out=held_out)
 
 
 class TrainingData:
