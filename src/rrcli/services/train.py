@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from rrcli.data import EvalData, TrainingData, held_out_data
+from rrcli.data import EvalData, TrainingData, held_out_data, task_specs
 from rrcli.errors import Interrupted, RRError, UsageError, suggest
 from rrcli.models import ModelSource, base_of, load_for, save_folder
 from rrcli.reporting import Reporter
@@ -315,6 +315,7 @@ def _save(run: _Run, optimizer: Any, tracker: Any, step: int) -> None:
         progress = {"step": step, "spent": vars(run.spent), "flops_by_depth": run.flops_by_depth}
         write_json(state / "progress.json", {"schema": 1, **progress})
         training = {"mode": run.mode, "run": run.name, "phase": run.settings.phase, **vars(run.spent)}
+        training["tasks"] = list(task_specs(run.settings)) if run.settings.task_share > 0 else []
         tracker.save_checkpoint_metrics(
             folder, inputs=run.inputs, step=step, steps=run.settings.steps, training=training
         )
