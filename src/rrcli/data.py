@@ -25,6 +25,7 @@ from rrcli.tasks import Problem, Task, prompt_of
 
 if TYPE_CHECKING:
     from rrcli.batching import Batch
+    from rrcli.harness import HarnessTask
 
 SUFFIXES = (".txt", ".jsonl")
 TRAINING_SEEDS = 2**30
@@ -45,7 +46,7 @@ class EvalData:
 
     Attributes:
         documents: held-out texts. tasks, problems: reasoning tasks and the problems of each. prompts: to continue.
-        harness: tasks of lm-evaluation-harness, by name or file.
+        harness: tasks of lm-evaluation-harness.
     """
 
     documents: tuple[str, ...] = ()
@@ -53,7 +54,7 @@ class EvalData:
     problems: tuple[Problem, ...] = ()
     prompts: tuple[str, ...] = ()
     source: str = "given"
-    harness: tuple[str, ...] = ()
+    harness: tuple[HarnessTask, ...] = ()
 
 
 def source_files(spec: str, directory: Path) -> list[Path]:

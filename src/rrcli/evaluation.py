@@ -75,7 +75,7 @@ def evaluate_model(
             records["problems"] = solve_problems(model, tokenizer, data, settings, depth, reporter, log)
         if data.prompts and not settings.skip_generation:
             records["generations"] = continue_prompts(model, tokenizer, data.prompts, settings, reporter, log)
-        if data.harness and not settings.skip_reasoning:
+        if data.harness:
             scores, records["harness"] = run_harness(model, tokenizer, data.harness, settings, reporter, log)
             values |= scores
         if data.documents and not settings.skip_performance:

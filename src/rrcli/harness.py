@@ -10,6 +10,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from rrcli.reporting import Reporter
 from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings
 from rrcli.stats import normal_quantile
+from rrcli.store import finite
 
 SUFFIXES = (".yaml", ".yml")
 # Rows of a batch for this many tokens of --batch-tokens; requests of lm-eval's tasks are seldom longer.
 TOKENS_PER_ROW = 1024
 # Resamplings behind the standard errors that have no formula.
 BOOTSTRAP_DRAWS = 1000
+# The seed that lm-eval's command line draws few-shot examples with.
+FEWSHOT_SEED = 1234
 
 
 def harness_tasks(names: Sequence[str], directory: Path) -> tuple[str, ...]:
@@ -53,64 +57,79 @@ def task_files(names: Sequence[str], directory: Path) -> list[Path]:
     return sorted(files)
 
 
+@dataclass(frozen=True)
+class HarnessTask:
+    """What one name of `--harness` stands for: lm-eval's loaded tasks and groups (its own `TaskDict`)."""
+
+    name: str
+    loaded: Any
+
+
+def load_tasks(names: Sequence[str]) -> tuple[HarnessTask, ...]:
+    """Load tasks and their data; those of a folder one by one.
+
+    Args:
+        names: as `harness_tasks` returns them.
+
+    Raises:
+        UsageError: lm-eval is not installed, or has no task of a name. RRError: a task or its data cannot be had.
+    """
+    if not names:
+        return ()
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UsageError("--harness needs lm-eval", "pip install 'rrcli[harness]'") from error
+    import datasets
+
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    local = [name for name in names if Path(name).is_absolute()]
+    folders = [name for name in local if Path(name).is_dir()]
+    # The index of lm-eval's own tasks takes seconds: it is only read where a name is looked up in it.
+    manager = TaskManager(include_path=folders, include_defaults=len(local) < len(names))
+    tasks: list[str] = []
+    for name in names:
+        if name not in local and name not in manager.all_tasks:
+            raise UsageError(f"lm-eval has no task '{name}'", _similar(name, manager.all_tasks))
+        inside = TaskManager(include_path=name, include_defaults=False).all_subtasks if name in folders else [name]
+        if not inside:
+            raise UsageError(f"the folder {name} holds no task of lm-eval", "Name a .yaml file or a folder of them.")
+        tasks += inside
+    return tuple(HarnessTask(name, _load(manager, name)) for name in dict.fromkeys(tasks))
+
+
 def run_harness(
     model: Any,
     tokenizer: Any,
-    names: Sequence[str],
+    tasks: Sequence[HarnessTask],
     settings: EvalSettings,
     reporter: Reporter,
     log: SampleLog | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Run tasks one after the other; each is logged when it is complete.
 
-    Args:
-        names: as `harness_tasks` returns them.
-
     Returns:
         The metrics `harness/<task>/<metric>` (value, n, and low and high where lm-eval gives a standard error; the
-        metric's name has the filter behind it where a task has several), in lm-eval's own units, and for each sample
+        metric's name has the filter behind it where the task names one), in lm-eval's own units, and for each sample
         and metric a record `key` (of the document), `task`, `metric`, `score` and `output`.
 
     Raises:
-        UsageError: lm-eval is not installed, or has no task of a name. RRError: a task or its data cannot be had.
+        RRError: a task cannot be run.
     """
     log = log or SampleLog()
-    manager, tasks = _find(names)
     entries = log.done("harness")
     harness = _model(model, tokenizer, settings)
     with reporter.progress("harness", len(tasks), "tasks") as progress:
         progress.advance(len(entries))
-        for name in tasks[len(entries) :]:
-            results = _evaluate(harness, name, _load(manager, name), settings, reporter)
-            entry = {"name": name, "metrics": _metrics(results), "samples": _samples(results)}
-            log.append("harness", [entry])
+        for task in tasks[len(entries) :]:
+            results = _evaluate(harness, task, settings, reporter)
+            entry = {"name": task.name, "metrics": _metrics(results), "samples": _samples(results)}
+            log.append("harness", [finite(entry)])
             entries.append(entry)
-            progress.advance(note=name)
+            progress.advance(note=task.name)
     metrics = {key: value for entry in entries for key, value in entry["metrics"].items()}
     return metrics, [record for entry in entries for record in entry["samples"]]
-
-
-def _find(names: Sequence[str]) -> tuple[Any, list[str]]:
-    """Return lm-eval's task manager, and the names or files of the tasks, those of a folder one by one."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UsageError("--harness needs lm-eval", "pip install 'rrcli[harness]'") from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    folders = [name for name in names if Path(name).is_dir() and Path(name).is_absolute()]
-    by_name = [name for name in names if not Path(name).is_absolute()]
-    # The index of lm-eval's own tasks takes seconds: it is only read where a name is looked up in it.
-    manager = TaskManager(include_path=folders, include_defaults=bool(by_name))
-    for name in by_name:
-        if name not in manager.all_tasks:
-            raise UsageError(f"lm-eval has no task '{name}'", _similar(name, manager.all_tasks))
-    tasks: list[str] = []
-    for name in names:
-        inside = TaskManager(include_path=name, include_defaults=False).all_subtasks if name in folders else [name]
-        if not inside:
-            raise UsageError(f"the folder {name} holds no task of lm-eval", "Name a .yaml file or a folder of them.")
-        tasks += inside
-    return manager, list(dict.fromkeys(tasks))
 
 
 def _similar(name: str, known: Sequence[str]) -> str:
@@ -122,7 +141,7 @@ def _similar(name: str, known: Sequence[str]) -> str:
 
 def _load(manager: Any, name: str) -> Any:
     try:
-        return list(manager.load([name])["tasks"].values())
+        return manager.load([name])
     except Exception as error:
         raise RRError(
             f"the --harness task '{name}' cannot be loaded: {_first_line(error)}",
@@ -165,32 +184,36 @@ def _model(model: Any, tokenizer: Any, settings: EvalSettings) -> Any:
         del model.tie_weights
 
 
-def _evaluate(harness: Any, name: str, tasks: Any, settings: EvalSettings, reporter: Reporter) -> dict[str, Any]:
+def _evaluate(harness: Any, task: HarnessTask, settings: EvalSettings, reporter: Reporter) -> Any:
     import torch
-    from lm_eval import simple_evaluate
+    from lm_eval.api.task import Task
+    from lm_eval.evaluator import evaluate
 
+    tasks: list[Task] = list(task.loaded["tasks"].values())
+    # As `simple_evaluate` does it: a task that says 0 examples means it.
+    for one in tasks:
+        own = one.get_config("num_fewshot")
+        if own is None or (settings.num_fewshot >= 0 and own != 0):
+            one.set_config(key="num_fewshot", value=max(0, settings.num_fewshot))
+        one.set_fewshot_seed(seed=FEWSHOT_SEED)
     chat = settings.chat_template and bool(getattr(harness.tokenizer, "chat_template", None))
     while True:
         try:
-            return simple_evaluate(
-                model=harness,
-                tasks=tasks,
-                num_fewshot=None if settings.num_fewshot < 0 else settings.num_fewshot,
+            return evaluate(
+                harness,
+                task.loaded,
                 limit=settings.max_samples or None,
                 bootstrap_iters=BOOTSTRAP_DRAWS,
                 apply_chat_template=chat,
                 fewshot_as_multiturn=chat,
-                log_samples=True,
             )
         except torch.OutOfMemoryError as error:
             if harness.batch_size_per_gpu == 1:
-                raise RRError(f"memory runs out for a single request of '{name}'", "Use a smaller --dtype.") from error
+                raise RRError(f"memory runs out for one request of '{task.name}'", "Use a smaller --dtype.") from error
         except Exception as error:
-            raise RRError(
-                f"lm-eval cannot run '{name}': {_first_line(error)}", "Its own words; see --debug."
-            ) from error
+            raise RRError(f"lm-eval cannot run '{task.name}': {_first_line(error)}") from error
         harness.batch_size_per_gpu //= 2
-        reporter.warn(f"memory ran out: '{name}' begins again with batches of {harness.batch_size_per_gpu}")
+        reporter.warn(f"memory ran out: '{task.name}' begins again in batches of {harness.batch_size_per_gpu}")
 
 
 def _metrics(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -205,11 +228,11 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 or not isinstance(value, (int, float))
             ):
                 continue
-            entry: dict[str, Any] = {"value": value}
+            entry: dict[str, Any] = {"value": float(value)}
             error = values.get(f"{metric}_stderr,{kind}")
             if isinstance(error, (int, float)):
-                reach = normal_quantile() * error
-                entry |= {"low": value - reach, "high": value + reach}
+                reach = normal_quantile() * float(error)
+                entry |= {"low": float(value) - reach, "high": float(value) + reach}
             if task in results["n-samples"]:
                 entry["n"] = results["n-samples"][task]["effective"]
             higher = results["higher_is_better"].get(task, {}).get(metric)

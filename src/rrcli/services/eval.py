@@ -11,7 +11,7 @@ from typing import Any
 
 from rrcli.data import EvalData, held_out_data
 from rrcli.errors import RRError, UsageError
-from rrcli.harness import harness_tasks
+from rrcli.harness import harness_tasks, load_tasks
 from rrcli.models import ModelSource, base_of, load_for
 from rrcli.problem_files import FileTask, trained_questions
 from rrcli.prompts import read_prompts
@@ -62,7 +62,7 @@ def evaluate(
     data = replace(
         data,
         prompts=read_prompts(settings.prompts, directory) if settings.prompts else data.prompts,
-        harness=harness_tasks(settings.harness, directory),
+        harness=load_tasks(harness_tasks(settings.harness, directory)),
     )
     training = _training(source)
     _check_problems(data, training, directory, reporter)
@@ -116,7 +116,7 @@ def evaluate(
                 "documents": len(data.documents),
                 "tokens": sum(map(len, tokens)),
                 "tasks": [task.spec for task in data.tasks],
-                "harness": list(data.harness),
+                "harness": [task.name for task in data.harness],
             },
             "settings": asdict(settings),
             "provenance": provenance(settings, directory, device, dtype),
