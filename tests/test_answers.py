@@ -10,11 +10,11 @@ import torch
 
 import rrcli
 from rrcli import answers
-from rrcli.answers import continue_prompts, question_text, solve_problems, stop_strings
+from rrcli.answers import continue_prompts, question_text, solve_problems
 from rrcli.data import EvalData
 from rrcli.errors import RRError, UsageError
 from rrcli.problem_files import FileTask
-from rrcli.prompts import read_prompts
+from rrcli.prompts import read_prompts, stop_strings
 from rrcli.reporting import Silent
 from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings
@@ -90,11 +90,11 @@ def test_examples_are_the_same_for_every_problem_and_from_the_training_side(defa
 
 
 def test_stop_strings_are_typed_as_in_a_shell():
-    assert stop_strings(EvalSettings()) == ["\nQuestion:"]
-    assert stop_strings(EvalSettings(stop=("\\n\\tX", "</s>"))) == ["\n\tX", "</s>"]
-    assert stop_strings(EvalSettings(stop=())) == []
+    assert stop_strings(EvalSettings().stop) == ["\nQuestion:"]
+    assert stop_strings(("\\n\\tX", "</s>")) == ["\n\tX", "</s>"]
+    assert stop_strings(()) == []
     with pytest.raises(UsageError, match="--stop is empty"):
-        stop_strings(EvalSettings(stop=("a", "")))
+        stop_strings(("a", ""))
 
 
 # -- what is recorded --------------------------------------------------------------------------------------------------

@@ -85,9 +85,12 @@ def test_results_are_identified_by_what_files_hold(tmp_path):
         ({"prompts": "absent.txt"}, r"absent\.txt do not exist"),
         ({"harness": ("absent.yaml",)}, r"absent\.yaml does not exist"),
         ({"harness": ("arc_easy",)}, "needs lm-eval"),
+        ({"stop": ("",)}, "--stop is empty"),
+        ({"task": ("a.jsonl:held_out=all",), "num_fewshot": 2}, "training side"),
     ],
 )
 def test_what_is_not_there_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, options, message):
+    write(tmp_path / "a.jsonl", range(60))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     monkeypatch.setattr(service, "load_for", lambda *_: pytest.fail("the model was loaded"))

@@ -11,6 +11,7 @@ from rrcli.data import EvalData, encode_prompt
 from rrcli.decoding import decode
 from rrcli.errors import UsageError
 from rrcli.judging import judge
+from rrcli.prompts import stop_strings
 from rrcli.reporting import Reporter
 from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings
@@ -42,7 +43,7 @@ def solve_problems(
         UsageError: a stop string is empty, or solved examples are asked of a task that has none to give.
     """
     log = log or SampleLog()
-    stop = stop_strings(settings)
+    stop = stop_strings(settings.stop)
     examples = {
         task.spec: task.examples(settings.num_fewshot, settings.seed) if settings.num_fewshot > 0 else []
         for task in data.tasks
@@ -89,18 +90,6 @@ def _problem_records(
         for name in ANSWER:
             records[entry["number"]]["outputs" if name == "output" else name].append(entry[name])
     return records
-
-
-def stop_strings(settings: EvalSettings) -> list[str]:
-    """Return the stop strings with `\\n` and `\\t`, as they are typed in a shell, turned into what they mean.
-
-    Raises:
-        UsageError: one is empty.
-    """
-    stop = [text.replace("\\n", "\n").replace("\\t", "\t") for text in settings.stop]
-    if not all(stop):
-        raise UsageError("--stop is empty: every answer would end before it began", "Leave it out, or name a text.")
-    return stop
 
 
 def question_text(tokenizer: Any, question: str, examples: Sequence[Problem], settings: EvalSettings) -> str:

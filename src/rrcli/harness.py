@@ -112,7 +112,7 @@ def run_harness(
     Returns:
         The metrics `harness/<task>/<metric>` (value, n, and low and high where lm-eval gives a standard error; the
         metric's name has the filter behind it where the task names one), in lm-eval's own units, and for each sample
-        and metric a record `key` (of the document), `task`, `metric`, `score` and `output`.
+        and metric a record `key` and `target` (hashes of lm-eval's), `task`, `metric`, `score` and `output`.
 
     Raises:
         RRError: a task cannot be run.
@@ -255,6 +255,7 @@ def _samples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                     records.append(
                         {
                             "key": sample["doc_hash"] + (f"/{copies}" if copies else ""),
+                            "target": sample["target_hash"],
                             "task": task,
                             "metric": _named(metric, sample["filter"]),
                             "score": float(sample[metric]),

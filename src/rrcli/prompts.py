@@ -1,11 +1,24 @@
-"""The prompts that `rr eval` continues."""
+"""What is typed around generations: the file of prompts to continue, and the texts that end an answer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rrcli.errors import RRError, UsageError
 from rrcli.lines import json_lines, text_lines
+
+
+def stop_strings(typed: Sequence[str]) -> list[str]:
+    """Return stop strings with `\\n` and `\\t`, as they are typed in a shell, turned into what they mean.
+
+    Raises:
+        UsageError: one is empty.
+    """
+    stop = [text.replace("\\n", "\n").replace("\\t", "\t") for text in typed]
+    if not all(stop):
+        raise UsageError("--stop is empty: every answer would end before it began", "Leave it out, or name a text.")
+    return stop
 
 
 def prompts_file(spec: str, directory: Path) -> Path:

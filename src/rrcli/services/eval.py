@@ -14,7 +14,7 @@ from rrcli.errors import RRError, UsageError
 from rrcli.harness import harness_tasks, load_tasks
 from rrcli.models import ModelSource, base_of, load_for
 from rrcli.problem_files import FileTask, trained_questions
-from rrcli.prompts import read_prompts
+from rrcli.prompts import read_prompts, stop_strings
 from rrcli.reporting import Reporter
 from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings, SurgerySettings, load
@@ -65,7 +65,7 @@ def evaluate(
         harness=load_tasks(harness_tasks(settings.harness, directory)),
     )
     training = _training(source)
-    _check_problems(data, training, directory, reporter)
+    _check_problems(data, settings, training, directory, reporter)
     if settings.max_samples:
         reporter.warn(
             f"only {len(data.documents)} documents are scored (--max-samples): for trying out, not for claims"
@@ -152,9 +152,14 @@ def _set_up_recursion(
     return settings
 
 
-def _check_problems(data: EvalData, training: dict[str, Any] | None, directory: Path, reporter: Reporter) -> None:
-    """Say how much of each file of problems is evaluated, and refuse problems that the model was trained on."""
+def _check_problems(
+    data: EvalData, settings: EvalSettings, training: dict[str, Any] | None, directory: Path, reporter: Reporter
+) -> None:
+    """Say how much of each file of problems is evaluated, and refuse what cannot be, before anything is computed."""
+    stop_strings(settings.stop)
     for task in data.tasks:
+        if settings.num_fewshot > 0:
+            task.examples(settings.num_fewshot, settings.seed)
         if isinstance(task, FileTask):
             count = sum(problem.task == task.spec for problem in data.problems)
             rest = "" if task.whole else "; the rest is for training (FILE.jsonl:held_out=all evaluates all of it)"
