@@ -114,9 +114,11 @@ def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _End
             **({} if cache is None else {"past_key_values": cache}),
         )
         ids = output.sequences
-        staying = [] if ids.shape[1] >= limit else [row for row in range(len(present)) if row not in watch.ended]
+        # Where `generate` looks at stopping a token late (on MPS), it took that token back.
+        ended = {row: end for row, end in watch.ended.items() if end <= ids.shape[1]}
+        staying = [] if ids.shape[1] >= limit else [row for row in range(len(present)) if row not in ended]
         for row in set(range(len(present))).difference(staying):
-            found[present[row]] = ids[row, start : watch.ended.get(row, limit)].tolist()
+            found[present[row]] = ids[row, start : ended.get(row, limit)].tolist()
         selected = torch.tensor(staying, dtype=torch.long, device=ids.device)
         present = [present[row] for row in staying]
         cache = output.get("past_key_values")
