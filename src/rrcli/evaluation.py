@@ -46,7 +46,7 @@ def evaluate_model(
         metrics_tracker: where scalars `evaluation/<stage>/<metric>` and generations are logged.
         step: the training step that they are logged at.
         settings: lengths, limits and what to leave out; the defaults of `rr eval` if not given.
-        log: where entries are logged as they are measured, and those of an interrupted evaluation are read from.
+        log: where entries are kept as they are measured; what it holds already is not measured again.
 
     Returns:
         `metrics` (name -> value, low, high, n), `by_depth`, `records`, `warnings`.
@@ -56,6 +56,7 @@ def evaluate_model(
     """
     settings = settings or EvalSettings()
     reporter = reporter or Silent()
+    log = log or SampleLog()
     data = _eval_data(eval_data, settings)
     depth = _depth(model, settings)
     training = model.training
