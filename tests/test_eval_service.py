@@ -60,7 +60,10 @@ def test_problems_that_were_trained_on_are_not_evaluated(tmp_path):
         assert "held-out side" in caught.value.hint
 
     both = ("train.jsonl", "test.jsonl:held_out=all")
-    train.train(TrainSettings(task=both, **short), "vanilla", tmp_path, Silent(), restart=True)
+    reporter = Listening()
+    train.train(TrainSettings(task=both, **short), "vanilla", tmp_path, reporter, restart=True)
+    [used] = [int(note.split()[1]) for note in reporter.notes if note.startswith("train.jsonl: ")]
+    assert 0 < used <= 40, "20 of the 60 stand in the test set, some of the others are held out"
     assert evaluate(*both)["metrics"]["reasoning_accuracy/test.jsonl"]["n"] == 50
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from rrcli.data import EvalData, TrainingData, held_out_data, task_specs
 from rrcli.errors import Interrupted, RRError, UsageError, suggest
 from rrcli.models import ModelSource, base_of, load_for, save_folder
+from rrcli.problem_files import FileTask
 from rrcli.reporting import Reporter
 from rrcli.settings import STAGES, EvalSettings, TrainSettings
 from rrcli.store import TRAINER_STATE, checkpoints, make_folder, publish_folder, read_json, step_of, sweep, write_json
@@ -153,6 +154,10 @@ def train(
         evaluation,
         reporter,
     )
+    for task in run.data.tasks:
+        if isinstance(task, FileTask):
+            used = sum(problem.question not in run.data.evaluated for problem in task.side(held_out=False))
+            reporter.note(f"{task.spec}: {used} of its {len(task.all)} problems are trained on, the rest is held out")
     first = step_of(found[-1]) if found else 0
     with MetricsTracker(workspace.log_folder(name), purge_step=first + 1 if first else None) as tracker:
         losses = _loop(run, first, found[-1] if found else None, tracker)
