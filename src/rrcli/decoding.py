@@ -125,7 +125,8 @@ def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _End
         if present and _selects_rows(cache):
             cache.reorder_cache(selected)  # transformers' way to select rows that every kind of layer has
         else:
-            cache = None  # what is left goes through the model once more, as a longer prompt
+            # What is left goes through the model once more, as a longer prompt: worth it for fewer, larger cuts.
+            cache, leaving = None, max(leaving, 0.5)
         mask = torch.cat([mask[selected], mask.new_ones(len(present), ids.shape[1] - mask.shape[1])], 1)
         ids = ids[selected]
     return found
