@@ -68,6 +68,7 @@ SURFACE = {
     "eval": COMMON
     | {"--stage", "--use-recursive", "--no-use-recursive", "--json"}
     | {"--max-length", "--stride", "--max-samples", "--problems", "--max-new-tokens", "--batch-tokens", "--depth"}
+    | {"--num-fewshot", "--stop", "--prompts", "--harness"}
     | {"--chat-template", "--no-chat-template", "--tensorboard", "--no-tensorboard"}
     | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "generation", "performance")},
     "compare": COMMON

@@ -8,14 +8,12 @@ import pytest
 import torch
 
 import rrcli
-from rrcli.answers import generate, judge
 from rrcli.data import EvalData, held_out_data
 from rrcli.errors import RRError
 from rrcli.evaluation import evaluate_model
 from rrcli.perplexity import rolling_windows, score_documents
 from rrcli.reporting import Silent
 from rrcli.settings import EvalSettings
-from rrcli.tasks import Task
 
 TEXTS = [
     "Tom has a red ball. He gives the ball to Ann.",
@@ -108,15 +106,6 @@ def test_every_depth_equals_a_run_at_that_depth():
     assert 1 <= values["avg_chunk_length"] <= 16
 
 
-def test_greedy_batches_equal_one_prompt_at_a_time(default):
-    model, tokenizer = default
-    prompts = [tokenizer(text)["input_ids"] for text in ("Tom has a", "Once upon a time there was", "Ann")]
-    together = {number: tokens for number, tokens, _ in generate(model, tokenizer, prompts, 12, 10_000)}
-    for number, prompt in enumerate(prompts):
-        [(_, alone, _)] = generate(model, tokenizer, [prompt], 12, 10_000)
-        assert together[number] == alone
-
-
 def test_the_embedded_model_has_learned_something(default):
     """Far below the vocabulary's size on text; above chance and below 100 % on problems it never saw."""
     model, tokenizer = default
@@ -131,17 +120,6 @@ def rrcli_folder():
     from pathlib import Path
 
     return Path(rrcli.__file__).parent
-
-
-def test_answers_are_judged_strictly_and_flexibly():
-    task = Task("chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1")
-    [problem] = task.problems(1, 0, held_out=True)
-    assert judge(task, problem, f" {problem.answer}") == (True, True)
-    assert judge(task, problem, f"The answer is {problem.answer}.") == (False, True)
-    assert judge(task, problem, f"<answer>{problem.answer}</answer>") == (True, True)
-    assert judge(task, problem, f" {problem.answer}\nQuestion: what is 100?") == (True, True)
-    assert judge(task, problem, f" {int(problem.answer) + 1}") == (False, False)
-    assert judge(task, problem, "") == (False, False)
 
 
 def test_a_broken_model_is_named_not_measured():

@@ -22,7 +22,7 @@ SURFACE = {"cli", "ui", "services", "__main__"}
 # Modules that read and write no tensors: not even a lazy import of torch belongs there.
 TORCH_FREE = (
     *("errors", "settings", "store", "stats", "splits", "tasks", "metrics", "reporting", "ui", "cli"),
-    *("inspection", "manifest", "export", "samples"),
+    *("inspection", "manifest", "export", "lines", "problem_files", "judging", "prompts", "samples"),
     *("comparison", "pairing", "verdicts", "gates", "formats", "sources", "readers"),
 )
 

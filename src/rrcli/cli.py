@@ -117,6 +117,8 @@ def _command(cls: type[settings.CommonSettings], panel: str) -> Callable[[Callab
 def _flag(item: Any, kind: Any) -> inspect.Parameter:
     name = "--" + item.name.replace("_", "-")
     default = item.default
+    if isinstance(default, tuple):
+        default = "; ".join(default).replace("\n", "\\n")
     shown = f" [default: {default}]" if default not in ("", ()) and kind is not bool else ""
     choices = item.metadata["choices"]
     text = item.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "") + shown

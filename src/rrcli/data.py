@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrcli import demo
 from rrcli.errors import RRError, UsageError
+from rrcli.problem_files import FileTask, evaluated_whole, open_task
 from rrcli.settings import CommonSettings, TrainSettings
 from rrcli.sources import Dropped, fingerprint, read_documents
 from rrcli.splits import is_held_out
@@ -23,6 +24,7 @@ from rrcli.tasks import Problem, Task, prompt_of
 
 if TYPE_CHECKING:
     from rrcli.batching import Batch
+    from rrcli.harness import HarnessTask
 
 # Texts up to this many bytes stay in memory; more go to a temporary file.
 MEMORY_BYTES = 2**28
@@ -40,20 +42,23 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class EvalData:
-    """What a model is evaluated on: held-out documents, problems of each task, and prompts to continue.
+    """What a model is evaluated on.
 
     Attributes:
+        documents: held-out texts. tasks, problems: reasoning tasks and the problems of each. prompts: to continue.
+        harness: tasks of lm-evaluation-harness.
         source: what `--data` named. notice: what was left out of it, for people; '' if nothing was.
         held_out: how many documents are held out, of which `documents` may be a sample.
     """
 
     documents: tuple[str, ...] = ()
-    tasks: tuple[Task, ...] = ()
+    tasks: tuple[Task | FileTask, ...] = ()
     problems: tuple[Problem, ...] = ()
     prompts: tuple[str, ...] = ()
     source: str = "given"
     notice: str = ""
     held_out: int = 0
+    harness: tuple[HarnessTask, ...] = ()
 
 
 class TextStore(Sequence[str]):
@@ -108,7 +113,7 @@ def held_out_data(
     held_out = len(documents)
     if 0 < max_samples < held_out:
         documents = Random(settings.seed).sample(documents, max_samples)
-    tasks = tuple(Task(spec) for spec in task_specs(settings)) if reasoning else ()
+    tasks = tuple(open_task(spec, directory) for spec in task_specs(settings)) if reasoning else ()
     problems = [problem for task in tasks for problem in task.problems(problems_per_task, settings.seed, held_out=True)]
     notice = dropped.notice(settings.data)
     return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data, notice=notice, held_out=held_out)
@@ -126,7 +131,14 @@ class TrainingData:
         texts = read_documents(settings.data, directory, settings.text_field, dropped)
         self.documents = TextStore(text for text in texts if not is_held_out(text))
         self.notice = dropped.notice(settings.data)
-        self.tasks = [Task(spec) for spec in task_specs(settings)] if settings.task_share > 0 else []
+        tasks = [open_task(spec, directory) for spec in task_specs(settings)] if settings.task_share > 0 else []
+        self.evaluated = evaluated_whole(tasks)
+        self.tasks = [task for task in tasks if not (isinstance(task, FileTask) and task.whole)]
+        if tasks and not self.tasks:
+            raise UsageError(
+                "every task is evaluated whole (held_out=all): there is no problem to train on",
+                "Add a task to train on, or train on text alone with --task-share 0.",
+            )
         if not self.documents and settings.task_share < 1:
             raise RRError(f"every document of {settings.data} is held out", "Give more documents (about 50 or more).")
         self.cut = 0
@@ -149,11 +161,12 @@ class TrainingData:
         # Generators seed problem i with seed + i: leave room between the seeds, so that examples don't repeat, and keep
         # away from the small seeds that pretraining and evaluation draw from.
         seed = TRAINING_SEEDS + (self.settings.seed * 1_000_003 + index * 64) % TRAINING_SEEDS
-        problem = next(task.stream(seed, limit=4096, held_out=False), None)
+        drawn = task.stream(seed, limit=4096, held_out=False)
+        problem = next((problem for problem in drawn if problem.question not in self.evaluated), None)
         if problem is None:
             raise UsageError(f"task '{task.spec}' has no problems with a text answer to train on", "Leave it out.")
         prompt = encode_prompt(self.tokenizer, prompt_of(problem.question))
-        answer = self.tokenizer(" " + problem.answer, add_special_tokens=False)["input_ids"] + _end(self.tokenizer)
+        answer = self.tokenizer(" " + problem.target, add_special_tokens=False)["input_ids"] + _end(self.tokenizer)
         ids = self._cut(prompt + answer)
         return ids, [IGNORED] * (min(len(prompt), len(ids)) - 1) + ids[len(prompt) :] + [IGNORED]
 

@@ -38,9 +38,11 @@ METRICS: dict[str, Metric] = {
     "bits_per_byte": Metric("Bits per byte", "bits", "lower", "documents"),
     "token_accuracy": Metric("Token accuracy", "%", "higher", "documents"),
     "reasoning_accuracy": Metric("Reasoning accuracy", "%", "higher", "problems"),
+    "relevance": Metric("Relevance", "nats/token", "higher", "prompts"),
     "distinct_2": Metric("Distinct-2", "", "higher", "prompts"),
     "rep_4": Metric("Rep-4", "", "lower", "prompts"),
     "length": Metric("Length", "tokens", "", "prompts"),
+    "finished": Metric("Ended by itself", "", "", "prompts"),
     "prefill_tokens_per_sec": Metric("Prefill", "tokens/s", "higher", "cost"),
     "decode_tokens_per_sec": Metric("Decode", "tokens/s", "higher", "cost"),
     "time_per_output_token": Metric("Time per token", "ms", "lower", "cost"),
@@ -102,9 +104,9 @@ def _bounded(name: str, value: float) -> float:
 
 
 def task_labels(specs: Iterable[str]) -> dict[str, str]:
-    """Return a short name for each task: its generator, or the whole spec where a generator occurs twice."""
+    """Return a short name for each task: its generator or file, or the whole spec where one occurs twice."""
     specs = list(dict.fromkeys(specs))
-    names = [spec.partition(":")[0] for spec in specs]
+    names = [spec.partition(":")[0].rpartition("/")[2] for spec in specs]
     return {spec: name if names.count(name) == 1 else spec for spec, name in zip(specs, names, strict=True)}
 
 
@@ -155,7 +157,8 @@ def _generation_metrics(generations: Sequence[Mapping[str, Any]]) -> dict[str, d
     n = len(generations)
     return {
         name: {"value": sum(r[name] for r in generations) / n, "n": n}
-        for name in ("distinct_2", "rep_4", "length", "finished")
+        for name in ("relevance", "distinct_2", "rep_4", "length", "finished")
+        if all(name in r for r in generations)
     }
 
 

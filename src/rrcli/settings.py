@@ -69,7 +69,11 @@ class CommonSettings:
         "text", "Field or column that holds the text, in .jsonl, .csv, .parquet and the hub.", panel=MODEL
     )
     task: tuple[str, ...] = option(
-        (), "Reasoning task NAME[:key=value,...] of reasoning-gym; repeat for several. [default: embedded]", panel=MODEL
+        (),
+        "Reasoning task: NAME[:key=value,...] of reasoning-gym, or a .jsonl file of question and answer, of which one "
+        "tenth is evaluated and the rest trained on (FILE.jsonl:held_out=all evaluates all of it and trains on none); "
+        "repeat for several. [default: embedded]",
+        panel=MODEL,
     )
     device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", panel=MODEL)
     dtype: str = option(
@@ -158,9 +162,23 @@ class EvalSettings(CommonSettings):
         0, "Window of the perplexity, in tokens; 0 = the model's context, at most 1024.", minimum=0
     )
     stride: int = option(0, "Tokens that a window moves on by; 0 = the window's length.", minimum=0)
-    max_samples: int = option(0, "Score only this many documents (a seeded choice); 0 = all.", minimum=0)
-    problems: int = option(250, "Problems per reasoning task.", minimum=1)
+    max_samples: int = option(
+        0, "Score only this many documents (a seeded choice), and problems of a --harness task; 0 = all.", minimum=0
+    )
+    problems: int = option(250, "Problems per reasoning task; of a file, at most these.", minimum=1)
+    num_fewshot: int = option(
+        -1, "Solved examples before each problem; -1 = none, and for --harness as the task says.", minimum=-1
+    )
+    stop: tuple[str, ...] = option(
+        ("\nQuestion:",), "Text that ends an answer, with \\n for a line break; repeat for several."
+    )
     max_new_tokens: int = option(48, "Longest answer, in tokens.", minimum=1)
+    prompts: str = option(
+        "", "Prompts to continue: a .txt file, one on each line, or a .jsonl file with 'prompt'. [default: embedded]"
+    )
+    harness: tuple[str, ...] = option(
+        (), "Tasks of lm-evaluation-harness by name, comma-separated, or local task .yaml files or folders of them."
+    )
     batch_tokens: int = option(8192, "Tokens in a batch.", minimum=1)
     depth: int = option(-1, "Passes after pass 0 for recursive stages; -1 = all.", minimum=-1)
     chat_template: bool = option(True, "Ask through the tokenizer's chat template, if it has one.")
@@ -350,7 +368,7 @@ def _convert(kind: Any, value: Any) -> Any:
         if not isinstance(value, str):
             raise TypeError(value)
         return value
-    if isinstance(value, str):
+    if isinstance(value, str):  # from the environment
         return tuple(part.strip() for part in value.split(";") if part.strip())
     if not all(isinstance(part, str) for part in value):
         raise TypeError(value)

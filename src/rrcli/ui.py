@@ -190,6 +190,7 @@ def show_eval(result: EvalResult) -> None:
         label, unit = (known.label, known.unit) if known else (name.replace("_", " ").capitalize(), "")
         if name.startswith("reasoning_accuracy"):
             label, unit = f"  {name.rpartition('/')[2]}" if "/" in name else label, "%"
+        label = name.removeprefix("harness/") if name.startswith("harness/") else label
         low, high = entry.get("low"), entry.get("high")
         number = functools.partial(formats.number, percent=unit == "%")
         interval = f"{number(low)} to {number(high)}" if low is not None and high is not None else ""

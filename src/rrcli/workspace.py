@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 from rrcli import __version__
 from rrcli.data import source_fingerprint, task_specs
 from rrcli.errors import RRError, UsageError, suggest
+from rrcli.harness import task_files as harness_files
 from rrcli.models import ModelSource, base_of, resolve
+from rrcli.problem_files import is_file_task, task_file
+from rrcli.prompts import prompts_file
 from rrcli.settings import STAGES, CommonSettings, EvalSettings, SurgerySettings, TrainSettings
 from rrcli.store import METRICS, checkpoints, combine, read_json, safe_name
 
@@ -177,8 +181,13 @@ def recorded_inputs(path: Path) -> str | None:
 
 
 def data_identity(settings: CommonSettings, directory: Path) -> str:
-    """Identify the text and the tasks that the settings name."""
-    return combine(source_fingerprint(settings, directory), task_specs(settings))
+    """Identify the text, the tasks and the prompts that the settings name, by the bytes of their files."""
+    files = [task_file(spec, directory) for spec in task_specs(settings) if is_file_task(spec)]
+    if isinstance(settings, EvalSettings):
+        files += [prompts_file(settings.prompts, directory)] if settings.prompts else []
+        files += harness_files(settings.harness, directory)
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return combine(source_fingerprint(settings, directory), task_specs(settings), *([hashes] if hashes else []))
 
 
 def provenance(settings: CommonSettings, directory: Path, device: str, dtype: str) -> dict[str, Any]:
