@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rrcli.batching import context_length
+from rrcli.costs import countable
 from rrcli.reporting import Reporter
 
 PREFILL_TOKENS = 128
@@ -75,7 +76,7 @@ def measure_performance(
                 prefill.append(short)
                 decode.append(max(long - short, 1e-9) / DECODE_TOKENS)
             progress.advance()
-    with FlopCounterMode(display=False) as counter:
+    with countable(model), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else _peak_resident_mb()
     return {
