@@ -149,14 +149,14 @@ def test_logits_that_are_not_finite_are_refused():
 
 @torch.no_grad()
 def test_only_a_bounded_piece_of_a_batch_is_compared(monkeypatch):
-    monkeypatch.setattr(module, "LOGITS_CHECKED", 2 * 6 * VOCABULARY)
+    monkeypatch.setattr(module, "CHECKED", (2, 6))
     model, _ = awake("llama")
-    readout, ids, shapes = Readout(model), tokens(8, 6), []
+    readout, ids, shapes = Readout(model), tokens(8, 9), []
     plain = readout._plain_logits
     monkeypatch.setattr(readout, "_plain_logits", lambda *a: shapes.append(a[0].shape) or plain(*a))
     readout.choose_way(ids, torch.ones_like(ids))
-    readout.choose_way(tokens(2, 40), torch.ones(2, 40, dtype=torch.long))
-    assert set(shapes) == {(2, 6), (1, 12)}
+    readout.choose_way(ids[:1, :4], torch.ones(1, 4, dtype=torch.long))
+    assert set(shapes) == {(2, 6), (1, 4)}
 
 
 @torch.no_grad()

@@ -31,8 +31,8 @@ from rrcli.recursion.families import find_layout
 
 # Logits that exist at a time, in elements: 64 MiB in fp32.
 LOGITS_AT_A_TIME = 2**24
-# Logits of the plain forward that a way is checked against: 256 MiB in fp32.
-LOGITS_CHECKED = 2**26
+# Rows and positions of the batch that a way is checked on, against logits of the plain forward.
+CHECKED = (2, 64)
 WAYS = ("tiles", "rows", "plain")
 
 
@@ -139,7 +139,7 @@ class Readout:
     def choose_way(self, input_ids: Tensor, attention_mask: Tensor) -> str | None:
         """Choose the first way that agrees with the model's plain forward on a batch, at every depth, up to rounding.
 
-        What is compared of a large batch is its first rows and positions, so that the plain logits stay bounded.
+        Of a large batch, its first rows and positions are compared: enough to tell a head that is not what it seems.
 
         Returns:
             What to tell the user if a faster way had to be given up.
@@ -147,8 +147,7 @@ class Readout:
         Raises:
             RRError: the plain logits are not finite.
         """
-        width = max(1, min(input_ids.shape[1], LOGITS_CHECKED // self.vocabulary))
-        height = max(1, LOGITS_CHECKED // (self.vocabulary * width))
+        height, width = CHECKED
         ids, mask = input_ids[:height, :width], attention_mask[:height, :width]
         first = self.way
         while self.way != "plain" and not self._agrees(ids, mask):
