@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import rrcli
@@ -27,8 +26,7 @@ def measured_at(family: str, span: tuple[int, int] | None, depth: int) -> tuple[
     model = build(family)
     recursion = wake(rrcli.attach(model, rrcli.RecursionConfig(max_steps=2, span=span)))
     name, ids = caches.argument_of(model), tokens(1, costs.PROMPT_TOKENS + 1)
-    products = sdpa_kernel(SDPBackend.MATH)
-    with recursion.at_depth(depth), torch.no_grad(), costs._countable(model), products:
+    with recursion.at_depth(depth), torch.no_grad(), costs.countable(model):
         cache = getattr(model(input_ids=ids[:, :-1], use_cache=True), name)
         before = costs._bytes(cache, set())
         with FlopCounterMode(display=False) as counter:

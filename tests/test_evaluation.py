@@ -13,6 +13,7 @@ from rrcli.errors import RRError
 from rrcli.evaluation import evaluate_model
 from rrcli.perplexity import rolling_windows, score_documents
 from rrcli.reporting import Silent
+from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings
 
 TEXTS = [
@@ -81,8 +82,8 @@ def test_token_accuracy_and_loss_equal_plain_logits(default):
 @pytest.mark.parametrize("budget", [1, 64, 10_000])
 def test_batching_changes_no_number_beyond_rounding(default, budget):
     model, tokenizer = default
-    alone, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(batch_tokens=1), Silent())
-    batched, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(batch_tokens=budget), Silent())
+    alone, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(batch_tokens=1), Silent(), SampleLog())
+    batched, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(batch_tokens=budget), Silent(), SampleLog())
     for a, b in zip(alone, batched, strict=True):
         assert b["nll"][0] == pytest.approx(a["nll"][0], rel=1e-6)
         assert b["correct"] == a["correct"]
@@ -93,11 +94,11 @@ def test_every_depth_equals_a_run_at_that_depth():
     recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=2))
     torch.manual_seed(0)
     torch.nn.init.normal_(recursion.cell.w_out.weight, std=0.05)
-    together, chunks = score_documents(model, tokenizer, TEXTS, EvalSettings(), Silent())
+    together, chunks = score_documents(model, tokenizer, TEXTS, EvalSettings(), Silent(), SampleLog())
     assert together[0]["nll"][0] != together[0]["nll"][1] != together[0]["nll"][2]
     for depth in range(3):
         recursion.depth = depth
-        alone, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(), Silent())
+        alone, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(), Silent(), SampleLog())
         for a, b in zip(alone, together, strict=True):
             assert a["nll"][-1] == pytest.approx(b["nll"][depth], rel=1e-6)
     values = chunks.metrics()

@@ -70,7 +70,7 @@ def evaluate_model(
         if recursion is not None:
             recursion.depth = depth
         if data.documents and not settings.skip_perplexity:
-            records["documents"], chunks = score_documents(model, tokenizer, data.documents, settings, reporter)
+            records["documents"], chunks = score_documents(model, tokenizer, data.documents, settings, reporter, log)
             values |= {name: {"value": value} for name, value in chunks.metrics().items()}
         if data.problems and not settings.skip_reasoning:
             records["problems"] = solve_problems(model, tokenizer, data, settings, depth, reporter, log)
