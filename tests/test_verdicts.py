@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from comparing import DOCUMENTS, PROBLEMS, cell, compared, four_stages, results, sentence
-from rrcli import stats
+from rrcli import formats, stats
 from rrcli.comparison import Cell
 
 # -- surgery -----------------------------------------------------------------------------------------------------------
@@ -198,6 +198,15 @@ def test_a_verdict_needs_its_interval_too(tmp_path: Path) -> None:
     assert (found.difference_low or 0) < 0 < (found.difference_high or 0)
     assert found.verdict == "within noise"
     assert "no effect on reasoning accuracy is shown" in sentence(comparison, "reasoning accuracy")
+
+
+def test_a_perplexity_that_was_not_finite_is_a_gap(tmp_path: Path) -> None:
+    broken = results("finetuned_vanilla", solved=30)
+    broken["metrics"]["perplexity"] |= {"value": math.inf, "high": math.inf}
+    comparison = compared(tmp_path, results("baseline"), broken)
+    assert cell(comparison, "perplexity", "finetuned_vanilla").value is None
+    assert [claim.name for claim in comparison.claims] == ["reasoning_accuracy"]
+    assert "Perplexity" in formats.markdown(comparison)
 
 
 # -- warnings ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from statistics import NormalDist
 CONFIDENCE = 0.95
 # Up to this many units, a permutation test looks at every flip of signs (2^12 of them).
 ENUMERATED_UNITS = 12
+# Numbers that a bootstrap holds at a time: all draws of thousands of units would take gigabytes.
+BLOCK_NUMBERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,16 @@ def paired_bootstrap(
     if n < 2 or not difference.any():
         return Estimate(value, -math.inf if n < 2 else 0.0, math.inf if n < 2 else 0.0, 1.0, n)
     random = np.random.default_rng(seed)
-    means = difference[random.integers(0, n, size=(draws, n))].mean(axis=1)
+    rows = max(1, BLOCK_NUMBERS // n)
+    blocks = [(min(rows, draws - done), n) for done in range(0, draws, rows)]
+    means = np.concatenate([difference[random.integers(0, n, size=block)].mean(axis=1) for block in blocks])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     few = n <= ENUMERATED_UNITS
-    signs = np.array(list(itertools.product((1, -1), repeat=n))) if few else random.choice((1, -1), size=(draws, n))
-    extreme = np.abs((signs * difference).mean(axis=1)) >= abs(value) - 1e-12
+    if few:
+        flipped = (np.array(list(itertools.product((1, -1), repeat=n))) * difference).mean(axis=1)
+    else:
+        flipped = np.concatenate([(random.choice((1, -1), size=b) * difference).mean(axis=1) for b in blocks])
+    extreme = np.abs(flipped) >= abs(value) - 1e-12
     p_value = extreme.mean() if few else (extreme.sum() + 1) / (draws + 1)
     return Estimate(value, float(low), float(high), float(p_value), n)
 

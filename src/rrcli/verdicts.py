@@ -112,7 +112,9 @@ def _claims(what: str, against: str, result: Results, reference: Results) -> lis
     told = []
     for name, metric in tested_metrics([result, reference]).items():
         spoken = name in ("reasoning_accuracy", "perplexity" if same_tokens else "bits_per_byte")
-        if (spoken or metric.kind == "harness") and name in result["metrics"] and name in reference["metrics"]:
+        # A value that was not finite stands as null in the results.
+        known = all(r["metrics"].get(name, {}).get("value") is not None for r in (result, reference))
+        if (spoken or metric.kind == "harness") and known:
             estimate = pair(name, metric, result, reference).estimate
             if estimate is not None:
                 told.append(Claim(what, against, name, metric, estimate, result, reference))
