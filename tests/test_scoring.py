@@ -160,13 +160,14 @@ def test_halves_of_halves_keep_their_order():
         halving(lambda _: run([1, 2, 3]), [1])
 
 
-@pytest.mark.parametrize(("available", "lowered"), [(10**12, 8192), (2 * 8192 * 1000, 8192), (2 * 8000 * 1000, 4096),
-                                                    (2 * 1000 * 1000, 512), (0, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("available", "lowered"), [(10**12, 1024), (2 * 1024 * 1000, 1024), (2 * 1000 * 1000, 512), (0, 1)]
+)
 def test_a_cpus_memory_bounds_a_batch_and_the_user_is_told_once(available, lowered, monkeypatch):
     monkeypatch.setattr(batching.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     reporter = Silent()
     assert affordable(SimpleNamespace(device=torch.device("cpu")), 8192, 1000, reporter) == lowered
-    assert len(reporter.warnings) == (lowered < 8192)
+    assert len(reporter.warnings) == (lowered < 1024)
     assert affordable(SimpleNamespace(device=torch.device("cuda")), 8192, 1000, Silent()) == 8192
 
 

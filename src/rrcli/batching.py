@@ -14,6 +14,9 @@ from rrcli.data import IGNORED
 from rrcli.errors import RRError
 from rrcli.reporting import Reporter
 
+# What a batch on a CPU is good for, in tokens: beyond it, activations leave the caches and nothing is gained.
+CPU_TOKENS = 1024
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -86,12 +89,13 @@ def halving(run: Callable[[list[Item]], Result], batch: list[Item]) -> list[Resu
 
 
 def affordable(model: Any, budget: int, bytes_per_token: int, reporter: Reporter) -> int:
-    """Lower a budget of tokens, by halves, to what half of a CPU's available memory holds.
+    """Lower a budget of tokens to what a CPU is good for and then, by halves, to half of its available memory.
 
     A GPU says when it is out of memory; of a CPU's, the kernel kills who takes too much.
     """
     if model.device.type != "cpu":
         return budget
+    budget = min(budget, CPU_TOKENS)
     available = psutil.virtual_memory().available
     lowered = budget
     while lowered > 1 and lowered * bytes_per_token > available // 2:
