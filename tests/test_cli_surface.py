@@ -16,6 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from comparing import stage_results
 from rrcli import __version__
 from rrcli.cli import app
 from rrcli.settings import STAGES
@@ -48,7 +49,7 @@ def plain(text: str) -> str:
 # -- the options -------------------------------------------------------------------------------------------------------
 
 COMMON = {
-    *("--model", "--model-path", "--model-name", "--data", "--task", "--device", "--dtype"),
+    *("--model", "--model-path", "--model-name", "--data", "--text-field", "--task", "--device", "--dtype"),
     *("--trust-remote-code", "--no-trust-remote-code", "--seed"),
     *("--log-dir", "--checkpoint-dir", "--output-dir", "--dir", "--debug"),
 }
@@ -67,9 +68,12 @@ SURFACE = {
     "eval": COMMON
     | {"--stage", "--use-recursive", "--no-use-recursive", "--json"}
     | {"--max-length", "--stride", "--max-samples", "--problems", "--max-new-tokens", "--batch-tokens", "--depth"}
+    | {"--num-fewshot", "--stop", "--prompts", "--harness"}
     | {"--chat-template", "--no-chat-template", "--tensorboard", "--no-tensorboard"}
     | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "generation", "performance")},
-    "compare": COMMON | {"--alpha", "--json"},
+    "compare": COMMON
+    | {"--alpha", "--generations", "--no-generations", "--gate", "--gate-significant", "--no-gate-significant"}
+    | {"--format", "--out", "--json"},
     "board": COMMON | {"--json", "--port", "--host", "--reload-interval"},
     "run": COMMON | {"--dry-run", "--json"},
 }
@@ -176,6 +180,15 @@ def test_values_that_cannot_be_are_usage_errors(tmp_path: Path, arguments: list[
     assert failed.stdout == ""
 
 
+@pytest.mark.parametrize("arguments", [["run"], ["run", "--dry-run"], ["setup"]], ids=" ".join)
+def test_standard_input_is_refused_where_several_stages_need_it(tmp_path: Path, arguments: list[str]) -> None:
+    failed = rr(*arguments, "--data", "-", directory=tmp_path)
+    assert failed.exit_code == 2
+    assert "standard input" in failed.stderr
+    assert "hint: Write it to a file first" in failed.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     failed = rr("compare", directory=tmp_path / "absent")
     assert failed.exit_code == 2
@@ -248,25 +261,6 @@ def test_a_run_cannot_take_the_place_of_surgery(tmp_path: Path, monkeypatch: pyt
 
 
 # -- results and streams -----------------------------------------------------------------------------------------------
-
-
-def stage_results(stage: str, better: float = 0.0) -> dict[str, Any]:
-    def document(i: int) -> dict[str, Any]:
-        nll = (10 + i) * (2.0 - better - i / 1e4)
-        return {"key": str(i), "tokens": 10 + i, "words": 5, "bytes": 40, "nll": [nll], "correct": [4]}
-
-    from rrcli.metrics import from_records
-
-    records = {"documents": [document(i) for i in range(40)]}
-    return {
-        "schema": 1,
-        "stage": stage,
-        "model": {"tokenizer": "t"},
-        "data": {"fingerprint": "f"},
-        "provenance": {"seed": 0, "dtype": "float32", "device": "cpu", "versions": {}},
-        "metrics": from_records(records),
-        "records": records,
-    }
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""Documents from files, and training batches that follow from seed and step alone."""
+"""Both sides of the split: what is evaluated, and training batches that follow from seed and step alone."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,20 +14,17 @@ from rrcli import demo
 from rrcli.batching import Batch, collate
 from rrcli.data import (
     IGNORED,
+    TextStore,
     TrainingData,
     encode_prompt,
     held_out_data,
-    read_documents,
-    source_files,
     source_fingerprint,
     task_specs,
 )
-from rrcli.errors import RRError, UsageError
+from rrcli.errors import RRError
 from rrcli.settings import CommonSettings, EvalSettings, TrainSettings
 from rrcli.splits import is_held_out
 from rrcli.tasks import Task, prompt_of
-
-# -- documents ---------------------------------------------------------------------------------------------------------
 
 
 def write(file: Path, content: str | bytes) -> Path:
@@ -37,96 +35,6 @@ def write(file: Path, content: str | bytes) -> Path:
 
 def jsonl(*texts: str) -> str:
     return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-
-
-@pytest.mark.parametrize(
-    ("content", "documents"),
-    [
-        ("one\n\ntwo\n", ["one", "two"]),
-        ("one\nstill one\n\n\n\n  two  \n\n", ["one\nstill one", "two"]),
-        (b"one\r\nstill one\r\n\r\ntwo\r\n", ["one\nstill one", "two"]),
-        ("one\n\none\n\ntwo", ["one", "two"]),
-        ("no line break", ["no line break"]),
-        ("zwei \u00e4\n\n\u4e09", ["zwei \u00e4", "\u4e09"]),
-    ],
-)
-def test_text_is_cut_at_blank_lines(tmp_path: Path, content: str | bytes, documents: list[str]) -> None:
-    write(tmp_path / "data.txt", content)
-    assert read_documents("data.txt", tmp_path) == documents
-
-
-def test_a_line_of_spaces_is_blank(tmp_path: Path) -> None:
-    write(tmp_path / "data.txt", "one\n  \ntwo\n \t\r\nthree")
-    assert read_documents("data.txt", tmp_path) == ["one", "two", "three"]
-
-
-def test_jsonl_has_a_document_on_each_line(tmp_path: Path) -> None:
-    first = '{"text": "one\\n\\nstill one"}'
-    write(tmp_path / "data.jsonl", first + '\r\n\r\n{"text": " two ", "other": [1]}\n{"text": ""}\n' + first)
-    assert read_documents("data.jsonl", tmp_path) == ["one\n\nstill one", "two"]
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
-def test_jsonl_is_cut_at_line_feeds_only(tmp_path: Path, separator: str) -> None:
-    write(tmp_path / "data.jsonl", jsonl(f"one{separator}still one", "two"))
-    assert read_documents("data.jsonl", tmp_path) == [f"one{separator}still one", "two"]
-
-
-@pytest.mark.parametrize(("name", "content"), [("data.txt", "one\n\ntwo"), ("data.jsonl", jsonl("one", "two"))])
-def test_a_byte_order_mark_is_not_text(tmp_path: Path, name: str, content: str) -> None:
-    write(tmp_path / name, b"\xef\xbb\xbf" + content.encode())
-    try:
-        documents = read_documents(name, tmp_path)
-    except RRError as error:
-        documents = [error.message]
-    assert documents == ["one", "two"]
-
-
-def test_a_folder_is_read_in_order_and_without_repeats(tmp_path: Path) -> None:
-    write(tmp_path / "texts" / "b.txt", "from b\n\nshared")
-    write(tmp_path / "texts" / "a" / "a.jsonl", jsonl("from a", "shared"))
-    write(tmp_path / "texts" / "ignored.md", "not data")
-    assert read_documents("texts", tmp_path) == ["from a", "shared", "from b"]
-    assert read_documents(str(tmp_path / "texts"), Path("/")) == ["from a", "shared", "from b"]
-
-
-def test_the_embedded_text_is_there() -> None:
-    documents = read_documents("default", Path("/nowhere"))
-    assert len(documents) > 500
-    assert len(set(documents)) == len(documents)
-    assert source_files("default", Path("/nowhere")) == [demo.TEXT_FILE]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("data.txt", "", "is empty"),
-        ("data.txt", "\n\n  \n", "is empty"),
-        ("data.jsonl", "", "is empty"),
-        ("data.jsonl", '{"text": "  "}\n', "is empty"),
-        ("data.txt", b"one\ntwo\nthr\xe9e\n", r"data\.txt is not UTF-8: byte 0xe9 in line 3"),
-        ("data.jsonl", '{"text": "one"}\n\n{"text": \n', r"data\.jsonl, line 3: no JSON"),
-        ("data.jsonl", '{"text": "one"}\n{"txt": "two"}\n', r"data\.jsonl, line 2: no object with a 'text'"),
-        ("data.jsonl", '{"text": 3}\n', r"data\.jsonl, line 1: no object with a 'text'"),
-        ("data.jsonl", '["text"]\n', r"data\.jsonl, line 1: no object with a 'text'"),
-    ],
-)
-def test_broken_data_is_named_by_file_and_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
-    write(tmp_path / name, content)
-    with pytest.raises(RRError, match=message) as caught:
-        read_documents(name, tmp_path)
-    assert caught.value.exit_code == 1
-    assert caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"), [("absent.txt", "does not exist"), ("data.csv", "unknown kind"), ("empty", "holds no .txt or")]
-)
-def test_a_source_that_is_none_is_refused(tmp_path: Path, spec: str, message: str) -> None:
-    write(tmp_path / "data.csv", "a,b")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=message):
-        read_documents(spec, tmp_path)
 
 
 def test_the_fingerprint_of_a_source_follows_its_bytes_and_tasks(tmp_path: Path) -> None:
@@ -169,6 +77,8 @@ def test_evaluation_takes_a_seeded_sample(stories: Path) -> None:
     assert sample(0, 5) != sample(1, 5)
     assert len(set(sample(0, 5))) == 5
     assert sample(0, 1000) == sample(1, 0)
+    data = held_out_data(EvalSettings(data="stories.jsonl"), stories, 1, 5, reasoning=False)
+    assert (len(data.documents), data.held_out) == (5, len(sample(0, 0)))
 
 
 def test_without_reasoning_no_problem_is_made(stories: Path) -> None:
@@ -185,6 +95,14 @@ def test_nothing_held_out_is_told(tmp_path: Path) -> None:
 def test_the_embedded_tasks_are_used_where_none_is_named() -> None:
     assert task_specs(CommonSettings()) == demo.TASKS
     assert task_specs(CommonSettings(task=("gcd",))) == ("gcd",)
+
+
+def test_what_is_left_out_is_told(stories: Path) -> None:
+    settings = EvalSettings(data="stories.jsonl")
+    assert held_out_data(settings, stories, 1, reasoning=False).notice == ""
+    write(stories / "stories.jsonl", jsonl(*TEXTS, "", *TEXTS[:3]))
+    notice = held_out_data(settings, stories, 1, reasoning=False).notice
+    assert notice == "stories.jsonl: 1 empty and 3 repeated documents were left out"
 
 
 # -- the training side -------------------------------------------------------------------------------------------------
@@ -310,3 +228,25 @@ def test_collate_pads_on_the_right() -> None:
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.labels.tolist() == [[2, 3, IGNORED], [IGNORED] * 3]
     assert batch.tokens == 2
+
+
+@pytest.mark.parametrize("limit", [1, 10, 2**20])
+def test_texts_are_the_same_in_memory_and_on_disk(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rrcli.data.MEMORY_BYTES", limit)
+    texts = ["one", "", "zwei \u00e4", "\u4e09" * 50]
+    store = TextStore(iter(texts))
+    assert list(store) == texts
+    assert [store[i] for i in (3, 0, -1)] == [texts[3], texts[0], texts[-1]]
+    assert store[1:3] == texts[1:3]
+    assert Random(3).sample(store, 2) == Random(3).sample(texts, 2)
+    with pytest.raises(IndexError):
+        store[4]
+    assert not TextStore([])
+
+
+def test_batches_do_not_depend_on_where_texts_are(
+    stories: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = rows(training(stories, tokenizer, task_share=0.0).batch(3))
+    monkeypatch.setattr("rrcli.data.MEMORY_BYTES", 100)
+    assert rows(training(stories, tokenizer, task_share=0.0).batch(3)) == inside

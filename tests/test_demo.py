@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rrcli import demo
-from rrcli.data import read_documents
 from rrcli.demo import pretrain
+from rrcli.sources import read_documents
 from rrcli.splits import is_held_out
 from rrcli.tasks import Task
 
@@ -39,7 +39,7 @@ def test_its_curve_tells_how_it_learned():
 
 
 def test_training_text_and_held_out_text_are_both_there():
-    documents = read_documents("default", Path())
+    documents = list(read_documents("default", Path()))
     held_out = [text for text in documents if is_held_out(text)]
     assert len(documents) > 3000
     assert 0.05 < len(held_out) / len(documents) < 0.15

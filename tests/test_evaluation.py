@@ -8,14 +8,13 @@ import pytest
 import torch
 
 import rrcli
-from rrcli.answers import generate, judge
 from rrcli.data import EvalData, held_out_data
 from rrcli.errors import RRError
 from rrcli.evaluation import evaluate_model
 from rrcli.perplexity import rolling_windows, score_documents
 from rrcli.reporting import Silent
+from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings
-from rrcli.tasks import Task
 
 TEXTS = [
     "Tom has a red ball. He gives the ball to Ann.",
@@ -83,8 +82,8 @@ def test_token_accuracy_and_loss_equal_plain_logits(default):
 @pytest.mark.parametrize("budget", [1, 64, 10_000])
 def test_batching_changes_no_number_beyond_rounding(default, budget):
     model, tokenizer = default
-    alone, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(batch_tokens=1), Silent())
-    batched, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(batch_tokens=budget), Silent())
+    alone, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(batch_tokens=1), Silent(), SampleLog())
+    batched, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(batch_tokens=budget), Silent(), SampleLog())
     for a, b in zip(alone, batched, strict=True):
         assert b["nll"][0] == pytest.approx(a["nll"][0], rel=1e-6)
         assert b["correct"] == a["correct"]
@@ -95,26 +94,17 @@ def test_every_depth_equals_a_run_at_that_depth():
     recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=2))
     torch.manual_seed(0)
     torch.nn.init.normal_(recursion.cell.w_out.weight, std=0.05)
-    together, chunks = score_documents(model, tokenizer, TEXTS, EvalSettings(), Silent())
+    together, chunks = score_documents(model, tokenizer, TEXTS, EvalSettings(), Silent(), SampleLog())
     assert together[0]["nll"][0] != together[0]["nll"][1] != together[0]["nll"][2]
     for depth in range(3):
         recursion.depth = depth
-        alone, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(), Silent())
+        alone, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(), Silent(), SampleLog())
         for a, b in zip(alone, together, strict=True):
             assert a["nll"][-1] == pytest.approx(b["nll"][depth], rel=1e-6)
     values = chunks.metrics()
     assert values["avg_refine_steps"] == 2
     assert 0 <= values["commit_rate"] <= 1
     assert 1 <= values["avg_chunk_length"] <= 16
-
-
-def test_greedy_batches_equal_one_prompt_at_a_time(default):
-    model, tokenizer = default
-    prompts = [tokenizer(text)["input_ids"] for text in ("Tom has a", "Once upon a time there was", "Ann")]
-    together = {number: tokens for number, tokens, _ in generate(model, tokenizer, prompts, 12, 10_000)}
-    for number, prompt in enumerate(prompts):
-        [(_, alone, _)] = generate(model, tokenizer, [prompt], 12, 10_000)
-        assert together[number] == alone
 
 
 def test_the_embedded_model_has_learned_something(default):
@@ -131,17 +121,6 @@ def rrcli_folder():
     from pathlib import Path
 
     return Path(rrcli.__file__).parent
-
-
-def test_answers_are_judged_strictly_and_flexibly():
-    task = Task("chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1")
-    [problem] = task.problems(1, 0, held_out=True)
-    assert judge(task, problem, f" {problem.answer}") == (True, True)
-    assert judge(task, problem, f"The answer is {problem.answer}.") == (False, True)
-    assert judge(task, problem, f"<answer>{problem.answer}</answer>") == (True, True)
-    assert judge(task, problem, f" {problem.answer}\nQuestion: what is 100?") == (True, True)
-    assert judge(task, problem, f" {int(problem.answer) + 1}") == (False, False)
-    assert judge(task, problem, "") == (False, False)
 
 
 def test_a_broken_model_is_named_not_measured():

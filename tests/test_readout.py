@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from families import FAMILIES, build, far, tokens, uncached, wake
 from rrcli.errors import RRError
 from rrcli.recursion import readout as module
+from rrcli.recursion import tiles
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
 from rrcli.recursion.readout import Readout
@@ -37,7 +38,6 @@ def test_the_readout_of_pass_k_is_the_model_at_depth_k(family, span):
         assert recursion.depth == MAX_STEPS
         with recursion.at_depth(k):
             assert far(logits, uncached(model, ids)) < 1e-5
-            readout.check(ids, mask)
 
 
 @every_family
@@ -48,7 +48,32 @@ def test_a_model_without_a_recursion_has_pass_0_only(family):
     passes = readout.passes(ids, torch.ones_like(ids))
     assert (len(passes.hidden), passes.states) == (1, [])
     assert far(readout.logits(passes.hidden[0].flatten(0, 1)).unflatten(0, ids.shape), uncached(model, ids)) < 1e-5
-    readout.check(ids, torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("way", ["tiles", "rows", "plain"])
+@every_family
+@torch.no_grad()
+def test_every_way_scores_every_pass_like_plain_logits(family, way, monkeypatch):
+    monkeypatch.setattr(tiles, "ROWS", 5)
+    monkeypatch.setattr(tiles, "COLUMNS", {"cpu": 16})
+    model, recursion = awake(family)
+    readout, ids = Readout(model), tokens()
+    mask = torch.ones_like(ids)
+    assert readout.choose_way(ids, mask) is None
+    assert readout.way == "tiles"
+    readout.way = way
+    scored = torch.ones_like(ids, dtype=torch.bool)
+    scored[:, -1] = scored[1, :4] = False
+    scores = readout.score(ids, mask, scored, ids.roll(-1, 1)[scored])
+    assert len(scores.losses) == MAX_STEPS + 1
+    for k, (losses, predictions) in enumerate(zip(scores.losses, scores.predictions, strict=True)):
+        with recursion.at_depth(k):
+            logits = uncached(model, ids)[scored]
+        expected = F.cross_entropy(logits, ids.roll(-1, 1)[scored], reduction="none")
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(predictions, logits.argmax(-1))
+    states = recursion.passes(ids, mask).states
+    torch.testing.assert_close(torch.stack(scores.states), torch.stack([state[scored] for state in states]))
 
 
 @pytest.mark.parametrize("changes", [{"word_embed_proj_dim": 16}, {"do_layer_norm_before": False}])
@@ -58,7 +83,7 @@ def test_variants_of_opt_have_other_tails(changes):
     ids = tokens()
     for depth in range(MAX_STEPS + 1):
         with recursion.at_depth(depth):
-            Readout(model).check(ids, torch.ones_like(ids))
+            assert Readout(model).choose_way(ids, torch.ones_like(ids)) is None
 
 
 @torch.no_grad()
@@ -67,24 +92,71 @@ def test_padding_is_passed_on():
     ids = tokens()
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
-    Readout(model).check(ids, mask)
+    assert Readout(model).choose_way(ids, mask) is None
     passes = Readout(model).passes(ids, mask)
     expected = uncached(model, ids, mask)
     assert far(Readout(model).logits(passes.hidden[-1][1, 4:]), expected[1, 4:]) < 1e-5
 
 
+def whole_row(logits):
+    return logits / logits.amax(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("lies", ["tiles", "rows"])
 @torch.no_grad()
-def test_two_halves_that_disagree_are_refused(monkeypatch):
+def test_a_way_that_gives_other_numbers_is_given_up(lies, monkeypatch):
+    model, recursion = awake("llama")
+    monkeypatch.setattr(tiles, "COLUMNS", {"cpu": 16})
+    readout, ids = Readout(model), tokens()
+    mask = torch.ones_like(ids)
+    if lies == "tiles":  # what only whole rows tell
+        model.lm_head.register_forward_hook(lambda _, __, logits: whole_row(logits))
+    else:
+        logits = readout.logits
+        monkeypatch.setattr(readout, "logits", lambda rows: logits(rows) * 1.01)
+    warning = readout.choose_way(ids, mask)
+    assert "'llama' model differ when they are taken apart" in warning
+    assert readout.way == ("rows" if lies == "tiles" else "plain")
+    scored = mask.bool()
+    scores = readout.score(ids, mask, scored, ids.flatten())
+    for k in range(MAX_STEPS + 1):
+        with recursion.at_depth(k):
+            expected = F.cross_entropy(uncached(model, ids)[scored], ids.flatten(), reduction="none")
+        torch.testing.assert_close(scores.losses[k], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_family_that_cannot_be_taken_apart_is_scored_by_its_plain_forward(monkeypatch):
     model, _ = awake("llama")
     readout, ids = Readout(model), tokens()
-    logits = readout.logits
-    monkeypatch.setattr(readout, "logits", lambda rows: logits(rows) * 1.1)
-    with pytest.raises(RRError, match="'llama' model differ by"):
-        readout.check(ids, torch.ones_like(ids))
-    monkeypatch.undo()
+
+    def refuse(rows):
+        raise TypeError("this family's forward looks at its backbone's cache")
+
+    monkeypatch.setattr(readout, "logits", refuse)
+    assert "plain forward" in readout.choose_way(ids, torch.ones_like(ids))
+    assert readout.way == "plain"
+
+
+@torch.no_grad()
+def test_logits_that_are_not_finite_are_refused():
+    model, _ = awake("llama")
     model.lm_head.weight[3] = torch.nan
+    ids = tokens()
     with pytest.raises(RRError, match="are not finite"):
-        readout.check(ids, torch.ones_like(ids))
+        Readout(model).choose_way(ids, torch.ones_like(ids))
+
+
+@torch.no_grad()
+def test_only_a_bounded_piece_of_a_batch_is_compared(monkeypatch):
+    monkeypatch.setattr(module, "CHECKED", (2, 6))
+    model, _ = awake("llama")
+    readout, ids, shapes = Readout(model), tokens(8, 9), []
+    plain = readout._plain_logits
+    monkeypatch.setattr(readout, "_plain_logits", lambda *a: shapes.append(a[0].shape) or plain(*a))
+    readout.choose_way(ids, torch.ones_like(ids))
+    readout.choose_way(ids[:1, :4], torch.ones(1, 4, dtype=torch.long))
+    assert set(shapes) == {(2, 6), (1, 4)}
 
 
 @torch.no_grad()

@@ -242,6 +242,14 @@ def test_bootstrap_is_seeded() -> None:
     assert stats.paired_bootstrap(a, b, seed=1) != stats.paired_bootstrap(a, b, seed=2)
 
 
+def test_bootstrap_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(9)
+    a, b = rng.random(30).tolist(), rng.random(30).tolist()
+    whole = stats.paired_bootstrap(a, b, draws=1001)
+    monkeypatch.setattr(stats, "BLOCK_NUMBERS", 100)
+    assert stats.paired_bootstrap(a, b, draws=1001) == whole
+
+
 def test_bootstrap_p_value_falls_with_the_effect_and_never_reaches_zero() -> None:
     rng = np.random.default_rng(10)
     b = rng.standard_normal(50)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import rrcli
+from comparing import stage_results
 from rrcli.store import write_json
 
 PACKAGE = Path(rrcli.__file__).parent
@@ -21,7 +22,8 @@ SURFACE = {"cli", "ui", "services", "__main__"}
 # Modules that read and write no tensors: not even a lazy import of torch belongs there.
 TORCH_FREE = (
     *("errors", "settings", "store", "stats", "splits", "tasks", "metrics", "reporting", "ui", "cli"),
-    *("inspection", "manifest", "export"),
+    *("inspection", "manifest", "export", "lines", "problem_files", "judging", "prompts", "samples"),
+    *("comparison", "pairing", "verdicts", "gates", "formats", "sources", "readers"),
 )
 
 
@@ -160,28 +162,12 @@ def test_every_command_is_a_service_of_its_name() -> None:
 
 WATCH = """
 import atexit, json, os, runpy, sys
-heavy = ("torch", "transformers", "accelerate", "tensorboard", "pandas")
+heavy = ("torch", "transformers", "accelerate", "tensorboard", "pandas", "pyarrow", "datasets")
 report = lambda: open(os.environ["RR_REPORT"], "w").write(json.dumps([m for m in heavy if m in sys.modules]))
 atexit.register(report)
 sys.argv[0] = "rr"
 runpy.run_module("rrcli", run_name="__main__")
 """
-
-
-def stage_results(stage: str) -> dict[str, object]:
-    documents = [
-        {"key": str(i), "tokens": 10, "words": 5, "bytes": 40, "nll": [20.0 + i], "correct": [4]} for i in range(5)
-    ]
-    entry = {"value": 9.0, "low": 8.0, "high": 10.0, "n": 5}
-    return {
-        "schema": 1,
-        "stage": stage,
-        "model": {"tokenizer": "t"},
-        "data": {"fingerprint": "f"},
-        "provenance": {"seed": 0, "dtype": "float32", "device": "cpu", "versions": {}},
-        "metrics": {"perplexity": entry, "bits_per_byte": entry, "token_accuracy": entry},
-        "records": {"documents": documents},
-    }
 
 
 @pytest.mark.parametrize(

@@ -1,132 +1,172 @@
-"""Greedy decoding of questions and prompts, and the judging of answers."""
+"""Answers to reasoning problems and continuations of prompts, logged batch by batch, so that both can go on."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rrcli import metrics
-from rrcli.batching import batches, padded
+from rrcli.batching import context_length
 from rrcli.data import EvalData, encode_prompt
+from rrcli.decoding import decode
+from rrcli.errors import UsageError
+from rrcli.judging import judge
+from rrcli.prompts import stop_strings
 from rrcli.reporting import Reporter
+from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings
 from rrcli.splits import content_hash
-from rrcli.tasks import Problem, Task, prompt_of
+from rrcli.tasks import Problem, prompt_of
 
 GENERATED_TOKENS = 48
+# What an answer is recorded with, for each depth.
+ANSWER = ("output", "extracted", "strict", "correct", "score", "length", "ended")
 
 
 def solve_problems(
-    model: Any, tokenizer: Any, data: EvalData, settings: EvalSettings, depth: int, reporter: Reporter
+    model: Any,
+    tokenizer: Any,
+    data: EvalData,
+    settings: EvalSettings,
+    depth: int,
+    reporter: Reporter,
+    log: SampleLog | None = None,
 ) -> list[dict[str, Any]]:
-    """Answer every problem greedily at every depth and let its generator score the answer.
+    """Answer every problem greedily at every depth and let its task score the answer.
 
     Returns:
-        Records with the problem, and per depth `outputs`, `strict` (the whole answer is right) and `correct` (it is
-        right, or for numeric answers the last number in it is).
+        Records with the problem and its prompt, and lists with an entry per depth: `outputs`, `extracted` (what was
+        scored), `strict` (the whole answer is right), `correct` (it is right, or for numeric answers the last number
+        in it is), `score` (the task's own), `length` (new tokens) and `ended` (by itself, not at the cap).
+
+    Raises:
+        UsageError: a stop string is empty, or solved examples are asked of a task that has none to give.
     """
-    tasks = {task.spec: task for task in data.tasks}
-    prompts = [question_ids(tokenizer, problem.question, settings) for problem in data.problems]
-    records = [
-        {
-            "key": problem.key,
-            "task": problem.task,
-            "question": problem.question,
-            "answer": problem.answer,
-            **{name: [] for name in ("outputs", "strict", "correct")},
-        }
-        for problem in data.problems
-    ]
+    log = log or SampleLog()
+    stop = stop_strings(settings.stop)
+    examples = {
+        task.spec: task.examples(settings.num_fewshot, settings.seed) if settings.num_fewshot > 0 else []
+        for task in data.tasks
+    }
+    texts = [question_text(tokenizer, p.question, examples[p.task], settings) for p in data.problems]
+    prompts = [_encoded(tokenizer, text, settings) for text in texts]
+    prompts = _within_context(model, prompts, settings.max_new_tokens, reporter)
     recursion = getattr(model, "recursion", None)
     depths = range(depth + 1) if recursion is not None else (0,)
+    entries = log.done("problems")
+    tasks = {task.spec: task for task in data.tasks}
     with reporter.progress("reasoning", len(prompts) * len(depths), "problems") as progress:
-        for current in depths:
+        progress.advance(len(entries))
+        for index, current in enumerate(depths):
+            skip = min(len(prompts), max(0, len(entries) - index * len(prompts)))
             if recursion is not None:
                 recursion.depth = current
-            for number, tokens, _ in generate(
-                model, tokenizer, prompts, settings.max_new_tokens, settings.batch_tokens
+            for batch in decode(
+                model, tokenizer, prompts, settings.max_new_tokens, settings.batch_tokens, stop=stop, skip=skip
             ):
-                problem = data.problems[number]
-                output = tokenizer.decode(tokens, skip_special_tokens=True)
-                strict, correct = judge(tasks[problem.task], problem, output)
-                for name, value in (("outputs", output), ("strict", strict), ("correct", correct)):
-                    records[number][name].append(value)
-                progress.advance()
+                new = []
+                for answer in batch:
+                    problem = data.problems[answer.number]
+                    new.append(
+                        {"number": answer.number, "depth": current, "key": problem.key, "output": answer.text}
+                        | vars(judge(tasks[problem.task], problem, answer.text))
+                        | {"length": len(answer.tokens), "ended": answer.ended}
+                    )
+                log.append("problems", new)
+                entries += new
+                progress.advance(len(new))
+    return _problem_records(data.problems, texts, entries)
+
+
+def _problem_records(
+    problems: Sequence[Problem], texts: Sequence[str], entries: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = [
+        {"key": p.key, "task": p.task, "question": p.question, "prompt": text, "answer": p.answer}
+        | {name: [] for name in ("outputs", *ANSWER[1:])}
+        for p, text in zip(problems, texts, strict=True)
+    ]
+    for entry in entries:
+        for name in ANSWER:
+            records[entry["number"]]["outputs" if name == "output" else name].append(entry[name])
     return records
 
 
-def question_ids(tokenizer: Any, question: str, settings: EvalSettings) -> list[int]:
-    """Return the ids of a question: through the chat template where there is one, else as a plain prompt."""
-    if settings.chat_template and getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-        )
+def question_text(tokenizer: Any, question: str, examples: Sequence[Problem], settings: EvalSettings) -> str:
+    """Return the prompt of a question behind solved examples: turns of the chat template if there is one, else text."""
+    if not _chats(tokenizer, settings):
+        solved = "".join(f"{prompt_of(example.question)} {example.target}\n\n" for example in examples)
+        return solved + prompt_of(question)
+    turns = []
+    for example in examples:
+        turns += [("user", example.question), ("assistant", example.target)]
+    messages = [{"role": role, "content": content} for role, content in (*turns, ("user", question))]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def _chats(tokenizer: Any, settings: EvalSettings) -> bool:
+    return settings.chat_template and bool(getattr(tokenizer, "chat_template", None))
+
+
+def _encoded(tokenizer: Any, text: str, settings: EvalSettings) -> list[int]:
+    # A chat template writes the start token itself.
+    if _chats(tokenizer, settings):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return encode_prompt(tokenizer, prompt_of(question))
+    return encode_prompt(tokenizer, text)
 
 
-def judge(task: Task, problem: Problem, output: str) -> tuple[bool, bool]:
-    """Return (strictly right, right with flexible extraction of a number)."""
-    answer = output.split("\nQuestion:")[0].strip()
-    tagged = re.search(r"<answer>(.*?)</answer>", answer, re.DOTALL)
-    answer = tagged.group(1).strip() if tagged else answer
-    if task.score(answer, problem) >= 1:
-        return True, True
-    if re.fullmatch(r"[-+]?[\d,]*\.?\d+", problem.answer):
-        numbers = re.findall(r"[-+]?\d[\d,]*(?:\.\d+)?", answer)
-        if numbers and task.score(numbers[-1].replace(",", ""), problem) >= 1:
-            return False, True
-    return False, False
+def _within_context(model: Any, prompts: list[list[int]], new_tokens: int, reporter: Reporter) -> list[list[int]]:
+    """Cut prompts on the left, as lm-eval does, where they and the new tokens don't fit into the model's context.
+
+    Raises:
+        UsageError: not even the new tokens fit.
+    """
+    room = context_length(model) - new_tokens
+    if room < 1:
+        raise UsageError(f"{new_tokens} new tokens do not fit into the model's context of {context_length(model)}")
+    long = sum(len(prompt) > room for prompt in prompts)
+    if long:
+        reporter.warn(f"{long} of {len(prompts)} prompts were cut on the left to {room} tokens, to fit the context")
+    return [prompt[-room:] for prompt in prompts]
 
 
 def continue_prompts(
-    model: Any, tokenizer: Any, prompts: Sequence[str], settings: EvalSettings, reporter: Reporter
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    settings: EvalSettings,
+    reporter: Reporter,
+    log: SampleLog | None = None,
 ) -> list[dict[str, Any]]:
-    """Continue each prompt greedily; return texts with length, whether they ended by themselves, distinct-2, rep-4."""
+    """Continue each prompt greedily, without stop strings.
+
+    Returns:
+        Records with `prompt`, `text`, `length` (tokens), `finished` (it ended by itself), `distinct_2` and `rep_4`.
+    """
+    log = log or SampleLog()
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    records: list[dict[str, Any]] = [{} for _ in prompts]
+    encoded = _within_context(model, encoded, GENERATED_TOKENS, reporter)
+    entries = log.done("generations")
     with reporter.progress("generation", len(prompts), "prompts") as progress:
-        for number, tokens, finished in generate(model, tokenizer, encoded, GENERATED_TOKENS, settings.batch_tokens):
-            records[number] = {
-                "key": content_hash(prompts[number]),
-                "prompt": prompts[number],
-                "text": tokenizer.decode(tokens, skip_special_tokens=True),
-                "length": len(tokens),
-                "finished": finished,
-                "distinct_2": metrics.distinct_n(tokens, 2),
-                "rep_4": metrics.rep_n(tokens, 4),
-            }
-            progress.advance()
-    return records
-
-
-def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int, batch_tokens: int
-) -> Iterator[tuple[int, list[int], bool]]:
-    """Decode greedily in batches of similar length; yield (prompt's number, new ids without EOS, ended by itself)."""
-    stops = _stop_ids(model, tokenizer)
-    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    for batch in batches(order, batch_tokens, lambda number: len(prompts[number]) + new_tokens):
-        ids, mask = padded([prompts[number] for number in batch], model.device, left=True)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=sorted(stops) or None,
-            pad_token_id=min(stops, default=0),
-        )
-        for number, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-            end = next((i for i, token in enumerate(row) if token in stops), None)
-            yield number, row[:end], end is not None
-
-
-def _stop_ids(model: Any, tokenizer: Any) -> set[int]:
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return {token for token in (*configured, tokenizer.eos_token_id) if token is not None}
+        progress.advance(len(entries))
+        for batch in decode(model, tokenizer, encoded, GENERATED_TOKENS, settings.batch_tokens, skip=len(entries)):
+            new = [
+                {
+                    "number": found.number,
+                    "key": content_hash(prompts[found.number]),
+                    "prompt": prompts[found.number],
+                    "text": found.text,
+                    "length": len(found.tokens),
+                    "finished": found.ended,
+                    "distinct_2": metrics.distinct_n(found.tokens, 2),
+                    "rep_4": metrics.rep_n(found.tokens, 4),
+                }
+                for found in batch
+            ]
+            log.append("generations", new)
+            entries += new
+            progress.advance(len(new))
+    return [
+        {key: value for key, value in entry.items() if key not in ("number", "part")}
+        for entry in sorted(entries, key=lambda entry: entry["number"])
+    ]

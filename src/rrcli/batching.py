@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch import Tensor
 
 from rrcli.data import IGNORED
+from rrcli.errors import RRError
+from rrcli.reporting import Reporter
+
+# What a batch on a CPU is good for, in tokens: beyond it, activations leave the caches and nothing is gained.
+CPU_TOKENS = 1024
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -54,6 +63,49 @@ def batches(items: Sequence[Any], budget: int, length: Any) -> Iterator[list[Any
         rows = max(1, budget // max(1, length(items[begin])))
         yield list(items[begin : begin + rows])
         begin += rows
+
+
+def halving(run: Callable[[list[Item]], Result], batch: list[Item]) -> list[Result]:
+    """Run a batch, in halves (and halves of halves) if the device's memory does not hold it whole.
+
+    Returns:
+        The results of the parts, in their order.
+
+    Raises:
+        RRError: a single item does not fit.
+    """
+    try:
+        return [run(batch)]
+    except torch.OutOfMemoryError as error:
+        if len(batch) == 1:
+            raise RRError(
+                "the device is out of memory for a single row", "Take a shorter --max-length, or --device cpu."
+            ) from error
+    # Behind the handler, whose traceback keeps the failed run's tensors.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = (len(batch) + 1) // 2
+    return halving(run, batch[:middle]) + halving(run, batch[middle:])
+
+
+def affordable(model: Any, budget: int, bytes_per_token: int, reporter: Reporter) -> int:
+    """Lower a budget of tokens to what a CPU is good for and then, by halves, to half of its available memory.
+
+    A GPU says when it is out of memory; of a CPU's, the kernel kills who takes too much.
+    """
+    if model.device.type != "cpu":
+        return budget
+    budget = min(budget, CPU_TOKENS)
+    available = psutil.virtual_memory().available
+    lowered = budget
+    while lowered > 1 and lowered * bytes_per_token > available // 2:
+        lowered //= 2
+    if lowered < budget:
+        reporter.warn(
+            f"batches have {lowered} tokens, not {budget}: {available / 2**30:.1f} GiB of memory are available and a "
+            f"token takes about {bytes_per_token / 2**20:.2g} MiB"
+        )
+    return lowered
 
 
 def context_length(model: Any) -> int:

@@ -20,7 +20,7 @@ from rrcli import __version__, settings, ui
 from rrcli.errors import CheckFailed, Interrupted, RRError, UsageError, suggest
 from rrcli.settings import STAGES
 
-FILES, OUTPUT = settings.FILES, "Output"
+FILES, OUTPUT = settings.FILES, settings.OUTPUT
 STAGE_HELP = f"Stage: {', '.join(STAGES)}."
 
 
@@ -117,6 +117,8 @@ def _command(cls: type[settings.CommonSettings], panel: str) -> Callable[[Callab
 def _flag(item: Any, kind: Any) -> inspect.Parameter:
     name = "--" + item.name.replace("_", "-")
     default = item.default
+    if isinstance(default, tuple):
+        default = "; ".join(default).replace("\n", "\\n")
     shown = f" [default: {default}]" if default not in ("", ()) and kind is not bool else ""
     choices = item.metadata["choices"]
     text = item.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "") + shown
@@ -270,11 +272,8 @@ def compare(
     """Put stages side by side: what is shown, what is noise, what it cost."""
     from rrcli.services import compare as service
 
-    result = service.compare(ctx.load(settings.CompareSettings), stages or [], ctx.directory)
-    if json:
-        ui.show_json("comparison", {key: value for key, value in result.to_dict().items() if key != "schema"})
-        return
-    ui.show_comparison(result)
+    loaded = ctx.load(settings.CompareSettings)
+    _show_comparison(service.compare(loaded, stages or [], ctx.directory), loaded, ctx.directory, json)
 
 
 @_command(settings.BoardSettings, LOOK)
@@ -304,12 +303,33 @@ def run(
             ui.show_plan(steps)
         return
     service.run(ctx.directory, ctx.load, _reporter(), lambda step: _perform(step, ctx), new_options=bool(ctx.flags))
-    result = comparing.compare(ctx.load(settings.CompareSettings), [], ctx.directory)
+    loaded = ctx.load(settings.CompareSettings)
+    result = comparing.compare(loaded, [], ctx.directory)
+    _show_comparison(result, loaded, ctx.directory, json)
     if json:
-        ui.show_json("comparison", {key: value for key, value in result.to_dict().items() if key != "schema"})
         return
-    ui.show_comparison(result)
     ui.show_next("Results:", ctx.directory / ctx.load(settings.SetupSettings).output_dir, "rr board")
+
+
+def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: Path, json: bool) -> None:
+    """Show a comparison in the form that was asked for, or write it to a file; then fail if a gate does not hold."""
+    from rrcli.gates import require
+    from rrcli.store import write_text
+
+    form = "json" if json else chosen.format
+    if form == "auto":
+        form = {".json": "json", ".csv": "csv", ".md": "markdown"}.get(Path(chosen.out).suffix, "table")
+    if chosen.generations and form == "csv":
+        raise UsageError("--generations and --format csv do not go together", "Take table, json or markdown.")
+    if chosen.out:
+        file = directory / Path(chosen.out).expanduser()
+        write_text(file, ui.comparison_text(result, form))
+        ui.TerminalReporter().note(f"Comparison: {file}")
+    elif form == "table":
+        ui.show_comparison(result)
+    else:
+        typer.echo(ui.comparison_text(result, form), nl=False)
+    require(result.gates)
 
 
 def _perform(step: Any, ctx: Context) -> None:

@@ -25,8 +25,10 @@ from torch import Tensor
 from rrcli.recursion import caches
 
 PROMPT_TOKENS = 8
-# The implementation of experts whose shapes depend on no data (so it runs on meta) and whose products are counted.
-COUNTABLE_EXPERTS = "batched_mm"
+# Implementations of experts whose products are counted. On meta no shape may depend on data; that one copies the
+# weights of its experts for every token, which real weights are too large for.
+COUNTABLE_EXPERTS = {"meta": "batched_mm"}
+COUNTABLE_EXPERTS_ELSEWHERE = "eager"
 FLOPS_FORMULA = "FlopCounterMode, one decoded token: FLOPs(0) + depth x (span + cell)"
 
 
@@ -55,7 +57,6 @@ def measure(model: Any) -> Costs:
     Raises:
         Exception: whatever the family raises that cannot run on meta or keeps no cache.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     recursion, name = model.recursion, caches.argument_of(model)
@@ -63,9 +64,7 @@ def measure(model: Any) -> Costs:
     twins = _twins(model, layers)
     ids = (torch.arange(PROMPT_TOKENS + 1, device=model.device)[None] * 37 + 11) % _vocabulary(model)
     counter = FlopCounterMode(display=False)
-    # Of the fused kernels of attention some are not counted, as that of the CPU; matrix products always are.
-    products = sdpa_kernel(SDPBackend.MATH)
-    with recursion.at_depth(0), _countable(model), _run_once(layers, twins), products:
+    with recursion.at_depth(0), countable(model), _run_once(layers, twins):
         cache = getattr(model(input_ids=ids[:, :-1], use_cache=True), name)
         before = _sizes(cache, twins)
         with _marks(layers, counter) as layer_flops, counter:
@@ -186,10 +185,13 @@ def _bytes(value: Any, seen: set[int]) -> int:
 
 
 @contextmanager
-def _countable(model: Any) -> Iterator[None]:
-    """Let `model` compute in a way that runs on shapes and whose products are counted."""
+def countable(model: Any) -> Iterator[None]:
+    """Let `model` compute in a way that runs on shapes, and whose products torch's `FlopCounterMode` counts."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    experts = COUNTABLE_EXPERTS.get(model.device.type, COUNTABLE_EXPERTS_ELSEWHERE)
     # Without an id for padding no family looks for it among the tokens, which on the meta device are not there.
-    settings = {"_experts_implementation": COUNTABLE_EXPERTS, "pad_token_id": None}
+    settings = {"_experts_implementation": experts, "pad_token_id": None}
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     before = [
         (config, key, getattr(config, key)) for config in configs.values() for key in settings if hasattr(config, key)
@@ -197,7 +199,9 @@ def _countable(model: Any) -> Iterator[None]:
     try:
         for config, key, _ in before:
             setattr(config, key, settings[key])
-        yield
+        # Of the fused kernels of attention some are not counted, as that of the CPU; matrix products always are.
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         for config, key, value in before:
             setattr(config, key, value)

@@ -1,31 +1,33 @@
-"""Text and problems: where they come from, which side of the split they are on, and how they become batches.
+"""Text and problems: which side of the split they are on, and how they become batches.
 
-A text source is `default` (the embedded stories), a `.txt` file (documents are separated by blank lines), a `.jsonl`
-file (one object with a `text` on each line), or a folder of such files. A source that is shared by training and
-evaluation is split by `splits.is_held_out`.
+Documents come from `sources`. A source that is shared by training and evaluation is split by `splits.is_held_out`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from tempfile import SpooledTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from rrcli import demo
 from rrcli.errors import RRError, UsageError
+from rrcli.problem_files import FileTask, evaluated_whole, open_task
 from rrcli.settings import CommonSettings, TrainSettings
+from rrcli.sources import Dropped, fingerprint, read_documents
 from rrcli.splits import is_held_out
+from rrcli.store import combine
 from rrcli.tasks import Problem, Task, prompt_of
 
 if TYPE_CHECKING:
     from rrcli.batching import Batch
+    from rrcli.harness import HarnessTask
 
-SUFFIXES = (".txt", ".jsonl")
+# Texts up to this many bytes stay in memory; more go to a temporary file.
+MEMORY_BYTES = 2**28
 TRAINING_SEEDS = 2**30
 # Labels with this value bear no loss.
 IGNORED = -100
@@ -40,81 +42,52 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class EvalData:
-    """What a model is evaluated on: held-out documents, problems of each task, and prompts to continue."""
+    """What a model is evaluated on.
+
+    Attributes:
+        documents: held-out texts. tasks, problems: reasoning tasks and the problems of each. prompts: to continue.
+        harness: tasks of lm-evaluation-harness.
+        source: what `--data` named. notice: what was left out of it, for people; '' if nothing was.
+        held_out: how many documents are held out, of which `documents` may be a sample.
+    """
 
     documents: tuple[str, ...] = ()
-    tasks: tuple[Task, ...] = ()
+    tasks: tuple[Task | FileTask, ...] = ()
     problems: tuple[Problem, ...] = ()
     prompts: tuple[str, ...] = ()
     source: str = "given"
+    notice: str = ""
+    held_out: int = 0
+    harness: tuple[HarnessTask, ...] = ()
 
 
-def source_files(spec: str, directory: Path) -> list[Path]:
-    """Return the files behind a text source.
+class TextStore(Sequence[str]):
+    """Texts by number, in a temporary file if they are many: eight bytes of memory for each."""
 
-    Raises:
-        UsageError: it does not exist, or holds no readable kind of file.
-    """
-    if spec == "default":
-        return [demo.TEXT_FILE]
-    path = (directory / spec).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-        if not files:
-            raise UsageError(f"the folder {path} holds no {' or '.join(SUFFIXES)} file")
-        return files
-    if not path.exists():
-        raise UsageError(f"the data {path} does not exist", "Name a .txt or .jsonl file, or a folder of them.")
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"the data {path} is of an unknown kind", f"Known: {', '.join(SUFFIXES)}, or a folder.")
-    return [path]
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._file = SpooledTemporaryFile(max_size=MEMORY_BYTES)  # noqa: SIM115 (it lives as long as the store)
+        self._ends = array("Q", [0])
+        for text in texts:
+            data = text.encode()
+            self._file.write(data)
+            self._ends.append(self._ends[-1] + len(data))
 
+    def __len__(self) -> int:
+        return len(self._ends) - 1
 
-def read_documents(spec: str, directory: Path) -> list[str]:
-    """Return every document of a text source, in order, without repeats.
-
-    Raises:
-        RRError: empty, not UTF-8, or a line that is no object with a `text`; names the file and the line.
-    """
-    documents: dict[str, None] = {}
-    for path in source_files(spec, directory):
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = path.read_bytes()[: error.start].count(b"\n") + 1
-            raise RRError(
-                f"{path} is not UTF-8: byte {error.object[error.start]:#04x} in line {line}", "Convert it to UTF-8."
-            ) from error
-        except OSError as error:
-            raise RRError(f"cannot read {path}: {error.strerror}") from error
-        text = text.removeprefix("\ufeff")
-        split = _lines(text, path) if path.suffix == ".jsonl" else re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n"))
-        documents.update(dict.fromkeys(filter(None, (document.strip() for document in split))))
-    if not documents:
-        raise RRError(f"the data {spec} is empty", "It needs at least one document.")
-    return list(documents)
-
-
-def _lines(text: str, path: Path) -> Iterator[str]:
-    # Not splitlines: it also cuts at separators that JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise RRError(f"{path}, line {number}: no JSON ({error})", "Each line is one JSON object.") from error
-        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-            raise RRError(f"{path}, line {number}: no object with a 'text'", 'Write {"text": "..."} on each line.')
-        yield value["text"]
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        self._file.seek(self._ends[index])
+        return self._file.read(self._ends[index + 1] - self._ends[index]).decode()
 
 
 def source_fingerprint(settings: CommonSettings, directory: Path) -> str:
-    """Return a hash of the bytes of the text source and of the task names: "the same data" for `rr run`."""
-    digest = hashlib.sha256(repr(task_specs(settings)).encode())
-    for path in source_files(settings.data, directory):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    """Return a hash of the text source and of the task names: "the same data" for `rr run`."""
+    return combine(task_specs(settings), fingerprint(settings.data, directory, settings.text_field))
 
 
 def task_specs(settings: CommonSettings) -> tuple[str, ...]:
@@ -130,16 +103,20 @@ def held_out_data(
     Raises:
         RRError: no document of the source is held out.
     """
-    documents = [text for text in read_documents(settings.data, directory) if is_held_out(text)]
+    dropped = Dropped()
+    texts = read_documents(settings.data, directory, settings.text_field, dropped)
+    documents: Sequence[str] = TextStore(text for text in texts if is_held_out(text))
     if not documents:
         raise RRError(
             f"no document of {settings.data} falls into the held-out tenth", "Give more documents (about 50 or more)."
         )
-    if 0 < max_samples < len(documents):
+    held_out = len(documents)
+    if 0 < max_samples < held_out:
         documents = Random(settings.seed).sample(documents, max_samples)
-    tasks = tuple(Task(spec) for spec in task_specs(settings)) if reasoning else ()
+    tasks = tuple(open_task(spec, directory) for spec in task_specs(settings)) if reasoning else ()
     problems = [problem for task in tasks for problem in task.problems(problems_per_task, settings.seed, held_out=True)]
-    return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data)
+    notice = dropped.notice(settings.data)
+    return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data, notice=notice, held_out=held_out)
 
 
 class TrainingData:
@@ -150,8 +127,18 @@ class TrainingData:
 
     def __init__(self, settings: TrainSettings, directory: Path, tokenizer: Any) -> None:
         self.settings, self.tokenizer = settings, tokenizer
-        self.documents = [text for text in read_documents(settings.data, directory) if not is_held_out(text)]
-        self.tasks = [Task(spec) for spec in task_specs(settings)] if settings.task_share > 0 else []
+        dropped = Dropped()
+        texts = read_documents(settings.data, directory, settings.text_field, dropped)
+        self.documents = TextStore(text for text in texts if not is_held_out(text))
+        self.notice = dropped.notice(settings.data)
+        tasks = [open_task(spec, directory) for spec in task_specs(settings)] if settings.task_share > 0 else []
+        self.evaluated = evaluated_whole(tasks)
+        self.tasks = [task for task in tasks if not (isinstance(task, FileTask) and task.whole)]
+        if tasks and not self.tasks:
+            raise UsageError(
+                "every task is evaluated whole (held_out=all): there is no problem to train on",
+                "Add a task to train on, or train on text alone with --task-share 0.",
+            )
         if not self.documents and settings.task_share < 1:
             raise RRError(f"every document of {settings.data} is held out", "Give more documents (about 50 or more).")
         self.cut = 0
@@ -174,11 +161,12 @@ class TrainingData:
         # Generators seed problem i with seed + i: leave room between the seeds, so that examples don't repeat, and keep
         # away from the small seeds that pretraining and evaluation draw from.
         seed = TRAINING_SEEDS + (self.settings.seed * 1_000_003 + index * 64) % TRAINING_SEEDS
-        problem = next(task.stream(seed, limit=4096, held_out=False), None)
+        drawn = task.stream(seed, limit=4096, held_out=False)
+        problem = next((problem for problem in drawn if problem.question not in self.evaluated), None)
         if problem is None:
             raise UsageError(f"task '{task.spec}' has no problems with a text answer to train on", "Leave it out.")
         prompt = encode_prompt(self.tokenizer, prompt_of(problem.question))
-        answer = self.tokenizer(" " + problem.answer, add_special_tokens=False)["input_ids"] + _end(self.tokenizer)
+        answer = self.tokenizer(" " + problem.target, add_special_tokens=False)["input_ids"] + _end(self.tokenizer)
         ids = self._cut(prompt + answer)
         return ids, [IGNORED] * (min(len(prompt), len(ids)) - 1) + ids[len(prompt) :] + [IGNORED]
 

@@ -16,9 +16,11 @@ from rrcli import metrics
 from rrcli.answers import continue_prompts, solve_problems
 from rrcli.data import EvalData, held_out_data
 from rrcli.errors import RRError, UsageError
+from rrcli.harness import run_harness
 from rrcli.performance import measure_performance
 from rrcli.perplexity import score_documents
 from rrcli.reporting import Reporter, Silent
+from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings, with_changes
 from rrcli.tracker import MetricsTracker
 
@@ -34,6 +36,7 @@ def evaluate_model(
     stage: str = "model",
     settings: EvalSettings | None = None,
     reporter: Reporter | None = None,
+    log: SampleLog | None = None,
 ) -> dict[str, Any]:
     """Measure a model and return its metrics and the records behind them.
 
@@ -43,6 +46,7 @@ def evaluate_model(
         metrics_tracker: where scalars `evaluation/<stage>/<metric>` and generations are logged.
         step: the training step that they are logged at.
         settings: lengths, limits and what to leave out; the defaults of `rr eval` if not given.
+        log: where entries are kept as they are measured; what it holds already is not measured again.
 
     Returns:
         `metrics` (name -> value, low, high, n), `by_depth`, `records`, `warnings`.
@@ -52,6 +56,7 @@ def evaluate_model(
     """
     settings = settings or EvalSettings()
     reporter = reporter or Silent()
+    log = log or SampleLog()
     data = _eval_data(eval_data, settings)
     depth = _depth(model, settings)
     training = model.training
@@ -65,12 +70,15 @@ def evaluate_model(
         if recursion is not None:
             recursion.depth = depth
         if data.documents and not settings.skip_perplexity:
-            records["documents"], chunks = score_documents(model, tokenizer, data.documents, settings, reporter)
+            records["documents"], chunks = score_documents(model, tokenizer, data.documents, settings, reporter, log)
             values |= {name: {"value": value} for name, value in chunks.metrics().items()}
         if data.problems and not settings.skip_reasoning:
-            records["problems"] = solve_problems(model, tokenizer, data, settings, depth, reporter)
+            records["problems"] = solve_problems(model, tokenizer, data, settings, depth, reporter, log)
         if data.prompts and not settings.skip_generation:
-            records["generations"] = continue_prompts(model, tokenizer, data.prompts, settings, reporter)
+            records["generations"] = continue_prompts(model, tokenizer, data.prompts, settings, reporter, log)
+        if data.harness:
+            scores, records["harness"] = run_harness(model, tokenizer, data.harness, settings, reporter, log)
+            values |= scores
         if data.documents and not settings.skip_performance:
             values |= measure_performance(model, tokenizer, data.documents, reporter)
     finally:

@@ -23,7 +23,8 @@ class Metric:
     Attributes:
         label, unit: for people. better: 'lower', 'higher' or '' (neither is).
         kind: how two stages are compared: 'documents' (paired ratio), 'problems' (McNemar), 'prompts' (paired
-            bootstrap) or 'cost' (shown, never tested).
+            bootstrap), 'harness' (McNemar where every score is 0 or 1, else paired bootstrap), 'cost' (the relative
+            difference, never tested) or 'shown' (values only).
     """
 
     label: str
@@ -37,14 +38,21 @@ METRICS: dict[str, Metric] = {
     "bits_per_byte": Metric("Bits per byte", "bits", "lower", "documents"),
     "token_accuracy": Metric("Token accuracy", "%", "higher", "documents"),
     "reasoning_accuracy": Metric("Reasoning accuracy", "%", "higher", "problems"),
+    "relevance": Metric("Relevance", "nats/token", "higher", "prompts"),
     "distinct_2": Metric("Distinct-2", "", "higher", "prompts"),
     "rep_4": Metric("Rep-4", "", "lower", "prompts"),
     "length": Metric("Length", "tokens", "", "prompts"),
+    "finished": Metric("Ended by itself", "", "", "prompts"),
     "prefill_tokens_per_sec": Metric("Prefill", "tokens/s", "higher", "cost"),
     "decode_tokens_per_sec": Metric("Decode", "tokens/s", "higher", "cost"),
     "time_per_output_token": Metric("Time per token", "ms", "lower", "cost"),
     "memory_mb": Metric("Peak memory", "MB", "lower", "cost"),
     "flops_per_token": Metric("FLOPs per token", "MFLOP", "lower", "cost"),
+    "avg_refine_steps": Metric("Refine steps per chunk", "", "", "shown"),
+    "avg_chunk_length": Metric("Tokens per chunk", "", "", "shown"),
+    "commit_rate": Metric("Commit rate", "", "", "shown"),
+    "fix_rate": Metric("Fix rate", "", "", "shown"),
+    "break_rate": Metric("Break rate", "", "", "shown"),
 }
 
 
@@ -96,9 +104,9 @@ def _bounded(name: str, value: float) -> float:
 
 
 def task_labels(specs: Iterable[str]) -> dict[str, str]:
-    """Return a short name for each task: its generator, or the whole spec where a generator occurs twice."""
+    """Return a short name for each task: its generator or file, or the whole spec where one occurs twice."""
     specs = list(dict.fromkeys(specs))
-    names = [spec.partition(":")[0] for spec in specs]
+    names = [spec.partition(":")[0].rpartition("/")[2] for spec in specs]
     return {spec: name if names.count(name) == 1 else spec for spec, name in zip(specs, names, strict=True)}
 
 
@@ -149,7 +157,8 @@ def _generation_metrics(generations: Sequence[Mapping[str, Any]]) -> dict[str, d
     n = len(generations)
     return {
         name: {"value": sum(r[name] for r in generations) / n, "n": n}
-        for name in ("distinct_2", "rep_4", "length", "finished")
+        for name in ("relevance", "distinct_2", "rep_4", "length", "finished")
+        if all(name in r for r in generations)
     }
 
 

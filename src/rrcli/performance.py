@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rrcli.batching import context_length
+from rrcli.costs import countable
 from rrcli.reporting import Reporter
 
 PREFILL_TOKENS = 128
@@ -46,7 +47,7 @@ def measure_performance(
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
-        _reset_peak_resident()
+        reset_peak_resident()
 
     def run(new_tokens: int) -> float:
         if cuda:
@@ -75,9 +76,9 @@ def measure_performance(
                 prefill.append(short)
                 decode.append(max(long - short, 1e-9) / DECODE_TOKENS)
             progress.advance()
-    with FlopCounterMode(display=False) as counter:
+    with countable(model), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
-    memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else _peak_resident_mb()
+    memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_resident_mb()
     return {
         "prefill_tokens_per_sec": _median([ids.shape[1] / seconds for seconds in prefill]),
         "decode_tokens_per_sec": _median([1 / seconds for seconds in decode]),
@@ -87,13 +88,13 @@ def measure_performance(
     }
 
 
-def _reset_peak_resident() -> None:
+def reset_peak_resident() -> None:
     """Forget the peak so far, so that a stage is not charged for what ran before it in this process (Linux only)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_resident_mb() -> float:
+def peak_resident_mb() -> float:
     """Return the peak resident set size in MB: since the last reset on Linux, of the whole process elsewhere."""
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text()

@@ -42,6 +42,8 @@ MODEL = "Model and data"
 FILES = "Files and folders"
 LOSS = "Losses"
 LORA = "LoRA (phase b)"
+GATES = "Gates"
+OUTPUT = "Output"
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,20 @@ class CommonSettings:
     )
     data: str = option(
         "default",
-        "Text: 'default' (embedded), a .txt or .jsonl file, or a folder of them. One tenth is held out for evaluation.",
+        "Text: 'default' (embedded), a .txt, .jsonl, .csv or .parquet file, a folder of them, "
+        "hf://NAME[:CONFIG[:SPLIT]] for a data set of the hub, or - for standard input. "
+        "One tenth is held out for evaluation.",
         panel=MODEL,
     )
+    text_field: str = option(
+        "text", "Field or column that holds the text, in .jsonl, .csv, .parquet and the hub.", panel=MODEL
+    )
     task: tuple[str, ...] = option(
-        (), "Reasoning task NAME[:key=value,...] of reasoning-gym; repeat for several. [default: embedded]", panel=MODEL
+        (),
+        "Reasoning task: NAME[:key=value,...] of reasoning-gym, or a .jsonl file of question and answer, of which one "
+        "tenth is evaluated and the rest trained on (FILE.jsonl:held_out=all evaluates all of it and trains on none); "
+        "repeat for several. [default: embedded]",
+        panel=MODEL,
     )
     device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", panel=MODEL)
     dtype: str = option(
@@ -151,9 +162,23 @@ class EvalSettings(CommonSettings):
         0, "Window of the perplexity, in tokens; 0 = the model's context, at most 1024.", minimum=0
     )
     stride: int = option(0, "Tokens that a window moves on by; 0 = the window's length.", minimum=0)
-    max_samples: int = option(0, "Score only this many documents (a seeded choice); 0 = all.", minimum=0)
-    problems: int = option(250, "Problems per reasoning task.", minimum=1)
+    max_samples: int = option(
+        0, "Score only this many documents (a seeded choice), and problems of a --harness task; 0 = all.", minimum=0
+    )
+    problems: int = option(250, "Problems per reasoning task; of a file, at most these.", minimum=1)
+    num_fewshot: int = option(
+        -1, "Solved examples before each problem; -1 = none, and for --harness as the task says.", minimum=-1
+    )
+    stop: tuple[str, ...] = option(
+        ("\nQuestion:",), "Text that ends an answer, with \\n for a line break; repeat for several."
+    )
     max_new_tokens: int = option(48, "Longest answer, in tokens.", minimum=1)
+    prompts: str = option(
+        "", "Prompts to continue: a .txt file, one on each line, or a .jsonl file with 'prompt'. [default: embedded]"
+    )
+    harness: tuple[str, ...] = option(
+        (), "Tasks of lm-evaluation-harness by name, comma-separated, or local task .yaml files or folders of them."
+    )
     batch_tokens: int = option(8192, "Tokens in a batch.", minimum=1)
     depth: int = option(-1, "Passes after pass 0 for recursive stages; -1 = all.", minimum=-1)
     chat_template: bool = option(True, "Ask through the tokenizer's chat template, if it has one.")
@@ -171,6 +196,23 @@ class CompareSettings(CommonSettings):
     SECTION = "compare"
 
     alpha: float = option(0.05, "Family-wise error rate of the verdicts.", minimum=0, maximum=1)
+    generations: bool = option(False, "Also show what the stages wrote after each prompt, side by side.")
+    gate: tuple[str, ...] = option(
+        (),
+        "Fail (exit code 3) unless this holds of the values shown, noise or not: SIDE > SIDE, or < >= <= ==; a side is "
+        "STAGE.METRIC, NUMBER * STAGE.METRIC or a number; repeat for several.",
+        panel=GATES,
+    )
+    gate_significant: bool = option(
+        False, "A gate also needs the paired test to show the difference, at alpha.", panel=GATES
+    )
+    format: str = option(
+        "auto",
+        "Form of the output; auto = table, or as the suffix of --out says.",
+        panel=OUTPUT,
+        choices=("auto", "table", "json", "csv", "markdown"),
+    )
+    out: str = option("", "Write to this file in place of the screen.", panel=OUTPUT)
 
 
 @dataclass(frozen=True)
@@ -326,7 +368,7 @@ def _convert(kind: Any, value: Any) -> Any:
         if not isinstance(value, str):
             raise TypeError(value)
         return value
-    if isinstance(value, str):
+    if isinstance(value, str):  # from the environment
         return tuple(part.strip() for part in value.split(";") if part.strip())
     if not all(isinstance(part, str) for part in value):
         raise TypeError(value)

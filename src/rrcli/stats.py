@@ -15,6 +15,8 @@ from statistics import NormalDist
 CONFIDENCE = 0.95
 # Up to this many units, a permutation test looks at every flip of signs (2^12 of them).
 ENUMERATED_UNITS = 12
+# Numbers that a bootstrap holds at a time: all draws of thousands of units would take gigabytes.
+BLOCK_NUMBERS = 2**22
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,16 @@ def paired_bootstrap(
     if n < 2 or not difference.any():
         return Estimate(value, -math.inf if n < 2 else 0.0, math.inf if n < 2 else 0.0, 1.0, n)
     random = np.random.default_rng(seed)
-    means = difference[random.integers(0, n, size=(draws, n))].mean(axis=1)
+    rows = max(1, BLOCK_NUMBERS // n)
+    blocks = [(min(rows, draws - done), n) for done in range(0, draws, rows)]
+    means = np.concatenate([difference[random.integers(0, n, size=block)].mean(axis=1) for block in blocks])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     few = n <= ENUMERATED_UNITS
-    signs = np.array(list(itertools.product((1, -1), repeat=n))) if few else random.choice((1, -1), size=(draws, n))
-    extreme = np.abs((signs * difference).mean(axis=1)) >= abs(value) - 1e-12
+    if few:
+        flipped = (np.array(list(itertools.product((1, -1), repeat=n))) * difference).mean(axis=1)
+    else:
+        flipped = np.concatenate([(random.choice((1, -1), size=b) * difference).mean(axis=1) for b in blocks])
+    extreme = np.abs(flipped) >= abs(value) - 1e-12
     p_value = extreme.mean() if few else (extreme.sum() + 1) / (draws + 1)
     return Estimate(value, float(low), float(high), float(p_value), n)
 
@@ -160,3 +167,16 @@ def problems_needed(difference: float, discordant_share: float, alpha: float = 0
     z_alpha, z_beta = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
     root = z_alpha * math.sqrt(share) + z_beta * math.sqrt(max(share - difference**2, 0.0))
     return math.ceil((root / difference) ** 2)
+
+
+def units_needed(estimate: Estimate, alpha: float = 0.05, power: float = 0.8) -> int | None:
+    """Return about how many units like those measured would show a difference of this size, or None.
+
+    The standard error falls with sqrt(n), so a z-test needs n · ((z_a + z_b) / z)² units, where z is the value over its
+    standard error, read off the 95 % interval. None for a difference of zero or an interval that is unknown.
+    """
+    error = (estimate.high - estimate.low) / (2 * normal_quantile())
+    if estimate.value == 0 or not 0 < error < math.inf:
+        return None
+    z_alpha, z_beta = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
+    return math.ceil(estimate.n * ((z_alpha + z_beta) * error / estimate.value) ** 2)

@@ -43,13 +43,21 @@ SMALL_FILES = (
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Publish `value` at `path`: temporary name, fsync, rename. A reader sees the old file or the new one.
+    """Publish `value` at `path` as JSON; see `write_text`.
 
     Raises:
         RRError: the folder cannot be written.
         ValueError: `value` holds a NaN (callers turn it into null with `finite`).
     """
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Publish `text` at `path`: temporary name, fsync, rename. A reader sees the old file or the new one.
+
+    Raises:
+        RRError: the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     make_folder(path.parent)
     try:

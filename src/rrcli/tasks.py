@@ -2,6 +2,7 @@
 
 A task is written `NAME` or `NAME:key=value,key=value`, for example `chain_sum:min_terms=2,max_terms=3`. Options are the
 fields of the generator's own configuration. Problems are split into training and evaluation by `splits.is_held_out`.
+Problems from a file are in `problem_files`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import ast
 import dataclasses
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rrcli.errors import UsageError, suggest
@@ -22,17 +23,29 @@ MAX_DRAWS_PER_PROBLEM = 200
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its expected answer; `entry` is what the generator's scorer wants back."""
+    """One question with its expected answer.
+
+    Attributes:
+        entry: what the generator's scorer wants back. solution: the answer with its working, where the source has it.
+        copy: how many problems before it ask the same question.
+    """
 
     task: str
     question: str
     answer: str
-    entry: dict[str, Any]
+    entry: dict[str, Any] = field(default_factory=dict)
+    solution: str = ""
+    copy: int = 0
 
     @property
     def key(self) -> str:
         """The hash by which the same problem is recognised in another stage's results."""
-        return content_hash(f"{self.task}\n{self.question}")
+        return content_hash(f"{self.task}\n{self.question}" + (f"\n{self.copy}" if self.copy else ""))
+
+    @property
+    def target(self) -> str:
+        """What a model is shown as the answer: in training and in solved examples."""
+        return self.solution or self.answer
 
 
 class Task:
@@ -81,12 +94,20 @@ class Task:
             if is_held_out(entry["question"]) == held_out and isinstance(entry["answer"], str):
                 yield Problem(self.spec, entry["question"], entry["answer"], entry)
 
+    def examples(self, count: int, seed: int) -> list[Problem]:
+        """Return `count` problems to show solved, none of which is evaluated."""
+        return self.problems(count, seed, held_out=False)
+
     def score(self, answer: str, problem: Problem) -> float:
         """Return the generator's own score of `answer`, in [0, 1]; 1 is a correct answer."""
         try:
             return float(self._scorer.score_answer(answer, entry=problem.entry))
         except Exception:  # some scorers parse the answer, and raise on one that cannot be parsed
             return 0.0
+
+    def extract(self, output: str) -> str:
+        """Return the part of an output that is the answer: what stands between answer tags, else all of it."""
+        return tagged(output)
 
     def _create(self, seed: int, size: int) -> Any:
         from reasoning_gym.factory import create_dataset
@@ -115,6 +136,12 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         except (ValueError, SyntaxError):
             options[key.strip()] = value.strip()
     return name.strip(), options
+
+
+def tagged(output: str) -> str:
+    """Return what stands between `<answer>` tags, else the whole output, without space around it."""
+    found = re.search(r"<answer>(.*?)</answer>", output, re.DOTALL)
+    return (found.group(1) if found else output).strip()
 
 
 def _generators() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import sys
@@ -15,10 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rrcli import formats
+
 if TYPE_CHECKING:
+    from rrcli.comparison import Cell, Comparison, Row
     from rrcli.errors import RRError
     from rrcli.services.board import Board
-    from rrcli.services.compare import Cell, Comparison, Row
     from rrcli.services.eval import EvalResult
     from rrcli.services.run import Step
     from rrcli.services.setup import SetupResult
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
 
 # Wide enough for every table where the output is a file or a pipe.
 PIPED_WIDTH = 160
-WIDE = 120
+# Columns that a stage needs for a difference beside its interval, and the names of the metrics.
+STAGE_WIDTH, LABEL_WIDTH = 25, 20
 VERDICT_STYLES = {"better": "green", "worse": "red", "same": "cyan", "not comparable": "yellow"}
 STATUS_STYLES = {"done": "green", "missing": "yellow", "stale": "yellow", "unfinished": "cyan"}
 
@@ -111,9 +115,13 @@ def show_error(error: RRError) -> None:
 
 def show_json(schema: str, value: dict[str, Any]) -> None:
     """Print one JSON object with a `schema` field on stdout."""
+    print(_json(schema, value), end="")
+
+
+def _json(schema: str, value: dict[str, Any]) -> str:
     from rrcli.store import finite
 
-    print(json.dumps({"schema": f"rr.{schema}/1", **finite(value)}, allow_nan=False, default=str))
+    return json.dumps({"schema": f"rr.{schema}/1", **finite(value)}, allow_nan=False, default=str) + "\n"
 
 
 def show_next(what: str, where: Any, command: str) -> None:
@@ -159,7 +167,7 @@ def show_surgery(result: SurgeryResult) -> None:
     values = zip(costs.cache_bytes_per_token, costs.cache_bytes_constant, costs.flops_per_token, strict=True)
     for depth, (growth, constant, flops) in enumerate(values):
         times = f"{flops / costs.flops_per_token[0]:.2f}" if costs.flops_per_token[0] else "-"
-        table.add_row(str(depth), f"{_bytes(growth)}/token", _bytes(constant), _number(flops / 1e6), times)
+        table.add_row(str(depth), f"{_bytes(growth)}/token", _bytes(constant), formats.number(flops / 1e6), times)
     out().print(table)
     out().print(f"[dim]{escape(costs.flops_formula)}. Recurrent and convolution states do not grow.[/dim]")
 
@@ -182,12 +190,12 @@ def show_eval(result: EvalResult) -> None:
         label, unit = (known.label, known.unit) if known else (name.replace("_", " ").capitalize(), "")
         if name.startswith("reasoning_accuracy"):
             label, unit = f"  {name.rpartition('/')[2]}" if "/" in name else label, "%"
+        label = name.removeprefix("harness/") if name.startswith("harness/") else label
         low, high = entry.get("low"), entry.get("high")
-        number = functools.partial(_number, percent=unit == "%")
+        number = functools.partial(formats.number, percent=unit == "%")
         interval = f"{number(low)} to {number(high)}" if low is not None and high is not None else ""
-        table.add_row(
-            label, f"{number(entry['value'])} {unit}".strip(), interval, _number(entry["n"]) if "n" in entry else ""
-        )
+        count = formats.number(entry["n"]) if "n" in entry else ""
+        table.add_row(label, f"{number(entry['value'])} {unit}".strip(), interval, count)
     out().print(table)
     depths = {name: values for name, values in result.results["by_depth"].items() if len(values) > 1}
     if depths:
@@ -196,7 +204,7 @@ def show_eval(result: EvalResult) -> None:
         for depth in range(max(map(len, depths.values()))):
             table.add_column(f"pass {depth}", justify="right")
         for name, values in depths.items():
-            table.add_row(METRICS[name].label, *[_number(entry["value"]) for entry in values])
+            table.add_row(METRICS[name].label, *[formats.number(entry["value"]) for entry in values])
         out().print(table)
 
 
@@ -226,53 +234,57 @@ def show_plan(steps: list[Step]) -> None:
     out().print(table)
 
 
-def show_comparison(comparison: Comparison) -> None:
+def comparison_text(comparison: Comparison, form: str) -> str:
+    """Return a comparison as 'table', 'json', 'csv' or 'markdown', without colour."""
+    if form == "json":
+        return _json("comparison", {key: value for key, value in comparison.to_dict().items() if key != "schema"})
+    if form in ("csv", "markdown"):
+        return formats.csv_text(comparison) if form == "csv" else formats.markdown(comparison)
+    file = io.StringIO()
+    show_comparison(comparison, Console(file=file, width=PIPED_WIDTH, highlight=False, no_color=True))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def show_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print the table, what it means, and what to be careful about."""
-    console = out()
-    wide = console.width >= WIDE
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1) if wide else (0, 0, 0, 1), show_lines=False)
-    table.add_column("Metric")
-    for stage in comparison.stages:
-        table.add_column(stage if wide else stage.replace("_", "_\n"), justify="right", overflow="fold")
+    console = console or out()
+    wide = console.width >= LABEL_WIDTH + STAGE_WIDTH * len(comparison.stages)
+    table = _stage_table("Metric", comparison.stages, wide, justify="right")
     for row in comparison.rows:
-        arrow = {"lower": " ↓", "higher": " ↑"}.get(row.metric.better, "")
-        unit = f", {row.metric.unit}" if row.metric.unit else ""
-        table.add_row(f"{row.metric.label}{unit}{arrow}", *[_cell(cell, row, wide) for cell in row.cells])
+        table.add_row(escape(formats.row_label(row)), *[_cell(cell, row, wide) for cell in row.cells])
+        if row.depths:
+            values = [formats.depth_line(depths, row) for depths in row.depths]
+            table.add_row(formats.depth_label(row), *values, style="dim")
     console.print(table)
-    console.print(
-        f"[dim]Differences are to {escape(comparison.stages[0])}, paired, with 95 % intervals; verdicts hold at "
-        f"{comparison.alpha:g} over the whole table (Holm).[/dim]"
-    )
+    console.print(f"[dim]{escape(formats.note(comparison))}[/dim]")
     for sentence in comparison.sentences:
         console.print(f"- {escape(sentence)}")
     for warning in comparison.warnings:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
+    for gate in comparison.gates:
+        mark = "[green]holds[/green]" if gate.holds else "[red]does not hold[/red]"
+        console.print(f"gate {escape(gate.gate)}: {mark} ({gate.left:.6g} and {gate.right:.6g})")
+    if comparison.generations:
+        table = _stage_table("Prompt", comparison.stages, wide, justify="left", lines=True)
+        for generation in comparison.generations:
+            table.add_row(escape(generation.prompt), *["-" if t is None else escape(t) for t in generation.texts])
+        console.print(table)
+
+
+def _stage_table(first: str, stages: list[str], wide: bool, *, justify: Any, lines: bool = False) -> Table:
+    """Return an empty table with a column for each stage; a narrow one breaks their names at underscores."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1) if wide else (0, 0, 0, 1), show_lines=lines, pad_edge=wide)
+    table.add_column(first, overflow="fold", max_width=None if wide else 14)
+    for stage in stages:
+        table.add_column(escape(stage if wide else stage.replace("_", "_\n")), justify=justify, overflow="fold")
+    return table
 
 
 def _cell(cell: Cell, row: Row, wide: bool) -> str:
-    if cell.value is None:
-        return "[dim]-[/dim]"
-    percent = row.metric.unit == "%"
-    lines = [_number(cell.value, percent=percent)]
-    if cell.low is not None and cell.high is not None and not cell.verdict:
-        interval = ", ".join(_number(bound, percent=percent) for bound in (cell.low, cell.high))
-        lines.append(f"[dim]\\[{interval}][/dim]")
-    if cell.verdict == "same":
-        lines.append("[cyan]same[/cyan]")
-    elif cell.difference is not None:
-        relative = row.name == "perplexity" or row.metric.kind == "cost"
-        percent = percent or relative
-        change = _signed(cell.difference, percent=percent) + (" %" if relative else "")
-        if cell.difference_low is not None and cell.difference_high is not None:
-            bounds = (_signed(bound, percent=percent) for bound in (cell.difference_low, cell.difference_high))
-            interval = f"\\[{', '.join(bounds)}]"
-            change = f"{change} {interval}" if wide else f"{change}\n{interval}"
-        style = VERDICT_STYLES.get(cell.verdict, "dim")
-        lines.append(f"[{style}]{change}[/{style}]")
-        if cell.verdict:
-            lines.append(f"[{style}]{cell.verdict}[/{style}]")
-    elif cell.verdict:
-        lines.append(f"[yellow]{cell.verdict}[/yellow]")
+    value, *interval = formats.value_lines(cell, row, wide=wide)
+    lines = [value if cell.value is not None else f"[dim]{value}[/dim]", *[f"[dim]{escape(x)}[/dim]" for x in interval]]
+    style = VERDICT_STYLES.get(cell.verdict, "dim")
+    lines += [f"[{style}]{escape(x)}[/{style}]" for x in formats.difference_lines(cell, row, wide=wide)]
     return "\n".join(lines)
 
 
@@ -292,18 +304,3 @@ def _bytes(size: int) -> str:
     while value >= 1024 and unit != "GiB":
         value, unit = value / 1024, next(units)
     return f"{size:,} B" if unit == "B" else f"{value:,.2f} {unit}"
-
-
-def _number(value: float | None, *, percent: bool = False) -> str:
-    if value is None:
-        return "-"
-    size = abs(value)
-    if size >= 1000 or isinstance(value, int):
-        return f"{value:,.0f}"
-    if percent or size >= 100:
-        return f"{value:.1f}"
-    return f"{value:.2f}" if size >= 1 else f"{value:.3f}"
-
-
-def _signed(value: float, *, percent: bool = False) -> str:
-    return f"{'+' if value >= 0 else '−'}{_number(abs(value), percent=percent)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 from rrcli import __version__
 from rrcli.data import source_fingerprint, task_specs
 from rrcli.errors import RRError, UsageError, suggest
+from rrcli.harness import task_files as harness_files
 from rrcli.models import ModelSource, base_of, resolve
+from rrcli.problem_files import is_file_task, task_file
+from rrcli.prompts import prompts_file
 from rrcli.settings import STAGES, CommonSettings, EvalSettings, SurgerySettings, TrainSettings
 from rrcli.store import METRICS, checkpoints, combine, read_json, safe_name
 
@@ -126,7 +130,7 @@ def surgery_inputs(settings: SurgerySettings, base_fingerprint: str) -> str:
 # Settings of a training that change where it is written or what is logged, never its weights.
 WEIGHTLESS = (
     *("eval_interval", "eval_samples", "save_interval", "keep", "run_name", "log_dir", "checkpoint_dir", "output_dir"),
-    *("model", "data", "task", "device", "trust_remote_code"),
+    *("model", "data", "text_field", "task", "device", "trust_remote_code"),
 )
 RECURSIVE_ONLY = (
     *("sidecar_lr", "max_steps", "chunk_width", "masked_weight", "halt_weight", "ponder_weight"),
@@ -153,7 +157,8 @@ def train_inputs(
 
 def eval_inputs(settings: EvalSettings, stage: str, model_fingerprint: str, data_fingerprint: str) -> str:
     """Identify an evaluation by the model, the data and every setting that reaches the numbers."""
-    left_out = {"model", "data", "task", "tensorboard", "log_dir", "checkpoint_dir", "output_dir", "trust_remote_code"}
+    left_out = {"model", "data", "text_field", "task", "tensorboard", "trust_remote_code"}
+    left_out |= {"log_dir", "checkpoint_dir", "output_dir"}
     values = {key: value for key, value in asdict(settings).items() if key not in left_out}
     return combine("eval", stage, model_fingerprint, data_fingerprint, values, __version__)
 
@@ -176,8 +181,13 @@ def recorded_inputs(path: Path) -> str | None:
 
 
 def data_identity(settings: CommonSettings, directory: Path) -> str:
-    """Identify the text and the tasks that the settings name."""
-    return combine(source_fingerprint(settings, directory), task_specs(settings))
+    """Identify the text, the tasks and the prompts that the settings name, by the bytes of their files."""
+    files = [task_file(spec, directory) for spec in task_specs(settings) if is_file_task(spec)]
+    if isinstance(settings, EvalSettings):
+        files += [prompts_file(settings.prompts, directory)] if settings.prompts else []
+        files += harness_files(settings.harness, directory)
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return combine(source_fingerprint(settings, directory), task_specs(settings), *([hashes] if hashes else []))
 
 
 def provenance(settings: CommonSettings, directory: Path, device: str, dtype: str) -> dict[str, Any]:
@@ -200,6 +210,23 @@ def provenance(settings: CommonSettings, directory: Path, device: str, dtype: st
         "device": device,
         "dtype": dtype,
         "machine": f"{platform.system()} {platform.machine()}",
+        "hardware": _hardware(device),
         "seed": settings.seed,
         "git_commit": commit or None,
     }
+
+
+def _hardware(device: str) -> str:
+    """Return the name of the GPU or CPU that computed."""
+    import platform
+
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    try:
+        cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # no Linux
+        cpus = []
+    names = (line.partition(":")[2].strip() for line in cpus if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -3,12 +3,18 @@
 Logits of a whole batch are the largest tensor of language modelling (positions x vocabulary). A `Readout` runs the
 backbone once and then the head on chosen rows only. The head is whatever the model itself does after its backbone
 (projection, bias, scaling, soft-cap): the model's own forward is called with a backbone that returns the given rows.
+
+Scoring text goes one of three ways, the first that gives what the model's plain forward gives (`choose_way`):
+
+    tiles   the projection too is replaced, by a tile of itself: logits of 512 rows x 2,048 tokens at a time
+    rows    the head on chosen rows, all of the vocabulary
+    plain   the model's plain forward at every depth, all of the positions
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +25,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from rrcli.errors import RRError
+from rrcli.recursion import tiles
 from rrcli.recursion.engine import Passes
 from rrcli.recursion.families import find_layout
 
 # Logits that exist at a time, in elements: 64 MiB in fp32.
 LOGITS_AT_A_TIME = 2**24
+# Rows and positions of the batch that a way is checked on, against logits of the plain forward.
+CHECKED = (2, 64)
+WAYS = ("tiles", "rows", "plain")
 
 
 @dataclass
@@ -37,6 +47,20 @@ class _Rows(ModelOutput):
             raise AttributeError(name)
 
 
+@dataclass
+class Scores:
+    """What the passes of a batch say about its n scored positions.
+
+    Attributes:
+        losses: `[passes, n]` cross-entropy in nats, fp32. predictions: `[passes, n]` the most likely tokens.
+        states: `[n, hidden]` of every pass, what the boundary head reads; none for a model without recursion.
+    """
+
+    losses: Tensor
+    predictions: Tensor
+    states: list[Tensor]
+
+
 class Readout:
     """The two halves of a causal language model: `passes` (backbone) and `logits` (head).
 
@@ -48,7 +72,9 @@ class Readout:
         self.model = model
         self.recursion = getattr(model, "recursion", None)
         self.backbone = model.get_submodule(find_layout(model)[0].backbone)
-        self.vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.projection = model.get_output_embeddings()
+        self.vocabulary = self.projection.weight.shape[0]
+        self.way = "tiles" if tiles.can_be_tiled(self.projection) else "rows"
 
     def passes(self, input_ids: Tensor, attention_mask: Tensor) -> Passes:
         """Return the hidden states of every pass; a model without recursion has pass 0 only. See `Recursion.passes`."""
@@ -63,6 +89,10 @@ class Readout:
         with self._backbone_returning(rows[None]):
             ids = torch.zeros(1, rows.shape[0], dtype=torch.long, device=rows.device)
             return self.model(input_ids=ids, use_cache=False).logits[0]
+
+    def _logits_by(self, rows: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
+        with _shadowed(self.projection, projection):
+            return self.logits(rows)
 
     def token_losses(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return each row's cross-entropy (nats, fp32) and its most likely token.
@@ -85,40 +115,145 @@ class Readout:
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     @torch.no_grad()
-    def check(self, input_ids: Tensor, attention_mask: Tensor) -> None:
-        """Compare both halves together with the model's plain forward.
+    def score(self, input_ids: Tensor, attention_mask: Tensor, scored: Tensor, targets: Tensor) -> Scores:
+        """Score chosen positions of a batch at every depth up to the current one, the way `way` says.
+
+        Args:
+            input_ids, attention_mask: `[batch, position]`; scored: the same shape, True at n positions.
+            targets: `[n]` the token that follows each of them.
+        """
+        if self.way == "plain":
+            return self._plain(input_ids, attention_mask, scored, targets)
+        passes = self.passes(input_ids, attention_mask)
+        losses, predictions = [], []
+        for hidden in passes.hidden:
+            if self.way == "tiles":
+                loss, prediction = tiles.token_losses(self.projection, self._logits_by, hidden[scored], targets)
+            else:
+                loss, prediction = self.token_losses(hidden[scored], targets)
+            losses.append(loss)
+            predictions.append(prediction)
+        return Scores(torch.stack(losses), torch.stack(predictions), [state[scored] for state in passes.states])
+
+    @torch.no_grad()
+    def choose_way(self, input_ids: Tensor, attention_mask: Tensor) -> str | None:
+        """Choose the first way that agrees with the model's plain forward on a batch, at every depth, up to rounding.
+
+        Of a large batch, its first rows and positions are compared: enough to tell a head that is not what it seems.
+
+        Returns:
+            What to tell the user if a faster way had to be given up.
 
         Raises:
-            RRError: they disagree by more than rounding.
+            RRError: the plain logits are not finite.
         """
-        real = attention_mask.bool()
-        plain = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[real].float()
-        halves = self.logits(self.passes(input_ids, attention_mask).hidden[-1][real]).float()
-        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
-        worst = float((plain - halves).abs().max())
-        if not worst <= tolerance * max(1.0, float(plain.abs().max())):
-            family = self.model.config.model_type
-            reason = "are not finite" if not torch.isfinite(plain).all() else f"differ by {worst:.3g} when taken apart"
-            raise RRError(f"the logits of this '{family}' model {reason}", "The model cannot be measured.")
+        height, width = CHECKED
+        ids, mask = input_ids[:height, :width], attention_mask[:height, :width]
+        first = self.way
+        while self.way != "plain" and not self._agrees(ids, mask):
+            self.way = WAYS[WAYS.index(self.way) + 1]
+        if self.way == first:
+            return None
+        slower = "the head on whole rows" if self.way == "rows" else "its plain forward, in more time and memory"
+        family = self.model.config.model_type
+        return f"the logits of this '{family}' model differ when they are taken apart: it is scored by {slower}"
+
+    def bytes_per_token(self, length: int) -> int:
+        """Estimate what a token of a batch takes while it is scored, in bytes; rows have `length` positions.
+
+        The activations of one layer, the residual stream that each pass leaves behind, a row of the attention mask and,
+        where attention is eager, of the scores; plain logits where nothing else will do. Tiles do not grow with n.
+        """
+        config, size = self.model.config.get_text_config(), self.model.dtype.itemsize
+        hidden = self.model.get_input_embeddings().weight.shape[1]
+        inner = getattr(config, "intermediate_size", None) or 4 * hidden
+        inner = inner if isinstance(inner, int) else max(inner)
+        kept = 0
+        if self.recursion is not None and self.recursion.depth:
+            # The arguments of every layer are noted, and every pass has its state and its readout.
+            kept = len(self.recursion.layers) + 2 * (self.recursion.depth + 1)
+        eager = getattr(config, "_attn_implementation", None) == "eager"
+        scores = 3 * getattr(config, "num_attention_heads", 0) if eager else 1
+        logits = 3 * self.vocabulary if self.way == "plain" else 0
+        return size * (12 * hidden + 4 * inner + kept * hidden + scores * length + logits)
+
+    def _agrees(self, ids: Tensor, mask: Tensor) -> bool:
+        scored = mask.bool()
+        # What follows the last position is not known; any token will do.
+        targets = ids.roll(-1, 1)[scored]
+        try:
+            found = self.score(ids, mask, scored, targets)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a family's forward makes of a head that is not the one it knows
+            return False
+        for depth, (losses, predictions) in enumerate(zip(found.losses, found.predictions, strict=True)):
+            logits = self._plain_logits(ids, mask, depth)[scored].float()
+            normalizer = logits.logsumexp(1)
+            if not torch.isfinite(normalizer).all():
+                family = self.model.config.model_type
+                raise RRError(f"the logits of this '{family}' model are not finite", "The model cannot be measured.")
+            expected = normalizer - logits.gather(1, targets[:, None]).squeeze(1)
+            short = logits.amax(1) - logits.gather(1, predictions[:, None]).squeeze(1)
+            worst = torch.maximum((losses - expected).abs(), short).max()
+            scale = max(1.0, float(normalizer.abs().max()), float(expected.abs().max()))
+            if not float(worst) <= max(1e-4, 4 * torch.finfo(self.model.dtype).eps) * scale:
+                return False
+        return True
+
+    def _plain(self, ids: Tensor, mask: Tensor, scored: Tensor, targets: Tensor) -> Scores:
+        depth = self.recursion.depth if self.recursion is not None else 0
+        states = self.recursion.passes(ids, mask).states if depth else []
+        size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
+        losses, predictions = [], []
+        for k in range(depth + 1):
+            logits = self._plain_logits(ids, mask, k)[scored]
+            parts = [_cross_entropy(*pair) for pair in zip(logits.split(size), targets.split(size), strict=True)]
+            losses.append(torch.cat([loss for loss, _ in parts]))
+            predictions.append(torch.cat([prediction for _, prediction in parts]))
+        return Scores(torch.stack(losses), torch.stack(predictions), [state[scored] for state in states])
+
+    def _plain_logits(self, ids: Tensor, mask: Tensor, depth: int) -> Tensor:
+        with self.recursion.at_depth(depth) if self.recursion is not None else nullcontext():
+            return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
     def _losses(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.logits(rows).float()
-        return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1)
+        return _cross_entropy(self.logits(rows), targets)
 
     @contextmanager
     def _backbone_returning(self, hidden: Tensor) -> Iterator[None]:
-        # An instance attribute shadows the class's forward; accelerate puts one there too, so keep what was there.
-        before = self.backbone.__dict__.get("forward")
         depth = self.recursion.depth if self.recursion is not None else 0
-        self.backbone.forward = lambda *args, **kwargs: _Rows(last_hidden_state=hidden)
         if self.recursion is not None:
             self.recursion.depth = 0
         try:
-            yield
+            with _shadowed(self.backbone, lambda *args, **kwargs: _Rows(last_hidden_state=hidden)):
+                yield
         finally:
             if self.recursion is not None:
                 self.recursion.depth = depth
-            if before is None:
-                del self.backbone.forward
-            else:
-                self.backbone.forward = before
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of `[n, vocabulary]` logits (nats, fp32), and their most likely tokens."""
+    logits = logits.float()
+    if torch.is_grad_enabled():  # fused, and training is not after the sixth digit
+        losses = F.cross_entropy(logits, targets, reduction="none")
+    else:
+        # On a CPU, torch's log_softmax is off by about 1e-5 nats over a vocabulary of 49,152; its logsumexp is not.
+        losses = logits.logsumexp(1) - logits.gather(1, targets[:, None]).squeeze(1)
+    return losses, logits.detach().argmax(-1)
+
+
+@contextmanager
+def _shadowed(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module do something else for a while."""
+    # An instance attribute shadows the class's forward; accelerate puts one there too, so keep what was there.
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

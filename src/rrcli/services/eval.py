@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rrcli.data import held_out_data
+from rrcli.data import EvalData, held_out_data
 from rrcli.errors import RRError, UsageError
-from rrcli.models import ModelSource, load_for
+from rrcli.harness import harness_tasks, load_tasks
+from rrcli.models import ModelSource, base_of, load_for
+from rrcli.problem_files import FileTask, trained_questions
+from rrcli.prompts import read_prompts, stop_strings
 from rrcli.reporting import Reporter
+from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings, SurgerySettings, load
 from rrcli.store import METRICS, SCHEMA, combine, finite, make_folder, read_json, write_json
 from rrcli.workspace import MAKERS, Workspace, check_stage, data_identity, eval_inputs, model_fingerprint, provenance
@@ -54,68 +59,86 @@ def evaluate(
     data = held_out_data(
         settings, directory, settings.problems, settings.max_samples, reasoning=not settings.skip_reasoning
     )
-    if settings.max_samples:
+    data = replace(
+        data,
+        prompts=read_prompts(settings.prompts, directory) if settings.prompts else data.prompts,
+        harness=load_tasks(harness_tasks(settings.harness, directory)),
+    )
+    training = _training(source)
+    _check_problems(data, settings, training, directory, reporter)
+    if data.notice:
+        reporter.note(data.notice)
+    if len(data.documents) < data.held_out:
         reporter.warn(
-            f"only {len(data.documents)} documents are scored (--max-samples): for trying out, not for claims"
+            f"only {len(data.documents):,} of {data.held_out:,} held-out documents are scored (--max-samples, chosen "
+            f"with seed {settings.seed}): for trying out, not for claims"
         )
 
     from rrcli.evaluation import evaluate_model
     from rrcli.tracker import MetricsTracker
 
     loaded, tokenizer = load_for(settings, source, directory)
-    depth = _set_up_recursion(loaded, source, settings, directory, use_recursive)
-    training = _training(source)
+    measuring = _set_up_recursion(loaded, source, settings, directory, use_recursive)
+    recursion = getattr(loaded, "recursion", None)
+    shape = recursion.config.to_dict() if recursion is not None else None
+    device, dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
+    key = combine(inputs, asdict(measuring), shape, device, dtype)
     step = training["steps"] if training else 0
     tracker = MetricsTracker(workspace.log_folder(stage)) if settings.tensorboard else None
-    try:
+    log_file = file.with_name(f"{stage}_samples.jsonl")
+    with SampleLog(log_file, key) as log, closing(tracker) if tracker is not None else nullcontext():
         measured = evaluate_model(
-            loaded, tokenizer, data, tracker, step, stage=stage, settings=depth, reporter=reporter
+            loaded, tokenizer, data, tracker, step, stage=stage, settings=measuring, reporter=reporter, log=log
         )
-    finally:
-        if tracker is not None:
-            tracker.close()
-    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in data.documents]
-    recursion = getattr(loaded, "recursion", None)
-    results = {
-        "schema": SCHEMA,
-        "kind": "evaluation",
-        "stage": stage,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "inputs": inputs,
-        "model": {
-            "source": str(source.path if source.name != "default" else source.name),
-            "fingerprint": source.fingerprint(),
-            "family": loaded.config.model_type,
-            "parameters": sum(p.numel() for p in loaded.parameters()),
-            "tokenizer": combine(sorted(tokenizer.get_vocab().items())),
-            "recursion": recursion.config.to_dict() if recursion is not None else None,
-            "depth": measured["depth"],
-        },
-        "data": {
-            "source": data.source,
-            "fingerprint": combine(tokens, [problem.key for problem in data.problems]),
-            "documents": len(data.documents),
-            "tokens": sum(map(len, tokens)),
-            "tasks": [task.spec for task in data.tasks],
-        },
-        "settings": asdict(settings),
-        "provenance": provenance(settings, directory, str(loaded.device), str(loaded.dtype).removeprefix("torch.")),
-        "training": training,
-        "metrics": measured["metrics"],
-        "by_depth": measured["by_depth"],
-        "records": measured["records"],
-    }
-    if file.exists():
-        shutil.copyfile(file, file.with_suffix(".json.bak"))
-    write_json(file, finite(results))
+        about = {"family": loaded.config.model_type, "parameters": sum(p.numel() for p in loaded.parameters())}
+        if measured["records"].get("generations"):
+            baseline = (loaded, tokenizer) if _is_baseline(loaded, source, workspace) else None
+            del loaded, recursion  # so that the baseline, where it is another model, is in memory alone
+            baseline = baseline or load_for(settings, workspace.stage_model("baseline"), directory)
+            _add_relevance(measured, baseline, reporter)
+            if tracker is not None:
+                tracker.log_scalar(f"evaluation/{stage}/relevance", measured["metrics"]["relevance"]["value"], step)
+        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in data.documents]
+        results = {
+            "schema": SCHEMA,
+            "kind": "evaluation",
+            "stage": stage,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "inputs": inputs,
+            "model": {
+                "source": str(source.path if source.name != "default" else source.name),
+                "fingerprint": source.fingerprint(),
+                **about,
+                "tokenizer": combine(sorted(tokenizer.get_vocab().items())),
+                "recursion": shape,
+                "depth": measured["depth"],
+            },
+            "data": {
+                "source": data.source,
+                "fingerprint": combine(tokens, [problem.key for problem in data.problems]),
+                "documents": len(data.documents),
+                "held_out": data.held_out,
+                "tokens": sum(map(len, tokens)),
+                "tasks": [task.spec for task in data.tasks],
+                "harness": [task.name for task in data.harness],
+            },
+            "settings": asdict(settings),
+            "provenance": provenance(settings, directory, device, dtype),
+            "training": training,
+            "metrics": measured["metrics"],
+            "by_depth": measured["by_depth"],
+            "records": measured["records"],
+        }
+        if file.exists():
+            shutil.copyfile(file, file.with_suffix(".json.bak"))
+        write_json(file, finite(results))
+        log.end()
     return EvalResult(stage, results, file)
 
 
 def _set_up_recursion(
     model: Any, source: ModelSource, settings: EvalSettings, directory: Path, use_recursive: bool | None
 ) -> EvalSettings:
-    from dataclasses import replace
-
     recursion = getattr(model, "recursion", None)
     if use_recursive is False:
         if settings.depth > 0:
@@ -131,6 +154,45 @@ def _set_up_recursion(
         config = RecursionConfig(shape.max_steps, parse_span(shape.span), shape.cell_width or None, shape.chunk_width)
         attach(model, config)
     return settings
+
+
+def _check_problems(
+    data: EvalData, settings: EvalSettings, training: dict[str, Any] | None, directory: Path, reporter: Reporter
+) -> None:
+    """Say how much of each file of problems is evaluated, and refuse what cannot be, before anything is computed."""
+    stop_strings(settings.stop)
+    for task in data.tasks:
+        if settings.num_fewshot > 0:
+            task.examples(settings.num_fewshot, settings.seed)
+        if isinstance(task, FileTask):
+            count = sum(problem.task == task.spec for problem in data.problems)
+            rest = "" if task.whole else "; the rest is for training (FILE.jsonl:held_out=all evaluates all of it)"
+            reporter.note(f"{task.spec}: {count} of its {len(task.all)} problems are evaluated{rest}")
+    seen = trained_questions(training.get("tasks", ()), directory) if training else set()
+    for task in data.tasks:
+        spoiled = [p for p in data.problems if p.task == task.spec and p.question in seen]
+        if spoiled:
+            raise RRError(
+                f"the model was trained on {len(spoiled)} of the problems that task '{task.spec}' would evaluate",
+                "Evaluate the held-out side alone, or name the test set in --task for training too: it is left out.",
+            )
+
+
+def _is_baseline(model: Any, source: ModelSource, workspace: Workspace) -> bool:
+    """Tell whether a model is the experiment's baseline when it is run at depth 0."""
+    lora = getattr(model, "lora", None)
+    same = base_of(source, workspace.directory).fingerprint() == workspace.stage_model("baseline").fingerprint()
+    return same and not (lora is not None and lora.always)
+
+
+def _add_relevance(measured: dict[str, Any], baseline: tuple[Any, Any], reporter: Reporter) -> None:
+    from rrcli.metrics import from_records
+    from rrcli.relevance import relevance
+
+    generations = measured["records"].get("generations", [])
+    for record, value in zip(generations, relevance(*baseline, generations, reporter), strict=True):
+        record["relevance"] = value
+    measured["metrics"] |= from_records({"generations": generations})
 
 
 def _training(source: ModelSource) -> dict[str, Any] | None:

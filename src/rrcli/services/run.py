@@ -9,6 +9,7 @@ from typing import Protocol
 
 from rrcli.reporting import Reporter
 from rrcli.settings import SETTINGS_FILE, CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings
+from rrcli.sources import refuse_stdin
 from rrcli.store import checkpoints, step_of
 from rrcli.workspace import (
     SURGERY_STAGE,
@@ -80,6 +81,7 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
         load: makes the settings of a class, as the command line would.
         new_options: options stand on the command line that `rr.toml` does not hold yet.
     """
+    refuse_stdin(load(CommonSettings).data, "run")
     steps: dict[tuple[str, str], Step] = {}
     needs = NEEDS
     if load(TrainSettings).phase == "b":  # vanilla adapts the layers of surgery's span

@@ -19,6 +19,7 @@ from rrcli.errors import RRError
 from rrcli.models import load_config, load_tokenizer, pick_device
 from rrcli.reporting import Reporter
 from rrcli.settings import SETTINGS_FILE, SetupSettings, load, read_file, write_file
+from rrcli.sources import refuse_stdin
 from rrcli.store import make_folder
 from rrcli.workspace import Workspace
 
@@ -57,6 +58,7 @@ def setup(
         given: the options that stood on the command line; they are written into `rr.toml`.
         overwrite: write a fresh `rr.toml` instead of keeping what an existing one says.
     """
+    refuse_stdin(settings.data, "setup")
     workspace = Workspace(directory, settings)
     for folder in (settings.log_dir, settings.checkpoint_dir, settings.output_dir):
         make_folder(directory / folder)

@@ -21,9 +21,10 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from rrcli.data import EvalData, TrainingData, held_out_data
+from rrcli.data import EvalData, TrainingData, held_out_data, task_specs
 from rrcli.errors import Interrupted, RRError, UsageError, suggest
 from rrcli.models import ModelSource, base_of, load_for, save_folder
+from rrcli.problem_files import FileTask
 from rrcli.reporting import Reporter
 from rrcli.settings import STAGES, EvalSettings, TrainSettings
 from rrcli.store import TRAINER_STATE, checkpoints, make_folder, publish_folder, read_json, step_of, sweep, write_json
@@ -138,6 +139,9 @@ def train(
         add_lora(model, settings.lora_rank, settings.lora_alpha, settings.seed, span)
     if model.config.get_text_config().vocab_size < len(tokenizer):
         raise RRError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+    data = TrainingData(settings, directory, tokenizer)
+    if data.notice:
+        reporter.note(data.notice)
     samples = settings.eval_samples
     evaluation = held_out_data(settings, directory, samples, samples) if settings.eval_interval else None
     run = _Run(
@@ -149,10 +153,14 @@ def train(
         tokenizer,
         start,
         inputs,
-        TrainingData(settings, directory, tokenizer),
+        data,
         evaluation,
         reporter,
     )
+    for task in run.data.tasks:
+        if isinstance(task, FileTask):
+            used = sum(problem.question not in run.data.evaluated for problem in task.side(held_out=False))
+            reporter.note(f"{task.spec}: {used} of its {len(task.all)} problems are trained on, the rest is held out")
     first = step_of(found[-1]) if found else 0
     with MetricsTracker(workspace.log_folder(name), purge_step=first + 1 if first else None) as tracker:
         losses = _loop(run, first, found[-1] if found else None, tracker)
@@ -315,6 +323,7 @@ def _save(run: _Run, optimizer: Any, tracker: Any, step: int) -> None:
         progress = {"step": step, "spent": vars(run.spent), "flops_by_depth": run.flops_by_depth}
         write_json(state / "progress.json", {"schema": 1, **progress})
         training = {"mode": run.mode, "run": run.name, "phase": run.settings.phase, **vars(run.spent)}
+        training["tasks"] = list(task_specs(run.settings)) if run.settings.task_share > 0 else []
         tracker.save_checkpoint_metrics(
             folder, inputs=run.inputs, step=step, steps=run.settings.steps, training=training
         )

@@ -1,0 +1,78 @@
+"""Cross-entropy over tiles of tokens x vocabulary, with an online logsumexp.
+
+No `[n, vocabulary]` tensor ever exists: one buffer holds a tile of logits, and each row keeps a running maximum, the
+sum of exponentials relative to it, the target's logit and the most likely token (Milakov & Gimelshein 2018, Online
+normalizer calculation for softmax). On a CPU a tile stays in the cache, which a stripe of whole rows does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROWS = 512
+COLUMNS = {"cpu": 2048}
+# A GPU has too many units for a small tile; this one takes 32 MiB in fp32.
+COLUMNS_ELSEWHERE = 16384
+
+
+def can_be_tiled(head: Any) -> bool:
+    """Tell whether a head is a plain projection whose weights are there to be cut, and does nothing else."""
+    return type(head) is nn.Linear and head.weight.device.type != "meta"
+
+
+@torch.no_grad()
+def token_losses(
+    head: nn.Linear, logits_by: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor], rows: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return each row's cross-entropy (nats, fp32) and its most likely token, the first one of equals.
+
+    Args:
+        head: the model's output projection, `[vocabulary, hidden]`.
+        logits_by: `logits_by(rows, projection)` is `[n, k]`: what the model makes of `[n, hidden]` rows with
+            `projection`, which gives k logits, in its head's place. So scales and soft-caps are the model's own.
+        rows: `[n, hidden]` readouts; targets: `[n]` token ids.
+    """
+    columns = COLUMNS.get(rows.device.type, COLUMNS_ELSEWHERE)
+    buffer = torch.empty(ROWS * columns, dtype=head.weight.dtype, device=head.weight.device)
+    losses, predictions = [], []
+    for part, target in zip(rows.split(ROWS), targets.split(ROWS), strict=True):
+        # Not -inf: a tile that a model fills with -inf would give -inf - -inf.
+        highest = torch.full((len(part),), torch.finfo(torch.float32).min, device=rows.device)
+        total, chosen = torch.zeros_like(highest), torch.zeros_like(highest)
+        prediction = torch.zeros_like(target)
+        for begin in range(0, len(head.weight), columns):
+            tile = logits_by(part, _Projection(head, begin, columns, buffer)).float()
+            top, where = tile.max(1)
+            # A later tile has to be strictly better, as argmax names the first of equals.
+            prediction = torch.where(top > highest, where + begin, prediction)
+            inside = (target >= begin) & (target < begin + tile.shape[1])
+            column = (target - begin).clamp(0, tile.shape[1] - 1)[:, None]
+            chosen = torch.where(inside, tile.gather(1, column).squeeze(1), chosen)
+            new = torch.maximum(highest, top)
+            total = total * (highest - new).exp() + tile.sub_(new[:, None]).exp_().sum(1)
+            highest = new
+        losses.append(highest - chosen + total.log())
+        predictions.append(prediction)
+    return torch.cat(losses), torch.cat(predictions)
+
+
+class _Projection:
+    """A head cut down to `columns` tokens from `begin` on; writes into the front of `buffer`."""
+
+    def __init__(self, head: nn.Linear, begin: int, columns: int, buffer: Tensor) -> None:
+        self.weight = head.weight[begin : begin + columns]
+        self.bias = None if head.bias is None else head.bias[begin : begin + columns]
+        self.buffer = buffer
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        rows = hidden.flatten(0, -2)
+        out = self.buffer[: len(rows) * len(self.weight)].view(len(rows), len(self.weight))
+        if self.bias is None:
+            torch.mm(rows, self.weight.T, out=out)
+        else:
+            torch.addmm(self.bias, rows, self.weight.T, out=out)
+        return out.view(*hidden.shape[:-1], -1)
