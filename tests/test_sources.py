@@ -83,11 +83,11 @@ def test_the_embedded_text_is_there() -> None:
         ("data.txt", "\n\n  \n", "is empty"),
         ("data.jsonl", "", "is empty"),
         ("data.jsonl", '{"text": "  "}\n', "is empty"),
-        ("data.txt", b"one\ntwo\nthr\xe9e\n", r"data\.txt is not UTF-8: byte 0xe9 in line 3"),
+        ("data.txt", b"one\ntwo\nthr\xe9e\n", r"data\.txt, line 3: byte 0xe9 is not UTF-8"),
         ("data.jsonl", '{"text": "one"}\n\n{"text": \n', r"data\.jsonl, line 3: no JSON"),
         ("data.jsonl", '{"text": "one"}\n{"txt": "two"}\n', r"data\.jsonl, line 2: no object with a 'text'"),
         ("data.jsonl", '{"text": 3}\n', r"data\.jsonl, line 1: no object with a 'text'"),
-        ("data.jsonl", '["text"]\n', r"data\.jsonl, line 1: no object with a 'text'"),
+        ("data.jsonl", '["text"]\n', r"data\.jsonl, line 1: no JSON object"),
     ],
 )
 def test_broken_data_is_named_by_file_and_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -181,7 +181,7 @@ def test_csv_holds_quoted_commas_line_breaks_and_quotes(tmp_path: Path) -> None:
         ("id,text\n1,one\n2\n", r"line 3: 1 columns, the header has 2"),
         ('id,text\n1,one\n2,"two\nthree\n4,four\n', r"the record that begins in line 3 is torn"),
         ('id,text\n1,"one\ntwo"\n2,"two" three\n', r"the record that begins in line 4 is torn"),
-        (b"text\none\ntw\xf6\n", r"a\.csv is not UTF-8: byte 0xf6 in line 3"),
+        (b"text\none\ntw\xf6\n", r"a\.csv, line 3: byte 0xf6 is not UTF-8"),
     ],
 )
 def test_broken_csv_is_named_by_its_line(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -340,7 +340,7 @@ def test_standard_input_is_text_or_json_lines(stdin: Any, content: str, document
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"a\n\xff", "standard input is not UTF-8: byte 0xff in line 2"),
+        (b"a\n\xff", "standard input, line 2: byte 0xff is not UTF-8"),
         (b'{"text": "one"}\n{"txt": "two"}', "standard input, line 2"),
     ],
 )

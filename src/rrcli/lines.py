@@ -1,47 +1,62 @@
-"""Files that are read line by line: each line comes with its place, so that an error can name it."""
+"""Text that is read line by line, as a stream: each line comes with its place, so that an error can name it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError
 
 
-def text_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) for each line that is not blank; the place is 'FILE, line N'.
+def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
+    """Yield lines with their ends. Cut at line feeds only: JSON strings and CSV fields may hold other separators.
 
     Raises:
-        RRError: it cannot be read, or is not UTF-8; names the line.
+        RRError: a line is not UTF-8; names it.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise RRError(f"cannot read {path}: {error.strerror}") from error
-    # Not splitlines: it also cuts at separators that JSON strings may hold.
-    for line, content in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        place = f"{path}, line {line}"
+    for number, line in enumerate(lines, start=1):
         try:
-            text = content.decode("utf-8").removesuffix("\r")
+            text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise RRError(f"{place}: byte {content[error.start]:#04x} is not UTF-8", "Convert it to UTF-8.") from error
-        if text.strip():
-            yield place, text
+            raise RRError(
+                f"{name}, line {number}: byte {line[error.start]:#04x} is not UTF-8", "Convert it to UTF-8."
+            ) from error
+        yield text.removeprefix("\ufeff") if number == 1 else text
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def placed(lines: Iterable[str], name: str) -> Iterator[tuple[str, str]]:
+    """Yield (place, text) for each line that is not blank; the place is 'NAME, line N', the text is without its end."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield f"{name}, line {number}", line.removesuffix("\n").removesuffix("\r")
+
+
+def json_objects(lines: Iterable[str], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, object) for each line that is not blank.
 
     Raises:
-        RRError: it cannot be read, is not UTF-8, or a line is no JSON object; names the line.
+        RRError: a line is no JSON object; names it.
     """
-    for place, text in text_lines(path):
+    for place, text in placed(lines, name):
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RRError(f"{place}: no JSON ({error})", "Each line is one JSON object.") from error
         if not isinstance(value, dict):
             raise RRError(f"{place}: no JSON object", "Each line is one JSON object.")
         yield place, value
+
+
+def file_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file with their ends.
+
+    Raises:
+        RRError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            yield from decoded_lines(file, str(path))
+    except OSError as error:
+        raise RRError(f"cannot read {path}: {error.strerror}") from error

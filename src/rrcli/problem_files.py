@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 
 from rrcli.errors import RRError, UsageError, suggest
-from rrcli.lines import json_lines
+from rrcli.lines import file_lines, json_objects
 from rrcli.splits import is_held_out
 from rrcli.tasks import Problem, Task, parse_spec, tagged
 
@@ -158,7 +158,7 @@ def read_problems(path: Path, task: str) -> list[Problem]:
         RRError: not UTF-8, empty, or a line that is no problem; names the line.
     """
     problems, seen = [], Counter[str]()
-    for place, value in json_lines(path):
+    for place, value in json_objects(file_lines(path), str(path)):
         question = value.get("question")
         if not isinstance(question, str) or not question.strip():
             raise RRError(f"{place}: no 'question'", LINE_HINT)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rrcli.errors import RRError, UsageError
-from rrcli.lines import json_lines, text_lines
+from rrcli.lines import file_lines, json_objects, placed
 
 
 def stop_strings(typed: Sequence[str]) -> list[str]:
@@ -43,10 +43,10 @@ def read_prompts(spec: str, directory: Path) -> tuple[str, ...]:
     """
     path = prompts_file(spec, directory)
     if path.suffix == ".txt":
-        prompts = [text for _, text in text_lines(path)]
+        prompts = [text for _, text in placed(file_lines(path), str(path))]
     else:
         prompts = []
-        for place, value in json_lines(path):
+        for place, value in json_objects(file_lines(path), str(path)):
             prompt = value.get("prompt")
             if not isinstance(prompt, str) or not prompt.strip():
                 raise RRError(f"{place}: no 'prompt'", 'Write {"prompt": "..."} on each line.')

@@ -13,20 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError, UsageError
+from rrcli.lines import json_objects
 
 HUB = "hf://"
 PARQUET_ROWS = 1024
-
-
-def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
-    """Yield lines with their ends. Cut at line feeds only: JSON strings and CSV fields may hold other separators."""
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield line.decode("utf-8").removeprefix("\ufeff") if number == 1 else line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise RRError(
-                f"{name} is not UTF-8: byte {line[error.start]:#04x} in line {number}", "Convert it to UTF-8."
-            ) from error
 
 
 def paragraphs(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
@@ -45,16 +35,7 @@ def paragraphs(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
 
 def json_lines(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
     """Yield the field of the object on each line."""
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{name}, line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RRError(f"{place}: no JSON ({error})", "Each line is one JSON object.") from error
-        if not isinstance(value, dict):
-            raise RRError(f"{place}: no object with a '{field}'", f'Write {{"{field}": "..."}} on each line.')
+    for place, value in json_objects(lines, name):
         if field not in value:
             texts = [key for key, entry in value.items() if isinstance(entry, str)]
             raise RRError(f"{place}: no object with a '{field}' (it has {_listed(value)})", _other(texts))

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from rrcli import demo, readers
 from rrcli.errors import RRError, UsageError
+from rrcli.lines import decoded_lines, file_lines
 from rrcli.store import combine
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
@@ -130,7 +131,7 @@ def _texts(spec: str, directory: Path, field: str) -> Iterator[str]:
         name, lines = "standard input", functools.partial(io.BytesIO, _stdin())
         first = next((line for line in lines() if line.strip()), b"")
         read = readers.json_lines if readers.is_json_object(first) else readers.paragraphs
-        yield from read(readers.decoded_lines(lines(), name), name, field)
+        yield from read(decoded_lines(lines(), name), name, field)
     else:
         for path in source_files(spec, directory):
             yield from _file(path, field)
@@ -141,11 +142,7 @@ def _file(path: Path, field: str) -> Iterator[str]:
         yield from readers.parquet_rows(path, field)
         return
     read = {".jsonl": readers.json_lines, ".csv": readers.csv_rows}.get(path.suffix, readers.paragraphs)
-    try:
-        with path.open("rb") as file:
-            yield from read(readers.decoded_lines(file, str(path)), str(path), field)
-    except OSError as error:
-        raise RRError(f"cannot read {path}: {error.strerror}") from error
+    yield from read(file_lines(path), str(path), field)
 
 
 @functools.cache
