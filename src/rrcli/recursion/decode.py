@@ -61,13 +61,15 @@ class ChunkedDecoding:
 
     Args:
         width: tokens drafted at a time; the recursion's `chunk_width` if not given.
-        boundary: end a draft where the boundary head's probability of committing is below this; None = never.
+        boundary: end a draft where the boundary head's probability of committing is below this; None = never. A batch
+            drafts on until every row has come to such a place.
+        streamer: gets prompt and tokens as they are committed. To be given here: `generate` does not hand its own on.
     """
 
-    def __init__(self, width: int | None = None, boundary: float | None = None) -> None:
+    def __init__(self, width: int | None = None, boundary: float | None = None, streamer: Any = None) -> None:
         if width is not None and width < 1:
             raise UsageError(f"the chunk width is {width}", "It must be at least 1.")
-        self.width, self.boundary = width, boundary
+        self.width, self.boundary, self.streamer = width, boundary, streamer
         self.totals = ChunkTotals()
         self.traces: list[Trace] = []
 
@@ -80,7 +82,6 @@ class ChunkedDecoding:
         stopping_criteria: Any,
         generation_config: Any,
         synced_gpus: bool = False,
-        streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         """Return `[batch, position]` prompts and new tokens, padded on the right, in the form `generate` was asked for.
@@ -91,15 +92,17 @@ class ChunkedDecoding:
         if generation_config.num_beams > 1:
             raise UsageError("chunked decoding cannot search beams", "Leave num_beams or custom_generate out.")
         cache = model_kwargs.get(caches.argument_of(model))
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
         obstacle = _obstacle(model, cache, model_kwargs.get("attention_mask"))
         self.traces = [Trace() for _ in input_ids]
         if obstacle:
             log.warning("decoding token by token: %s", obstacle)
             return model._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config,
-                synced_gpus=synced_gpus, streamer=streamer, **model_kwargs,
+                synced_gpus=synced_gpus, streamer=self.streamer, **model_kwargs,
             )  # fmt: skip
-        rows = _Rows(model, input_ids, model_kwargs.get("attention_mask"), cache, stopping_criteria, streamer)
+        rows = _Rows(model, input_ids, model_kwargs.get("attention_mask"), cache, stopping_criteria, self.streamer)
         chooser = _Chooser(rows, logits_processor, sample=bool(generation_config.do_sample))
         first = chooser.choose(chooser.scores(rows.prefill()[:, -1:]))
         self._note(rows, first, first)
@@ -109,8 +112,10 @@ class ChunkedDecoding:
         width = self.width or model.recursion.config.chunk_width
         while rows.active:
             self._chunk(rows, chooser, min(width, rows.room(stopping_criteria.max_length, width)))
-        if streamer is not None:
-            streamer.end()
+        if self.streamer is not None:
+            self.streamer.end()
+        for trace, new in zip(self.traces, rows.new, strict=True):
+            del trace.passes[len(new) :], trace.changed[len(new) :]
         sequences = rows.sequences(generation_config._pad_token_tensor)
         if generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
@@ -307,12 +312,27 @@ class _Chooser:
         if not self.processors:
             return scores
         known = [[]] * len(scores) if draft is None else draft.tolist()
-        for index, row in enumerate(self.rows.active):
-            for position in range(scores.shape[1]):
-                before = known[index] if last_only else known[index][:position]
-                text = self.rows.sequence(row, *before)
-                scores[index, position] = self.processors(text, scores[index : index + 1, position].clone())[0]
+        for position in range(scores.shape[1]):
+            texts = [
+                self.rows.sequence(row, *(known[index] if last_only else known[index][:position]))
+                for index, row in enumerate(self.rows.active)
+            ]
+            scores[:, position] = self._processed(texts, scores[:, position])
         return scores
+
+    def _processed(self, texts: list[Tensor], scores: Tensor) -> Tensor:
+        """Return `[row, vocabulary]` scores behind the processors, which see every row where the batch had it."""
+        places, result = torch.tensor(self.rows.active, device=scores.device), scores.clone()
+        batch = len(self.rows.prompts)
+        # Some processors know each row of the batch: those of one length go together, the others stand aside.
+        for length in {text.shape[1] for text in texts}:
+            chosen = [index for index, text in enumerate(texts) if text.shape[1] == length]
+            ids = texts[chosen[0]].expand(batch, -1).clone()
+            ids[places[chosen]] = torch.cat([texts[index] for index in chosen])
+            full = scores.new_zeros(batch, scores.shape[1])
+            full[places[chosen]] = scores[chosen]
+            result[chosen] = self.processors(ids, full)[places[chosen]]
+        return result
 
     def choose(self, scores: Tensor) -> Tensor:
         """Return `[row, 1]` tokens from `[row, 1, vocabulary]` scores."""
