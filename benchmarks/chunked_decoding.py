@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import rrcli
-from rrcli.recursion.decode import ChunkedDecoding
+from rrcli.recursion.chunked import ChunkedDecoding
 
 SEQUENTIAL, STOCK = {2: 2.2}, {1: 1.3, 2: 1.45}
 PROMPT = (

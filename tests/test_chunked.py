@@ -9,9 +9,9 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, T
 from transformers.cache_utils import StaticCache
 
 from families import build, tokens, wake
-from rrcli import RecursionConfig, attach
+from rrcli import ChunkedDecoding, RecursionConfig, attach
 from rrcli.errors import UsageError
-from rrcli.recursion.decode import ChunkedDecoding, continues_in_blocks
+from rrcli.recursion.chunked import continues_in_blocks
 
 # Dense, grouped and biased attention, sliding windows, latent attention, mixtures, convolutions, recurrent states.
 FAMILIES = (
