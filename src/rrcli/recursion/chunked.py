@@ -149,20 +149,22 @@ class ChunkedDecoding:
         rows.commit(new, dropped)
 
     def _draft(self, rows: _Rows, chooser: _Chooser, width: int) -> tuple[Tensor, list[Tensor]]:
-        """Return `[row, position]` drafted tokens and the `[row, 1, vocabulary]` scores that each was chosen from."""
+        """Return `[row, position]` drafted tokens and, when sampling, the `[row, 1, vocabulary]` scores of each."""
         recursion = rows.model.recursion
-        draft, scores = rows.tokens[:, :0], []
+        draft, drawn_from = rows.tokens[:, :0], []
         ended = torch.zeros(len(rows.active), dtype=torch.bool, device=draft.device)
         while draft.shape[1] < width and not bool(ended.all()):
             token = torch.cat([rows.tokens[:, -1:], draft], 1)[:, -1:]
             with recursion.recording(draft=True) as states:
                 logits = rows.forward(token, behind=draft.shape[1])
-            scores.append(chooser.scores(logits, draft, last_only=True))
-            draft = torch.cat([draft, chooser.choose(scores[-1])], 1)
+            scores = chooser.scores(logits, draft, last_only=True)
+            if chooser.sample:
+                drawn_from.append(scores)
+            draft = torch.cat([draft, chooser.choose(scores)], 1)
             ended |= rows.ended(draft)
             if self.boundary is not None:
                 ended |= recursion.head(states[-1][:, -1]).sigmoid().to(ended.device) < self.boundary
-        return draft, scores
+        return draft, drawn_from
 
     def _count(self, rows: _Rows, draft: Tensor, accepted: Tensor, counts: Tensor) -> None:
         depth, width = rows.model.recursion.depth, draft.shape[1]
