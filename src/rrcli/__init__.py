@@ -13,11 +13,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from rrcli.evaluation import evaluate_model
     from rrcli.models import load
+    from rrcli.recursion.chunked import ChunkedDecoding
     from rrcli.recursion.config import RecursionConfig
     from rrcli.recursion.engine import Recursion, attach
     from rrcli.tracker import MetricsTracker
 
 _HOMES = {
+    "ChunkedDecoding": "rrcli.recursion.chunked",
     "MetricsTracker": "rrcli.tracker",
     "Recursion": "rrcli.recursion.engine",
     "RecursionConfig": "rrcli.recursion.config",
@@ -26,7 +28,7 @@ _HOMES = {
     "load": "rrcli.models",
 }
 
-__all__ = ["MetricsTracker", "Recursion", "RecursionConfig", "attach", "evaluate_model", "load"]
+__all__ = ["ChunkedDecoding", "MetricsTracker", "Recursion", "RecursionConfig", "attach", "evaluate_model", "load"]
 
 
 def __getattr__(name: str) -> Any:

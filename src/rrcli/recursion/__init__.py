@@ -3,5 +3,7 @@
 config    what a recursion is (no torch)        cell      the modules that it adds
 families  where each architecture keeps things  caches    every pass has its own cache
 engine    `attach` and the passes themselves    losses    what training minimises
-lora      adapters for the passes (peft)
+chunked   decoding: draft, refine, commit       chunks    its metrics, from teacher-forced passes
+readout   from hidden states to logits          lora      adapters for the passes (peft)
+proof     what unknown families have to show
 """

@@ -13,7 +13,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from rrcli.errors import RRError
 
@@ -26,6 +26,12 @@ MUTATORS = (
     "reset",
     "activate_past_recording",
 )
+# Layers whose rows `align` can move, and where their positions are: attribute -> axis.
+ALIGNED: dict[type, dict[str, int]] = {
+    DynamicLayer: {"keys": 2, "values": 2},
+    DynamicSlidingWindowLayer: {"keys": 2, "values": 2},
+    LinearAttentionLayer: {"conv_states": 2},
+}
 
 
 def is_cache(value: object) -> bool:
@@ -118,6 +124,88 @@ def prepare(cache: Any, depth: int, full: bool = True, start: int = 0) -> None:
         del passes[depth:]
     else:
         passes.extend(_blank(cache) for _ in range(depth - have))
+
+
+class Snapshot:
+    """What a cache of transformers and the caches of its passes held at one moment; the past it shares is not copied.
+
+    Attention layers grow by making new tensors, so theirs are kept as they are; recurrent and convolution states are
+    written in place, so those are copied (they do not grow).
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._kept = [[_kept(layer) for layer in part.layers] for part in (cache, *getattr(cache, "rr_passes", ()))]
+
+    def restore(self, cache: Any, *, draft: bool = False) -> None:
+        """Put `cache` back; with `draft`, pass 0 alone, which is what drafting moves on."""
+        parts = [cache, *getattr(cache, "rr_passes", ())]
+        for part, kept in zip(parts[:1] if draft else parts, self._kept, strict=False):
+            for layer, values in zip(part.layers, kept, strict=True):
+                layer.__dict__ = _copies(values)
+
+
+def _kept(layer: Any) -> dict[str, Any]:
+    return _copies(vars(layer))
+
+
+def _copies(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
+        for name, value in values.items()
+    }
+
+
+def forget_draft(cache: Any, tokens: int) -> None:
+    """Take the last `tokens` positions out of pass 0; the other passes have not seen them."""
+    passes, cache.rr_passes = cache.rr_passes, []
+    try:
+        cache.crop(-tokens)
+    finally:
+        cache.rr_passes = passes
+
+
+def is_alignable(cache: Any) -> bool:
+    """Tell whether `align` knows every layer of `cache`."""
+    return all(type(layer) in ALIGNED for layer in cache.layers)
+
+
+def align(cache: Any, drop: torch.Tensor, length: int) -> None:
+    """Give every row its own end: take `drop[row]` last positions out, and move what is left to the right.
+
+    Rows that keep fewer positions than others get room on the left, which the attention mask has to hide.
+
+    Args:
+        drop: `[batch]` positions to forget. length: positions that the cache holds afterwards.
+    """
+    for part in (cache, *getattr(cache, "rr_passes", ())):
+        for layer in part.layers:
+            if _is_blank(layer):
+                continue
+            for name, axis in ALIGNED[type(layer)].items():
+                value = getattr(layer, name)
+                if isinstance(value, dict):
+                    for key, state in value.items():
+                        value[key] = moved(state, drop, layer.conv_kernel_size[key], axis)
+                else:
+                    setattr(layer, name, moved(value, drop, min(length, _window(layer) or length), axis))
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = length
+
+
+def _window(layer: Any) -> int | None:
+    return layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) else None
+
+
+def moved(value: torch.Tensor, drop: torch.Tensor, length: int, axis: int) -> torch.Tensor:
+    """Return `[batch, ..., length, ...]`: position e from the end is what was `e + drop[row]` from the end."""
+    size = value.shape[axis]
+    index = torch.arange(size - length, size, device=value.device)[None] - drop.to(value.device)[:, None]
+    shape = [1] * value.dim()
+    shape[0], shape[axis] = index.shape
+    index = index.clamp_min(0).view(shape).expand(*value.shape[:axis], length, *value.shape[axis:][1:])
+    return value.gather(axis, index)
 
 
 def of_pass(cache: Any, step: int) -> Any:

@@ -39,9 +39,15 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class _Frame:
-    """One forward under way: its depth, how each layer was called, and what is being recorded."""
+    """One forward under way: its depth, how each layer was called, and what is being recorded.
+
+    Attributes:
+        draft: run pass 0 alone and leave the caches of the other passes as they are: they catch up in a later forward
+            over the same tokens.
+    """
 
     depth: int
+    draft: bool = False
     calls: dict[int, Call] = field(default_factory=dict)
     states: list[Tensor] | None = None
     feedback: list[Tensor] = field(default_factory=list)
@@ -117,6 +123,17 @@ class Recursion(nn.Module):
         finally:
             self.depth = before
 
+    @contextmanager
+    def recording(self, *, draft: bool = False) -> Iterator[list[Tensor]]:
+        """Collect the span's output of every pass of the forwards inside: h(0), h(1), ... of one after the other.
+
+        Args:
+            draft: run pass 0 alone, also behind a cache that holds deeper passes; theirs stay as they are.
+        """
+        frame = _Frame(0 if draft else self._depth, draft, states=[])
+        with self._forced(frame):
+            yield frame.states
+
     def detach(self) -> None:
         """Take every hook off, and the adapters of the passes; the model is the stock model again."""
         for hook in self._hooks:
@@ -174,6 +191,8 @@ class Recursion(nn.Module):
             self._frame = None
 
     def _prepare_caches(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._frame is not None and self._frame.draft:
+            return
         depth = self._frame.depth if self._frame else 0
         for value in (*args, *kwargs.values()):
             # `prepare` is not compiled: call it where a generation begins, not for every token.

