@@ -74,6 +74,9 @@ SURFACE = {
     "compare": COMMON
     | {"--alpha", "--generations", "--no-generations", "--gate", "--gate-significant", "--no-gate-significant"}
     | {"--format", "--out", "--json"},
+    "generate": COMMON
+    | {"--stage", "--trace", "--json", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--depth"}
+    | {"--chunk-width"},
     "board": COMMON | {"--json", "--port", "--host", "--reload-interval"},
     "run": COMMON | {"--dry-run", "--json"},
 }
@@ -96,9 +99,9 @@ def test_the_options_are_these(name: str) -> None:
     assert len(options) == len(set(options))
 
 
-def test_compare_takes_stages_by_position() -> None:
+def test_compare_takes_stages_and_generate_a_prompt_by_position() -> None:
     arguments = [p.name for c in commands().values() for p in c.params if p.param_type_name == "argument"]
-    assert arguments == ["stages"]
+    assert arguments == ["stages", "prompt"]
 
 
 @pytest.mark.parametrize("name", SURFACE)

@@ -276,6 +276,28 @@ def compare(
     _show_comparison(service.compare(loaded, stages or [], ctx.directory), loaded, ctx.directory, json)
 
 
+@_command(settings.GenerateSettings, LOOK)
+def generate(
+    ctx: Context,
+    prompt: Annotated[str, typer.Argument(help="Text to go on with; - reads standard input.")],
+    stage: Annotated[str | None, typer.Option("--stage", help=f"{STAGE_HELP} \\[default: the last one made]")] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Colour tokens by their passes; underline what a refine pass changed.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Go on with a prompt; with recursion by drafting, refining and committing chunks."""
+    from rrcli.services import generate as service
+
+    text = typer.get_text_stream("stdin").read().rstrip("\n") if prompt == "-" else prompt
+    emit = (lambda piece: None) if json else ui.PieceWriter(text, trace=trace)
+    result = service.generate(ctx.load(settings.GenerateSettings), text, ctx.directory, emit, stage=stage)
+    if json:
+        ui.show_json("generation", result.to_dict())
+        return
+    ui.show_generation(result, trace=trace)
+
+
 @_command(settings.BoardSettings, LOOK)
 def board(ctx: Context, json: Json = False) -> None:
     """Open TensorBoard on the logs."""

@@ -190,6 +190,20 @@ class EvalSettings(CommonSettings):
 
 
 @dataclass(frozen=True)
+class GenerateSettings(CommonSettings):
+    """Section `[generate]`."""
+
+    SECTION = "generate"
+
+    max_new_tokens: int = option(128, "Longest continuation, in tokens.", minimum=1)
+    temperature: float = option(0.0, "Sample at this temperature; 0 = always the most likely token.", minimum=0)
+    top_p: float = option(1.0, "Sample from the likeliest tokens that hold this share.", minimum=0, maximum=1)
+    top_k: int = option(0, "Sample from this many of the likeliest tokens; 0 = all.", minimum=0)
+    depth: int = option(-1, "Passes after pass 0 for recursive stages; -1 = all.", minimum=-1)
+    chunk_width: int = option(0, "Tokens drafted and refined together; 0 = as surgery set it.", minimum=0)
+
+
+@dataclass(frozen=True)
 class CompareSettings(CommonSettings):
     """Section `[compare]`."""
 
@@ -231,6 +245,7 @@ SECTIONS: tuple[type[CommonSettings], ...] = (
     SurgerySettings,
     TrainSettings,
     EvalSettings,
+    GenerateSettings,
     CompareSettings,
     BoardSettings,
 )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rrcli.errors import RRError
     from rrcli.services.board import Board
     from rrcli.services.eval import EvalResult
+    from rrcli.services.generate import GenerateResult, Piece
     from rrcli.services.run import Step
     from rrcli.services.setup import SetupResult
     from rrcli.services.surgery import SurgeryResult
@@ -33,6 +34,8 @@ PIPED_WIDTH = 160
 # Columns that a stage needs for a difference beside its interval, and the names of the metrics.
 STAGE_WIDTH, LABEL_WIDTH = 25, 20
 VERDICT_STYLES = {"better": "green", "worse": "red", "same": "cyan", "not comparable": "yellow"}
+# The colour of a token by the passes that it took after pass 0.
+PASS_STYLES = ("", "cyan", "magenta", "yellow", "green", "blue", "red")
 STATUS_STYLES = {"done": "green", "missing": "yellow", "stale": "yellow", "unfinished": "cyan"}
 
 
@@ -215,6 +218,42 @@ def show_train(result: TrainResult) -> None:
     rows = {"Run": result.run, "Steps": f"{result.steps:,}", "Training tokens": f"{result.tokens:,}"}
     rows["Training time"] = f"{result.seconds:.1f} s"
     _show_pairs(rows | {f"Last {name}": f"{value:.4f}" for name, value in result.losses.items()})
+
+
+class PieceWriter:
+    """Writes a text as it is generated: the prompt dim, then each piece; plain where stdout is no terminal."""
+
+    def __init__(self, prompt: str, *, trace: bool) -> None:
+        self.console, self.prompt, self.trace = out(), prompt, trace
+
+    def __call__(self, piece: Piece) -> None:
+        """Write a piece, behind the prompt if it is the first."""
+        if self.prompt:
+            self._write(self.prompt, "dim")
+            self.prompt = ""
+        style = PASS_STYLES[min(piece.passes, len(PASS_STYLES) - 1)] + (" underline" if piece.changed else "")
+        self._write(piece.text, style if self.trace else "")
+
+    def _write(self, text: str, style: str) -> None:
+        from rich.text import Text
+
+        self.console.print(Text(text, style=style), end="", soft_wrap=True)
+        self.console.file.flush()
+
+
+def show_generation(result: GenerateResult, *, trace: bool) -> None:
+    """End the text; with a trace, say in one line how it came about."""
+    out().print()
+    if not trace:
+        return
+    tokens = len(result.pieces)
+    parts = [f"{result.stage}, depth {result.depth}", f"{tokens} tokens in {result.seconds:.1f} s"]
+    if result.metrics:
+        changed = sum(piece.changed for piece in result.pieces)
+        parts.append(f"{result.metrics['avg_chunk_length']:.1f} committed per chunk")
+        parts.append(f"{100 * result.metrics['commit_rate']:.0f} % of drafts whole")
+        parts.append(f"{changed} changed by refining (underlined)")
+    err().print(f"[dim]{escape('; '.join(parts))}[/dim]", soft_wrap=True)
 
 
 def show_board(board: Board) -> None:

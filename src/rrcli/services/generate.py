@@ -1,0 +1,170 @@
+"""`rr generate`: let the model of a stage go on with a prompt, and show how each token came about."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rrcli.errors import RRError, UsageError
+from rrcli.models import load_for
+from rrcli.settings import STAGES, GenerateSettings
+from rrcli.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A committed token: its text, the passes after pass 0 behind it, and whether they replaced pass 0's token."""
+
+    text: str
+    passes: int = 0
+    changed: bool = False
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What was written, and how.
+
+    Attributes:
+        seconds: wall time, prompt included. metrics: the chunk metrics; empty without recursion.
+    """
+
+    stage: str
+    prompt: str
+    pieces: list[Piece]
+    depth: int
+    seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The continuation, without the prompt."""
+        return "".join(piece.text for piece in self.pieces)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {"text": self.text, **asdict(self)}
+
+
+def generate(
+    settings: GenerateSettings, prompt: str, directory: Path, emit: Callable[[Piece], None], *, stage: str | None = None
+) -> GenerateResult:
+    """Continue a prompt with the model of a stage, by default the last stage that has one.
+
+    Args:
+        emit: gets each piece as soon as it is committed.
+
+    Raises:
+        UsageError: an empty prompt, or a depth that the model does not have. RRError: the stage has no model yet.
+    """
+    if not prompt.strip():
+        raise UsageError("the prompt is empty", "Give some text to go on with.")
+    workspace = Workspace(directory, settings)
+    stage = stage or _last_stage(workspace)
+    source = workspace.stage_model(stage)
+
+    import torch
+
+    from rrcli.batching import context_length
+    from rrcli.data import encode_prompt
+
+    model, tokenizer = load_for(settings, source, directory)
+    recursion = getattr(model, "recursion", None)
+    depth = _depth(settings, recursion, stage)
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
+    room = context_length(model) - ids.shape[1]
+    if room < 1:
+        raise UsageError(f"the prompt has {ids.shape[1]} tokens", f"The model's context is {context_length(model)}.")
+    pieces: list[Piece] = []
+
+    def take(piece: Piece) -> None:
+        pieces.append(piece)
+        emit(piece)
+
+    stream = _Stream(tokenizer, take)
+    decoding = _decoding(settings, recursion, stream)
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if settings.temperature > 0:
+        options = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
+        options["top_k"] = settings.top_k
+    torch.manual_seed(settings.seed)
+    begin = time.perf_counter()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=min(settings.max_new_tokens, room),
+        num_beams=1,
+        pad_token_id=tokenizer.eos_token_id or 0,
+        **options,
+        **({"streamer": stream} if decoding is None else {"custom_generate": decoding}),
+    )
+    seconds = time.perf_counter() - begin
+    metrics = decoding.totals.metrics() if decoding is not None else {}
+    return GenerateResult(stage, prompt, pieces, depth, seconds, metrics)
+
+
+def _last_stage(workspace: Workspace) -> str:
+    for stage in reversed(STAGES):
+        try:
+            workspace.stage_model(stage)
+        except RRError:
+            continue
+        return stage
+    return STAGES[0]
+
+
+def _depth(settings: GenerateSettings, recursion: Any, stage: str) -> int:
+    if recursion is None:
+        if settings.depth > 0:
+            raise UsageError(f"depth is {settings.depth}, but stage '{stage}' has no recursion", "Leave --depth out.")
+        return 0
+    recursion.depth = recursion.config.max_steps if settings.depth < 0 else settings.depth
+    return recursion.depth
+
+
+def _decoding(settings: GenerateSettings, recursion: Any, stream: _Stream) -> Any:
+    if recursion is None or recursion.depth == 0:
+        return None
+    from rrcli.recursion.chunked import ChunkedDecoding
+
+    decoding = ChunkedDecoding(settings.chunk_width or None, streamer=stream)
+    stream.traces = decoding
+    return decoding
+
+
+class _Stream:
+    """A streamer of `generate` that turns tokens into pieces of text; bytes of one character stay together."""
+
+    def __init__(self, tokenizer: Any, take: Callable[[Piece], None]) -> None:
+        self.tokenizer, self.take = tokenizer, take
+        self.ids: list[int] = []
+        self.shown, self.prompt = "", True
+        self.held = Piece("")
+        self.traces: Any = None
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, and from then on new tokens."""
+        if self.prompt:
+            self.prompt = False
+            return
+        for token in value.flatten().tolist():
+            trace = self.traces.traces[0] if self.traces is not None and self.traces.traces else None
+            place = len(self.ids)
+            passes, changed = (trace.passes[place], trace.changed[place]) if trace and trace.passes else (0, False)
+            self.ids.append(token)
+            text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+            self.held = replace(self.held, passes=passes, changed=self.held.changed or changed)
+            if text.endswith("\ufffd"):  # the rest of this character is still to come
+                continue
+            self._give(text)
+
+    def end(self) -> None:
+        """Give what is still held back."""
+        self._give(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+
+    def _give(self, text: str) -> None:
+        if len(text) > len(self.shown):
+            self.take(replace(self.held, text=text[len(self.shown) :]))
+            self.shown, self.held = text, Piece("")

@@ -1,0 +1,130 @@
+"""`rr generate`: the text is the model's own, streamed in pieces that know how they came about."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import rrcli
+from rrcli import ui
+from rrcli.cli import app
+from rrcli.errors import RRError, UsageError
+from rrcli.services.generate import Piece, generate
+from rrcli.services.surgery import surgery
+from rrcli.settings import GenerateSettings, SurgerySettings
+from rrcli.ui import TerminalReporter
+
+PROMPT = "Tom has a red ball and"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a sidecar that has learnt something."""
+    folder = tmp_path_factory.mktemp("generate")
+    surgery(SurgerySettings(), folder, TerminalReporter())
+    sidecar = folder / "checkpoints" / "after_surgery" / "recursion.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(sidecar)
+    weights["cell.w_out.weight"].normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    save_file(weights, sidecar)
+    return folder
+
+
+def stock_text(workspace: Path | None, new: int) -> str:
+    """Return what sequential decoding writes."""
+    model, tokenizer = rrcli.load(str(workspace / "checkpoints" / "after_surgery") if workspace else "default")
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(text[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_the_text_is_that_of_sequential_decoding(workspace: Path) -> None:
+    got: list[Piece] = []
+    result = generate(GenerateSettings(max_new_tokens=40), PROMPT, workspace, got.append)
+    assert result.stage == "after_surgery"
+    assert result.text == stock_text(workspace, 40)
+    assert got == result.pieces
+    assert {piece.passes for piece in got} == {2}
+    assert any(piece.changed for piece in got)
+    assert not all(piece.changed for piece in got)
+    assert 1 <= result.metrics["avg_chunk_length"] <= 16
+
+
+def test_a_stage_without_recursion_is_decoded_as_stock(workspace: Path) -> None:
+    result = generate(GenerateSettings(max_new_tokens=20), PROMPT, workspace, lambda piece: None, stage="baseline")
+    assert result.text == stock_text(None, 20)
+    assert (result.depth, result.metrics) == (0, {})
+    at_0 = generate(GenerateSettings(max_new_tokens=20, depth=0), PROMPT, workspace, lambda piece: None)
+    assert at_0.text == result.text
+
+
+def test_sampling_follows_its_seed(workspace: Path) -> None:
+    settings = [GenerateSettings(max_new_tokens=30, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
+    texts = [generate(one, PROMPT, workspace, lambda piece: None).text for one in settings]
+    assert texts[0] == texts[1] != texts[2]
+    likeliest = generate(GenerateSettings(max_new_tokens=30, temperature=1.0, top_k=1), PROMPT, workspace, print)
+    assert likeliest.text == stock_text(workspace, 30)
+
+
+def test_characters_of_several_tokens_come_whole(workspace: Path) -> None:
+    from rrcli.services.generate import _Stream
+
+    tokenizer = rrcli.load("default")[1]
+    text = "naïve 語 🙂 x"
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    pieces: list[Piece] = []
+    stream = _Stream(tokenizer, pieces.append)
+    stream.put(torch.tensor([[0]]))
+    for token in ids[0]:
+        stream.put(token[None])
+    stream.end()
+    assert "".join(piece.text for piece in pieces) == text
+    assert not any("\ufffd" in piece.text for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt", "stage", "error", "words"),
+    [
+        (GenerateSettings(), " ", None, UsageError, "prompt is empty"),
+        (GenerateSettings(depth=5), "a", None, UsageError, "depth is 5"),
+        (GenerateSettings(depth=1), "a", "baseline", UsageError, "has no recursion"),
+        (GenerateSettings(), "a", "finetuned_vanilla", RRError, "no model yet"),
+        (GenerateSettings(), "a", "finetune", UsageError, "unknown stage 'finetune'"),
+        (GenerateSettings(), "a " * 3000, None, UsageError, "tokens"),
+    ],
+)
+def test_what_cannot_be_generated_is_said(
+    workspace: Path, settings: Any, prompt: str, stage: str | None, error: type[RRError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        generate(settings, prompt, workspace, lambda piece: None, stage=stage)
+
+
+def test_piped_text_is_plain_and_json_has_every_piece(workspace: Path) -> None:
+    shown = CliRunner().invoke(app, ["generate", PROMPT, "--max-new-tokens", "12", "--trace", "--dir", str(workspace)])
+    assert shown.exit_code == 0
+    assert shown.stdout == PROMPT + stock_text(workspace, 12) + "\n"
+    assert "committed per chunk" in shown.stderr
+    asked = ["generate", "-", "--max-new-tokens", "12", "--json", "--dir", str(workspace)]
+    shown = CliRunner().invoke(app, asked, input=PROMPT + "\n")
+    found = json.loads(shown.stdout)
+    assert found["text"] == stock_text(workspace, 12) == "".join(piece["text"] for piece in found["pieces"])
+    refused = CliRunner().invoke(app, ["generate", "", "--dir", str(workspace)])
+    assert (refused.exit_code, refused.stdout) == (2, "")
+
+
+def test_a_trace_colours_passes_and_underlines_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(ui, "out", lambda: Console(file=screen, force_terminal=True, color_system="standard"))
+    write = ui.PieceWriter("p", trace=True)
+    for piece in (Piece(" a"), Piece(" b", 1), Piece(" c", 2, changed=True)):
+        write(piece)
+    assert screen.getvalue() == "\x1b[2mp\x1b[0m a\x1b[36m b\x1b[0m\x1b[4;35m c\x1b[0m"
