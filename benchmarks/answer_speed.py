@@ -1,6 +1,6 @@
 """How fast problems are answered, against lm-eval's `generate_until`.
 
-    python benchmarks/answer_speed.py [--problems N] [--rounds N] [--batch-sizes 8,24] [--new-tokens N]
+    python benchmarks/answer_speed.py [--problems N] [--rounds N] [--batch-sizes 12,24] [--new-tokens N]
 
 Both answer the same word problems greedily with SmolLM2-135M-Instruct (fp32, torch's default threads) and stop at the
 same strings; answers differ in length, as answers do. lm-eval gets the best of several batch sizes, and our decoding
@@ -89,8 +89,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-sizes", default="8,24")
-    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--batch-sizes", default="12,24")
+    parser.add_argument("--new-tokens", type=int, default=192)
     options = parser.parse_args()
     model, tokenizer = smollm2()
     prompts = questions(tokenizer, options.problems)
