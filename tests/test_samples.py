@@ -22,6 +22,7 @@ def test_goes_on_where_it_was_cut_off(tmp_path):
         file.write('{"part": "problems", "n"')  # a line that a power cut tore
     with SampleLog(path, "key") as log:
         assert [entry["n"] for entry in log.done("problems")] == [1, 2]
+        assert log.found == 3
         assert log.done("problems")[0]["text"] == "a\r\nb\u2028c"
         log.append("problems", [{"n": 4}])
     assert [entry.get("n") for entry in logged(path)] == [None, 1, 2, 3, 4]

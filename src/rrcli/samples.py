@@ -55,6 +55,11 @@ class SampleLog:
         if self._file is not None:
             self._file.close()
 
+    @property
+    def found(self) -> int:
+        """How many entries an earlier, interrupted evaluation left."""
+        return sum(map(len, self._done.values()))
+
     def done(self, part: str) -> list[dict[str, Any]]:
         """Return the entries of a part that an earlier, interrupted evaluation logged, in their order."""
         return list(self._done.get(part, ()))

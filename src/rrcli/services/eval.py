@@ -87,6 +87,8 @@ def evaluate(
     tracker = MetricsTracker(workspace.log_folder(stage)) if settings.tensorboard else None
     log_file = file.with_name(f"{stage}_samples.jsonl")
     with SampleLog(log_file, key) as log, closing(tracker) if tracker is not None else nullcontext():
+        if log.found:
+            reporter.note(f"going on with an interrupted evaluation: {log_file} holds {log.found:,} entries")
         measured = evaluate_model(
             loaded, tokenizer, data, tracker, step, stage=stage, settings=measuring, reporter=reporter, log=log
         )
