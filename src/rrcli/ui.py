@@ -70,13 +70,20 @@ class TerminalReporter:
         """Show a bar with done/total, speed and remaining time; a line with the total when it ends."""
         import time
 
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.text import Text
+
+        class Speed(ProgressColumn):
+            def render(self, task: Any) -> Text:
+                speed = task.finished_speed or task.speed
+                return Text(f"{speed:,.{0 if speed >= 10 else 1}f}/s" if speed else "")
 
         console, began = err(), time.monotonic()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            Speed(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[note]}"),
         )
