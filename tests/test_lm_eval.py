@@ -8,7 +8,6 @@ vocabulary of 49,152, which shows in the sixth digit.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,18 +60,16 @@ def harness_results(model: Any, tokenizer: Any, folder: Any) -> dict[str, float]
     return {name: found["results"]["local_text"][f"{name},none"] for name in NAMES}
 
 
-@pytest.mark.parametrize("depth", [None, 0, 1])
-def test_perplexities_agree_with_lm_eval(loaded, depth, tmp_path):
+@pytest.mark.parametrize("recursive", [False, True])
+def test_perplexities_agree_with_lm_eval(loaded, recursive, tmp_path):
     model, tokenizer = loaded
     head = model.get_output_embeddings().weight.detach().clone()
-    recursion = None if depth is None else rrcli.attach(model, rrcli.RecursionConfig(max_steps=1))
+    recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=1)) if recursive else None
     try:
         if recursion is not None:
             torch.nn.init.normal_(recursion.cell.w_out.weight, std=0.02)
-            recursion.depth = depth
         theirs = harness_results(model, tokenizer, tmp_path)
-        depth_only = replace(ONLY_TEXT, depth=-1 if depth is None else depth)
-        ours = evaluate_model(model, tokenizer, TEXTS, settings=depth_only)["metrics"]
+        ours = evaluate_model(model, tokenizer, TEXTS, settings=ONLY_TEXT)["metrics"]
     finally:
         if recursion is not None:
             recursion.detach()

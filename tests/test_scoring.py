@@ -161,13 +161,13 @@ def test_halves_of_halves_keep_their_order():
 
 
 @pytest.mark.parametrize(
-    ("available", "lowered"), [(10**12, 1024), (2 * 1024 * 1000, 1024), (2 * 1000 * 1000, 512), (0, 1)]
+    ("available", "lowered"), [(10**12, 512), (2 * 512 * 1000, 512), (2 * 500 * 1000, 256), (0, 1)]
 )
 def test_a_cpus_memory_bounds_a_batch_and_the_user_is_told_once(available, lowered, monkeypatch):
     monkeypatch.setattr(batching.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     reporter = Silent()
     assert affordable(SimpleNamespace(device=torch.device("cpu")), 8192, 1000, reporter) == lowered
-    assert len(reporter.warnings) == (lowered < 1024)
+    assert len(reporter.warnings) == (lowered < 512)
     assert affordable(SimpleNamespace(device=torch.device("cuda")), 8192, 1000, Silent()) == 8192
 
 

@@ -15,7 +15,7 @@ from rrcli.errors import RRError
 from rrcli.reporting import Reporter
 
 # What a batch on a CPU is good for, in tokens: beyond it, activations leave the caches and nothing is gained.
-CPU_TOKENS = 1024
+CPU_TOKENS = 512
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
