@@ -257,6 +257,79 @@ def test_the_boundary_head_ends_drafts_and_changes_no_token():
     assert bounded.totals.positions / bounded.totals.chunks < free.totals.positions / free.totals.chunks
 
 
+def policy(model, ids, width, boundary, new):
+    """Decode adaptively with uncached forwards alone: what every pass says of a text does not depend on chunks."""
+    recursion, depth = model.recursion, model.recursion.depth
+
+    def look(text):
+        found = recursion.passes(text)
+        logits = [model.lm_head(hidden)[0] for hidden in found.hidden]
+        return logits, [recursion.head(state)[0].sigmoid() for state in found.states]
+
+    text, passes = ids, []
+    text = torch.cat([text, look(text)[0][depth][-1].argmax()[None, None]], 1)
+    passes.append(depth)
+    while len(passes) < new:
+        start, draft, doubt = text.shape[1], text, False
+        while draft.shape[1] - start < min(width, new - len(passes)) and not doubt:
+            logits, commit = look(draft)
+            draft = torch.cat([draft, logits[0][-1].argmax()[None, None]], 1)
+            doubt = bool(commit[0][-1] < boundary)
+        logits, commit = look(draft[:, :-1])
+        drafted = draft[0, start:]
+        stop = next((k for k in range(depth) if bool((commit[k][start - 1 :] >= boundary).all())), depth)
+        refined = logits[stop][start - 1 :].argmax(-1)
+        agreed = int(refined.eq(drafted).long().cumprod(0).sum())
+        count = min(agreed + 1, len(drafted))
+        text = torch.cat([text, refined[None, :count]], 1)
+        passes += [stop] * count
+    return text, passes
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "deepseek_v3"])
+@torch.no_grad()
+def test_adaptive_refining_means_what_it_says(family):
+    model = awake(family, depth=3, std=0.1)
+    generator = torch.Generator().manual_seed(3)
+    model.recursion.head.score.weight.normal_(std=0.3, generator=generator)
+    seen = set()
+    for seed, bias, width in ((0, 0.0, 2), (1, 0.5, 2), (2, -0.5, 3)):
+        model.recursion.head.score.bias.fill_(bias)
+        ids = tokens(1, 7, seed=seed)
+        decoding = ChunkedDecoding(width, boundary=0.5, adaptive=True)
+        got = run(model, ids, torch.ones_like(ids), decoding, max_new_tokens=30)
+        text, passes = policy(model, ids, width, 0.5, 30)
+        assert torch.equal(got, text)
+        assert decoding.traces[0].passes == passes
+        seen |= set(passes)
+    assert len(seen) >= 3, seen
+
+
+def test_adaptive_refining_of_a_batch_gives_every_row_its_tokens():
+    model = awake(depth=2)
+    ids, mask = prompts()
+    with torch.no_grad():
+        model.recursion.head.score.bias.fill_(-20)  # never content: every pass is run, as without
+    never = ChunkedDecoding(6, adaptive=True)
+    assert torch.equal(run(model, ids, mask, never), run(model, ids, mask))
+    with torch.no_grad():
+        model.recursion.head.score.bias.fill_(20)  # always content: pass 0 alone behind the first token
+    always = ChunkedDecoding(6, adaptive=True)
+    text = run(model, ids, mask, always)
+    assert always.totals.refine_steps == 0
+    assert set(always.traces[0].passes[1:]) == {0}
+    assert text.shape == (5, 9 + NEW)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next", "lfm2"])
+def test_where_passes_cannot_lag_every_pass_is_run(family):
+    model = awake(family, depth=2)
+    ids, mask = prompts()
+    with torch.no_grad():
+        model.recursion.head.score.bias.fill_(20)
+    assert torch.equal(run(model, ids, mask, ChunkedDecoding(6, adaptive=True)), run(model, ids, mask))
+
+
 def test_the_caches_hold_one_entry_per_pass_and_position():
     model = awake(depth=2, span=(1, 3))
     ids = tokens(1, 9)

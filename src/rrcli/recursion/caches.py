@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -157,13 +158,17 @@ def _copies(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def forget_draft(cache: Any, tokens: int) -> None:
-    """Take the last `tokens` positions out of pass 0; the other passes have not seen them."""
+def forget(cache: Any, tokens: Sequence[int]) -> None:
+    """Take the last `tokens[k]` positions out of pass k; passes behind the end of the list keep what they have."""
     passes, cache.rr_passes = cache.rr_passes, []
     try:
-        cache.crop(-tokens)
+        cache.crop(-tokens[0])
     finally:
         cache.rr_passes = passes
+    for part, count in zip(passes, tokens[1:], strict=False):
+        for layer in part.layers:
+            if not _is_blank(layer):
+                layer.crop(-count)
 
 
 def is_alignable(cache: Any) -> bool:

@@ -10,6 +10,11 @@ Greedy decoding commits what argmax decoding of the last pass would. Sampling ac
 probability min(1, p(x)/q(x)) and draws a rejected one from max(0, p - q), normalised, where q is pass 0 and p the last
 pass, both after the logits processors: every token is distributed as p (Leviathan et al. 2023, algorithm 1).
 
+Adaptive refining ends at the first pass with which the boundary head is content at every position of the chunk; even
+pass 0 may do. Deeper passes then have no cache for these tokens. Before a later chunk runs such a pass, the pending
+tokens go through it together with the chunk, in one forward, so that what a pass computes never depends on where chunks
+stopped.
+
 Taking back: attention and convolution states are cropped. Recurrent states cannot be, so a snapshot from before the
 draft is restored and the committed tokens run again; there the rows of a batch advance together, by what the slowest
 of them commits, whereas otherwise every row goes its own way.
@@ -24,12 +29,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
 from rrcli.errors import UsageError
 from rrcli.recursion import caches
-from rrcli.recursion.chunks import ChunkTotals
+from rrcli.recursion.chunks import COMMIT_THRESHOLD, ChunkTotals
 from rrcli.recursion.proof import LOW_PRECISION, TOLERANCE
 
 log = logging.getLogger(__name__)
@@ -63,13 +68,18 @@ class ChunkedDecoding:
         width: tokens drafted at a time; the recursion's `chunk_width` if not given.
         boundary: end a draft where the boundary head's probability of committing is below this; None = never. A batch
             drafts on until every row has come to such a place.
+        adaptive: end refining where that probability is at least `boundary` (0.5 if not given) at every position. Needs
+            full attention and a span that ends with the last layer; other models refine at the full depth.
         streamer: gets prompt and tokens as they are committed. To be given here: `generate` does not hand its own on.
     """
 
-    def __init__(self, width: int | None = None, boundary: float | None = None, streamer: Any = None) -> None:
+    def __init__(
+        self, width: int | None = None, boundary: float | None = None, *, adaptive: bool = False, streamer: Any = None
+    ) -> None:
         if width is not None and width < 1:
             raise UsageError(f"the chunk width is {width}", "It must be at least 1.")
-        self.width, self.boundary, self.streamer = width, boundary, streamer
+        self.width, self.adaptive, self.streamer = width, adaptive, streamer
+        self.boundary = COMMIT_THRESHOLD if boundary is None and adaptive else boundary
         self.totals = ChunkTotals()
         self.traces: list[Trace] = []
 
@@ -105,10 +115,11 @@ class ChunkedDecoding:
         rows = _Rows(model, input_ids, model_kwargs.get("attention_mask"), cache, stopping_criteria, self.streamer)
         chooser = _Chooser(rows, logits_processor, sample=bool(generation_config.do_sample))
         first = chooser.choose(chooser.scores(rows.prefill()[:, -1:]))
-        self._note(rows, first, first)
+        self._note(rows, first, first, model.recursion.depth, torch.ones_like(first[:, 0]))
         rows.commit(first.tolist())
         if cache.is_croppable:
             cache.activate_past_recording()
+        rows.pending = [0] * model.recursion.depth if self.adaptive and _can_lag(model.recursion, cache) else None
         width = self.width or model.recursion.config.chunk_width
         while rows.active:
             self._chunk(rows, chooser, min(width, rows.room(stopping_criteria.max_length, width)))
@@ -125,34 +136,52 @@ class ChunkedDecoding:
         """Draft, refine and commit once for every row that goes on."""
         cache, recurs = rows.cache, not rows.cache.is_croppable
         before = caches.Snapshot(cache) if recurs else None
-        draft, drawn_from = self._draft(rows, chooser, width)
+        draft, drawn_from, content = self._draft(rows, chooser, width)
+        chunk = torch.cat([rows.tokens[:, -1:], draft[:, :-1]], 1)
         if before is not None:
             before.restore(cache, draft=True)
+            logits, passes = rows.forward(chunk), rows.model.recursion.depth
+        elif rows.pending is None:
+            caches.forget(cache, [draft.shape[1]])
+            logits, passes = rows.forward(chunk), rows.model.recursion.depth
+        elif content:
+            logits, passes = None, 0
         else:
-            caches.forget_draft(cache, draft.shape[1])
-        chunk = torch.cat([rows.tokens[:, -1:], draft[:, :-1]], 1)
-        accepted, last = chooser.judge(draft, drawn_from, chooser.scores(rows.forward(chunk), draft))
+            logits, passes = self._refine_until_content(rows, chunk)
+        accepted, last = torch.full_like(draft[:, 0], draft.shape[1]), draft[:, -1]
+        if logits is not None:
+            accepted, last = chooser.judge(draft, drawn_from, chooser.scores(logits, draft))
         counts = (accepted + 1).clamp_max(draft.shape[1])
-        if recurs or not caches.is_alignable(cache):
+        if recurs or rows.pending is not None or not caches.is_alignable(cache):
             counts = counts.min().expand_as(counts)
         committed = draft.clone()
         corrected = accepted < counts
         committed[corrected, accepted[corrected]] = last[corrected]
-        self._count(rows, draft, accepted, counts)
-        self._note(rows, draft, committed, counts)
+        self._count(draft, accepted, counts, passes)
+        self._note(rows, draft, committed, passes, counts)
         new = [row[:count] for row, count in zip(committed.tolist(), counts.tolist(), strict=True)]
-        dropped = draft.shape[1] - counts
+        dropped: Tensor | None = draft.shape[1] - counts
         if before is not None and int(dropped[0]):
             before.restore(cache)
             rows.forward(chunk[:, : int(counts[0])])
             dropped = torch.zeros_like(dropped)
+        if rows.pending is not None:
+            caches.forget(cache, [int(dropped[0])] * (passes + 1))
+            rows.pending = [0 if k < passes else lag + int(counts[0]) for k, lag in enumerate(rows.pending)]
+            dropped = None
         rows.commit(new, dropped)
 
-    def _draft(self, rows: _Rows, chooser: _Chooser, width: int) -> tuple[Tensor, list[Tensor]]:
-        """Return `[row, position]` drafted tokens and, when sampling, the `[row, 1, vocabulary]` scores of each."""
+    def _draft(self, rows: _Rows, chooser: _Chooser, width: int) -> tuple[Tensor, list[Tensor], bool]:
+        """Draft with pass 0.
+
+        Returns:
+            `[row, position]` drafted tokens; when sampling, the `[row, 1, vocabulary]` scores of each; and whether the
+            boundary head was content with all of them.
+        """
         recursion = rows.model.recursion
         draft, drawn_from = rows.tokens[:, :0], []
         ended = torch.zeros(len(rows.active), dtype=torch.bool, device=draft.device)
+        doubted = ended
         while draft.shape[1] < width and not bool(ended.all()):
             token = torch.cat([rows.tokens[:, -1:], draft], 1)[:, -1:]
             with recursion.recording(draft=True) as states:
@@ -161,29 +190,54 @@ class ChunkedDecoding:
             if chooser.sample:
                 drawn_from.append(scores)
             draft = torch.cat([draft, chooser.choose(scores)], 1)
-            ended |= rows.ended(draft)
             if self.boundary is not None:
-                ended |= recursion.head(states[-1][:, -1]).sigmoid().to(ended.device) < self.boundary
-        return draft, drawn_from
+                doubted = doubted | ~self._content(recursion, states[-1][:, -1]).to(doubted.device)
+            ended = ended | rows.ended(draft) | doubted
+        return draft, drawn_from, not bool(doubted.any())
 
-    def _count(self, rows: _Rows, draft: Tensor, accepted: Tensor, counts: Tensor) -> None:
-        depth, width = rows.model.recursion.depth, draft.shape[1]
+    def _refine_until_content(self, rows: _Rows, chunk: Tensor) -> tuple[Tensor, int]:
+        """Run passes over a chunk until the boundary head is content with all of it.
+
+        Returns:
+            `[row, position, vocabulary]` logits of the last pass that was run, and which it was.
+        """
+        recursion, width, ran = rows.model.recursion, chunk.shape[1], 0
+
+        def content(state: Tensor) -> bool:
+            return bool(self._content(recursion, state[:, -width:]).all())
+
+        while True:
+            # Passes that are equally far behind go in one forward; those before them are run again from there.
+            lag = rows.pending[ran]
+            deepest = next((k for k in range(ran, len(rows.pending)) if rows.pending[k] != lag), len(rows.pending))
+            caches.forget(rows.cache, [lag + width] * (ran + 1))
+            ids = torch.cat([rows.tokens[:, rows.tokens.shape[1] - 1 - lag : -1], chunk], 1)
+            with recursion.recording(depth=deepest, enough=content) as states:
+                logits = rows.forward(ids, behind=-lag)
+            ran = len(states) - 1
+            rows.pending = [0 if k < ran else behind for k, behind in enumerate(rows.pending)]
+            if ran == len(rows.pending) or content(states[-1]):
+                return logits[:, -width:], ran
+
+    def _content(self, recursion: Any, states: Tensor) -> Tensor:
+        return recursion.head(states).sigmoid() >= self.boundary
+
+    def _count(self, draft: Tensor, accepted: Tensor, counts: Tensor, passes: int) -> None:
         self.totals.add(
             ChunkTotals(
                 chunks=len(draft),
                 positions=draft.numel(),
-                refine_steps=depth * len(draft),
-                whole=int(accepted.eq(width).sum()),
+                refine_steps=passes * len(draft),
+                whole=int(accepted.eq(draft.shape[1]).sum()),
                 committed=int(counts.sum()),
             )
         )
 
-    def _note(self, rows: _Rows, draft: Tensor, committed: Tensor, counts: Tensor | None = None) -> None:
+    def _note(self, rows: _Rows, draft: Tensor, committed: Tensor, passes: int, counts: Tensor) -> None:
         changed = draft.ne(committed).tolist()
-        for index, row in enumerate(rows.active):
-            count = draft.shape[1] if counts is None else int(counts[index])
-            self.traces[row].passes += [rows.model.recursion.depth] * count
-            self.traces[row].changed += changed[index][:count]
+        for row, differs, count in zip(rows.active, changed, counts.tolist(), strict=True):
+            self.traces[row].passes += [passes] * count
+            self.traces[row].changed += differs[:count]
 
 
 class _Rows:
@@ -194,7 +248,10 @@ class _Rows:
     Attributes:
         tokens: `[row, position]`; real: `[row]` how many of a row's positions are no padding.
         active: which rows of the batch these are. new: each row of the batch's new tokens.
+        pending: when passes may lag, how many committed tokens pass k + 1 has not seen; else None.
     """
+
+    pending: list[int] | None = None
 
     def __init__(
         self, model: Any, input_ids: Tensor, mask: Tensor | None, cache: Any, criteria: Any, streamer: Any
@@ -374,6 +431,11 @@ def _obstacle(model: Any, cache: Any, mask: Tensor | None) -> str:
     if not continues_in_blocks(recursion):
         return f"'{model.config.model_type}' models cannot take several tokens at once behind a cache"
     return ""
+
+
+def _can_lag(recursion: Any, cache: Any) -> bool:
+    """Tell whether passes can be taken back any way and caught up: not where windows or states forget."""
+    return recursion.end == len(recursion.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def continues_in_blocks(recursion: Any) -> bool:

@@ -18,7 +18,7 @@ number: of pass 0 inside the span, of the last pass from the span's end on. What
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,12 +42,14 @@ class _Frame:
     """One forward under way: its depth, how each layer was called, and what is being recorded.
 
     Attributes:
-        draft: run pass 0 alone and leave the caches of the other passes as they are: they catch up in a later forward
-            over the same tokens.
+        partial: leave the caches of the passes that are not run as they are: they catch up in a later forward over the
+            same tokens.
+        enough: looks at h(k) before pass k + 1 is run, and may end the refining there.
     """
 
     depth: int
-    draft: bool = False
+    partial: bool = False
+    enough: Callable[[Tensor], bool] | None = None
     calls: dict[int, Call] = field(default_factory=dict)
     states: list[Tensor] | None = None
     feedback: list[Tensor] = field(default_factory=list)
@@ -124,13 +126,21 @@ class Recursion(nn.Module):
             self.depth = before
 
     @contextmanager
-    def recording(self, *, draft: bool = False) -> Iterator[list[Tensor]]:
+    def recording(
+        self, *, draft: bool = False, depth: int | None = None, enough: Callable[[Tensor], bool] | None = None
+    ) -> Iterator[list[Tensor]]:
         """Collect the span's output of every pass of the forwards inside: h(0), h(1), ... of one after the other.
 
+        The caches of passes that a forward does not run stay as they are: whoever uses this looks after them.
+
         Args:
-            draft: run pass 0 alone, also behind a cache that holds deeper passes; theirs stay as they are.
+            draft: run pass 0 alone.
+            depth: the passes to run at most; the recursion's own depth if not given.
+            enough: looks at h(k), `[batch, position, hidden]`, from k = 1 on; True ends the forward's refining.
         """
-        frame = _Frame(0 if draft else self._depth, draft, states=[])
+        steps = 0 if draft else self._depth if depth is None else depth
+        partial = draft or depth is not None or enough is not None
+        frame = _Frame(steps, partial, enough, states=[])
         with self._forced(frame):
             yield frame.states
 
@@ -191,7 +201,7 @@ class Recursion(nn.Module):
             self._frame = None
 
     def _prepare_caches(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._frame is not None and self._frame.draft:
+        if self._frame is not None and self._frame.partial:
             return
         depth = self._frame.depth if self._frame else 0
         for value in (*args, *kwargs.values()):
@@ -216,6 +226,8 @@ class Recursion(nn.Module):
         entry = entry.to(home)
         with self._forced(None), _unrecorded():
             for step in range(1, frame.depth + 1):
+                if step > 1 and frame.enough is not None and frame.enough(hidden):
+                    break
                 feedback = self.cell(hidden.to(home), step)
                 if frame.states is not None:
                     frame.feedback.append(_relative_norm(feedback, entry))
