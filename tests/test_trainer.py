@@ -31,7 +31,7 @@ def changed(**values) -> TrainSettings:
 
 
 def events(folder: Path, run: str) -> EventAccumulator:
-    return EventAccumulator(str(folder / "logs" / run)).Reload()
+    return EventAccumulator(str(folder / "logs" / run), size_guidance={"histograms": 0, "tensors": 0}).Reload()
 
 
 def curve(folder: Path, run: str, tag: str = "train/loss/total") -> list[float]:
@@ -277,6 +277,33 @@ def test_matching_needs_a_trained_run_and_vanilla(operated):
         service.train(SETTINGS, "recursive", operated, Silent(), match_flops="absent")
 
 
+# -- a disk that is full ----------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_is_free(operated):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FillsAfterThree(Silent):
+        def advance(self, amount: int = 1, note: str = "") -> None:
+            self.count = getattr(self, "count", 0) + bool(note)
+            if self.count == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+
+    settings = changed(run_name="full", save_interval=2)
+    try:
+        with pytest.raises(RRError, match=r"cannot write .*step-000004: .*[\d,]+ bytes free") as error:
+            service.train(settings, "vanilla", operated, FillsAfterThree(), restart=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.exit_code == 1
+    folder = operated / "checkpoints" / "full"
+    assert [path.name for path in folder.iterdir()] == ["step-000002"]
+    assert str(folder / "step-000002") in error.value.hint
+    rrcli.load(folder / "step-000002")
+    assert service.train(settings, "vanilla", operated, Silent()).first_step == 2
+
+
 # -- red flags, through real runs --------------------------------------------------------------------------------------
 
 
@@ -285,7 +312,7 @@ def test_red_flags_reach_the_screen_and_tensorboard(operated, monkeypatch):
 
     monkeypatch.setattr(red_flags, "FIRST_JUDGEMENT", 10)
     reporter = Silent()
-    settings = changed(run_name="off", steps=21, batch_size=1, lr=0.0, sidecar_lr=0.0, max_length=32)
+    settings = changed(run_name="off", steps=21, batch_size=2, lr=0.0, sidecar_lr=0.0)
     monkeypatch.setattr(trainer_module, "_memory", lambda _: (2.0**20, 0.95))
     service.train(settings, "recursive", operated, reporter, restart=True)
     said = texts(operated, "off", "train/red_flags")
@@ -296,7 +323,7 @@ def test_red_flags_reach_the_screen_and_tensorboard(operated, monkeypatch):
 
 def test_a_learning_rate_that_is_too_high_is_seen(operated):
     reporter = Silent()
-    settings = changed(run_name="wild", steps=40, batch_size=2, lr=0.3, warmup_steps=25, schedule="constant")
+    settings = changed(run_name="wild", steps=30, batch_size=2, lr=0.02, warmup_steps=40, schedule="constant")
     service.train(settings, "vanilla", operated, reporter, restart=True)
     assert [m for m in reporter.warnings if m.startswith("loss exploding")]
     assert math.isfinite(curve(operated, "wild")[-1])

@@ -54,7 +54,7 @@ class RedFlags:
             found[EXPLODING] = (
                 f"it is {recent:.2f} nats, it was {self._lowest:.2f}: try a lower --lr, or more --warmup-steps"
             )
-        if len(self._losses) >= SMOOTHING:
+        if len(self._losses) >= SMOOTHING // 2:
             self._lowest = min(self._lowest, recent)
         if len(self._losses) == self._judged_at:
             first, last = _mean(self._losses[: self._window]), _mean(self._losses[-self._window :])

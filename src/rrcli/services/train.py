@@ -188,6 +188,7 @@ def _save(trainer: Trainer, step: int, folder: Path, identity: dict[str, str], i
 
     settings, optimizer, progress = trainer.settings, trainer.optimizer, trainer.progress
     best_step = progress.best.get("step")
+    trainer.tracker.flush()  # first: what a checkpoint has behind it must be logged, even if killed right after
     with publish_folder(folder / f"step-{step:06d}", overwrite=True) as target:
         state = target / TRAINER_STATE
         state.mkdir()
@@ -207,7 +208,6 @@ def _save(trainer: Trainer, step: int, folder: Path, identity: dict[str, str], i
             save_folder(
                 target, trainer.model, trainer.tokenizer, base, base.fingerprint(), own_weights=settings.phase == "c"
             )
-    trainer.tracker.flush()
     for old in checkpoints(folder)[: -settings.keep]:
         if step_of(old) != best_step:
             remove_folder(old)
