@@ -191,6 +191,20 @@ def test_parts_of_a_batch_sum_to_the_whole():
 
 
 @torch.no_grad()
+def test_neither_the_order_of_rows_nor_more_padding_changes_a_loss():
+    model, _ = awake()
+    ids, mask, labels = batch()
+    expected = losses(model, (ids, mask, labels))
+    order = torch.tensor([2, 0, 3, 1])
+    padded = [F.pad(t, (0, 5), value=value) for t, value in ((ids, 7), (mask, 0), (labels, -100))]
+    for data in ((ids[order], mask[order], labels[order]), tuple(padded)):
+        found = losses(model, data)
+        for name, value in expected.parts.items():
+            torch.testing.assert_close(found.parts[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        assert found.chunks == expected.chunks
+
+
+@torch.no_grad()
 def test_sampled_windows_estimate_the_whole_without_bias():
     model, _ = awake()
     data = batch()

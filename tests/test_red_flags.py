@@ -42,6 +42,13 @@ def test_a_loss_that_explodes_is_said_once():
     assert raised(curve, steps=400) == [red_flags.EXPLODING]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_of_either_text_or_answers_are_no_explosion(seed):
+    random = Random(seed)
+    kinds = [random.choice((0.5, 3.0)) for _ in range(300)]
+    assert red_flags.EXPLODING not in raised([max(0.1, random.gauss(kind, 0.5)) for kind in kinds])
+
+
 def test_a_single_outlier_is_no_explosion():
     assert raised([*FALLING[:100], 9.0, *FALLING[100:]]) == []
 

@@ -1,16 +1,17 @@
 """What in a training's history a user should act on: one sentence for each, said once.
 
-Non-finite numbers are no red flag: they stop the training (`trainer`). Thresholds are chosen so that the noise of a
-few examples per step raises nothing; they are in nats and steps.
+Non-finite numbers are no red flag: they stop the training (`trainer`). Thresholds are in nats and steps. A step of few
+examples is noisy, the more so where text and short answers are mixed: means are compared with their standard errors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 FEEDBACK_STEP = 20
-SMOOTHING = 10
-EXPLODED_FACTOR, EXPLODED_NATS = 1.5, 1.0
+SMOOTHING = 20
+EXPLODED_FACTOR, EXPLODED_NATS, EXPLODED_ERRORS = 1.5, 1.0, 5.0
 FIRST_JUDGEMENT = 50
 STUCK_SHARE = 0.999
 MEMORY_SHARE = 0.92
@@ -33,9 +34,9 @@ class RedFlags:
     def __init__(self, steps: int, raised: list[str] | None = None) -> None:
         self.raised = list(raised or ())
         self._judged_at = max(FIRST_JUDGEMENT, steps // 2)
-        self._window = max(SMOOTHING, self._judged_at // 5)
+        self._window = self._judged_at // 3
         self._losses: list[float] = []
-        self._lowest = float("inf")
+        self._lowest, self._lowest_error = math.inf, 0.0
         self._at_maximum = 0
 
     def observe(self, step: int, scalars: Mapping[str, float], depth: int, memory_share: float) -> list[str]:
@@ -47,17 +48,17 @@ class RedFlags:
         """
         found: dict[str, str] = {}
         self._losses.append(scalars["train/loss/final_ce"])
-        recent = _mean(self._losses[-SMOOTHING:])
-        if len(self._losses) >= 2 * SMOOTHING and recent > max(
-            EXPLODED_FACTOR * self._lowest, self._lowest + EXPLODED_NATS
-        ):
+        recent, error = _mean(self._losses[-SMOOTHING:])
+        rise = recent - self._lowest
+        enough = max(EXPLODED_NATS, EXPLODED_ERRORS * math.hypot(error, self._lowest_error))
+        if len(self._losses) >= SMOOTHING and rise > enough and recent > EXPLODED_FACTOR * self._lowest:
             found[EXPLODING] = (
                 f"it is {recent:.2f} nats, it was {self._lowest:.2f}: try a lower --lr, or more --warmup-steps"
             )
-        if len(self._losses) >= SMOOTHING // 2:
-            self._lowest = min(self._lowest, recent)
+        if len(self._losses) >= SMOOTHING // 2 and recent < self._lowest:
+            self._lowest, self._lowest_error = recent, error
         if len(self._losses) == self._judged_at:
-            first, last = _mean(self._losses[: self._window]), _mean(self._losses[-self._window :])
+            (first, _), (last, _) = _mean(self._losses[: self._window]), _mean(self._losses[-self._window :])
             if last >= first:
                 found[NOT_FALLING] = (
                     f"{first:.3f} nats at first, {last:.3f} in the last {self._window} steps: "
@@ -83,5 +84,8 @@ class RedFlags:
         return [f"{name}: {found[name]}" for name in new]
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: list[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
+    return mean, spread / math.sqrt(len(values))

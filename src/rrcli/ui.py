@@ -96,8 +96,9 @@ class TerminalReporter:
         finally:
             self._console = before
         seconds = time.monotonic() - began
-        tail = f", {bar.note}" if bar.note else ""
-        console.print(f"  {escape(label)}: {bar.done:,} {unit} in {seconds:.1f} s{escape(tail)}")
+        lines = [f"  {label}: {bar.done:,} {unit} in {seconds:.1f} s", *[bar.note] * bool(bar.note)]
+        fits = sum(map(len, lines)) + 2 <= console.width
+        console.print(escape((", " if fits else "\n    ").join(lines)), no_wrap=True, overflow="ellipsis")
 
 
 class _Bar:

@@ -101,8 +101,9 @@ def train(
     inputs = train_inputs(settings, mode, model_fingerprint(start, directory), identity, span)
     if flops:
         inputs = combine(inputs, "equal FLOPs", flops)
+    if restart and folder.exists():
+        remove_folder(folder)
     if restart:
-        shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(workspace.log_folder(name), ignore_errors=True)
     make_folder(folder)
     sweep(folder)
