@@ -12,9 +12,11 @@ first and fails if it misses or does not expect a tensor (a minute for the large
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -175,11 +177,17 @@ def operate(folder: Path, workspace: Path) -> tuple[float, float, float]:
     command = [sys.executable, "-m", "rrcli", "surgery", "--no-verify", "--overwrite", "--model", str(folder)]
     began = time.monotonic()
     process = subprocess.Popen([*command, "--dir", str(workspace)], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    # The kernel's ru_maxrss of a child begins at what its parent held when it was started; VmHWM begins anew.
+    peak, ended = 0.0, 0
+    while not ended:
+        with contextlib.suppress(OSError, IndexError):
+            peak = int(re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[0]) / 2**10
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        time.sleep(0.01)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} exited with {process.returncode}")
-    peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = peak or usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return time.monotonic() - began, usage.ru_utime + usage.ru_stime, peak
 
 

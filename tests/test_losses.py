@@ -12,14 +12,14 @@ from rrcli.recursion.cell import BoundaryHead
 from rrcli.recursion.chunks import teacher_forced_chunks
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
-from rrcli.recursion.losses import LossWeights, compute_losses
+from rrcli.recursion.losses import LossWeights, compute_losses, sample_windows
 from rrcli.recursion.readout import Readout
 
 MAX_STEPS = 2
 WIDTH = 4
 # Every term heavy, so that a wrong one shows in the total's gradient; all positions, so that nothing is drawn.
 ALL = LossWeights(final=1.0, masked=0.7, halt=0.9, ponder=0.4, stability=0.6, margin=0.02, share=1.0)
-SAMPLED = ("final_ce", "masked_ce", "stability", "ponder")
+SAMPLED = ("final_ce", "masked_ce", "halt", "stability", "ponder")
 
 
 def awake(family="llama", span=(1, 3)):
@@ -41,7 +41,10 @@ def batch(rows=4):
 def losses(model, data, weights=ALL, tokens_in_step=None, seed=0):
     ids, mask, labels = data
     count = int(labels.ne(-100).sum()) if tokens_in_step is None else tokens_in_step
-    return compute_losses(Readout(model), ids, mask, labels, weights, count, WIDTH, torch.Generator().manual_seed(seed))
+    sampled = sample_windows(labels, WIDTH, weights.share, torch.Generator().manual_seed(seed))
+    # Where all positions are sampled, the step's count of them is that of its tokens.
+    total = count if weights.share == 1 else int(sampled.sum())
+    return compute_losses(Readout(model), ids, mask, labels, weights, count, WIDTH, sampled, total)
 
 
 def naive(model, recursion, data, weights=ALL):
@@ -59,7 +62,8 @@ def naive(model, recursion, data, weights=ALL):
         commit.append(torch.sigmoid(recursion.head(states[-1].detach()))[bearing])
     handle.remove()
     terms = {name: torch.zeros(()) for name in ("final_ce", "masked_ce", "halt", "ponder", "stability")}
-    weight_sum = 0.0
+    row = bearing.nonzero()[:, 0].tolist()
+    judged, importance = [torch.zeros(()) for _ in ids], [0.0] * len(ids)
     terms["final_ce"] = ce[MAX_STEPS].sum() / n
     for k in range(MAX_STEPS):
         terms["masked_ce"] = terms["masked_ce"] + ce[k].sum() / n / MAX_STEPS
@@ -73,9 +77,10 @@ def naive(model, recursion, data, weights=ALL):
             gain = float((ce[k][i] - ce[k + 1][i]).detach())
             p = commit[k][i] if gain <= weights.margin else 1 - commit[k][i]
             weight = min(abs(gain - weights.margin), 1.0)
-            terms["halt"] = terms["halt"] - weight * p.log()
-            weight_sum += weight
-    terms["halt"] = terms["halt"] / weight_sum
+            judged[row[i]] = judged[row[i]] - weight * p.log()
+            importance[row[i]] += weight
+    for r in set(row):
+        terms["halt"] = terms["halt"] + judged[r] / importance[r] * row.count(r) / n
     total = sum(
         weight * terms[name]
         for name, weight in {
@@ -118,8 +123,7 @@ def test_at_depth_0_the_loss_is_plain_cross_entropy(family, attach_one):
     torch.testing.assert_close(terms.total, expected, rtol=1e-5, atol=1e-6)
     assert set(terms.parts) == {"total", "final_ce"}
     assert terms.chunks.metrics() == {}
-    count = int(labels.ne(-100).sum())
-    torch.testing.assert_close(terms.depth_ce[0], expected.detach() * 50 / count, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms.depth_ce[0], expected.detach(), rtol=1e-5, atol=1e-6)
     assert_same(gradients(terms.total, model, recursion), gradients(expected, model, recursion))
 
 
@@ -166,7 +170,7 @@ def test_parts_of_a_batch_sum_to_the_whole():
     """Also where the parts bear very different numbers of tokens: 2 against the rest."""
     model, recursion = awake()
     ids, mask, labels = batch()
-    weights = LossWeights(halt=0.0, share=1.0)
+    weights = LossWeights(share=1.0)
     count = int(labels.ne(-100).sum())
     whole = losses(model, (ids, mask, labels), weights)
     expected = gradients(whole.total, model, recursion)
@@ -184,6 +188,20 @@ def test_parts_of_a_batch_sum_to_the_whole():
     metrics = parts[0].chunks
     metrics.add(parts[1].chunks)
     assert metrics == whole.chunks
+
+
+@torch.no_grad()
+def test_neither_the_order_of_rows_nor_more_padding_changes_a_loss():
+    model, _ = awake()
+    ids, mask, labels = batch()
+    expected = losses(model, (ids, mask, labels))
+    order = torch.tensor([2, 0, 3, 1])
+    padded = [F.pad(t, (0, 5), value=value) for t, value in ((ids, 7), (mask, 0), (labels, -100))]
+    for data in ((ids[order], mask[order], labels[order]), tuple(padded)):
+        found = losses(model, data)
+        for name, value in expected.parts.items():
+            torch.testing.assert_close(found.parts[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        assert found.chunks == expected.chunks
 
 
 @torch.no_grad()

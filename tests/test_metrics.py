@@ -183,5 +183,5 @@ def test_a_loop_repeats_and_a_short_text_does_not() -> None:
 
 def test_every_metric_says_how_it_is_compared() -> None:
     for metric in metrics.METRICS.values():
-        assert metric.kind in {"documents", "problems", "prompts", "cost"}
+        assert metric.kind in {"documents", "problems", "prompts", "cost", "shown"}
         assert metric.better in {"lower", "higher", ""}

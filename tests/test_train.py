@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rrcli
+from rrcli import trainer
 from rrcli.data import TrainingData
 from rrcli.errors import RRError, UsageError
 from rrcli.optimization import learning_rate_factor
@@ -64,7 +65,7 @@ def test_vanilla_equals_a_plain_loop(tmp_path):
 
 def test_recursive_at_depth_0_equals_vanilla(operated, monkeypatch):
     service.train(SETTINGS, "vanilla", operated, Silent())
-    monkeypatch.setattr(service, "sampled_depth", lambda *_: 0)
+    monkeypatch.setattr(trainer, "sampled_depth", lambda *_: 0)
     service.train(SETTINGS, "recursive", operated, Silent())
     assert losses(operated, "finetuned_recursive") == pytest.approx(losses(operated, "finetuned_vanilla"), rel=1e-6)
 
@@ -107,10 +108,10 @@ def test_every_parameter_moves_in_phase_c(operated):
 
 
 def test_depth_is_the_same_for_everyone_who_asks():
-    drawn = [service.sampled_depth(0, step, 3) for step in range(300)]
-    assert drawn == [service.sampled_depth(0, step, 3) for step in range(300)]
+    drawn = [trainer.sampled_depth(0, step, 3) for step in range(300)]
+    assert drawn == [trainer.sampled_depth(0, step, 3) for step in range(300)]
     assert set(drawn) == {1, 2, 3}
-    assert drawn != [service.sampled_depth(1, step, 3) for step in range(300)]
+    assert drawn != [trainer.sampled_depth(1, step, 3) for step in range(300)]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoint(tmp_path):

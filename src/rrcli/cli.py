@@ -211,13 +211,16 @@ def train(
     ctx: Context,
     mode: Annotated[str, typer.Option("--mode", help="vanilla or recursive.")] = "recursive",
     restart: Annotated[bool, typer.Option("--restart", help="Drop the run's checkpoints and begin anew.")] = False,
+    match_flops: Annotated[
+        str, typer.Option("--match-flops", help="Train vanilla to the FLOPs that this run (its name) spent.")
+    ] = "",
     json: Json = False,
 ) -> None:
     """Fine-tune, with recursion or without; goes on from the last checkpoint."""
     from rrcli.services import train as service
 
     loaded = ctx.load(settings.TrainSettings)
-    result = service.train(loaded, mode, ctx.directory, _reporter(), restart=restart)
+    result = service.train(loaded, mode, ctx.directory, _reporter(), restart=restart, match_flops=match_flops)
     if json:
         ui.show_json("train", vars(result))
         return

@@ -119,7 +119,19 @@ class TrainSettings(CommonSettings):
     gradient_accumulation: int = option(1, "Parts that a step's batch is computed in.", minimum=1)
     lr: float = option(2e-5, "Peak learning rate (AdamW).", minimum=0)
     sidecar_lr: float = option(1e-3, "Peak learning rate of the feedback cell and the boundary head.", minimum=0)
-    warmup_steps: int = option(20, "Steps of linear warm-up; a cosine to a tenth follows.", minimum=0)
+    warmup_steps: int = option(20, "Steps of linear warm-up; the schedule follows.", minimum=0)
+    schedule: str = option(
+        "cosine",
+        "Learning rate after the warm-up: cosine or linear to a tenth, or constant.",
+        choices=("cosine", "linear", "constant"),
+    )
+    ema: float = option(
+        0.0,
+        "Average the weights over steps with this decay, e.g. 0.999, and evaluate and save the average; 0 = off.",
+        minimum=0,
+        maximum=0.99999,
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices.", minimum=0)
     max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0 = never.", minimum=0)
     max_length: int = option(256, "Longest example, in tokens; longer text is cut.", minimum=8)
@@ -135,7 +147,9 @@ class TrainSettings(CommonSettings):
     eval_interval: int = option(100, "Evaluate every so many steps; 0 = never.", minimum=0)
     eval_samples: int = option(64, "Documents, and problems per task, in these evaluations.", minimum=1)
     save_interval: int = option(100, "Save a checkpoint every so many steps.", minimum=1)
-    keep: int = option(2, "Checkpoints to keep.", minimum=1)
+    keep: int = option(2, "Checkpoints to keep, beside the best one.", minimum=1)
+    histograms: int = option(0, "Log histograms of parameters and gradients every so many steps; 0 = never.", minimum=0)
+    callback: str = option("", "MODULE:FUNCTION that is called after every step, for metrics of your own.")
     run_name: str = option(
         "", "Folder name under logs and checkpoints. [default: the stage that it trains]", panel=FILES
     )

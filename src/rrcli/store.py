@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rrcli.errors import RRError, UsageError
 
 MANIFEST = "recursion.json"
@@ -67,7 +69,7 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise RRError(f"cannot write {path}: {error.strerror}", "Nothing was changed.") from error
+        raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -127,10 +129,17 @@ def publish_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise RRError(f"cannot write {path}: {error.strerror or error}", "Nothing was changed.") from error
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that at no moment a part of it counts as whole: renamed first, and swept if killed."""
+    doomed = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def link(source: Path, target: Path) -> bool:
@@ -185,6 +194,16 @@ def safe_name(name: str, what: str) -> str:
     if not name or name.startswith(".") or any(c in name for c in "/\\\0") or name != name.strip():
         raise UsageError(f"{what} '{name}' is no plain name", "Use letters, digits, '-', '_' and '.'.")
     return name
+
+
+def unwritable(path: Path, error: Exception) -> RRError:
+    """Return the error that says what could not be written, why, and how much space there is."""
+    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    there = next(parent for parent in path.parents if parent.exists())
+    return RRError(
+        f"cannot write {path}: {why} ({shutil.disk_usage(there).free:,} bytes free)",
+        "Nothing was changed. Free some space if the disk is full, then run the same command again.",
+    )
 
 
 def _umask() -> int:

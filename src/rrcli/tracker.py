@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from rrcli.store import METRICS, finite, make_folder, write_json
 
 
 class MetricsTracker:
-    """Writes scalars and text of one run for TensorBoard, and remembers the last value of every scalar.
+    """Writes scalars, texts, histograms and hyper-parameters of one run for TensorBoard.
+
+    It remembers the last value of every scalar, for `metrics.json`.
 
     Args:
         log_dir: the run's folder, for example `logs/finetuned_recursive`.
@@ -48,6 +51,24 @@ class MetricsTracker:
         write_json(file, finite({"schema": 1, **more, "scalars": self._last}))
         return file
 
+    def log_histograms(self, tensors: Mapping[str, Any], step: int) -> None:
+        """Log the distribution of each tensor's values under its tag; empty and non-finite ones are left out."""
+        for tag, tensor in tensors.items():
+            if tensor.numel() and bool(tensor.isfinite().all()):
+                self._writer.add_histogram(tag, tensor.detach().float().cpu(), step)
+
+    def log_hparams(self, values: Mapping[str, Any], metrics: Iterable[str]) -> None:
+        """Log hyper-parameters for TensorBoard's HParams tab, into this run itself (`add_hparams` makes another).
+
+        Args:
+            metrics: scalar tags to show beside them; the tab takes their last values from the run.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
+        for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
+            self._writer.file_writer.add_summary(summary)
+
     def flush(self) -> None:
         """Write out what is buffered."""
         self._writer.flush()
@@ -59,5 +80,9 @@ class MetricsTracker:
     def __enter__(self) -> MetricsTracker:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.close()
+        except OSError:
+            if kind is None:  # else the error that is under way says it
+                raise

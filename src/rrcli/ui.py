@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from rrcli import formats
 
@@ -57,13 +58,17 @@ def _console(stream: Any) -> Console:
 class TerminalReporter:
     """Shows what a service is doing: live bars in a terminal, plain lines elsewhere."""
 
+    def __init__(self) -> None:
+        # While bars are shown only their own console knows how to print above them.
+        self._console: Console | None = None
+
     def note(self, message: str) -> None:
         """Print a line."""
-        err().print(escape(message))
+        (self._console or err()).print(escape(message))
 
     def warn(self, message: str) -> None:
         """Print a warning."""
-        err().print(f"[yellow]warning:[/yellow] {escape(message)}")
+        (self._console or err()).print(f"[yellow]warning:[/yellow] {escape(message)}")
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[_Bar]:
@@ -85,15 +90,29 @@ class TerminalReporter:
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
             Speed(),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[note]}"),
         )
-        bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+        class Bars(Progress):
+            """The bar, and below it the note, which is cut rather than wrapped where the terminal is narrow."""
+
+            def get_renderables(self) -> Iterator[Any]:
+                yield self.make_tasks_table(self.tasks)
+                for task in self.tasks:
+                    if task.fields["note"]:
+                        yield Text("  " + task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+        bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
         bar = _Bar(bars, bars.add_task(escape(label), total=total, unit=unit, note=""), console, label, total)
-        with bars:
-            yield bar
+        before, self._console = self._console, console
+        try:
+            with bars:
+                yield bar
+        finally:
+            self._console = before
         seconds = time.monotonic() - began
-        tail = f", {bar.note}" if bar.note else ""
-        console.print(f"  {escape(label)}: {bar.done:,} {unit} in {seconds:.1f} s{escape(tail)}")
+        lines = [f"  {label}: {bar.done:,} {unit} in {seconds:.1f} s", *[bar.note] * bool(bar.note)]
+        fits = sum(map(len, lines)) + 2 <= console.width
+        console.print(escape((", " if fits else "\n    ").join(lines)), no_wrap=True, overflow="ellipsis")
 
 
 class _Bar:
@@ -107,7 +126,7 @@ class _Bar:
         """Count work done."""
         self.done += amount
         self.note = note or self.note
-        self.bars.update(self.task, advance=amount, note=escape(self.note))
+        self.bars.update(self.task, advance=amount, note=self.note)
         tenth = 10 * self.done // max(1, self.total)
         if not self.console.is_terminal and self.total >= 100 and self.note and tenth > self.told:
             self.told = tenth
@@ -223,6 +242,7 @@ def show_train(result: TrainResult) -> None:
     if result.first_step == result.steps:
         out().print(f"The run was finished already at step {result.steps}.")
     rows = {"Run": result.run, "Steps": f"{result.steps:,}", "Training tokens": f"{result.tokens:,}"}
+    rows["Training FLOPs"] = f"{result.flops:.3g}"
     rows["Training time"] = f"{result.seconds:.1f} s"
     _show_pairs(rows | {f"Last {name}": f"{value:.4f}" for name, value in result.losses.items()})
 

@@ -3,7 +3,7 @@
     final_ce    cross-entropy of the last pass, all loss-bearing tokens
     masked_ce   the same of passes 0..d-1, on a sampled share of the windows of text (deep supervision)
     halt        the boundary head's BCE; label 1 where the next pass gains no more than a margin; weighted by how far
-                the gain is from the margin
+                the gain is from the margin, mean within each example, so that it does not matter how a batch is cut
     ponder      expected number of passes, Σ_k Π_{j<k} (1 - p_j), differentiable
     stability   mean SiLU(CE(k) - CE(k-1)): a later pass may not be worse
     total       their weighted sum
@@ -43,7 +43,7 @@ class LossTerms:
     Attributes:
         total: what to call `backward` on.
         parts: the named losses, detached.
-        depth_ce: mean cross-entropy of each pass at the sampled positions, in nats.
+        depth_ce: this part's share of the mean cross-entropy of each pass at the sampled positions, in nats.
         chunks: totals of the chunk metrics; feedback_norm: see `Passes`.
     """
 
@@ -62,7 +62,8 @@ def compute_losses(
     weights: LossWeights,
     tokens_in_step: int,
     chunk_width: int,
-    generator: torch.Generator,
+    sampled: Tensor,
+    sampled_in_step: int,
 ) -> LossTerms:
     """Run the model at its current depth and return the losses.
 
@@ -71,27 +72,25 @@ def compute_losses(
             what position t should predict next (already shifted).
         tokens_in_step: loss-bearing tokens of the whole optimiser step, over all parts and processes. Sums are divided
             by it, so that parts with few tokens do not weigh as much as parts with many.
-        generator: draws the sampled windows, on the CPU.
+        sampled: `[batch, position]`, what intermediate passes learn from; see `sample_windows`.
+        sampled_in_step: how many positions are sampled in the whole optimiser step.
     """
     passes = readout.passes(input_ids, attention_mask)
     depth = len(passes.hidden) - 1
     loss_bearing = labels.ne(-100)
     targets = labels[loss_bearing]
-    n = len(targets)
 
     final, final_prediction = readout.token_losses(passes.hidden[-1][loss_bearing], targets)
     parts = {"final_ce": final.sum() / tokens_in_step}
     if depth == 0:
         total = weights.final * parts["final_ce"]
-        return LossTerms(total, _detached(parts, total), [final.detach().mean()], ChunkTotals(), passes.feedback_norm)
+        mean = [parts["final_ce"].detach()]
+        return LossTerms(total, _detached(parts, total), mean, ChunkTotals(), passes.feedback_norm)
 
-    # Sample whole windows, not lone positions: the same passes then also give the chunk metrics.
     windows = _windows(loss_bearing, chunk_width)
-    chosen = torch.rand(int(windows[-1]) + 1, generator=generator).to(windows.device) < weights.share
-    if not chosen[windows].any():
-        chosen[windows[0]] = True
-    index = chosen[windows].nonzero().squeeze(1)
-    scale = n / (len(index) * tokens_in_step)
+    index = sampled[loss_bearing].nonzero().squeeze(1)
+    row = loss_bearing.nonzero()[:, 0]
+    scale = 1 / sampled_in_step
     earlier, predictions = [], []
     for hidden in passes.hidden[:-1]:
         ce, prediction = readout.token_losses(hidden[loss_bearing][index], targets[index])
@@ -104,11 +103,14 @@ def compute_losses(
     gain = (ce_by_pass[:-1] - ce_by_pass[1:]).detach()
     label = (gain <= weights.margin).float()
     importance = (gain - weights.margin).abs().clamp(max=1.0)
-    bce = F.binary_cross_entropy_with_logits(logits, label, weight=importance, reduction="sum")
+    bce = F.binary_cross_entropy_with_logits(logits, label, weight=importance, reduction="none").sum(0)
+    per_row = torch.zeros(2, len(labels), device=bce.device)
+    per_row = per_row.index_add(1, row[index], torch.stack([bce, importance.sum(0)]))
+    positions = torch.bincount(row[index], minlength=len(labels))
     going_on = (1 - logits.sigmoid()).cumprod(0)
 
     parts["masked_ce"] = ce_by_pass[:-1].sum() * scale / depth
-    parts["halt"] = bce / importance.sum().clamp_min(1e-6) * (n / tokens_in_step)
+    parts["halt"] = (per_row[0] / per_row[1].clamp_min(1e-6) * positions).sum() * scale
     parts["ponder"] = going_on.sum() * scale
     parts["stability"] = F.silu(ce_by_pass[1:] - ce_by_pass[:-1].detach()).sum() * scale / depth
     total = (
@@ -119,8 +121,29 @@ def compute_losses(
         + weights.stability * parts["stability"]
     )
     chunks = teacher_forced_chunks(torch.stack(predictions), logits.sigmoid(), targets[index], windows[index])
-    means = [ce.detach().mean() for ce in ce_by_pass]
+    means = [ce.detach().sum() * scale for ce in ce_by_pass]
     return LossTerms(total, _detached(parts, total), means, chunks, passes.feedback_norm)
+
+
+def sample_windows(labels: Tensor, width: int, share: float, generator: torch.Generator) -> Tensor:
+    """Draw the positions that intermediate passes learn from: whole windows, so that they give the chunk metrics too.
+
+    Drawn once for the whole step, before it is cut into parts.
+
+    Args:
+        labels: `[batch, position]`, -100 where there is no loss. generator: on the CPU.
+
+    Returns:
+        `[batch, position]` booleans, at least one true where any label bears loss.
+    """
+    loss_bearing = labels.ne(-100)
+    windows = _windows(loss_bearing, width)
+    if not len(windows):
+        return loss_bearing
+    chosen = torch.rand(int(windows[-1]) + 1, generator=generator).to(windows.device) < share
+    if not chosen[windows].any():
+        chosen[windows[0]] = True
+    return loss_bearing.masked_scatter(loss_bearing, chosen[windows])
 
 
 def _windows(loss_bearing: Tensor, width: int) -> Tensor:
