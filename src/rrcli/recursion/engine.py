@@ -211,7 +211,9 @@ class Recursion(nn.Module):
 
     def _note(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._frame is not None:
-            self._frame.calls[index] = (args, kwargs)
+            # Only the span's input is needed again: holding on to every layer's would cost as much memory as they are.
+            call = (args, kwargs)
+            self._frame.calls[index] = call if index == self.start else _with_hidden(call, None)
 
     def _after_pass_0(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         frame = self._frame
@@ -246,10 +248,7 @@ class Recursion(nn.Module):
             kwargs = {
                 k: caches.of_pass(value, step) if caches.is_cache(value) else value for k, value in kwargs.items()
             }
-            if args:
-                args = (hidden, *args[1:])
-            else:
-                kwargs["hidden_states"] = hidden
+            args, kwargs = _with_hidden((args, kwargs), hidden)
             layer = self.layers[index]
             output = layer(*args, **kwargs) if lora is None else lora.call(layer, *args, **kwargs)
             hidden = output if isinstance(output, Tensor) else output[0]
@@ -310,6 +309,11 @@ def _unrecorded() -> Iterator[None]:
 def _hidden(call: Call) -> Tensor:
     args, kwargs = call
     return args[0] if args else kwargs["hidden_states"]
+
+
+def _with_hidden(call: Call, hidden: Tensor | None) -> Call:
+    args, kwargs = call
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
 def _relative_norm(feedback: Tensor, entry: Tensor) -> Tensor:

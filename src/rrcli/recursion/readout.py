@@ -170,8 +170,8 @@ class Readout:
         inner = inner if isinstance(inner, int) else max(inner)
         kept = 0
         if self.recursion is not None and self.recursion.depth:
-            # The arguments of every layer are noted, and every pass has its state and its readout.
-            kept = len(self.recursion.layers) + 2 * (self.recursion.depth + 1)
+            # Every pass has its state and its readout.
+            kept = 2 * (self.recursion.depth + 1)
         eager = getattr(config, "_attn_implementation", None) == "eager"
         scores = 3 * getattr(config, "num_attention_heads", 0) if eager else 1
         logits = 3 * self.vocabulary if self.way == "plain" else 0
