@@ -317,7 +317,10 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
     wide = console.width >= LABEL_WIDTH + STAGE_WIDTH * len(comparison.stages)
     table = _stage_table("Metric", comparison.stages, wide, justify="right")
     for row in comparison.rows:
-        table.add_row(escape(formats.row_label(row)), *[_cell(cell, row, wide) for cell in row.cells])
+        label = formats.row_label(row)
+        if not wide:
+            label = label.replace("  ", " ", 1).replace(", ", "\n", 1)
+        table.add_row(escape(label), *[_cell(cell, row, wide) for cell in row.cells])
         if row.depths:
             values = [formats.depth_line(depths, row) for depths in row.depths]
             table.add_row(formats.depth_label(row), *values, style="dim")
