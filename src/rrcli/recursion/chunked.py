@@ -30,12 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from rrcli.errors import UsageError
 from rrcli.recursion import caches
 from rrcli.recursion.chunks import COMMIT_THRESHOLD, ChunkTotals
 from rrcli.recursion.proof import LOW_PRECISION, TOLERANCE
+from rrcli.recursion.rows import Chooser, Rows
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ class ChunkedDecoding:
                 input_ids, logits_processor, stopping_criteria, generation_config,
                 synced_gpus=synced_gpus, streamer=self.streamer, **model_kwargs,
             )  # fmt: skip
-        rows = _Rows(model, input_ids, model_kwargs.get("attention_mask"), cache, stopping_criteria, self.streamer)
-        chooser = _Chooser(rows, logits_processor, sample=bool(generation_config.do_sample))
+        rows = Rows(model, input_ids, model_kwargs.get("attention_mask"), cache, stopping_criteria, self.streamer)
+        chooser = Chooser(rows, logits_processor, sample=bool(generation_config.do_sample))
         first = chooser.choose(chooser.scores(rows.prefill()[:, -1:]))
         self._note(rows, first, first, model.recursion.depth, torch.ones_like(first[:, 0]))
         rows.commit(first.tolist())
@@ -132,7 +133,7 @@ class ChunkedDecoding:
             return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
         return sequences
 
-    def _chunk(self, rows: _Rows, chooser: _Chooser, width: int) -> None:
+    def _chunk(self, rows: Rows, chooser: Chooser, width: int) -> None:
         """Draft, refine and commit once for every row that goes on."""
         cache, recurs = rows.cache, not rows.cache.is_croppable
         before = caches.Snapshot(cache) if recurs else None
@@ -171,7 +172,7 @@ class ChunkedDecoding:
             dropped = None
         rows.commit(new, dropped)
 
-    def _draft(self, rows: _Rows, chooser: _Chooser, width: int) -> tuple[Tensor, list[Tensor], bool]:
+    def _draft(self, rows: Rows, chooser: Chooser, width: int) -> tuple[Tensor, list[Tensor], bool]:
         """Draft with pass 0.
 
         Returns:
@@ -195,7 +196,7 @@ class ChunkedDecoding:
             ended = ended | rows.ended(draft) | doubted
         return draft, drawn_from, not bool(doubted.any())
 
-    def _refine_until_content(self, rows: _Rows, chunk: Tensor) -> tuple[Tensor, int]:
+    def _refine_until_content(self, rows: Rows, chunk: Tensor) -> tuple[Tensor, int]:
         """Run passes over a chunk until the boundary head is content with all of it.
 
         Returns:
@@ -233,190 +234,11 @@ class ChunkedDecoding:
             )
         )
 
-    def _note(self, rows: _Rows, draft: Tensor, committed: Tensor, passes: int, counts: Tensor) -> None:
+    def _note(self, rows: Rows, draft: Tensor, committed: Tensor, passes: int, counts: Tensor) -> None:
         changed = draft.ne(committed).tolist()
         for row, differs, count in zip(rows.active, changed, counts.tolist(), strict=True):
             self.traces[row].passes += [passes] * count
             self.traces[row].changed += differs[:count]
-
-
-class _Rows:
-    """The rows that are still being decoded: right-aligned, their caches with them.
-
-    The last column of `tokens` is each row's last committed token, which no pass has processed yet.
-
-    Attributes:
-        tokens: `[row, position]`; real: `[row]` how many of a row's positions are no padding.
-        active: which rows of the batch these are. new: each row of the batch's new tokens.
-        pending: when passes may lag, how many committed tokens pass k + 1 has not seen; else None.
-    """
-
-    pending: list[int] | None = None
-
-    def __init__(
-        self, model: Any, input_ids: Tensor, mask: Tensor | None, cache: Any, criteria: Any, streamer: Any
-    ) -> None:
-        self.model, self.cache, self.criteria, self.streamer = model, cache, criteria, streamer
-        self.prompts, self.tokens = input_ids, input_ids
-        self.real = torch.full_like(input_ids[:, 0], input_ids.shape[1]) if mask is None else mask.long().sum(1)
-        self.active = list(range(len(input_ids)))
-        self.new: list[list[int]] = [[] for _ in input_ids]
-        self._accepts = inspect.signature(model.forward).parameters
-        self._ends = [c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)]
-        self._others = [c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
-
-    def prefill(self) -> Tensor:
-        """Run the prompt, but for what the cache holds of it; return `[row, position, vocabulary]` logits."""
-        ids = self.tokens if caches.is_empty(self.cache) else self.tokens[:, int(self.cache.get_seq_length()) :]
-        return self._run(ids, self.tokens.shape[1], {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {})
-
-    def forward(self, ids: Tensor, behind: int = 0) -> Tensor:
-        """Run `ids` `[row, position]`, which begin `behind` tokens after the first unprocessed one; return logits."""
-        return self._run(ids, self.tokens.shape[1] - 1 + behind + ids.shape[1], {})
-
-    def _run(self, ids: Tensor, total: int, options: dict[str, Any]) -> Tensor:
-        # Columns in front of the first real one are padding, however many tokens were drafted behind.
-        padding = self.tokens.shape[1] - self.real
-        mask = (torch.arange(total, device=ids.device) >= padding[:, None]).long()
-        if "attention_mask" in self._accepts:
-            options["attention_mask"] = mask
-        if "position_ids" in self._accepts:
-            options["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        options |= {caches.argument_of(self.model): self.cache, "use_cache": True}
-        return self.model(input_ids=ids, **options).logits
-
-    def room(self, max_length: int | None, width: int) -> int:
-        """Return how many more tokens the row that is furthest back may get."""
-        if max_length is None:
-            return width
-        return max(1, max_length - self.prompts.shape[1] - min(len(self.new[row]) for row in self.active))
-
-    def sequence(self, row: int, *more: int) -> Tensor:
-        """Return `[1, position]`: a row's prompt, padding included, its new tokens, and `more`."""
-        tail = torch.tensor([[*self.new[row], *more]], dtype=self.prompts.dtype, device=self.prompts.device)
-        return torch.cat([self.prompts[row : row + 1], tail], 1)
-
-    def ended(self, draft: Tensor) -> Tensor:
-        """Tell for each row whether its draft ends the text, so that drafting on is for nothing."""
-        ended = torch.zeros(len(draft), dtype=torch.bool, device=draft.device)
-        for ends in self._ends:
-            ended |= torch.isin(draft[:, -1], ends.to(draft.device))
-        for criterion in self._others:
-            texts = [self.sequence(row, *draft[i].tolist()) for i, row in enumerate(self.active)]
-            ended |= torch.cat([criterion(text, None) for text in texts]).to(ended)
-        return ended
-
-    def commit(self, new: list[list[int]], dropped: Tensor | None = None) -> None:
-        """Append each row's tokens up to where it stops, take its caches back, and let stopped rows go.
-
-        Args:
-            dropped: `[row]` positions that the caches hold too many; None behind a prefill.
-        """
-        going = []
-        for index, (row, tokens) in enumerate(zip(self.active, new, strict=True)):
-            for count, token in enumerate(tokens, start=1):
-                self.new[row].append(token)
-                if bool(self.criteria(self.sequence(row), None)[0]):
-                    tokens = tokens[:count]
-                    break
-            else:
-                going.append(index)
-            if self.streamer is not None:
-                self.streamer.put(torch.tensor(tokens))
-        self.active = [self.active[index] for index in going]
-        if not going:
-            return
-        counts = torch.tensor([len(new[index]) for index in going], device=self.tokens.device)
-        if len(going) < len(new):
-            keep = torch.tensor(going, device=self.tokens.device)
-            self.cache.reorder_cache(keep)
-            self.tokens, self.real = self.tokens[keep], self.real[keep]
-            dropped = None if dropped is None else dropped[keep]
-        most = int(counts.max())
-        added = torch.tensor([[*new[i], *[0] * (most - len(new[i]))] for i in going], device=self.tokens.device)
-        self.real = self.real + counts
-        uniform = bool(counts.eq(most).all())
-        # With rows of one length nothing moves; else the longest row decides how wide the block is.
-        length = self.tokens.shape[1] + most if uniform else int(self.real.max())
-        self.tokens = caches.moved(torch.cat([self.tokens, added], 1), most - counts, length, 1)
-        if dropped is None:
-            return
-        if not uniform:
-            caches.align(self.cache, dropped, length - 1)
-        elif self.cache.is_croppable:
-            self.cache.crop(-int(dropped[0]))
-
-    def sequences(self, pad: Tensor | None) -> Tensor:
-        """Return `[batch, position]` prompts and new tokens, padded on the right."""
-        width = max(map(len, self.new))
-        fill = 0 if pad is None else int(pad)
-        rows = [[*tokens, *[fill] * (width - len(tokens))] for tokens in self.new]
-        return torch.cat([self.prompts, torch.tensor(rows, dtype=self.prompts.dtype, device=self.prompts.device)], 1)
-
-
-class _Chooser:
-    """Turns logits into tokens, greedily or by sampling, and judges drafts."""
-
-    def __init__(self, rows: _Rows, processors: Any, *, sample: bool) -> None:
-        self.rows, self.processors, self.sample = rows, processors, sample
-
-    def scores(self, logits: Tensor, draft: Tensor | None = None, *, last_only: bool = False) -> Tensor:
-        """Return `[row, position, vocabulary]` fp32 scores behind the logits processors.
-
-        Args:
-            draft: `[row, position]` the drafted tokens, of which the first i stand before position i.
-            last_only: the logits are of the one position behind the whole draft.
-        """
-        scores = logits.float()
-        if not self.processors:
-            return scores
-        known = [[]] * len(scores) if draft is None else draft.tolist()
-        for position in range(scores.shape[1]):
-            texts = [
-                self.rows.sequence(row, *(known[index] if last_only else known[index][:position]))
-                for index, row in enumerate(self.rows.active)
-            ]
-            scores[:, position] = self._processed(texts, scores[:, position])
-        return scores
-
-    def _processed(self, texts: list[Tensor], scores: Tensor) -> Tensor:
-        """Return `[row, vocabulary]` scores behind the processors, which see every row where the batch had it."""
-        places, result = torch.tensor(self.rows.active, device=scores.device), scores.clone()
-        batch = len(self.rows.prompts)
-        # Some processors know each row of the batch: those of one length go together, the others stand aside.
-        for length in {text.shape[1] for text in texts}:
-            chosen = [index for index, text in enumerate(texts) if text.shape[1] == length]
-            ids = texts[chosen[0]].expand(batch, -1).clone()
-            ids[places[chosen]] = torch.cat([texts[index] for index in chosen])
-            full = scores.new_zeros(batch, scores.shape[1])
-            full[places[chosen]] = scores[chosen]
-            result[chosen] = self.processors(ids, full)[places[chosen]]
-        return result
-
-    def choose(self, scores: Tensor) -> Tensor:
-        """Return `[row, 1]` tokens from `[row, 1, vocabulary]` scores."""
-        return scores[:, 0].softmax(-1).multinomial(1) if self.sample else scores.argmax(-1)
-
-    def judge(self, draft: Tensor, drawn_from: list[Tensor], refined: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how many drafted tokens of each row are accepted, and what stands in place of the next, both `[row]`.
-
-        Args:
-            draft: `[row, position]`; drawn_from: pass 0's scores, one `[row, 1, vocabulary]` per position.
-            refined: `[row, position, vocabulary]` the last pass's scores.
-        """
-        width = draft.shape[1]
-        if not self.sample:
-            best = refined.argmax(-1)
-            accepted = best.eq(draft).long().cumprod(1).sum(1)
-            return accepted, best.gather(1, accepted.clamp_max(width - 1)[:, None])[:, 0]
-        target, guess = refined.softmax(-1), torch.cat(drawn_from, 1).softmax(-1)
-        ratio = target.gather(2, draft[..., None])[..., 0] / guess.gather(2, draft[..., None])[..., 0]
-        accepted = (torch.rand_like(ratio) < ratio).long().cumprod(1).sum(1)
-        rows, place = torch.arange(len(draft), device=draft.device), accepted.clamp_max(width - 1)
-        rest = (target[rows, place] - guess[rows, place]).clamp_min(0)
-        # Nothing is left where the two agree; then nothing was rejected either, but for rounding.
-        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, target[rows, place])
-        return accepted, rest.multinomial(1)[:, 0]
 
 
 def _obstacle(model: Any, cache: Any, mask: Tensor | None) -> str:
