@@ -112,15 +112,16 @@ def direction(metric: Metric, difference: float) -> str:
 def correct(rows: list[Row], claims: list[Claim], results: list[Results], alpha: float) -> None:
     """Adjust all p-values together (Holm), and call noise what does not survive or whose interval holds zero.
 
-    A claim against the first stage is a cell of the table and shares its value; other claims join the family.
+    A claim against the first stage is a cell of the table and shares its value; other claims join the family. Records
+    that are identical leave nothing to test, so they do not make it harder for the others.
     """
-    tested = [cell for row in rows for cell in row.cells if cell.p_value is not None]
+    tested = [cell for row in rows for cell in row.cells if cell.p_value is not None and cell.verdict != "same"]
     others = [claim for claim in claims if claim.reference is not results[0]]
     p_values = [cell.p_value or 0.0 for cell in tested] + [claim.estimate.p_value or 0.0 for claim in others]
     adjusted = stats.holm(p_values)
     for cell, p_value in zip(tested, adjusted, strict=False):
         cell.p_adjusted = p_value
-        if cell.verdict != "same" and not backed(p_value, cell.difference_low, cell.difference_high, alpha):
+        if not backed(p_value, cell.difference_low, cell.difference_high, alpha):
             cell.verdict = "within noise"
     for claim, p_value in zip(others, adjusted[len(tested) :], strict=True):
         claim.p_adjusted = p_value
@@ -128,7 +129,8 @@ def correct(rows: list[Row], claims: list[Claim], results: list[Results], alpha:
         if claim.reference is results[0]:
             row = next(row for row in rows if row.name == claim.name)
             column = next(i for i, result in enumerate(results) if result is claim.result)
-            claim.p_adjusted = row.cells[column].p_adjusted or 0.0
+            adjusted_here = row.cells[column].p_adjusted
+            claim.p_adjusted = 1.0 if adjusted_here is None else adjusted_here
 
 
 def backed(p_value: float, low: float | None, high: float | None, alpha: float) -> bool:

@@ -28,6 +28,7 @@ from rrcli.errors import RRError
 from rrcli.recursion import tiles
 from rrcli.recursion.engine import Passes
 from rrcli.recursion.families import find_layout
+from rrcli.recursion.products import OneDNN
 
 # Logits that exist at a time, in elements: 64 MiB in fp32.
 LOGITS_AT_A_TIME = 2**24
@@ -122,6 +123,10 @@ class Readout:
             input_ids, attention_mask: `[batch, position]`; scored: the same shape, True at n positions.
             targets: `[n]` the token that follows each of them.
         """
+        with OneDNN():
+            return self._score(input_ids, attention_mask, scored, targets)
+
+    def _score(self, input_ids: Tensor, attention_mask: Tensor, scored: Tensor, targets: Tensor) -> Scores:
         if self.way == "plain":
             return self._plain(input_ids, attention_mask, scored, targets)
         passes = self.passes(input_ids, attention_mask)
