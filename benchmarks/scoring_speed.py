@@ -37,6 +37,7 @@ from engine_overhead import smollm2_file
 
 import rrcli
 from rrcli import demo
+from rrcli.heap import keep_freed_memory
 from rrcli.performance import peak_resident_mb, reset_peak_resident
 from rrcli.perplexity import score_documents
 from rrcli.reporting import Silent
@@ -110,11 +111,41 @@ def theirs(model: Any, tokenizer: Any, batch_size: int, softmax_dtype: str | Non
     return score
 
 
-def timed(score: Score, texts: list[str]) -> tuple[float, list[float]]:
-    """Return the wall time, and what was found."""
-    start = time.perf_counter()
-    found = score(texts)
-    return time.perf_counter() - start, found
+class Scorer:
+    """A process that scores documents, set up as `rr` sets up its own, or as lm-eval leaves one."""
+
+    def __init__(self, name: str, who: str, count: int) -> None:
+        command = [sys.executable, __file__, "--serve", name, who, "--documents", str(count)]
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+
+    def __call__(self, start: int, stop: int, step: int, *how: Any) -> tuple[float, list[float]]:
+        """Score `documents[start:stop:step]`: the wall time in seconds, and the nats of each."""
+        self.process.stdin.write(json.dumps([start, stop, step, *how]) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        return answer["seconds"], answer["nats"]
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(name: str, who: str, count: int) -> None:
+    """Answer a `Scorer`, a line for a line, until its end of the pipe closes."""
+    if who == "rr":
+        keep_freed_memory()
+    answers, sys.stdout = sys.stdout, sys.stderr
+    model, tokenizer = load(name)
+    texts = documents(name, tokenizer, count)
+    for line in sys.stdin:
+        start, stop, step, *how = json.loads(line)
+        score = ours(model, tokenizer) if who == "rr" else theirs(model, tokenizer, *how)
+        began = time.perf_counter()
+        nats = score(texts[start:stop:step])
+        print(json.dumps({"seconds": time.perf_counter() - began, "nats": nats}), file=answers, flush=True)
 
 
 def added_alone(name: str, batch_size: int, count: int) -> None:
@@ -123,6 +154,8 @@ def added_alone(name: str, batch_size: int, count: int) -> None:
     Args:
         batch_size: lm-eval's; 0 = score with this package.
     """
+    if not batch_size:
+        keep_freed_memory()
     model, tokenizer = load(name)
     texts = sorted(documents(name, tokenizer, count), key=len)[-max(1, count // 8) :]
     score = theirs(model, tokenizer, batch_size) if batch_size else ours(model, tokenizer)
@@ -141,42 +174,46 @@ def added(name: str, batch_size: int, count: int) -> list[float]:
 
 def judge(name: str, options: argparse.Namespace) -> bool:
     """Measure one model, print its rows, and tell whether its claims hold."""
-    model, tokenizer = load(name)
-    texts = documents(name, tokenizer, options.documents)
-    sample = texts[: max(8, options.documents // 8)]
+    count = options.documents
+    _, tokenizer = load(name)
+    texts = documents(name, tokenizer, count)
+    sample = max(8, count // 8)
 
     def tokens(part: list[str]) -> int:
         return sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in part)
 
-    mine = ours(model, tokenizer)
-    mine(sample[:2])
-    mine_took, mine_found = timed(mine, sample)
-    took = {size: timed(theirs(model, tokenizer, size), sample)[0] for size in BATCH_SIZES}
+    scorers = [Scorer(name, who, count) for who in ("rr", "lm-eval")]
+    mine, their = scorers
+    for scorer, how in ((mine, ()), (their, (1,))):
+        scorer(0, 2, 1, *how)
+    mine_took, mine_found = mine(0, sample, 1)
+    took = {size: their(0, sample, 1, size)[0] for size in BATCH_SIZES}
     best = min(took, key=lambda size: took[size])
-    exact = theirs(model, tokenizer, best, "float64")(sample)
+    _, exact = their(0, sample, 1, best, "float64")
     apart = max(abs(a - b) / abs(b) for a, b in zip(mine_found, exact, strict=True))
 
-    scores = (mine, theirs(model, tokenizer, best))
     rounds = []
     for turn in range(options.rounds):
         seconds = [0.0, 0.0]
         for who in (0, 1) if turn % 2 else (1, 0):
-            seconds[who], _ = timed(scores[who], texts[turn :: options.rounds])
+            seconds[who], _ = scorers[who](turn, count, options.rounds, *([best] if who else []))
         rounds.append(seconds)
+    for scorer in scorers:
+        scorer.close()
     speeds = [tokens(texts) / sum(seconds[who] for seconds in rounds) for who in (0, 1)]
     ratios = [theirs_took / ours_took for ours_took, theirs_took in rounds]
-    (more, peak), (their_more, their_peak) = (added(name, size, options.documents) for size in (0, best))
+    (more, peak), (their_more, their_peak) = (added(name, size, count) for size in (0, best))
 
     kept = (speeds[0] >= SPEED[name] * speeds[1], more <= MEMORY * their_more, apart <= EQUAL)
     speed, memory, equal = ("yes" if held else "NO" for held in kept)
-    sizes = ", ".join(f"{tokens(sample) / seconds:,.0f} at {size}" for size, seconds in took.items())
+    sizes = ", ".join(f"{tokens(texts[:sample]) / seconds:,.0f} at {size}" for size, seconds in took.items())
     rows = (
         f"tokens/s | {speeds[0]:,.0f} | {speeds[1]:,.0f} (batch {best}) | {speeds[0] / speeds[1]:.2f} "
         f"({min(ratios):.2f} to {max(ratios):.2f}) | >= {SPEED[name]} | {speed}",
         f"MB added (peak) | {more:,.0f} ({peak:,.0f}) | {their_more:,.0f} ({their_peak:,.0f}) | "
         f"{more / their_more:.2f} ({peak / their_peak:.2f}) | <= {MEMORY} | {memory}",
         f"nats, sample | {-sum(mine_found):.4f} | {-sum(exact):.4f} | 1 +- {apart:.0e} | 1 +- {EQUAL} | {equal}",
-        f"tokens/s, sample | {tokens(sample) / mine_took:,.0f} | {sizes} | | |",
+        f"tokens/s, sample | {tokens(texts[:sample]) / mine_took:,.0f} | {sizes} | | |",
     )
     for row in rows:
         print(f"| {name} | {row} |", flush=True)
@@ -190,7 +227,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--models", nargs="+", choices=SPEED, default=list(SPEED))
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        serve(*options.serve, options.documents)
+        return 0
     if options.alone:
         added_alone(options.alone[0], int(options.alone[1]), options.documents)
         return 0

@@ -23,7 +23,7 @@ SURFACE = {"cli", "ui", "services", "__main__"}
 TORCH_FREE = (
     *("errors", "settings", "store", "stats", "splits", "tasks", "metrics", "reporting", "ui", "cli"),
     *("inspection", "manifest", "export", "lines", "problem_files", "judging", "prompts", "samples"),
-    *("comparison", "pairing", "verdicts", "gates", "formats", "sources", "readers"),
+    *("comparison", "pairing", "verdicts", "gates", "formats", "sources", "readers", "heap"),
 )
 
 

@@ -16,6 +16,7 @@ import torch
 
 from rrcli.batching import context_length
 from rrcli.costs import countable
+from rrcli.heap import return_freed_memory
 from rrcli.reporting import Reporter
 
 PREFILL_TOKENS = 128
@@ -90,6 +91,7 @@ def measure_performance(
 
 def reset_peak_resident() -> None:
     """Forget the peak so far, so that a stage is not charged for what ran before it in this process (Linux only)."""
+    return_freed_memory()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
