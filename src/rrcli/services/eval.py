@@ -100,7 +100,7 @@ def evaluate(
             _add_relevance(measured, baseline, reporter)
             if tracker is not None:
                 tracker.log_scalar(f"evaluation/{stage}/relevance", measured["metrics"]["relevance"]["value"], step)
-        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in data.documents]
+        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in data.texts(tokenizer, settings)]
         results = {
             "schema": SCHEMA,
             "kind": "evaluation",
