@@ -159,7 +159,11 @@ class TrainingData:
             RRError: see `batch`.
         """
         longest = self.settings.max_length
-        for ids, learned in self._candidates(number):
+        share = self.settings.task_share if self.tasks else 0.0
+        before = math.floor(number * share)
+        asked = math.floor((number + 1) * share) > before
+        task = Random(f"tasks/{self.settings.seed}/{number}").choice(self.tasks) if asked else None
+        for ids, learned in self._documents(number - before) if task is None else self._problems(task, number):
             if any(learned[1:longest]):
                 self.drawn += 1
                 self.cut += len(ids) > longest
@@ -168,8 +172,9 @@ class TrainingData:
                 return ids, [token if own else IGNORED for token, own in after] + [IGNORED]
             self.skipped += 1
         raise RRError(
-            f"{CANDIDATES} examples in a row leave nothing to learn in {longest} tokens: their prompts alone fill them",
-            "Raise --max-length, or leave the longest data or task out.",
+            f"{CANDIDATES} examples in a row of {self.settings.data if task is None else task.spec} leave nothing to "
+            f"learn in {longest} tokens: their prompts alone fill them",
+            "Raise --max-length, or leave this source out.",
         )
 
     def warning(self) -> str:
@@ -180,16 +185,17 @@ class TrainingData:
         length = self.settings.max_length
         return f"{self.cut:,} of {self.drawn:,} examples were longer than {length} tokens and were cut{skipped}"
 
-    def _candidates(self, number: int) -> Iterator[Example]:
-        """Yield what example `number` may be: the first that fits is taken."""
-        share = self.settings.task_share if self.tasks else 0.0
-        before = math.floor(number * share)
-        if math.floor((number + 1) * share) == before:
-            for other in range(CANDIDATES):
-                document = self.documents.in_order(number - before + other, self.settings.seed)
-                yield example_of(self.tokenizer, document, self.settings)
-            return
-        task = Random(f"tasks/{self.settings.seed}/{number}").choice(self.tasks)
+    def _documents(self, place: int) -> Iterator[Example]:
+        """Yield the document at a place of the row of epochs, and those behind it that may stand in for it."""
+        for other in range(CANDIDATES):
+            yield example_of(self.tokenizer, self.documents.in_order(place + other, self.settings.seed), self.settings)
+
+    def _problems(self, task: Task | FileTask, number: int) -> Iterator[Example]:
+        """Yield the problem of example `number`, and others that may stand in for it.
+
+        Raises:
+            UsageError: the task has none. RRError: one is kept for evaluation.
+        """
         found = 0
         for problem in task.stream(training_seed(self.settings.seed, number), limit=4096, held_out=False):
             if problem.question in self.evaluated:
