@@ -222,13 +222,16 @@ def test_the_seeds_of_training_and_evaluation_are_apart(stories: Path) -> None:
         held_out_data(EvalSettings(data="stories.jsonl", seed=TRAINING_SEEDS - 100), stories, problems_per_task=1)
 
 
-def test_a_conversation_that_asks_a_problem_of_the_test_set_is_left_out(tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_conversation_that_asks_a_problem_of_the_test_set_is_left_out(
+    tmp_path: Path, tokenizer: Any, share: float
+) -> None:
     asked = [f"How many are {n} and {n}?" for n in range(60)]
     write(tmp_path / "test.jsonl", "".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in asked[:30]))
     pairs = [{"prompt": q, "completion": " many"} for q in asked]
     write(tmp_path / "data.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
     specs = ("test.jsonl:held_out=all", "chain_sum")
-    data = training(tmp_path, tokenizer, data="data.jsonl", task=specs, task_share=0.5)
+    data = training(tmp_path, tokenizer, data="data.jsonl", task=specs, task_share=share)
     assert [d["prompt"] for d in data.documents] == [q for q in asked[30:] if not is_held_out(q)]
 
 

@@ -16,7 +16,7 @@ from rrcli import demo
 from rrcli.conversations import Document, question_of
 from rrcli.document_store import DocumentStore
 from rrcli.errors import RRError, UsageError
-from rrcli.problem_files import FileTask, evaluated_whole, open_task
+from rrcli.problem_files import FileTask, evaluated_whole, is_file_task, open_task
 from rrcli.rendering import Example, example_of, solved_problem, text_of
 from rrcli.settings import CommonSettings, EvalSettings, TrainSettings
 from rrcli.sources import Dropped, fingerprint, read_documents
@@ -122,10 +122,11 @@ class TrainingData:
 
     def __init__(self, settings: TrainSettings, directory: Path, tokenizer: Any) -> None:
         self.settings, self.tokenizer = settings, tokenizer
-        tasks = [open_task(spec, directory) for spec in task_specs(settings)] if settings.task_share > 0 else []
+        share = settings.task_share
+        tasks = [open_task(spec, directory) for spec in task_specs(settings) if share > 0 or is_file_task(spec)]
         self.evaluated = evaluated_whole(tasks)
-        self.tasks = [task for task in tasks if not (isinstance(task, FileTask) and task.whole)]
-        if tasks and not self.tasks:
+        self.tasks = [task for task in tasks if share > 0 and not (isinstance(task, FileTask) and task.whole)]
+        if share > 0 and not self.tasks:
             raise UsageError(
                 "every task is evaluated whole (held_out=all): there is no problem to train on",
                 "Add a task to train on, or train on text alone with --task-share 0.",
@@ -134,7 +135,7 @@ class TrainingData:
         documents = read_documents(settings.data, directory, settings.text_field, dropped)
         self.documents = DocumentStore((d for d in documents if self._may_train(question_of(d))), directory)
         self.notice = dropped.notice(settings.data)
-        if not self.documents and settings.task_share < 1:
+        if not self.documents and share < 1:
             raise RRError(f"every document of {settings.data} is held out", "Give more documents (about 50 or more).")
         self.drawn = self.cut = self.skipped = 0
 

@@ -61,7 +61,8 @@ class CommonSettings:
     data: str = option(
         "default",
         "Text: 'default' (embedded), a .txt, .jsonl, .csv or .parquet file, a folder of them, "
-        "hf://NAME[:CONFIG[:SPLIT]] for a data set of the hub, or - for standard input. "
+        "hf://NAME[:CONFIG[:SPLIT]] for a data set of the hub, or - for standard input. Rows may also be prompt and "
+        "completion, or messages: then the completion, or what the assistant says, is trained on. "
         "One tenth is held out for evaluation.",
         panel=MODEL,
     )

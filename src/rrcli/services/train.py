@@ -136,7 +136,8 @@ def train(
 
     def save(trainer: Trainer, step: int) -> None:
         base = base_of(start, directory)
-        identity = {"mode": mode, "run": name, "phase": settings.phase}
+        identity: dict[str, Any] = {"mode": mode, "run": name, "phase": settings.phase}
+        identity["chat_template"] = settings.chat_template
         identity["tasks"] = list(task_specs(settings)) if settings.task_share > 0 else []
         _save(trainer, step, folder, identity, inputs, base)
 
@@ -216,7 +217,7 @@ def _checkpoint_activations(model: Any) -> None:
 # -- saving and resuming -----------------------------------------------------------------------------------------------
 
 
-def _save(trainer: Trainer, step: int, folder: Path, identity: dict[str, str], inputs: str, base: ModelSource) -> None:
+def _save(trainer: Trainer, step: int, folder: Path, identity: dict[str, Any], inputs: str, base: ModelSource) -> None:
     """Publish the checkpoint of a step, then drop those that are neither among the last `--keep` nor the best."""
     from safetensors.torch import save_file
 
