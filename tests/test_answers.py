@@ -10,11 +10,12 @@ import torch
 
 import rrcli
 from rrcli import answers
-from rrcli.answers import continue_prompts, question_text, solve_problems
+from rrcli.answers import continue_prompts, solve_problems
 from rrcli.data import EvalData
 from rrcli.errors import RRError, UsageError
 from rrcli.problem_files import FileTask
 from rrcli.prompts import read_prompts, stop_strings
+from rrcli.rendering import question_text
 from rrcli.reporting import Silent
 from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings

@@ -61,6 +61,7 @@ SURFACE = {
     "train": COMMON
     | {"--mode", "--restart", "--json", "--run-name", "--phase"}
     | {"--steps", "--batch-size", "--gradient-accumulation", "--lr", "--sidecar-lr", "--warmup-steps"}
+    | {"--packing", "--no-packing", "--chat-template", "--no-chat-template"}
     | {"--weight-decay", "--max-grad-norm", "--max-length", "--task-share", "--max-steps", "--chunk-width"}
     | {"--schedule", "--ema", "--gradient-checkpointing", "--no-gradient-checkpointing", "--match-flops"}
     | {"--histograms", "--callback"}

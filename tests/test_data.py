@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -14,14 +13,15 @@ from rrcli import demo
 from rrcli.batching import Batch, collate
 from rrcli.data import (
     IGNORED,
-    TextStore,
+    TRAINING_SEEDS,
     TrainingData,
-    encode_prompt,
     held_out_data,
     source_fingerprint,
     task_specs,
+    training_seed,
 )
-from rrcli.errors import RRError
+from rrcli.errors import RRError, UsageError
+from rrcli.rendering import encode_prompt
 from rrcli.settings import CommonSettings, EvalSettings, TrainSettings
 from rrcli.splits import is_held_out
 from rrcli.tasks import Task, prompt_of
@@ -184,15 +184,55 @@ def test_a_document_has_its_own_tokens_shifted_as_labels(stories: Path, tokenize
             assert not is_held_out(text)
 
 
-def test_task_share_is_kept(stories: Path, tokenizer: Any) -> None:
-    def share(**changes: Any) -> float:
-        data = training(stories, tokenizer, batch_size=100, **changes)
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in rows(data.batch(0))]
-        return sum(text.startswith("Question: ") for text in texts) / len(texts)
+@pytest.mark.parametrize(("share", "problems"), [(0.0, 0), (1.0, 100), (0.3, 30), (0.75, 75)])
+def test_task_share_is_kept_exactly_and_evenly(stories: Path, tokenizer: Any, share: float, problems: int) -> None:
+    data = training(stories, tokenizer, task_share=share)
+    texts = [tokenizer.decode(data.example(number)[0], skip_special_tokens=True) for number in range(100)]
+    asked = [text.startswith("Question: ") for text in texts]
+    assert sum(asked) == problems
+    assert abs(sum(asked[:50]) - problems / 2) <= 1
 
-    assert share(task_share=0.0) == 0
-    assert share(task_share=1.0) == 1
-    assert share(task_share=0.3) == pytest.approx(0.3, abs=0.14)
+
+def test_an_epoch_shows_every_document_once_and_the_next_in_another_order(stories: Path, tokenizer: Any) -> None:
+    data = training(stories, tokenizer, task_share=0.5)
+    shown = [tokenizer.decode(data.example(2 * n)[0], skip_special_tokens=True) for n in range(2 * len(data.documents))]
+    first, second = shown[: len(data.documents)], shown[len(data.documents) :]
+    assert sorted(first) == sorted(second) == sorted(text for text in TEXTS if not is_held_out(text))
+    assert first != second
+
+
+# -- training and evaluation never meet --------------------------------------------------------------------------------
+
+
+def test_a_problem_of_the_evaluation_that_turns_up_in_training_stops_it(
+    stories: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The split already keeps them apart: break it, as a fault of a task would."""
+    data = training(stories, tokenizer, task_share=1.0)
+    held_out = Task("chain_sum:max_digits=1").problems(1, seed=0, held_out=True)
+    monkeypatch.setattr(Task, "stream", lambda *_, **__: iter(held_out))
+    with pytest.raises(RRError, match="kept for evaluation turned up in training"):
+        data.batch(0)
+
+
+def test_the_seeds_of_training_and_evaluation_are_apart(stories: Path) -> None:
+    assert min(training_seed(seed, number) for seed in (0, 7, 2**29) for number in (0, 10**6)) >= TRAINING_SEEDS
+    assert len({training_seed(0, number) for number in range(1000)}) == 1000
+    with pytest.raises(UsageError, match="reaches into the seeds of training"):
+        held_out_data(EvalSettings(data="stories.jsonl", seed=TRAINING_SEEDS - 100), stories, problems_per_task=1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_conversation_that_asks_a_problem_of_the_test_set_is_left_out(
+    tmp_path: Path, tokenizer: Any, share: float
+) -> None:
+    asked = [f"How many are {n} and {n}?" for n in range(60)]
+    write(tmp_path / "test.jsonl", "".join(json.dumps({"question": q, "answer": "1"}) + "\n" for q in asked[:30]))
+    pairs = [{"prompt": q, "completion": " many"} for q in asked]
+    write(tmp_path / "data.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
+    specs = ("test.jsonl:held_out=all", "chain_sum")
+    data = training(tmp_path, tokenizer, data="data.jsonl", task=specs, task_share=share)
+    assert [d["prompt"] for d in data.documents] == [q for q in asked[30:] if not is_held_out(q)]
 
 
 def test_only_problems_need_no_training_document(tmp_path: Path, tokenizer: Any) -> None:
@@ -206,15 +246,25 @@ def test_long_examples_are_cut_and_counted(stories: Path, tokenizer: Any) -> Non
     data = training(stories, tokenizer, task_share=0.0, max_length=8)
     batch = data.batch(0)
     assert batch.input_ids.shape == (8, 8)
-    assert data.cut == 8
+    assert data.warning() == "8 of 8 examples were longer than 8 tokens and were cut"
     assert all(labels == [*ids[1:], IGNORED] for ids, labels in rows(batch))
     assert tokenizer.eos_token_id not in [ids[-1] for ids, _ in rows(batch)]
 
 
-def test_a_prompt_that_fills_the_length_leaves_nothing_to_learn(stories: Path, tokenizer: Any) -> None:
-    batch = training(stories, tokenizer, task_share=1.0, max_length=8).batch(0)
-    assert batch.tokens == 0
-    assert all(len(ids) == len(labels) for ids, labels in rows(batch))
+def test_an_example_with_nothing_to_learn_is_never_in_a_batch(stories: Path, tokenizer: Any) -> None:
+    task = "chain_sum:min_terms=2,max_terms=4,min_digits=1,max_digits=3"
+    data = training(stories, tokenizer, task=(task,), task_share=1.0, max_length=28, batch_size=1)
+    assert all(data.batch(step).tokens > 0 for step in range(40))
+    assert data.skipped > 0
+    assert "more had nothing to learn within it and were left out" in data.warning()
+    again = training(stories, tokenizer, task=(task,), task_share=1.0, max_length=28, batch_size=1)
+    assert rows(again.batch(30)) == rows(data.batch(30))
+
+
+def test_nothing_to_learn_at_all_is_an_error(stories: Path, tokenizer: Any) -> None:
+    with pytest.raises(RRError, match="leave nothing to learn in 8 tokens") as error:
+        training(stories, tokenizer, task_share=1.0, max_length=8).batch(0)
+    assert "--max-length" in error.value.hint
 
 
 def test_a_task_without_text_answers_is_refused(stories: Path, tokenizer: Any) -> None:
@@ -230,23 +280,9 @@ def test_collate_pads_on_the_right() -> None:
     assert batch.tokens == 2
 
 
-@pytest.mark.parametrize("limit", [1, 10, 2**20])
-def test_texts_are_the_same_in_memory_and_on_disk(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rrcli.data.MEMORY_BYTES", limit)
-    texts = ["one", "", "zwei \u00e4", "\u4e09" * 50]
-    store = TextStore(iter(texts))
-    assert list(store) == texts
-    assert [store[i] for i in (3, 0, -1)] == [texts[3], texts[0], texts[-1]]
-    assert store[1:3] == texts[1:3]
-    assert Random(3).sample(store, 2) == Random(3).sample(texts, 2)
-    with pytest.raises(IndexError):
-        store[4]
-    assert not TextStore([])
-
-
 def test_batches_do_not_depend_on_where_texts_are(
     stories: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inside = rows(training(stories, tokenizer, task_share=0.0).batch(3))
-    monkeypatch.setattr("rrcli.data.MEMORY_BYTES", 100)
+    monkeypatch.setattr("rrcli.document_store.MEMORY_BYTES", 100)
     assert rows(training(stories, tokenizer, task_share=0.0).batch(3)) == inside

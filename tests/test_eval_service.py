@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import rrcli
 from rrcli.errors import RRError, UsageError
 from rrcli.reporting import Silent
 from rrcli.services import eval as service
@@ -116,3 +117,36 @@ def test_an_evaluation_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     resumed = service.evaluate(settings, "after_surgery", tmp_path, Silent()).results
     for name in ("records", "metrics", "by_depth"):
         assert json.dumps(resumed[name]) == json.dumps(whole[name])
+
+
+def test_conversations_are_trained_and_evaluated_through_one_template(tmp_path):
+    model, tokenizer = rrcli.load("default")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n} and 1?"}, {"role": "assistant", "content": f"It is {n + 1}."}]}
+        for n in range(60)
+    ]
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = {"model": "chat", "data": "talks.jsonl", "task": ("chain_sum",)}
+    settings = TrainSettings(**common, steps=1, batch_size=2, eval_interval=1, eval_samples=2)
+    train.train(settings, "vanilla", tmp_path, Silent())
+    options = common | {"problems": 2, "skip_generation": True, "skip_performance": True, "tensorboard": False}
+    perplexities = []
+    for chat in (True, False):
+        reporter = Silent()
+        found = service.evaluate(
+            EvalSettings(**options, chat_template=chat), "finetuned_vanilla", tmp_path, reporter
+        ).results
+        [prompt, _] = [record["prompt"] for record in found["records"]["problems"]]
+        assert prompt.startswith("<user>State" if chat else "Question: State")
+        warned = "shown problems through the chat template in training, which is not how they are asked here"
+        assert [message for message in reporter.warnings if warned in message] == [f"the model was {warned}"] * (
+            not chat
+        )
+        perplexities.append(found["metrics"]["perplexity"]["value"])
+    assert perplexities[0] != perplexities[1]

@@ -24,6 +24,7 @@ TORCH_FREE = (
     *("errors", "settings", "store", "stats", "splits", "tasks", "metrics", "reporting", "ui", "cli"),
     *("inspection", "manifest", "export", "lines", "problem_files", "judging", "prompts", "samples"),
     *("comparison", "pairing", "verdicts", "gates", "formats", "sources", "readers", "heap"),
+    *("conversations", "document_store", "rendering"),
 )
 
 

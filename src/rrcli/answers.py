@@ -7,16 +7,17 @@ from typing import Any
 
 from rrcli import metrics
 from rrcli.batching import context_length
-from rrcli.data import EvalData, encode_prompt
+from rrcli.data import EvalData
 from rrcli.decoding import decode
 from rrcli.errors import UsageError
 from rrcli.judging import judge
 from rrcli.prompts import stop_strings
+from rrcli.rendering import encode_prompt, encode_question, question_text
 from rrcli.reporting import Reporter
 from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings
 from rrcli.splits import content_hash
-from rrcli.tasks import Problem, prompt_of
+from rrcli.tasks import Problem
 
 GENERATED_TOKENS = 48
 # What an answer is recorded with, for each depth.
@@ -49,7 +50,7 @@ def solve_problems(
         for task in data.tasks
     }
     texts = [question_text(tokenizer, p.question, examples[p.task], settings) for p in data.problems]
-    prompts = [_encoded(tokenizer, text, settings) for text in texts]
+    prompts = [encode_question(tokenizer, text, settings) for text in texts]
     prompts = _within_context(model, prompts, settings.max_new_tokens, reporter)
     recursion = getattr(model, "recursion", None)
     depths = range(depth + 1) if recursion is not None else (0,)
@@ -90,29 +91,6 @@ def _problem_records(
         for name in ANSWER:
             records[entry["number"]]["outputs" if name == "output" else name].append(entry[name])
     return records
-
-
-def question_text(tokenizer: Any, question: str, examples: Sequence[Problem], settings: EvalSettings) -> str:
-    """Return the prompt of a question behind solved examples: turns of the chat template if there is one, else text."""
-    if not _chats(tokenizer, settings):
-        solved = "".join(f"{prompt_of(example.question)} {example.target}\n\n" for example in examples)
-        return solved + prompt_of(question)
-    turns = []
-    for example in examples:
-        turns += [("user", example.question), ("assistant", example.target)]
-    messages = [{"role": role, "content": content} for role, content in (*turns, ("user", question))]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-
-def _chats(tokenizer: Any, settings: EvalSettings) -> bool:
-    return settings.chat_template and bool(getattr(tokenizer, "chat_template", None))
-
-
-def _encoded(tokenizer: Any, text: str, settings: EvalSettings) -> list[int]:
-    # A chat template writes the start token itself.
-    if _chats(tokenizer, settings):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return encode_prompt(tokenizer, text)
 
 
 def _within_context(model: Any, prompts: list[list[int]], new_tokens: int, reporter: Reporter) -> list[list[int]]:

@@ -23,11 +23,17 @@ Result = TypeVar("Result")
 
 @dataclass
 class Batch:
-    """One step's examples, padded on the right; `labels[t]` is what position t should predict next, -100 = no loss."""
+    """One step's examples, padded on the right; `labels[t]` is what position t should predict next, -100 = no loss.
+
+    Where rows hold several examples (see `packing`), `position_ids` begin anew with each, and `examples` are their
+    numbers in the batch.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    position_ids: Tensor | None = None
+    examples: Tensor | None = None
 
     @property
     def tokens(self) -> int:

@@ -58,6 +58,7 @@ def evaluate_model(
     reporter = reporter or Silent()
     log = log or SampleLog()
     data = _eval_data(eval_data, settings)
+    texts = data.texts(tokenizer, settings)
     depth = _depth(model, settings)
     training = model.training
     model.eval()
@@ -69,8 +70,8 @@ def evaluate_model(
     try:
         if recursion is not None:
             recursion.depth = depth
-        if data.documents and not settings.skip_perplexity:
-            records["documents"], chunks = score_documents(model, tokenizer, data.documents, settings, reporter, log)
+        if texts and not settings.skip_perplexity:
+            records["documents"], chunks = score_documents(model, tokenizer, texts, settings, reporter, log)
             values |= {name: {"value": value} for name, value in chunks.metrics().items()}
         if data.problems and not settings.skip_reasoning:
             records["problems"] = solve_problems(model, tokenizer, data, settings, depth, reporter, log)
@@ -79,8 +80,8 @@ def evaluate_model(
         if data.harness:
             scores, records["harness"] = run_harness(model, tokenizer, data.harness, settings, reporter, log)
             values |= scores
-        if data.documents and not settings.skip_performance:
-            values |= measure_performance(model, tokenizer, data.documents, reporter)
+        if texts and not settings.skip_performance:
+            values |= measure_performance(model, tokenizer, texts, reporter)
     finally:
         if recursion is not None:
             recursion.depth = before

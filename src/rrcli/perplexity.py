@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from rrcli.batching import affordable, batches, context_length, halving, padded
-from rrcli.data import start_token
 from rrcli.errors import RRError
 from rrcli.recursion.chunks import ChunkTotals, teacher_forced_chunks
 from rrcli.recursion.readout import Readout, Scores
+from rrcli.rendering import start_token
 from rrcli.reporting import Reporter
 from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings

@@ -53,12 +53,16 @@ class FileTask:
             )
         self.whole = "held_out" in options
         self.all = read_problems(self.path, self.spec)
+        held_out = [self.whole or is_held_out(p.question) for p in self.all]
+        self._sides = {
+            side: [p for p, out in zip(self.all, held_out, strict=True) if out == side] for side in (True, False)
+        }
         other = options.get("examples")
         self.others = read_problems(task_file(str(other), directory), self.spec) if other else None
 
     def side(self, *, held_out: bool) -> list[Problem]:
         """Return the problems of one side of the split, in the file's order."""
-        return [p for p in self.all if (self.whole or is_held_out(p.question)) == held_out]
+        return self._sides[held_out]
 
     def problems(self, count: int, seed: int, *, held_out: bool) -> list[Problem]:
         """Return `count` problems of one side, drawn by `seed`; all of them if there are no more.

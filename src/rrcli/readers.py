@@ -1,4 +1,4 @@
-"""Readers of text: each turns one kind of file, or the hub, into a stream of documents, piece by piece.
+"""Readers: each turns one kind of file, or the hub, into a stream of documents (see `conversations`), piece by piece.
 
 Whatever cannot be read is an error that names the file and the line or row. The readers of lines take the decoded lines
 of a file, the name that errors should bear, and the field that holds the text.
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rrcli.conversations import FIELDS, MESSAGES, TEXT, Document, conversation, kind_of
 from rrcli.errors import RRError, UsageError
 from rrcli.lines import json_objects
 
@@ -33,9 +34,14 @@ def paragraphs(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
         yield "\n".join(held)
 
 
-def json_lines(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
-    """Yield the field of the object on each line."""
+def json_lines(lines: Iterable[str], name: str, field: str) -> Iterator[Document]:
+    """Yield the field of the object on each line, or the conversation in it; the first line says which."""
+    kind = ""
     for place, value in json_objects(lines, name):
+        kind = kind or kind_of(value, field)
+        if kind != TEXT:
+            yield conversation(value, kind, place)
+            continue
         if field not in value:
             texts = [key for key, entry in value.items() if isinstance(entry, str)]
             raise RRError(f"{place}: no object with a '{field}' (it has {_listed(value)})", _other(texts))
@@ -45,8 +51,11 @@ def json_lines(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
         yield _encodable(value[field], place)
 
 
-def csv_rows(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
-    """Yield the column of each record; the first line names the columns, texts may hold line breaks in quotes."""
+def csv_rows(lines: Iterable[str], name: str, field: str) -> Iterator[Document]:
+    """Yield the column of each record, or its prompt and completion.
+
+    The first line names the columns; texts may hold line breaks in quotes.
+    """
     csv.field_size_limit(2**31 - 1)  # a document may be longer than the module's 128 KiB
     rows = csv.reader(lines, strict=True)
     begins = 1
@@ -54,10 +63,12 @@ def csv_rows(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
         header = next(rows, None)
         if not header:
             raise RRError(f"{name}, line 1: no header", "The first line names the columns.")
-        if header.count(field) != 1:
+        kind = kind_of(header, field)
+        if kind == MESSAGES:
+            raise RRError(f"{name}, line 1: a table has no messages", "Write them to a .jsonl or .parquet file.")
+        if kind == TEXT and header.count(field) != 1:
             wrong = "two columns" if field in header else "no column"
             raise RRError(f"{name}, line 1: {wrong} '{field}' (it has {_listed(header)})", _other(header))
-        column = header.index(field)
         while True:
             begins = rows.line_num + 1
             row = next(rows, None)
@@ -69,7 +80,8 @@ def csv_rows(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
                     "Put texts with commas or line breaks in double quotes.",
                 )
             if row:
-                yield row[column]
+                values = dict(zip(header, row, strict=True))
+                yield values[field] if kind == TEXT else conversation(values, kind, f"{name}, line {begins}")
     except csv.Error as error:
         raise RRError(
             f"{name}: the record that begins in line {begins} is torn ({error})",
@@ -77,8 +89,8 @@ def csv_rows(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
         ) from error
 
 
-def parquet_rows(path: Path, field: str) -> Iterator[str]:
-    """Yield the column of each row, reading some rows of this column at a time; null is an empty document."""
+def parquet_rows(path: Path, field: str) -> Iterator[Document]:
+    """Yield the column of each row, or its conversation, reading some rows at a time; a null text is empty."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -89,14 +101,15 @@ def parquet_rows(path: Path, field: str) -> Iterator[str]:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             texts = [item.name for item in schema if _is_text(item.type, pyarrow)]
-            if field not in schema.names:
+            kind = kind_of(schema.names, field)
+            if kind == TEXT and field not in schema.names:
                 raise RRError(f"{path}: no column '{field}' (it has {_listed(schema.names)})", _other(texts))
-            if field not in texts:
+            if kind == TEXT and field not in texts:
                 raise RRError(f"{path}: column '{field}' holds {schema.field(field).type}, no text", _other(texts))
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[field]):
-                for value in batch.column(0):
+            for batch in file.iter_batches(PARQUET_ROWS, columns=list(FIELDS.get(kind, (field,)))):
+                for values in batch.to_pylist():
                     row += 1
-                    yield value.as_py() or ""
+                    yield values[field] or "" if kind == TEXT else conversation(values, kind, f"{path}, row {row}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         where = f"{path}, row {row}" if row else str(path)
         raise RRError(f"cannot read {where}: {_first_line(error)}", "Is the file whole? Make or fetch it again.") from (
@@ -104,8 +117,8 @@ def parquet_rows(path: Path, field: str) -> Iterator[str]:
         )
 
 
-def hub_rows(spec: str, directory: Path, field: str) -> Iterator[str]:
-    """Yield the column of each row of a data set, streamed; null is an empty document."""
+def hub_rows(spec: str, directory: Path, field: str) -> Iterator[Document]:
+    """Yield the column of each row of a data set, or its conversation, streamed; a null text is empty."""
     name, _, rest = spec.removeprefix(HUB).partition(":")
     config, _, split = rest.partition(":")
     if not name or ":" in split:
@@ -116,9 +129,14 @@ def hub_rows(spec: str, directory: Path, field: str) -> Iterator[str]:
         raise _missing(spec, "datasets") from None
     if name.startswith((".", "/")):
         name = str((directory / name).resolve())
-    row = 0
+    row, kind = 0, ""
     try:
         for entry in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
+            kind = kind or kind_of(entry, field)
+            if kind != TEXT:
+                row += 1
+                yield conversation(entry, kind, f"{spec}, row {row}")
+                continue
             if field not in entry:
                 texts = [key for key, value in entry.items() if isinstance(value, str)]
                 raise RRError(f"{spec}: no column '{field}' (it has {_listed(entry)})", _other(texts))

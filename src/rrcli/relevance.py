@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from rrcli.batching import context_length
-from rrcli.data import encode_prompt, start_token
 from rrcli.errors import RRError
+from rrcli.rendering import encode_prompt, start_token
 from rrcli.reporting import Reporter
 
 

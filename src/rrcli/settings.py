@@ -61,7 +61,8 @@ class CommonSettings:
     data: str = option(
         "default",
         "Text: 'default' (embedded), a .txt, .jsonl, .csv or .parquet file, a folder of them, "
-        "hf://NAME[:CONFIG[:SPLIT]] for a data set of the hub, or - for standard input. "
+        "hf://NAME[:CONFIG[:SPLIT]] for a data set of the hub, or - for standard input. Rows may also be prompt and "
+        "completion, or messages: then the completion, or what the assistant says, is trained on. "
         "One tenth is held out for evaluation.",
         panel=MODEL,
     )
@@ -135,6 +136,12 @@ class TrainSettings(CommonSettings):
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices.", minimum=0)
     max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0 = never.", minimum=0)
     max_length: int = option(256, "Longest example, in tokens; longer text is cut.", minimum=8)
+    packing: bool = option(
+        False, "Lay several short examples into one row of --max-length, where they do not see one another."
+    )
+    chat_template: bool = option(
+        True, "Show problems and conversations through the tokenizer's chat template, if it has one."
+    )
     task_share: float = option(0.75, "Share of reasoning problems in a batch; the rest is text.", minimum=0, maximum=1)
     phase: str = option(
         "c",

@@ -169,10 +169,8 @@ class Trainer:
         """Leave a step's gradients in the parameters and return its scalars, in as large parts as memory allows.
 
         Raises:
-            RRError: the batch bears no loss, or even one example is too much for the memory.
+            RRError: even one example is too much for the memory.
         """
-        if batch.tokens == 0:
-            raise RRError(f"the batch of step {step + 1} has no token to learn from", "Raise --max-length.")
         while True:
             try:
                 return self._accumulate(batch, step, depth)
@@ -211,7 +209,9 @@ class Trainer:
         seed = settings.seed * 1_000_003 + step
         torch.manual_seed(seed)
         width = settings.chunk_width or (self.recursion.config.chunk_width if self.recursion is not None else 1)
-        sampled = sample_windows(batch.labels, width, weights.share, torch.Generator().manual_seed(seed))
+        sampled = sample_windows(
+            batch.labels, width, weights.share, torch.Generator().manual_seed(seed), batch.examples
+        )
         counter = FlopCounterMode(display=False) if depth not in self.progress.flops_by_depth else None
         if counter is not None:
             counter.__enter__()
@@ -236,6 +236,7 @@ class Trainer:
                         width,
                         sampled[part].to(device),
                         int(sampled.sum()),
+                        *(None if t is None else t[part].to(device) for t in (batch.position_ids, batch.examples)),
                     )
                 terms.total.backward()
                 chunks.add(terms.chunks)
@@ -276,8 +277,9 @@ class Trainer:
         """Measure the weights that would be saved; return whether they are the best so far."""
         settings = self.settings
         limits = EvalSettings(
-            seed=settings.seed, max_new_tokens=32, skip_performance=True, depth=-1, task=settings.task
-        )
+            seed=settings.seed, max_new_tokens=32, skip_performance=True, depth=-1, task=settings.task,
+            chat_template=settings.chat_template,
+        )  # fmt: skip
         with self.optimizer.published():
             found = evaluate_model(
                 self.model, self.tokenizer, self.evaluation, self.tracker, done, stage=INTERVAL_TAG, settings=limits

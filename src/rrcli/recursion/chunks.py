@@ -71,7 +71,8 @@ def teacher_forced_chunks(predictions: Tensor, commit: Tensor, targets: Tensor, 
     Args:
         predictions: `[passes, n]` most likely tokens of every pass at n positions, in order of position.
         commit: `[passes - 1, n]` the boundary head's probability of stopping after pass k.
-        targets: `[n]` the true tokens; windows: `[n]` the number of each position's chunk, ascending.
+        targets: `[n]` the true tokens; windows: `[n]` the number of each position's chunk, in one run for
+            each chunk.
     """
     depth, n = len(predictions) - 1, predictions.shape[1]
     if depth < 1 or n == 0:

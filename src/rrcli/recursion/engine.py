@@ -155,15 +155,19 @@ class Recursion(nn.Module):
             if lora is not None and not lora.always:
                 lora.remove()
 
-    def passes(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Passes:
+    def passes(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Passes:
         """Run the backbone once, without a cache, and return what every pass 0..depth produced.
 
         Args:
-            input_ids: `[batch, position]`; attention_mask: the same shape, 1 = a real token.
+            input_ids: `[batch, position]`; attention_mask: the same shape, 1 = a real token. position_ids: the same
+                shape; the model counts them itself if not given.
         """
         frame = _Frame(self.depth, states=[])
         with self._forced(frame):
-            output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            told = {} if position_ids is None else {"position_ids": position_ids}
+            output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **told)
         assert frame.states is not None
         hidden = [self._readout(frame, state) for state in frame.states[:-1]] + [output.last_hidden_state]
         norm = frame.feedback[-1] if frame.feedback else torch.zeros((), device=input_ids.device)

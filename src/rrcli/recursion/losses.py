@@ -64,6 +64,8 @@ def compute_losses(
     chunk_width: int,
     sampled: Tensor,
     sampled_in_step: int,
+    position_ids: Tensor | None = None,
+    examples: Tensor | None = None,
 ) -> LossTerms:
     """Run the model at its current depth and return the losses.
 
@@ -74,8 +76,11 @@ def compute_losses(
             by it, so that parts with few tokens do not weigh as much as parts with many.
         sampled: `[batch, position]`, what intermediate passes learn from; see `sample_windows`.
         sampled_in_step: how many positions are sampled in the whole optimiser step.
+        position_ids, examples: `[batch, position]`, where rows are packed: positions within each example, and numbers
+            of the examples. The model then tells them apart by the positions, in place of the mask.
     """
-    passes = readout.passes(input_ids, attention_mask)
+    packed = position_ids is not None
+    passes = readout.passes(input_ids, None if packed else attention_mask, position_ids)
     depth = len(passes.hidden) - 1
     loss_bearing = labels.ne(-100)
     targets = labels[loss_bearing]
@@ -87,9 +92,9 @@ def compute_losses(
         mean = [parts["final_ce"].detach()]
         return LossTerms(total, _detached(parts, total), mean, ChunkTotals(), passes.feedback_norm)
 
-    windows = _windows(loss_bearing, chunk_width)
+    example = _examples(loss_bearing, examples)
+    windows = _windows(example, chunk_width)
     index = sampled[loss_bearing].nonzero().squeeze(1)
-    row = loss_bearing.nonzero()[:, 0]
     scale = 1 / sampled_in_step
     earlier, predictions = [], []
     for hidden in passes.hidden[:-1]:
@@ -104,13 +109,13 @@ def compute_losses(
     label = (gain <= weights.margin).float()
     importance = (gain - weights.margin).abs().clamp(max=1.0)
     bce = F.binary_cross_entropy_with_logits(logits, label, weight=importance, reduction="none").sum(0)
-    per_row = torch.zeros(2, len(labels), device=bce.device)
-    per_row = per_row.index_add(1, row[index], torch.stack([bce, importance.sum(0)]))
-    positions = torch.bincount(row[index], minlength=len(labels))
+    positions = torch.bincount(example[index])
+    per_example = torch.zeros(2, len(positions), device=bce.device)
+    per_example = per_example.index_add(1, example[index], torch.stack([bce, importance.sum(0)]))
     going_on = (1 - logits.sigmoid()).cumprod(0)
 
     parts["masked_ce"] = ce_by_pass[:-1].sum() * scale / depth
-    parts["halt"] = (per_row[0] / per_row[1].clamp_min(1e-6) * positions).sum() * scale
+    parts["halt"] = (per_example[0] / per_example[1].clamp_min(1e-6) * positions).sum() * scale
     parts["ponder"] = going_on.sum() * scale
     parts["stability"] = F.silu(ce_by_pass[1:] - ce_by_pass[:-1].detach()).sum() * scale / depth
     total = (
@@ -125,33 +130,47 @@ def compute_losses(
     return LossTerms(total, _detached(parts, total), means, chunks, passes.feedback_norm)
 
 
-def sample_windows(labels: Tensor, width: int, share: float, generator: torch.Generator) -> Tensor:
+def sample_windows(
+    labels: Tensor, width: int, share: float, generator: torch.Generator, examples: Tensor | None = None
+) -> Tensor:
     """Draw the positions that intermediate passes learn from: whole windows, so that they give the chunk metrics too.
 
-    Drawn once for the whole step, before it is cut into parts.
+    Drawn once for the whole step, before it is cut into parts, and the same however its examples lie in rows.
 
     Args:
         labels: `[batch, position]`, -100 where there is no loss. generator: on the CPU.
+        examples: `[batch, position]` numbers of the examples where rows are packed.
 
     Returns:
         `[batch, position]` booleans, at least one true where any label bears loss.
     """
     loss_bearing = labels.ne(-100)
-    windows = _windows(loss_bearing, width)
+    windows = _windows(_examples(loss_bearing, examples), width)
     if not len(windows):
         return loss_bearing
-    chosen = torch.rand(int(windows[-1]) + 1, generator=generator).to(windows.device) < share
+    chosen = torch.rand(int(windows.max()) + 1, generator=generator).to(windows.device) < share
     if not chosen[windows].any():
-        chosen[windows[0]] = True
+        chosen[0] = True
     return loss_bearing.masked_scatter(loss_bearing, chosen[windows])
 
 
-def _windows(loss_bearing: Tensor, width: int) -> Tensor:
-    """Return `[n]`: for each loss-bearing position the number of its window of `width` such positions in its row."""
-    count = loss_bearing.long().cumsum(1)
-    per_row = -(-count[:, -1] // width)
-    before = per_row.cumsum(0) - per_row
-    return (before[:, None] + (count - 1) // width)[loss_bearing]
+def _examples(loss_bearing: Tensor, examples: Tensor | None) -> Tensor:
+    """Return `[n]`: the example of each loss-bearing position, which is its row unless rows are packed."""
+    return loss_bearing.nonzero()[:, 0] if examples is None else examples[loss_bearing]
+
+
+def _windows(example: Tensor, width: int) -> Tensor:
+    """Return `[n]`: for each loss-bearing position the number of its window of `width` such positions in its example.
+
+    Windows are numbered in the order of the examples' numbers.
+    """
+    counts = torch.bincount(example)
+    order = example.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    place -= (counts.cumsum(0) - counts)[example]
+    per_example = -(-counts // width)
+    return (per_example.cumsum(0) - per_example)[example] + place // width
 
 
 def _detached(parts: dict[str, Tensor], total: Tensor) -> dict[str, Tensor]:

@@ -77,11 +77,12 @@ class Readout:
         self.vocabulary = self.projection.weight.shape[0]
         self.way = "tiles" if tiles.can_be_tiled(self.projection) else "rows"
 
-    def passes(self, input_ids: Tensor, attention_mask: Tensor) -> Passes:
+    def passes(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Passes:
         """Return the hidden states of every pass; a model without recursion has pass 0 only. See `Recursion.passes`."""
         if self.recursion is not None:
-            return self.recursion.passes(input_ids, attention_mask)
-        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            return self.recursion.passes(input_ids, attention_mask, position_ids)
+        told = {} if position_ids is None else {"position_ids": position_ids}
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **told)
         hidden = output.last_hidden_state
         return Passes([], [hidden], torch.zeros((), device=hidden.device))
 

@@ -78,6 +78,10 @@ def evaluate(
     from rrcli.tracker import MetricsTracker
 
     loaded, tokenizer = load_for(settings, source, directory)
+    trained_on_chat = training.get("chat_template", settings.chat_template) if training else settings.chat_template
+    if tokenizer.chat_template and trained_on_chat != settings.chat_template:
+        form = "through the chat template" if trained_on_chat else "as plain text"
+        reporter.warn(f"the model was shown problems {form} in training, which is not how they are asked here")
     measuring = _set_up_recursion(loaded, source, settings, directory, use_recursive)
     recursion = getattr(loaded, "recursion", None)
     shape = recursion.config.to_dict() if recursion is not None else None
@@ -100,7 +104,7 @@ def evaluate(
             _add_relevance(measured, baseline, reporter)
             if tracker is not None:
                 tracker.log_scalar(f"evaluation/{stage}/relevance", measured["metrics"]["relevance"]["value"], step)
-        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in data.documents]
+        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in data.texts(tokenizer, settings)]
         results = {
             "schema": SCHEMA,
             "kind": "evaluation",

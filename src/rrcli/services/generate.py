@@ -68,7 +68,7 @@ def generate(
     import torch
 
     from rrcli.batching import context_length
-    from rrcli.data import encode_prompt
+    from rrcli.rendering import encode_prompt
 
     model, tokenizer = load_for(settings, source, directory)
     recursion = getattr(model, "recursion", None)

@@ -115,6 +115,7 @@ def train(
             "Use --restart to replace it, or --run-name for another folder.",
         )
 
+    from rrcli.packing import check_packing
     from rrcli.tracker import MetricsTracker
     from rrcli.trainer import INTERVAL_TAG, Trainer
 
@@ -135,24 +136,32 @@ def train(
 
     def save(trainer: Trainer, step: int) -> None:
         base = base_of(start, directory)
-        identity = {"mode": mode, "run": name, "phase": settings.phase}
+        identity: dict[str, Any] = {"mode": mode, "run": name, "phase": settings.phase}
+        identity["chat_template"] = settings.chat_template
         identity["tasks"] = list(task_specs(settings)) if settings.task_share > 0 else []
         _save(trainer, step, folder, identity, inputs, base)
 
-    data = TrainingData(settings, directory, tokenizer)
+    data = TrainingData(_within_context(settings, model, reporter), directory, tokenizer)
     _tell_about(data, reporter)
     try:
         with MetricsTracker(workspace.log_folder(name), purge_step=first + 1) as tracker, _stop_signals() as stopped:
             trainer = Trainer(
                 settings, name, model, tokenizer, data, evaluation, tracker, reporter, save, callback
             )  # fmt: skip
+            if settings.packing:
+                check_packing(trainer.readout)
             if found:
                 _resume(trainer, found[-1], MAKERS.get(name, "rr train"))
             if flops:
                 trainer.settings = trainer.optimizer.settings = with_changes(settings, steps=trainer.steps_for(flops))
             shown = ["train/loss/total"] + [f"evaluation/{INTERVAL_TAG}/perplexity"] * (evaluation is not None)
             tracker.log_hparams({"mode": mode, **asdict(trainer.settings)}, shown)
-            trainer.train(first, stopped)
+            data.drawn = data.cut = data.skipped = 0
+            try:
+                trainer.train(first, stopped)
+            finally:
+                if warning := data.warning():
+                    reporter.warn(warning)
     except OSError as error:
         raise unwritable(workspace.log_folder(name), error) from error
     except RRError as error:
@@ -164,6 +173,17 @@ def train(
     return TrainResult(
         name, mode, checkpoints(folder)[-1], first, steps, spent.tokens, spent.flops, spent.seconds, trainer.losses
     )
+
+
+def _within_context(settings: TrainSettings, model: Any, reporter: Reporter) -> TrainSettings:
+    """Lower the longest example to what the model can take."""
+    from rrcli.batching import context_length
+
+    context = context_length(model)
+    if settings.max_length <= context:
+        return settings
+    reporter.warn(f"--max-length is {settings.max_length}, the model's context {context} tokens: the latter holds")
+    return with_changes(settings, max_length=context)
 
 
 def _tell_about(data: TrainingData, reporter: Reporter) -> None:
@@ -197,7 +217,7 @@ def _checkpoint_activations(model: Any) -> None:
 # -- saving and resuming -----------------------------------------------------------------------------------------------
 
 
-def _save(trainer: Trainer, step: int, folder: Path, identity: dict[str, str], inputs: str, base: ModelSource) -> None:
+def _save(trainer: Trainer, step: int, folder: Path, identity: dict[str, Any], inputs: str, base: ModelSource) -> None:
     """Publish the checkpoint of a step, then drop those that are neither among the last `--keep` nor the best."""
     from safetensors.torch import save_file
 
