@@ -79,7 +79,7 @@ SURFACE = {
     "generate": COMMON
     | {"--stage", "--trace", "--json", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--depth"}
     | {"--chunk-width"},
-    "board": COMMON | {"--json", "--port", "--host", "--reload-interval"},
+    "board": COMMON | {"--json", "--check", "--port", "--host", "--reload-interval", "--open", "--no-open"},
     "run": COMMON | {"--dry-run", "--json"},
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,6 +112,10 @@ def test_tensorboard_has_the_guides_tags(experiment):
     generation = {f"train/generation/{name}" for name in ("avg_refine_steps", "commit_rate", "avg_chunk_length")}
     performance = {"train/performance/tokens_per_sec", "train/performance/memory_mb"}
     assert losses | generation | performance <= tags
+    assert {tag for tag in tags if re.match("train/loss.*", tag)} == losses
+    assert {"final/perplexity", "final/reasoning_accuracy", "depth/perplexity"} <= tags
+    assert [event.step for event in events.Scalars("depth/perplexity")] == [0, 1, 2]
+    assert "evaluation/finetuned_recursive/generations" in events.Tags()["images"]
     assert [event.step for event in events.Scalars("train/loss/total")] == [1, 2, 3, 4, 5, 6]
     assert {"evaluation/finetuned_recursive/perplexity", "evaluation/during_training/reasoning_accuracy"} <= tags
     baseline = EventAccumulator(str(folder / "logs" / "baseline")).Reload()

@@ -302,10 +302,23 @@ def generate(
 
 
 @_command(settings.BoardSettings, LOOK)
-def board(ctx: Context, json: Json = False) -> None:
+def board(
+    ctx: Context,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only print the runs and tags that TensorBoard finds, and exit.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Open TensorBoard on the logs."""
     from rrcli.services import board as service
 
+    if check:
+        found = service.check(ctx.load(settings.BoardSettings), ctx.directory)
+        if json:
+            ui.show_json("board_check", vars(found))
+        else:
+            ui.show_board_check(found)
+        return
     started = (lambda board: ui.show_json("board", vars(board))) if json else ui.show_board
     service.board(ctx.load(settings.BoardSettings), ctx.directory, _reporter(), started)
 

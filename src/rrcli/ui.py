@@ -22,7 +22,7 @@ from rrcli import formats
 if TYPE_CHECKING:
     from rrcli.comparison import Cell, Comparison, Row
     from rrcli.errors import RRError
-    from rrcli.services.board import Board
+    from rrcli.services.board import Board, Found
     from rrcli.services.eval import EvalResult
     from rrcli.services.generate import GenerateResult, Piece
     from rrcli.services.run import Step
@@ -287,6 +287,17 @@ def show_board(board: Board) -> None:
     """Print TensorBoard's address."""
     out().print(f"TensorBoard on [bold]{escape(str(board.log_dir))}[/bold]: [bold]{board.url}[/bold]", soft_wrap=True)
     out().print(f"From another machine: {escape(board.tunnel)}   (Ctrl-C stops it)", soft_wrap=True)
+
+
+def show_board_check(found: Found) -> None:
+    """Print the runs that TensorBoard shows and the tags of each, one a line."""
+    for run, plugins in found.runs.items():
+        counts = ", ".join(f"{len(tags)} {plugin}" for plugin, tags in plugins.items() if tags)
+        out().print(f"[bold]{escape(run)}[/bold]: {counts or 'no data'}")
+        for plugin, tags in plugins.items():
+            for tag in tags:
+                out().print(f"  {plugin:<10}  {escape(tag)}", soft_wrap=True)
+    out().print(f"{len(found.runs)} runs in {escape(str(found.log_dir))}", soft_wrap=True)
 
 
 def show_plan(steps: list[Step]) -> None:
