@@ -367,6 +367,13 @@ def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: P
         ui.show_comparison(result)
     else:
         typer.echo(ui.comparison_text(result, form), nl=False)
+    if chosen.report:
+        from rrcli.report import render
+        from rrcli.workspace import Workspace
+
+        page = directory / Path(chosen.report).expanduser()
+        write_text(page, render(result, Workspace(directory, chosen).log_folder()))
+        ui.TerminalReporter().note(f"Report: {page}")
     require(result.gates)
 
 

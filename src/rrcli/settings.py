@@ -241,6 +241,7 @@ class CompareSettings(CommonSettings):
         choices=("auto", "table", "json", "csv", "markdown"),
     )
     out: str = option("", "Write to this file in place of the screen.", panel=OUTPUT)
+    report: str = option("", "Also write a report with charts to this .html file (extra: report).", panel=OUTPUT)
 
 
 @dataclass(frozen=True)
