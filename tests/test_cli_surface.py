@@ -81,6 +81,7 @@ SURFACE = {
     | {"--chunk-width"},
     "board": COMMON | {"--json", "--check", "--port", "--host", "--reload-interval", "--open", "--no-open"},
     "run": COMMON | {"--dry-run", "--json"},
+    "status": COMMON | {"--json"},
 }
 
 

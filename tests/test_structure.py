@@ -24,6 +24,7 @@ TORCH_FREE = (
     *("errors", "settings", "store", "stats", "splits", "tasks", "metrics", "reporting", "ui", "cli"),
     *("inspection", "manifest", "export", "lines", "problem_files", "judging", "prompts", "samples"),
     *("comparison", "pairing", "verdicts", "gates", "formats", "sources", "readers"),
+    *("charts", "curves", "report", "planning"),
 )
 
 
@@ -184,6 +185,9 @@ runpy.run_module("rrcli", run_name="__main__")
         (["eval", "--stage", "after_surgery"], 1),
         (["train", "--mode", "foo"], 2),
         (["board"], 1),
+        (["status"], 0),
+        (["status", "--json"], 0),
+        (["compare", "--report", "report.html"], 0),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -84,7 +84,7 @@ def against(
         for number, stage in enumerate(stages):
             if found := lines.get(stage):
                 # Side by side, where intervals of several stages would cover each other.
-                shift = 0.06 * (number - (len(stages) - 1) / 2) if ticks else 0.0
+                shift = 0.04 * (number - (len(stages) - 1) / 2) if ticks or whole else 0.0
                 xs, values = [x + shift for x, _ in found], [value for _, value in found]
                 if joined:
                     axes.plot(xs, [v.value for v in values], LINES[number % len(LINES)], color=_series(number))

@@ -330,11 +330,12 @@ def run(
     json: Json = False,
 ) -> None:
     """Run the whole experiment: every stage that is missing or out of date, then the comparison."""
+    from rrcli.planning import plan
     from rrcli.services import compare as comparing
     from rrcli.services import run as service
 
     if dry_run:
-        steps = service.plan(ctx.directory, ctx.load, new_options=bool(ctx.flags))
+        steps = plan(ctx.directory, ctx.load, new_options=bool(ctx.flags))
         if json:
             ui.show_json("plan", {"steps": [vars(step) | {"command": step.command} for step in steps]})
         else:
@@ -347,6 +348,18 @@ def run(
     if json:
         return
     ui.show_next("Results:", ctx.directory / ctx.load(settings.SetupSettings).output_dir, "rr board")
+
+
+@_command(settings.SetupSettings, LOOK)
+def status(ctx: Context, json: Json = False) -> None:
+    """Show what is done, stale or missing, and which command comes next."""
+    from rrcli.services import status as service
+
+    found = service.status(ctx.directory, ctx.load)
+    if json:
+        ui.show_json("status", asdict(found))
+    else:
+        ui.show_status(found)
 
 
 def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: Path, json: bool) -> None:

@@ -16,13 +16,14 @@ def read_curves(logs: Path, runs: Iterable[str], tags: Iterable[str]) -> dict[st
 
     At most `POINTS` points a curve: TensorBoard draws a fair sample of longer ones.
     """
+    runs = [run for run in runs if (logs / run).is_dir()]
+    if not runs:
+        return {}
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
     tags = list(tags)
     found: dict[str, Curves] = {}
     for run in runs:
-        if not (logs / run).is_dir():
-            continue
         events = EventAccumulator(str(logs / run), size_guidance={SCALARS: POINTS})
         events.Reload()
         logged = events.Tags()["scalars"]

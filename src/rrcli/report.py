@@ -161,7 +161,7 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
                 list(depth_charts()), "No stage was measured at more than one depth."),
         Section("By difficulty", "Reasoning accuracy with Wilson's 95 % intervals.", list(difficulty_charts()),
                 "No problem in these results states its difficulty."),
-        Section("Quality against cost", "Up and left is better for accuracy over FLOPs; speeds hold for one machine.",
+        Section("Quality against cost", "Cheap is left for FLOPs, and right for speed on this machine.",
                 list(cost_charts()), "No stage has both a quality and a cost ('rr eval' without --skip-performance)."),
         Section("Training", "Thin: every step. Strong: their moving average.", list(curve_charts()),
                 "The log folder holds no training curves of these stages."),

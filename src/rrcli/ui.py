@@ -22,11 +22,12 @@ from rrcli import formats
 if TYPE_CHECKING:
     from rrcli.comparison import Cell, Comparison, Row
     from rrcli.errors import RRError
+    from rrcli.planning import Step
     from rrcli.services.board import Board, Found
     from rrcli.services.eval import EvalResult
     from rrcli.services.generate import GenerateResult, Piece
-    from rrcli.services.run import Step
     from rrcli.services.setup import SetupResult
+    from rrcli.services.status import Status
     from rrcli.services.surgery import SurgeryResult
     from rrcli.services.train import TrainResult
 
@@ -311,6 +312,36 @@ def show_plan(steps: list[Step]) -> None:
     out().print(table)
 
 
+def show_status(status: Status) -> None:
+    """Print the workspace, a line for each stage and run, and the next command."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("Stage", no_wrap=True)
+    table.add_column("Model", no_wrap=True)
+    table.add_column("Results", no_wrap=True)
+    for name in ("Step", "Size", "PPL", "Reas. %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    marked = False
+    for stage in status.stages:
+        states = [f"[{STATUS_STYLES[state]}]{state}[/]" if state else "-" for state in (stage.model, stage.results)]
+        step = "-" if stage.step is None else str(stage.step)
+        step += f"/{stage.steps}" if stage.steps and stage.step != stage.steps else ""
+        mark = "*" if stage.during_training else ""
+        marked = marked or bool(mark)
+        metrics = [("perplexity", False), ("reasoning_accuracy", True)]
+        values = [formats.number(stage.metrics.get(name), percent=percent) for name, percent in metrics]
+        cells = [value if value == "-" else value + mark for value in values]
+        size = _bytes(stage.bytes, digits=1) if stage.bytes else "-"
+        table.add_row(escape(stage.name), *states, step, size, *cells)
+    console = out()
+    console.print(table)
+    for stage in status.stages:
+        if stage.detail:
+            console.print(f"{escape(stage.name)}: {escape(stage.detail)}", soft_wrap=True)
+    if marked:
+        console.print("[dim]* measured during training, on a sample[/dim]", soft_wrap=True)
+    console.print(f"Next: [bold]{escape(status.next)}[/bold]", soft_wrap=True)
+
+
 def comparison_text(comparison: Comparison, form: str) -> str:
     """Return a comparison as 'table', 'json', 'csv' or 'markdown', without colour."""
     if form == "json":
@@ -377,10 +408,10 @@ def _show_pairs(rows: dict[str, str]) -> None:
     out().print(table)
 
 
-def _bytes(size: int) -> str:
+def _bytes(size: int, digits: int = 2) -> str:
     """Return bytes in the unit in which they are easiest to read."""
     value, units = float(size), iter(("B", "KiB", "MiB", "GiB"))
     unit = next(units)
     while value >= 1024 and unit != "GiB":
         value, unit = value / 1024, next(units)
-    return f"{size:,} B" if unit == "B" else f"{value:,.2f} {unit}"
+    return f"{size:,} B" if unit == "B" else f"{value:,.{digits}f} {unit}"
