@@ -79,18 +79,24 @@ class TerminalReporter:
         from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
         from rich.text import Text
 
+        class Count(ProgressColumn):
+            def render(self, task: Any) -> Text:
+                whole = f"{task.total:,.0f}"
+                return Text(f"{task.completed:>{len(whole)},.0f}/{whole} {task.fields['unit']}")
+
         class Speed(ProgressColumn):
             def render(self, task: Any) -> Text:
                 speed = task.finished_speed or task.speed
-                return Text(f"{speed:,.{0 if speed >= 10 else 1}f}/s" if speed else "")
+                return Text(f"{speed:,.{0 if speed >= 10 else 1}f}/s".rjust(8) if speed else " " * 8)
 
         console, began = err(), time.monotonic()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            Count(),
             Speed(),
             TimeRemainingColumn(compact=True),
+            TextColumn("left"),
         )
 
         class Bars(Progress):
@@ -102,7 +108,10 @@ class TerminalReporter:
                     if task.fields["note"]:
                         yield Text("  " + task.fields["note"], no_wrap=True, overflow="ellipsis")
 
-        bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
+        # The time that is left follows from the last minutes: with the evaluations and checkpoints between the steps.
+        bars = Bars(
+            *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=600
+        )
         bar = _Bar(bars, bars.add_task(escape(label), total=total, unit=unit, note=""), console, label, total)
         before, self._console = self._console, console
         try:
@@ -364,7 +373,7 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
             label = label.replace("  ", " ", 1).replace(", ", "\n", 1)
         table.add_row(escape(label), *[_cell(cell, row, wide) for cell in row.cells])
         if row.depths:
-            values = [formats.depth_line(depths, row) for depths in row.depths]
+            values = [formats.depth_line(depths, row, wide=wide) for depths in row.depths]
             table.add_row(formats.depth_label(row), *values, style="dim")
     console.print(table)
     console.print(f"[dim]{escape(formats.note(comparison))}[/dim]")
@@ -384,7 +393,7 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
 
 def _stage_table(first: str, stages: list[str], wide: bool, *, justify: Any, lines: bool = False) -> Table:
     """Return an empty table with a column for each stage; a narrow one breaks their names at underscores."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1) if wide else (0, 0, 0, 1), show_lines=lines, pad_edge=wide)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1) if wide else 0, show_lines=lines, pad_edge=wide)
     table.add_column(first, overflow="fold", max_width=None if wide else 14)
     for stage in stages:
         table.add_column(escape(stage if wide else stage.replace("_", "_\n")), justify=justify, overflow="fold")
