@@ -51,3 +51,21 @@ def requests(opened: Any) -> list[str]:
 def errors(opened: Any) -> list[str]:
     """Return what the console was told of errors since the last call."""
     return [entry["message"] for entry in opened.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def visible_lines(opened: Any) -> list[str]:
+    """Return every text of the page, those inside shadow trees too."""
+    return opened.execute_script(
+        """
+        const lines = [];
+        (function walk(node) {
+          if (node.shadowRoot) walk(node.shadowRoot);
+          for (const child of node.childNodes) {
+            const text = child.nodeType === Node.TEXT_NODE && child.textContent.trim();
+            if (text && !['STYLE', 'SCRIPT', 'NOSCRIPT'].includes(node.nodeName)) lines.push(text);
+            else if (child.nodeType === Node.ELEMENT_NODE) walk(child);
+          }
+        })(document.body);
+        return lines;
+        """
+    )
