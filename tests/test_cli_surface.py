@@ -76,12 +76,13 @@ SURFACE = {
     | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "generation", "performance")},
     "compare": COMMON
     | {"--alpha", "--generations", "--no-generations", "--gate", "--gate-significant", "--no-gate-significant"}
-    | {"--format", "--out", "--json"},
+    | {"--format", "--out", "--report", "--json"},
     "generate": COMMON
     | {"--stage", "--trace", "--json", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--depth"}
     | {"--chunk-width"},
-    "board": COMMON | {"--json", "--port", "--host", "--reload-interval"},
+    "board": COMMON | {"--json", "--check", "--port", "--host", "--reload-interval", "--open", "--no-open"},
     "run": COMMON | {"--dry-run", "--json"},
+    "status": COMMON | {"--json"},
 }
 
 

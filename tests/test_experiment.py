@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from browser import browser, errors, screen, visible_lines
 from rrcli.store import checkpoints
+from rrcli.tracker import LAYOUT
 
 RR = Path(sys.executable).with_name("rr")
 STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive")
@@ -111,11 +114,57 @@ def test_tensorboard_has_the_guides_tags(experiment):
     generation = {f"train/generation/{name}" for name in ("avg_refine_steps", "commit_rate", "avg_chunk_length")}
     performance = {"train/performance/tokens_per_sec", "train/performance/memory_mb"}
     assert losses | generation | performance <= tags
+    assert {tag for tag in tags if re.match("train/loss.*", tag)} == losses
+    assert {"final/perplexity", "final/reasoning_accuracy", "depth/perplexity"} <= tags
+    assert [event.step for event in events.Scalars("depth/perplexity")] == [0, 1, 2]
+    assert "evaluation/finetuned_recursive/generations" in events.Tags()["images"]
     assert [event.step for event in events.Scalars("train/loss/total")] == [1, 2, 3, 4, 5, 6]
     assert {"evaluation/finetuned_recursive/perplexity", "evaluation/during_training/reasoning_accuracy"} <= tags
     baseline = EventAccumulator(str(folder / "logs" / "baseline")).Reload()
     logged = baseline.Scalars("evaluation/baseline/perplexity")[0].value
     assert logged == pytest.approx(results(folder, "baseline")["metrics"]["perplexity"]["value"], rel=1e-6)
+
+
+def test_tensorboard_shows_the_dashboards_in_a_browser(experiment):
+    folder, _ = experiment
+    process = subprocess.Popen(
+        [RR, "board", "--json", "--port", "0"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        with browser() as opened:
+            address = json.loads(process.stdout.readline())["url"]
+            screen(opened, 1280)
+            shown = tab(opened, address, "custom_scalars", "train/loss/total (finetuned_recursive)")
+            categories = [line for line in shown if line in LAYOUT]
+            assert categories == list(LAYOUT)
+            assert "train/loss/total (finetuned_vanilla)" in shown
+            assert "train/loss/total (baseline)" not in shown
+            # Every run is a row, with the metrics of the finished stage beside them.
+            accuracy = results(folder, "finetuned_recursive")["metrics"]["reasoning_accuracy"]["value"]
+            shown = tab(opened, address, "hparams", "final/reasoning_accuracy")
+            assert {"finetuned_recursive", "finetuned_vanilla", "lr", "final/perplexity"} <= set(shown)
+            assert any(
+                re.fullmatch(r"[\d.]{6,}", line) and float(line) == pytest.approx(accuracy, rel=1e-3) for line in shown
+            )
+            tab(opened, address, "images", "evaluation/finetuned_recursive/generations")
+            assert errors(opened) == []
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def tab(opened, address, name, awaited):
+    """Open a tab of TensorBoard and return its lines of text as soon as one of them is the awaited one."""
+    opened.get("about:blank")
+    opened.get(f"{address}/#{name}")
+    deadline = time.monotonic() + 60
+    lines = []
+    while awaited not in lines:
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.3)
+        lines = visible_lines(opened)
+    return lines
 
 
 def test_checkpoints_load_with_the_stock_library(experiment):

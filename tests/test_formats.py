@@ -92,7 +92,10 @@ def test_the_table_has_depths_and_generations(directory: Path, width: int, monke
     shown = rr("compare", "--generations", directory=directory)
     assert shown.exit_code == 0, shown.stderr
     assert max(map(len, shown.stdout.splitlines())) <= width
-    assert re.search(r"by depth .* 7\.02 / 6\.71", shown.stdout)
+    assert re.search(r"by depth .* 7\.02 ?/ ?6\.71", shown.stdout)
+    bounds = r"[+−]?[\d.,]*\d"
+    broken = re.sub(rf"\[{bounds}, ?{bounds}\]|\[{bounds},(?= )|(?<= ){bounds}\](?= )", "", shown.stdout)
+    assert not re.search(r"\[[+−\d]|\d\]", broken.partition("Differences")[0])  # no interval breaks inside a bound
     assert "[bold]c[/bold]" in shown.stdout
     assert "Once, g3" in " ".join(shown.stdout.split())
     assert "…" not in shown.stdout

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 import rrcli
 from families import FAMILIES, SPANS, build, cached, far, generate, tokens, uncached, wake
 from rrcli.errors import RRError
+from rrcli.planning import plan
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
 from rrcli.recursion.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, add_lora, load_lora
 from rrcli.reporting import Silent
 from rrcli.services import train as service
 from rrcli.services.eval import evaluate
-from rrcli.services.run import plan
 from rrcli.services.surgery import surgery
 from rrcli.settings import EvalSettings, SurgerySettings, TrainSettings
 from rrcli.store import checkpoints

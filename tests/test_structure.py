@@ -25,6 +25,7 @@ TORCH_FREE = (
     *("inspection", "manifest", "export", "lines", "problem_files", "judging", "prompts", "samples"),
     *("comparison", "pairing", "verdicts", "gates", "formats", "sources", "readers", "heap"),
     *("conversations", "document_store", "rendering"),
+    *("charts", "curves", "report", "planning"),
 )
 
 
@@ -185,6 +186,9 @@ runpy.run_module("rrcli", run_name="__main__")
         (["eval", "--stage", "after_surgery"], 1),
         (["train", "--mode", "foo"], 2),
         (["board"], 1),
+        (["status"], 0),
+        (["status", "--json"], 0),
+        (["compare", "--report", "report.html"], 0),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

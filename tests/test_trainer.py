@@ -205,6 +205,7 @@ def test_histograms_hyper_parameters_and_generations_are_in_the_runs_own_folder(
     assert [e.step for e in found.Histograms("gradients/recursion.cell.w_out.weight")] == [2, 4]
     assert found.PluginTagToContent("hparams").keys() >= {"_hparams_/experiment", "_hparams_/session_start_info"}
     assert "evaluation/during_training/generations/text_summary" in found.Tags()["tensors"]
+    assert found.Tags()["images"] == ["evaluation/during_training/generations"]
     assert not [path for path in (operated / "logs" / "board").iterdir() if path.is_dir()]
 
 

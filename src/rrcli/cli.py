@@ -302,10 +302,23 @@ def generate(
 
 
 @_command(settings.BoardSettings, LOOK)
-def board(ctx: Context, json: Json = False) -> None:
+def board(
+    ctx: Context,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only print the runs and tags that TensorBoard finds, and exit.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Open TensorBoard on the logs."""
     from rrcli.services import board as service
 
+    if check:
+        found = service.check(ctx.load(settings.BoardSettings), ctx.directory)
+        if json:
+            ui.show_json("board_check", vars(found))
+        else:
+            ui.show_board_check(found)
+        return
     started = (lambda board: ui.show_json("board", vars(board))) if json else ui.show_board
     service.board(ctx.load(settings.BoardSettings), ctx.directory, _reporter(), started)
 
@@ -317,11 +330,12 @@ def run(
     json: Json = False,
 ) -> None:
     """Run the whole experiment: every stage that is missing or out of date, then the comparison."""
+    from rrcli.planning import plan
     from rrcli.services import compare as comparing
     from rrcli.services import run as service
 
     if dry_run:
-        steps = service.plan(ctx.directory, ctx.load, new_options=bool(ctx.flags))
+        steps = plan(ctx.directory, ctx.load, new_options=bool(ctx.flags))
         if json:
             ui.show_json("plan", {"steps": [vars(step) | {"command": step.command} for step in steps]})
         else:
@@ -334,6 +348,18 @@ def run(
     if json:
         return
     ui.show_next("Results:", ctx.directory / ctx.load(settings.SetupSettings).output_dir, "rr board")
+
+
+@_command(settings.SetupSettings, LOOK)
+def status(ctx: Context, json: Json = False) -> None:
+    """Show what is done, stale or missing, and which command comes next."""
+    from rrcli.services import status as service
+
+    found = service.status(ctx.directory, ctx.load)
+    if json:
+        ui.show_json("status", asdict(found))
+    else:
+        ui.show_status(found)
 
 
 def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: Path, json: bool) -> None:
@@ -354,6 +380,13 @@ def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: P
         ui.show_comparison(result)
     else:
         typer.echo(ui.comparison_text(result, form), nl=False)
+    if chosen.report:
+        from rrcli.report import render
+        from rrcli.workspace import Workspace
+
+        page = directory / Path(chosen.report).expanduser()
+        write_text(page, render(result, Workspace(directory, chosen).log_folder()))
+        ui.TerminalReporter().note(f"Report: {page}")
     require(result.gates)
 
 

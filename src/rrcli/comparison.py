@@ -85,7 +85,7 @@ class Generation:
 
 @dataclass
 class Comparison:
-    """Everything that `rr compare` shows."""
+    """Everything that `rr compare` shows; `results` are what it was made from, in the order of `stages`."""
 
     stages: list[str]
     rows: list[Row]
@@ -95,6 +95,7 @@ class Comparison:
     generations: list[Generation] = field(default_factory=list)
     gates: list[GateResult] = field(default_factory=list)
     alpha: float = 0.05
+    results: list[Results] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -119,3 +120,13 @@ class Comparison:
             "generations": [vars(generation) for generation in self.generations],
             "gates": [vars(gate) for gate in self.gates],
         }
+
+
+def generations_of(results: list[Results]) -> list[Generation]:
+    """Return every prompt of any stage, with what each stage wrote after it."""
+    texts = [
+        {r["prompt"]: r["text"] for r in result["records"].get("generations", ()) if "prompt" in r}
+        for result in results
+    ]
+    prompts = dict.fromkeys(prompt for stage in texts for prompt in stage)
+    return [Generation(prompt, [stage.get(prompt) for stage in texts]) for prompt in prompts]

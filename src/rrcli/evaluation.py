@@ -19,10 +19,14 @@ from rrcli.errors import RRError, UsageError
 from rrcli.harness import run_harness
 from rrcli.performance import measure_performance
 from rrcli.perplexity import score_documents
+from rrcli.pictures import Token, draw, generate_traced
 from rrcli.reporting import Reporter, Silent
 from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings, with_changes
 from rrcli.tracker import MetricsTracker
+
+# How many prompts TensorBoard's picture of generations shows, and how far.
+PICTURED_PROMPTS, PICTURED_TOKENS = 4, 48
 
 
 @torch.no_grad()
@@ -67,6 +71,7 @@ def evaluate_model(
     torch.manual_seed(settings.seed)
     records: dict[str, list[dict[str, Any]]] = {}
     values: dict[str, dict[str, Any]] = {}
+    pictured: list[tuple[str, list[Token]]] = []
     try:
         if recursion is not None:
             recursion.depth = depth
@@ -77,6 +82,9 @@ def evaluate_model(
             records["problems"] = solve_problems(model, tokenizer, data, settings, depth, reporter, log)
         if data.prompts and not settings.skip_generation:
             records["generations"] = continue_prompts(model, tokenizer, data.prompts, settings, reporter, log)
+            if metrics_tracker is not None:
+                prompts = data.prompts[:PICTURED_PROMPTS]
+                pictured = [(p, generate_traced(model, tokenizer, p, PICTURED_TOKENS)) for p in prompts]
         if data.harness:
             scores, records["harness"] = run_harness(model, tokenizer, data.harness, settings, reporter, log)
             values |= scores
@@ -90,19 +98,26 @@ def evaluate_model(
         raise RRError("there is nothing to evaluate", "Give documents or problems, and do not skip every part.")
     values = metrics.from_records(records) | values
     if metrics_tracker is not None:
-        log_evaluation(metrics_tracker, values, records, stage, step or 0)
+        log_evaluation(metrics_tracker, values, records, stage, step or 0, pictured)
     return {"metrics": values, "by_depth": metrics.by_depth(records), "records": records, "depth": depth}
 
 
 def log_evaluation(
-    tracker: MetricsTracker, values: dict[str, Any], records: dict[str, Any], stage: str, step: int
+    tracker: MetricsTracker,
+    values: dict[str, Any],
+    records: dict[str, Any],
+    stage: str,
+    step: int,
+    pictured: Sequence[tuple[str, Sequence[Token]]] = (),
 ) -> None:
-    """Log metrics as scalars and generations as text, under `evaluation/<stage>/`."""
+    """Log metrics as scalars, generations as text and `pictured` ones as a picture, under `evaluation/<stage>/`."""
     for name, entry in values.items():
         tracker.log_scalar(f"evaluation/{stage}/{name}", entry["value"], step)
     lines = [f"**{r['prompt']}**{r['text']}" for r in records.get("generations", ())]
     if lines:
         tracker.log_text(f"evaluation/{stage}/generations", "\n\n---\n\n".join(lines), step)
+    if pictured:
+        tracker.log_image(f"evaluation/{stage}/generations", draw(pictured, f"{stage}, step {step}"), step)
     tracker.flush()
 
 

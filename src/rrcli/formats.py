@@ -15,6 +15,9 @@ CSV_COLUMNS = (
     *("difference", "difference_low", "difference_high", "p_value", "p_adjusted", "verdict", "n"),
 )
 
+# Columns of a stage where four stages share 80 with the names of the metrics.
+NARROW_WIDTH = 15
+
 
 def number(value: float | None, *, percent: bool = False) -> str:
     """Write a value with three or four digits; a percentage with one decimal."""
@@ -65,14 +68,20 @@ def difference_lines(cell: Cell, row: Row, *, wide: bool = True) -> list[str]:
 
 
 def _interval(low: str, high: str, wide: bool) -> str:
-    return f"[{low}, {high}]" if wide else f"[{low},{high}]"
+    """Write an interval; in a narrow table one that is wider than a column breaks between its bounds."""
+    if wide:
+        return f"[{low}, {high}]"
+    fits = len(low) + len(high) + 3 <= NARROW_WIDTH and "," not in low + high  # one comma alone parts the bounds
+    return f"[{low},{high}]" if fits else f"[{low},\n{high}]"
 
 
-def depth_line(depths: list[float | None], row: Row) -> str:
+def depth_line(depths: list[float | None], row: Row, *, wide: bool = True) -> str:
     """Return a stage's values at depth 0, 1, ... in one line, where it has more than one."""
     if len(depths) < 2:
         return ""
-    return " / ".join(number(value, percent=row.metric.unit == "%") for value in depths)
+    values = [number(value, percent=row.metric.unit == "%") for value in depths]
+    line = (" / " if wide else "/").join(values)
+    return line if wide or len(line) <= NARROW_WIDTH else "\n".join(values)
 
 
 def depth_label(row: Row) -> str:

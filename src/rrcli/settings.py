@@ -248,6 +248,7 @@ class CompareSettings(CommonSettings):
         choices=("auto", "table", "json", "csv", "markdown"),
     )
     out: str = option("", "Write to this file in place of the screen.", panel=OUTPUT)
+    report: str = option("", "Also write a report with charts to this .html file (extra: report).", panel=OUTPUT)
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,7 @@ class BoardSettings(CommonSettings):
     port: int = option(6006, "First port to try.", minimum=0, maximum=65535)
     host: str = option("127.0.0.1", "Address to listen on.")
     reload_interval: int = option(5, "Seconds between looks at the logs.", minimum=1)
+    open: bool = option(False, "Also open it in the browser.")
 
 
 SECTIONS: tuple[type[CommonSettings], ...] = (

@@ -9,9 +9,49 @@ from typing import Any
 
 from rrcli.store import METRICS, finite, make_folder, write_json
 
+# TensorBoard's CUSTOM SCALARS tab: category -> chart -> regular expressions of the tags that it draws. Every run writes
+# it, and TensorBoard shows one chart of all runs, so vanilla and recursive lie over each other.
+LAYOUT = {
+    "Losses": {
+        "total": ["train/loss/total"],
+        "final_ce": ["train/loss/final_ce"],
+        "every loss": ["train/loss/.*"],
+    },
+    "Generation": {
+        "avg_refine_steps": ["train/generation/avg_refine_steps"],
+        "commit_rate": ["train/generation/commit_rate"],
+        "avg_chunk_length": ["train/generation/avg_chunk_length"],
+    },
+    "Performance": {
+        "tokens_per_sec": ["train/performance/tokens_per_sec"],
+        "memory_mb": ["train/performance/memory_mb"],
+    },
+    "Evaluation": {
+        "perplexity": ["evaluation/[^/]*/perplexity"],
+        "token accuracy": ["evaluation/[^/]*/token_accuracy"],
+        "reasoning accuracy": ["evaluation/[^/]*/reasoning_accuracy"],
+    },
+    "Depth": {
+        "cross-entropy of each pass": ["train/depth_ce/.*"],
+        "strength of the feedback": ["train/feedback_norm"],
+        "perplexity by depth (x: depth)": ["depth/perplexity"],
+        "reasoning accuracy by depth (x: depth)": ["depth/reasoning_accuracy"],
+    },
+}
+
+# What `rr eval` logs of every stage as `final/<metric>`; the HPARAMS tab shows it beside a run's settings.
+SUMMARY = (
+    "perplexity",
+    "token_accuracy",
+    "reasoning_accuracy",
+    "relevance",
+    "decode_tokens_per_sec",
+    "flops_per_token",
+)
+
 
 class MetricsTracker:
-    """Writes scalars, texts, histograms and hyper-parameters of one run for TensorBoard.
+    """Writes scalars, texts, pictures, histograms and hyper-parameters of one run for TensorBoard.
 
     It remembers the last value of every scalar, for `metrics.json`.
 
@@ -29,6 +69,7 @@ class MetricsTracker:
         self.log_dir = Path(log_dir)
         make_folder(self.log_dir)
         self._writer = SummaryWriter(str(self.log_dir), purge_step=purge_step)
+        self._writer.add_custom_scalars({k: {c: ["Multiline", t] for c, t in v.items()} for k, v in LAYOUT.items()})
         self._last: dict[str, dict[str, Any]] = {}
 
     def log_scalar(self, tag: str, value: float, step: int) -> None:
@@ -40,6 +81,10 @@ class MetricsTracker:
     def log_text(self, tag: str, text: str, step: int) -> None:
         """Log a text (Markdown)."""
         self._writer.add_text(tag, text, step)
+
+    def log_image(self, tag: str, image: Any, step: int) -> None:
+        """Log a picture, a `uint8` array `[height, width, 3]`."""
+        self._writer.add_image(tag, image, step, dataformats="HWC")
 
     def save_checkpoint_metrics(self, path: str | Path, **more: Any) -> Path:
         """Write `metrics.json` into a checkpoint folder: the last value and step of every scalar, and `more`.

@@ -22,11 +22,12 @@ from rrcli import formats
 if TYPE_CHECKING:
     from rrcli.comparison import Cell, Comparison, Row
     from rrcli.errors import RRError
-    from rrcli.services.board import Board
+    from rrcli.planning import Step
+    from rrcli.services.board import Board, Found
     from rrcli.services.eval import EvalResult
     from rrcli.services.generate import GenerateResult, Piece
-    from rrcli.services.run import Step
     from rrcli.services.setup import SetupResult
+    from rrcli.services.status import Status
     from rrcli.services.surgery import SurgeryResult
     from rrcli.services.train import TrainResult
 
@@ -78,18 +79,24 @@ class TerminalReporter:
         from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
         from rich.text import Text
 
+        class Count(ProgressColumn):
+            def render(self, task: Any) -> Text:
+                whole = f"{task.total:,.0f}"
+                return Text(f"{task.completed:>{len(whole)},.0f}/{whole} {task.fields['unit']}")
+
         class Speed(ProgressColumn):
             def render(self, task: Any) -> Text:
                 speed = task.finished_speed or task.speed
-                return Text(f"{speed:,.{0 if speed >= 10 else 1}f}/s" if speed else "")
+                return Text(f"{speed:,.{0 if speed >= 10 else 1}f}/s".rjust(8) if speed else " " * 8)
 
         console, began = err(), time.monotonic()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            Count(),
             Speed(),
             TimeRemainingColumn(compact=True),
+            TextColumn("left"),
         )
 
         class Bars(Progress):
@@ -101,7 +108,10 @@ class TerminalReporter:
                     if task.fields["note"]:
                         yield Text("  " + task.fields["note"], no_wrap=True, overflow="ellipsis")
 
-        bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
+        # The time that is left follows from the last minutes: with the evaluations and checkpoints between the steps.
+        bars = Bars(
+            *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=600
+        )
         bar = _Bar(bars, bars.add_task(escape(label), total=total, unit=unit, note=""), console, label, total)
         before, self._console = self._console, console
         try:
@@ -289,6 +299,17 @@ def show_board(board: Board) -> None:
     out().print(f"From another machine: {escape(board.tunnel)}   (Ctrl-C stops it)", soft_wrap=True)
 
 
+def show_board_check(found: Found) -> None:
+    """Print the runs that TensorBoard shows and the tags of each, one a line."""
+    for run, plugins in found.runs.items():
+        counts = ", ".join(f"{len(tags)} {plugin}" for plugin, tags in plugins.items() if tags)
+        out().print(f"[bold]{escape(run)}[/bold]: {counts or 'no data'}")
+        for plugin, tags in plugins.items():
+            for tag in tags:
+                out().print(f"  {plugin:<10}  {escape(tag)}", soft_wrap=True)
+    out().print(f"{len(found.runs)} runs in {escape(str(found.log_dir))}", soft_wrap=True)
+
+
 def show_plan(steps: list[Step]) -> None:
     """Print what `rr run` would do."""
     table = Table(box=SIMPLE_HEAD)
@@ -298,6 +319,36 @@ def show_plan(steps: list[Step]) -> None:
         style = STATUS_STYLES[step.status]
         table.add_row(str(number), step.command, f"[{style}]{step.status}[/{style}]", escape(step.detail))
     out().print(table)
+
+
+def show_status(status: Status) -> None:
+    """Print the workspace, a line for each stage and run, and the next command."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("Stage", no_wrap=True)
+    table.add_column("Model", no_wrap=True)
+    table.add_column("Results", no_wrap=True)
+    for name in ("Step", "Size", "PPL", "Reas. %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    marked = False
+    for stage in status.stages:
+        states = [f"[{STATUS_STYLES[state]}]{state}[/]" if state else "-" for state in (stage.model, stage.results)]
+        step = "-" if stage.step is None else str(stage.step)
+        step += f"/{stage.steps}" if stage.steps and stage.step != stage.steps else ""
+        mark = "*" if stage.during_training else ""
+        marked = marked or bool(mark)
+        metrics = [("perplexity", False), ("reasoning_accuracy", True)]
+        values = [formats.number(stage.metrics.get(name), percent=percent) for name, percent in metrics]
+        cells = [value if value == "-" else value + mark for value in values]
+        size = _bytes(stage.bytes, digits=1) if stage.bytes else "-"
+        table.add_row(escape(stage.name), *states, step, size, *cells)
+    console = out()
+    console.print(table)
+    for stage in status.stages:
+        if stage.detail:
+            console.print(f"{escape(stage.name)}: {escape(stage.detail)}", soft_wrap=True)
+    if marked:
+        console.print("[dim]* measured during training, on a sample[/dim]", soft_wrap=True)
+    console.print(f"Next: [bold]{escape(status.next)}[/bold]", soft_wrap=True)
 
 
 def comparison_text(comparison: Comparison, form: str) -> str:
@@ -322,7 +373,7 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
             label = label.replace("  ", " ", 1).replace(", ", "\n", 1)
         table.add_row(escape(label), *[_cell(cell, row, wide) for cell in row.cells])
         if row.depths:
-            values = [formats.depth_line(depths, row) for depths in row.depths]
+            values = [formats.depth_line(depths, row, wide=wide) for depths in row.depths]
             table.add_row(formats.depth_label(row), *values, style="dim")
     console.print(table)
     console.print(f"[dim]{escape(formats.note(comparison))}[/dim]")
@@ -342,7 +393,7 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
 
 def _stage_table(first: str, stages: list[str], wide: bool, *, justify: Any, lines: bool = False) -> Table:
     """Return an empty table with a column for each stage; a narrow one breaks their names at underscores."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1) if wide else (0, 0, 0, 1), show_lines=lines, pad_edge=wide)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1) if wide else 0, show_lines=lines, pad_edge=wide)
     table.add_column(first, overflow="fold", max_width=None if wide else 14)
     for stage in stages:
         table.add_column(escape(stage if wide else stage.replace("_", "_\n")), justify=justify, overflow="fold")
@@ -366,10 +417,10 @@ def _show_pairs(rows: dict[str, str]) -> None:
     out().print(table)
 
 
-def _bytes(size: int) -> str:
+def _bytes(size: int, digits: int = 2) -> str:
     """Return bytes in the unit in which they are easiest to read."""
     value, units = float(size), iter(("B", "KiB", "MiB", "GiB"))
     unit = next(units)
     while value >= 1024 and unit != "GiB":
         value, unit = value / 1024, next(units)
-    return f"{size:,} B" if unit == "B" else f"{value:,.2f} {unit}"
+    return f"{size:,} B" if unit == "B" else f"{value:,.{digits}f} {unit}"

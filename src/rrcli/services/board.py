@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from rrcli.errors import RRError
 from rrcli.reporting import Reporter
@@ -17,63 +24,188 @@ from rrcli.workspace import Workspace
 
 PORTS_TO_TRY = 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+START_SECONDS = 120
+# Plugins whose tags `--check` asks for; all of them answer run -> tag -> description under `tags`.
+PLUGINS = ("scalars", "text", "images", "histograms")
+# TensorBoard under watch: it ends when its standard input does, which is when the process that started it is gone,
+# however that ended. (A signal on the parent's death exists on Linux only.)
+WATCHED = """
+import os, signal, sys, threading
+def watch():
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=watch, daemon=True).start()
+from tensorboard.main import run_main
+run_main()
+"""
 
 
 @dataclass(frozen=True)
 class Board:
-    """Where TensorBoard listens."""
+    """Where TensorBoard listens, the line that reaches it from another machine, and what it reads."""
 
     url: str
     tunnel: str
     log_dir: Path
 
 
+@dataclass(frozen=True)
+class Found:
+    """What TensorBoard's HTTP API answered: run -> plugin -> tags."""
+
+    log_dir: Path
+    runs: dict[str, dict[str, list[str]]]
+
+
 def board(settings: BoardSettings, directory: Path, reporter: Reporter, started: Callable[[Board], None]) -> None:
-    """Run TensorBoard until it ends or is interrupted; `started` is called once with its address.
+    """Run TensorBoard until it ends or is interrupted; `started` is called once, when it answers.
 
     Raises:
         RRError: there are no logs, no free port, or TensorBoard ends with an error.
     """
-    logs = Workspace(directory, settings).log_folder()
-    if not any(logs.rglob("events.out.tfevents.*")):
-        raise RRError(f"{logs} holds no runs yet", "'rr eval --stage baseline' or 'rr train' writes some.")
+    logs = _logs(settings, directory)
     port = _free_port(settings.host, settings.port)
-    if port != settings.port:
+    if settings.port not in (0, port):
         reporter.warn(f"port {settings.port} is taken, using {port}")
     if settings.host not in LOOPBACK:
         reporter.warn(
-            f"listening on {settings.host}: whoever reaches this machine can read the logs, without a password"
+            f"listening on {settings.host}: whoever reaches this machine on port {port} can read every log, text and "
+            "setting in it, without a password"
         )
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--host", settings.host]
-    command += ["--port", str(port), "--reload_interval", str(settings.reload_interval)]
-    shown = "localhost" if settings.host in LOOPBACK else settings.host
-    started(Board(f"http://{shown}:{port}", f"ssh -L {port}:localhost:{port} {_user_at_host()}", logs))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with _serving(settings, logs, port) as (process, address):
+        tunnel = f"ssh -L {port}:localhost:{port} {_user_at_host()}"
+        started(Board(address, tunnel, logs))
+        if settings.open:
+            _open(address, reporter)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            return
+        raise _ended(process, code)
+
+
+def check(settings: BoardSettings, directory: Path) -> Found:
+    """Start TensorBoard on a free port, ask it for its runs and tags, and stop it.
+
+    Raises:
+        RRError: as `board`; or a run on disk that TensorBoard does not show.
+    """
+    logs = _logs(settings, directory)
+    expected = {str(file.parent.relative_to(logs)) for file in _event_files(logs)}
+    with _serving(settings, logs, _free_port(settings.host, 0)) as (process, address):
+        before, end = None, time.monotonic() + START_SECONDS
+        while time.monotonic() < end and process.poll() is None:
+            tags = {plugin: _get(address, f"data/plugin/{plugin}/tags") for plugin in PLUGINS}
+            names = _get(address, "data/runs")
+            runs = {name: {plugin: sorted(tags[plugin].get(name, ())) for plugin in PLUGINS} for name in sorted(names)}
+            if expected <= runs.keys() and runs == before:  # loaded in steps: two equal answers are the end
+                return Found(logs, runs)
+            before = runs
+            time.sleep(1)
+        if process.poll() is not None:
+            raise _ended(process, process.returncode)
+    missing = ", ".join(sorted(expected - (before or {}).keys()))
+    raise RRError(f"TensorBoard does not show {missing or 'a stable state'} after {START_SECONDS} s")
+
+
+def _event_files(logs: Path) -> Iterator[Path]:
+    return logs.rglob("events.out.tfevents.*")
+
+
+def _logs(settings: BoardSettings, directory: Path) -> Path:
+    logs = Workspace(directory, settings).log_folder()
+    hint = "'rr eval --stage baseline' or 'rr train' writes some; --log-dir names another folder."
+    if not logs.is_dir():
+        raise RRError(f"the log folder {logs} is not there", hint)
+    if next(_event_files(logs), None) is None:
+        raise RRError(f"{logs} holds no runs yet", hint)
+    return logs
+
+
+@contextmanager
+def _serving(settings: BoardSettings, logs: Path, port: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Start TensorBoard, wait until it answers, and stop it at the end."""
+    import tempfile
+
+    command = [sys.executable, "-c", WATCHED, "--logdir", str(logs), "--host", settings.host, "--port", str(port)]
+    command += ["--reload_interval", str(settings.reload_interval)]
+    shown = "localhost" if settings.host in LOOPBACK or settings.host in ("0.0.0.0", "::") else settings.host
+    address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+    with tempfile.TemporaryFile() as errors:  # a pipe that nobody reads would fill up
+        # A session of its own: Ctrl-C reaches us alone, and we stop it.
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
+        )
+        process.stderr = errors  # type: ignore[assignment]
+        try:
+            _wait_for(process, address)
+            yield process, address
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_for(process: subprocess.Popen[bytes], address: str) -> None:
+    end = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            _get(address, "data/environment")
+            return
+        except RRError:
+            time.sleep(0.1)
+    if process.poll() is not None:
+        raise _ended(process, process.returncode)
+    raise RRError(f"TensorBoard does not answer on {address} after {START_SECONDS} s")
+
+
+def _get(address: str, path: str) -> Any:
+    """Return the JSON that TensorBoard answers; the proxies of the environment are left aside.
+
+    Raises:
+        RRError: no answer.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        _, errors = process.communicate()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGTERM)
-        process.wait(10)
-        return
-    finally:
-        if process.poll() is None:
-            process.kill()
-    if process.returncode:
-        raise RRError(f"TensorBoard ended with an error: {errors.strip().splitlines()[-1] if errors.strip() else ''}")
+        with opener.open(f"{address}/{path}", timeout=10) as answer:
+            return json.load(answer)
+    except (OSError, urllib.error.URLError, ValueError) as error:
+        raise RRError(f"TensorBoard does not answer on {address}/{path}: {error}") from error
+
+
+def _ended(process: subprocess.Popen[bytes], code: int) -> RRError:
+    errors: IO[bytes] = process.stderr  # type: ignore[assignment]
+    errors.seek(0)
+    last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+    return RRError(f"TensorBoard ended with exit code {code}{': ' if last else ''}{''.join(last)}")
+
+
+def _open(address: str, reporter: Reporter) -> None:
+    import webbrowser
+
+    if not webbrowser.open(address):
+        reporter.warn(f"no browser could be opened here; open {address} yourself")
 
 
 def _free_port(host: str, first: int) -> int:
-    for port in range(first, first + PORTS_TO_TRY):
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    """Return the first port from `first` on that can be listened on; any free one for 0."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    last = min(first + PORTS_TO_TRY, 65536) - 1
+    for port in range(first, last + 1):
         try:
             with socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind((host, port))
                 return int(probe.getsockname()[1])
         except OSError as error:
-            if not isinstance(error, PermissionError) and error.errno not in (98, 48):
+            if error.errno == errno.EACCES:
+                raise RRError(f"port {port} needs the rights of root", "Name one from 1024 on with --port.") from error
+            if error.errno != errno.EADDRINUSE:
                 raise RRError(f"cannot listen on {host}: {error.strerror}", "Use --host 127.0.0.1.") from error
-    raise RRError(f"no free port from {first} to {first + PORTS_TO_TRY - 1}", "Name another with --port.")
+    raise RRError(f"no free port from {first} to {last}", "Name another with --port.")
 
 
 def _user_at_host() -> str:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rrcli import gates, pairing, verdicts
-from rrcli.comparison import Cell, Comparison, Generation, Results, Row
+from rrcli.comparison import Cell, Comparison, Generation, Results, Row, generations_of
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.metrics import Metric
+from rrcli.report import check_report_path
 from rrcli.settings import STAGES, CompareSettings
 from rrcli.store import read_json
 from rrcli.workspace import Workspace
@@ -31,6 +32,8 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
         RRError: a stage without results, or results that cannot be read.
     """
     workspace = Workspace(directory, settings)
+    if settings.report:
+        check_report_path(settings.report)
     names = list(names) or [stage for stage in STAGES if workspace.results_file(stage).exists()]
     if not names:
         raise RRError(f"{directory / settings.output_dir} holds no results", "'rr run' measures every stage.")
@@ -54,6 +57,7 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
         _generations(results) if settings.generations else [],
         [gates.check(gate, labelled, settings.alpha, significant=settings.gate_significant) for gate in read],
         settings.alpha,
+        results,
     )
 
 
@@ -108,13 +112,12 @@ def _training_rows(results: list[Results]) -> list[Row]:
 
 
 def _generations(results: list[Results]) -> list[Generation]:
-    """Return every prompt of any stage, with what each stage wrote after it.
+    """Return what the stages wrote.
 
     Raises:
         RRError: no stage has generations.
     """
-    texts = [{r["prompt"]: r["text"] for r in result["records"].get("generations", ())} for result in results]
-    prompts = dict.fromkeys(prompt for stage in texts for prompt in stage)
-    if not prompts:
+    found = generations_of(results)
+    if not found:
         raise RRError("the results hold no generations", "'rr eval' without --skip-generation makes them.")
-    return [Generation(prompt, [stage.get(prompt) for stage in texts]) for prompt in prompts]
+    return found

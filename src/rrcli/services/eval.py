@@ -19,6 +19,7 @@ from rrcli.reporting import Reporter
 from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings, SurgerySettings, load
 from rrcli.store import METRICS, SCHEMA, combine, finite, make_folder, read_json, write_json
+from rrcli.tracker import SUMMARY, MetricsTracker
 from rrcli.workspace import MAKERS, Workspace, check_stage, data_identity, eval_inputs, model_fingerprint, provenance
 
 
@@ -75,7 +76,6 @@ def evaluate(
         )
 
     from rrcli.evaluation import evaluate_model
-    from rrcli.tracker import MetricsTracker
 
     loaded, tokenizer = load_for(settings, source, directory)
     trained_on_chat = training.get("chat_template", settings.chat_template) if training else settings.chat_template
@@ -96,6 +96,8 @@ def evaluate(
         measured = evaluate_model(
             loaded, tokenizer, data, tracker, step, stage=stage, settings=measuring, reporter=reporter, log=log
         )
+        if tracker is not None:
+            _log_summary(tracker, measured, step)
         about = {"family": loaded.config.model_type, "parameters": sum(p.numel() for p in loaded.parameters())}
         if measured["records"].get("generations"):
             baseline = (loaded, tokenizer) if _is_baseline(loaded, source, workspace) else None
@@ -140,6 +142,16 @@ def evaluate(
         write_json(file, finite(results))
         log.end()
     return EvalResult(stage, results, file)
+
+
+def _log_summary(tracker: MetricsTracker, measured: dict[str, Any], step: int) -> None:
+    """Log what every stage has under the same tags, so that stages share charts and columns of the HPARAMS tab."""
+    for name in SUMMARY:
+        if name in measured["metrics"]:
+            tracker.log_scalar(f"final/{name}", measured["metrics"][name]["value"], step)
+    for name, values in measured["by_depth"].items():
+        for depth, entry in enumerate(values):
+            tracker.log_scalar(f"depth/{name}", entry["value"], depth)
 
 
 def _set_up_recursion(

@@ -116,7 +116,7 @@ def train(
         )
 
     from rrcli.packing import check_packing
-    from rrcli.tracker import MetricsTracker
+    from rrcli.tracker import SUMMARY, MetricsTracker
     from rrcli.trainer import INTERVAL_TAG, Trainer
 
     model, tokenizer = load_for(settings, ModelSource(str(found[-1]), found[-1]) if found else start, directory)
@@ -155,6 +155,7 @@ def train(
             if flops:
                 trainer.settings = trainer.optimizer.settings = with_changes(settings, steps=trainer.steps_for(flops))
             shown = ["train/loss/total"] + [f"evaluation/{INTERVAL_TAG}/perplexity"] * (evaluation is not None)
+            shown += [f"final/{metric}" for metric in SUMMARY]  # `rr eval` logs them into the same run
             tracker.log_hparams({"mode": mode, **asdict(trainer.settings)}, shown)
             data.drawn = data.cut = data.skipped = 0
             try:

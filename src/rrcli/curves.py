@@ -1,0 +1,35 @@
+"""Training curves, read back from TensorBoard's event files. Loads no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+# run -> [(step, value), ...] in the order of steps
+Curves = dict[str, list[tuple[int, float]]]
+POINTS = 2000
+
+
+def read_curves(logs: Path, runs: Iterable[str], tags: Iterable[str]) -> dict[str, Curves]:
+    """Return tag -> run -> points, without what is not finite; runs and tags that were not logged are left out.
+
+    At most `POINTS` points a curve: TensorBoard draws a fair sample of longer ones.
+    """
+    runs = [run for run in runs if (logs / run).is_dir()]
+    if not runs:
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    tags = list(tags)
+    found: dict[str, Curves] = {}
+    for run in runs:
+        events = EventAccumulator(str(logs / run), size_guidance={SCALARS: POINTS})
+        events.Reload()
+        logged = events.Tags()["scalars"]
+        for tag in tags:
+            # A step that was logged again after a resume counts once, with its later value.
+            points = {event.step: event.value for event in events.Scalars(tag)} if tag in logged else {}
+            if finite := [(step, value) for step, value in sorted(points.items()) if math.isfinite(value)]:
+                found.setdefault(tag, {})[run] = finite
+    return found

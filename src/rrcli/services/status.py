@@ -1,0 +1,131 @@
+"""`rr status`: how far the experiment is. Reads files alone: no torch, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rrcli.errors import RRError
+from rrcli.planning import DONE, Load, Step, plan
+from rrcli.settings import STAGES, CommonSettings
+from rrcli.store import METRICS, checkpoints, read_json, step_of
+from rrcli.workspace import MAKERS, SURGERY_STAGE, TRAINED, Workspace
+
+SHOWN = ("perplexity", "token_accuracy", "reasoning_accuracy")
+NOT_MADE = Step("", "", "")
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """A stage, or another training run, in the workspace.
+
+    Attributes:
+        model, results: done, missing, stale or unfinished; empty where nothing of the kind is expected.
+        detail: why a status is not `done`, in a few words.
+        checkpoint: the last complete one. step, steps: how far it is and how far it is to go. bytes: the size of all
+            checkpoints of the run.
+        metrics: the last evaluation's, or those that were measured last in training (`during_training`).
+    """
+
+    name: str
+    model: str
+    results: str
+    detail: str = ""
+    checkpoint: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    bytes: int = 0
+    checkpoints: list[int] = field(default_factory=list)
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    during_training: bool = False
+
+
+@dataclass(frozen=True)
+class Status:
+    """The workspace, and the command that comes next."""
+
+    directory: Path
+    stages: list[StageStatus]
+    next: str
+
+
+def status(directory: Path, load: Load) -> Status:
+    """Look at every stage and every other training run of the workspace; changes nothing.
+
+    Args:
+        load: makes the settings of a class, as the command line would.
+
+    Raises:
+        RRError: the settings name a model, data or tasks that are not there.
+    """
+    workspace = Workspace(directory, load(CommonSettings))
+    steps = plan(directory, load)
+    stages = [_stage(workspace, name, steps) for name in STAGES]
+    runs = sorted(path.name for path in (directory / workspace.settings.checkpoint_dir).glob("*") if checkpoints(path))
+    others = [_other(workspace, run) for run in runs if run not in STAGES]
+    following = next((step.command for step in steps if step.status != DONE), "rr compare")
+    return Status(directory, stages + others, following)
+
+
+def _stage(workspace: Workspace, name: str, steps: Sequence[Step]) -> StageStatus:
+    by_command = {step.command: step for step in steps}
+    made = by_command.get(MAKERS[name], NOT_MADE) if name != "baseline" else NOT_MADE
+    measured = by_command[f"rr eval --stage {name}"]
+    detail = (made if made.status not in ("", DONE) else measured).detail
+    metrics, during = _results(workspace, name), False
+    found: dict[str, Any] = {}
+    if name in TRAINED:
+        found = _checkpoints(workspace.run_folder(name))
+        if not metrics and (latest := found.pop("latest", {})):
+            metrics, during = latest, True
+    elif name == SURGERY_STAGE and workspace.surgery_folder.is_dir():
+        folder = workspace.surgery_folder
+        found = {"checkpoint": str(folder), "bytes": _size(folder)}
+    found.pop("latest", None)
+    return StageStatus(name, made.status, measured.status, detail, metrics=metrics, during_training=during, **found)
+
+
+def _other(workspace: Workspace, run: str) -> StageStatus:
+    found = _checkpoints(workspace.run_folder(run))
+    metrics = found.pop("latest", {})
+    unfinished = found.get("steps") is not None and found["step"] < found["steps"]
+    state = "unfinished" if unfinished else DONE
+    return StageStatus(run, state, "", metrics=metrics, during_training=bool(metrics), **found)
+
+
+def _checkpoints(folder: Path) -> dict[str, Any]:
+    """Return what a run's checkpoints say about themselves; `latest` are metrics measured in training."""
+    found = checkpoints(folder)
+    if not found:
+        return {}
+    last = found[-1]
+    about = _read(last / METRICS)
+    scalars = about.get("scalars", {})
+    tags = {name: scalars.get(f"evaluation/during_training/{name}", {}).get("value") for name in SHOWN}
+    return {
+        "checkpoint": str(last),
+        "step": step_of(last),
+        "steps": about.get("steps"),
+        "bytes": _size(folder),
+        "checkpoints": [step_of(path) for path in found],
+        "latest": {name: value for name, value in tags.items() if value is not None},
+    }
+
+
+def _results(workspace: Workspace, stage: str) -> dict[str, float | None]:
+    metrics = _read(workspace.results_file(stage)).get("metrics", {})
+    return {name: metrics[name].get("value") for name in SHOWN if name in metrics}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a file that may be missing or torn as nothing: the plan says what has to be made anew."""
+    try:
+        return read_json(path, "rr run")
+    except RRError:
+        return {}
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

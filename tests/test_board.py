@@ -1,0 +1,158 @@
+"""`rr board`: where it listens, what it says, how it ends, and what the logs show in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rrcli.errors import RRError
+from rrcli.reporting import Silent
+from rrcli.services import board as service
+from rrcli.settings import BoardSettings
+from rrcli.tracker import LAYOUT, MetricsTracker
+
+RR = [sys.executable, "-m", "rrcli"]
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace whose logs hold two runs with a scalar, a text and a picture each."""
+    folder = tmp_path_factory.mktemp("logged")
+    for run in ("finetuned_vanilla", "finetuned_recursive"):
+        with MetricsTracker(folder / "logs" / run) as tracker:
+            for step in range(5):
+                tracker.log_scalar("train/loss/total", 5.0 - step, step)
+            tracker.log_text("evaluation/x/generations", "a *text*", 1)
+            tracker.log_image("evaluation/x/generations", np.zeros((4, 4, 3), np.uint8), 1)
+    return folder
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*RR, "board", *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def gone(address: str) -> bool:
+    """Tell whether a server stops answering soon."""
+    for _ in range(100):
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_busy_port_moves_to_the_next_and_ctrl_c_stops_cleanly(logged: Path, taken: int) -> None:
+    process = start(logged, "--json", "--port", str(taken))
+    said = json.loads(process.stdout.readline())
+    port = int(said["url"].rpartition(":")[2])
+    assert taken < port < taken + service.PORTS_TO_TRY
+    assert said["schema"] == "rr.board/1"
+    assert said["tunnel"].startswith(f"ssh -L {port}:localhost:{port} ")
+    with urllib.request.urlopen(said["url"]) as page:
+        assert b"TensorBoard" in page.read()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert f"port {taken} is taken, using {port}" in errors
+    assert gone(said["url"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+def test_tensorboard_ends_with_the_process_that_started_it(logged: Path) -> None:
+    process = start(logged, "--json", "--port", "0")
+    address = json.loads(process.stdout.readline())["url"]
+    process.kill()
+    process.communicate(timeout=30)
+    assert gone(address)
+
+
+def test_check_prints_the_runs_and_tags_and_exits(logged: Path) -> None:
+    done = subprocess.run([*RR, "board", "--check", "--json"], cwd=logged, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(done.stdout)["runs"]
+    assert runs.keys() == {"finetuned_vanilla", "finetuned_recursive"}
+    for found in runs.values():
+        assert found["scalars"] == ["train/loss/total"]
+        assert found["images"] == ["evaluation/x/generations"]
+        assert found["text"] == ["evaluation/x/generations/text_summary"]
+
+
+def test_check_says_what_tensorboard_says_when_it_fails(logged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "WATCHED", "raise SystemExit('no luck today')")
+    with pytest.raises(RRError, match="exit code 1: no luck today"):
+        service.check(BoardSettings(), logged)
+
+
+def test_the_layout_of_custom_scalars_is_in_every_run(logged: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    events = EventAccumulator(str(logged / "logs" / "finetuned_vanilla")).Reload()
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == list(LAYOUT)
+    assert list(LAYOUT) == ["Losses", "Generation", "Performance", "Evaluation", "Depth"]
+
+
+@pytest.mark.parametrize("make", [False, True], ids=["missing", "empty"])
+def test_a_log_folder_without_runs_says_what_to_do(tmp_path: Path, make: bool) -> None:
+    if make:
+        (tmp_path / "logs" / "empty").mkdir(parents=True)
+    with pytest.raises(RRError, match="holds no runs yet" if make else "is not there") as caught:
+        service.board(BoardSettings(), tmp_path, Silent(), lambda _: None)
+    assert "rr eval --stage baseline" in caught.value.hint
+    assert "--log-dir" in caught.value.hint
+
+
+def test_an_open_host_is_warned_about_and_an_impossible_one_refused(
+    logged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reporter, seen = Silent(), []
+
+    def stop(found: service.Board) -> None:
+        seen.append(found)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        service.board(BoardSettings(host="0.0.0.0", port=0), logged, reporter, stop)
+    assert "without a password" in reporter.warnings[0]
+    assert seen[0].url.startswith("http://localhost:")
+    with pytest.raises(RRError, match=r"cannot listen on 192\.0\.2\.1"):
+        service.board(BoardSettings(host="192.0.2.1"), logged, Silent(), stop)
+
+
+def test_no_free_port_at_the_end_of_the_range(logged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(98, "Address already in use")
+
+    monkeypatch.setattr(service.socket.socket, "bind", refuse)
+    with pytest.raises(RRError, match="no free port from 65530 to 65535"):
+        service.board(BoardSettings(port=65530), logged, Silent(), lambda _: None)
+
+
+def test_no_browser_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("webbrowser.open", lambda _: False)
+    reporter = Silent()
+    service._open("http://localhost:1", reporter)
+    assert "open http://localhost:1 yourself" in reporter.warnings[0]
