@@ -1,6 +1,7 @@
 """`rr train`: find or make the run, train it to its last step (see `trainer`), and keep its checkpoints.
 
-Ctrl-C and SIGTERM finish the step and save; checkpoints are published whole or not at all.
+Ctrl-C and SIGTERM finish the step and save; checkpoints are published whole or not at all. With several processes the
+main one writes checkpoints and logs and speaks; the others wait for it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from rrcli.callbacks import load_callback
 from rrcli.data import TrainingData, held_out_data, task_specs
 from rrcli.errors import RRError, UsageError, suggest
+from rrcli.launching import launch, launched
 from rrcli.models import ModelSource, base_of, load_for, save_folder
 from rrcli.problem_files import FileTask
-from rrcli.reporting import Reporter
+from rrcli.reporting import Reporter, Silent
 from rrcli.settings import STAGES, TrainSettings, with_changes
 from rrcli.store import (
     METRICS,
@@ -102,12 +104,28 @@ def train(
     inputs = train_inputs(settings, mode, model_fingerprint(start, directory), identity, span)
     if flops:
         inputs = combine(inputs, "equal FLOPs", flops)
-    if restart and folder.exists():
-        remove_folder(folder)
-    if restart:
-        shutil.rmtree(workspace.log_folder(name), ignore_errors=True)
-    make_folder(folder)
-    sweep(folder)
+    if settings.num_processes > 1 and not launched():
+        _share_out(settings, settings.num_processes)
+        return launch(
+            settings.num_processes,
+            train, settings, mode, directory, reporter, restart=restart, match_flops=match_flops,
+        )  # fmt: skip
+
+    from rrcli.processes import join
+
+    processes = join(settings.device)
+    _share_out(settings, processes.count)
+
+    def make_room() -> None:
+        if restart and folder.exists():
+            remove_folder(folder)
+        if restart:
+            shutil.rmtree(workspace.log_folder(name), ignore_errors=True)
+        make_folder(folder)
+        sweep(folder)
+
+    processes.on_main(make_room)
+    reporter = reporter if processes.main else Silent()
     found = checkpoints(folder)
     if found and recorded_inputs(found[-1]) != inputs:
         raise RRError(
@@ -118,7 +136,8 @@ def train(
     from rrcli.tracker import MetricsTracker
     from rrcli.trainer import INTERVAL_TAG, Trainer
 
-    model, tokenizer = load_for(settings, ModelSource(str(found[-1]), found[-1]) if found else start, directory)
+    placed = with_changes(settings, device=processes.device)
+    model, tokenizer = load_for(placed, ModelSource(str(found[-1]), found[-1]) if found else start, directory)
     if "float16" in str(model.dtype).split("."):
         raise UsageError("float16 cannot be trained: its small gradients become zero", "Use --dtype bfloat16.")
     if settings.phase == "b" and not found:
@@ -137,15 +156,16 @@ def train(
         base = base_of(start, directory)
         identity = {"mode": mode, "run": name, "phase": settings.phase}
         identity["tasks"] = list(task_specs(settings)) if settings.task_share > 0 else []
-        _save(trainer, step, folder, identity, inputs, base)
+        processes.on_main(lambda: _save(trainer, step, folder, identity, inputs, base))
 
     data = TrainingData(settings, directory, tokenizer)
     _tell_about(data, reporter)
     try:
-        with MetricsTracker(workspace.log_folder(name), purge_step=first + 1) as tracker, _stop_signals() as stopped:
+        logs = workspace.log_folder(name) if processes.main else None
+        with MetricsTracker(logs, purge_step=first + 1) as tracker, _stop_signals() as stopped:
             trainer = Trainer(
-                settings, name, model, tokenizer, data, evaluation, tracker, reporter, save, callback
-            )  # fmt: skip
+                settings, name, model, tokenizer, data, evaluation, tracker, reporter, save, callback, processes
+            )
             if found:
                 _resume(trainer, found[-1], MAKERS.get(name, "rr train"))
             if flops:
@@ -153,6 +173,7 @@ def train(
             shown = ["train/loss/total"] + [f"evaluation/{INTERVAL_TAG}/perplexity"] * (evaluation is not None)
             tracker.log_hparams({"mode": mode, **asdict(trainer.settings)}, shown)
             trainer.train(first, stopped)
+        processes.leave()
     except OSError as error:
         raise unwritable(workspace.log_folder(name), error) from error
     except RRError as error:
@@ -164,6 +185,14 @@ def train(
     return TrainResult(
         name, mode, checkpoints(folder)[-1], first, steps, spent.tokens, spent.flops, spent.seconds, trainer.losses
     )
+
+
+def _share_out(settings: TrainSettings, count: int) -> None:
+    if settings.batch_size % count:
+        raise UsageError(
+            f"--batch-size {settings.batch_size} cannot be shared out evenly among {count} processes",
+            "Take a multiple of their number.",
+        )
 
 
 def _tell_about(data: TrainingData, reporter: Reporter) -> None:
