@@ -63,7 +63,7 @@ SURFACE = {
     | {"--steps", "--batch-size", "--gradient-accumulation", "--lr", "--sidecar-lr", "--warmup-steps"}
     | {"--weight-decay", "--max-grad-norm", "--max-length", "--task-share", "--max-steps", "--chunk-width"}
     | {"--schedule", "--ema", "--gradient-checkpointing", "--no-gradient-checkpointing", "--match-flops"}
-    | {"--histograms", "--callback", "--num-processes"}
+    | {"--histograms", "--callback", "--num-processes", "--compile", "--no-compile"}
     | {"--eval-interval", "--eval-samples", "--save-interval", "--keep"}
     | {"--final-weight", "--masked-weight", "--halt-weight", "--ponder-weight", "--stability-weight"}
     | {"--supervised-share", "--commit-margin", "--lora-rank", "--lora-alpha"},

@@ -134,7 +134,7 @@ class Trainer:
                     raise _not_finite(settings, step, scalars["train/loss/total"], norm)
                 if settings.histograms and done % settings.histograms == 0:
                     self._log_histograms(done)
-                self.optimizer.step(step)
+                self._update(step)
                 seconds = time.perf_counter() - began
                 spent.steps += 1
                 spent.tokens += batch.tokens
@@ -208,6 +208,23 @@ class Trainer:
             self.optimizer.adamw.zero_grad(set_to_none=True)
         positions = sum(self.data.batch(step).input_ids.numel() for step in range(SAMPLED_BATCHES)) / SAMPLED_BATCHES
         return max(1, round(flops / (positions * self.progress.flops_by_depth[0])))
+
+    def _update(self, step: int) -> None:
+        """Take the optimiser step.
+
+        Raises:
+            RRError: out of memory, where some weights may have moved and others not.
+        """
+        fits = True
+        try:
+            self.optimizer.step(step)
+        except torch.OutOfMemoryError:
+            fits = False
+        if not all(self.processes.gathered(fits)):
+            raise RRError(
+                f"out of memory in the optimiser's part of step {step + 1}, which is not saved",
+                "AdamW keeps 8 bytes for each weight that trains: try --phase a or b, or a smaller model.",
+            )
 
     def _accumulate(self, batch: Batch, step: int, depth: int) -> tuple[dict[str, float], ChunkTotals, float]:
         """Add up the gradients of this process's rows; return its share of the scalars, chunk totals and FLOPs."""

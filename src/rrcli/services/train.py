@@ -147,7 +147,12 @@ def train(
     if model.config.get_text_config().vocab_size < len(tokenizer):
         raise RRError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     if settings.gradient_checkpointing:
-        _checkpoint_activations(model)
+        model.config.use_cache = False
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if settings.compile:
+        from rrcli.compiling import compile_layers
+
+        compile_layers(model)
     samples = settings.eval_samples
     evaluation = held_out_data(settings, directory, samples, samples) if settings.eval_interval else None
     first = step_of(found[-1]) if found else 0
@@ -215,12 +220,6 @@ def _spent_flops(workspace: Workspace, run: str) -> float:
     if not found:
         raise RRError(f"--match-flops: the run '{run}' has no checkpoint", "Train it first.")
     return read_json(found[-1] / METRICS, MAKERS.get(run, "rr train"))["training"]["flops"]
-
-
-def _checkpoint_activations(model: Any) -> None:
-    """Recompute activations in the backward pass; with a frozen base its input needs a gradient for that."""
-    model.config.use_cache = False
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 # -- saving and resuming -----------------------------------------------------------------------------------------------
