@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import rrcli
 from rrcli import processes as processes_module
 from rrcli import trainer as trainer_module
 from rrcli.errors import RRError, UsageError
@@ -168,6 +169,27 @@ def test_a_batch_that_cannot_be_shared_out_is_a_usage_error(trained):
         service.train(with_changes(SETTINGS, batch_size=3, num_processes=2), "vanilla", trained, Silent())
 
 
+def test_sharded_weights_learn_the_same_and_are_saved_whole(trained, monkeypatch):
+    """`fully_shard`, as an accelerate configuration asks for it; its checkpoint also goes on."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    settings = with_changes(SETTINGS, run_name="sharded", num_processes=2, histograms=0)
+    last = service.train(settings, "recursive", trained, Silent()).checkpoint
+    one = checkpoints(trained / "checkpoints" / "one")[-1]
+    assert_close(one, last, tolerance=1e-5)
+    losses, others = ([e.value for e in events(trained, r).Scalars("train/loss/total")] for r in ("one", "sharded"))
+    assert others == pytest.approx(losses, abs=1e-6)
+    perplexities = [events(trained, r).Scalars("evaluation/during_training/perplexity") for r in ("one", "sharded")]
+    assert [e.value for e in perplexities[1]] == pytest.approx([e.value for e in perplexities[0]], rel=1e-5)
+    with torch.no_grad():
+        ids = torch.arange(5, 25)[None]
+        a, b = (rrcli.load(path, device="cpu")[0](ids).logits for path in (one, last))
+    assert torch.allclose(a, b, atol=1e-4)
+    finished = last.rename(trained / "finished")
+    assert service.train(settings, "recursive", trained, Silent()).first_step == 2
+    assert_close(finished, last, tolerance=0)
+
+
 # -- without a second process ------------------------------------------------------------------------------------------
 
 
@@ -198,3 +220,9 @@ def test_what_an_accelerate_configuration_asks_for_in_vain_is_refused(monkeypatc
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(RRError, match="DEEPSPEED"):
         join("cpu")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RRError, match="FSDP 1") as error:
+        join("cpu")
+    assert "fsdp_version: 2" in error.value.hint

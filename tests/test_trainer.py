@@ -167,9 +167,10 @@ def test_recomputed_activations_change_no_loss(operated):
 
 @pytest.mark.slow  # the compiler takes 30 s
 def test_compiled_layers_change_no_loss(operated):
-    service.train(changed(run_name="plain"), "recursive", operated, Silent(), restart=True)
-    service.train(changed(run_name="compiled", compile=True), "recursive", operated, Silent(), restart=True)
+    service.train(changed(run_name="plain"), "vanilla", operated, Silent(), restart=True)
+    service.train(changed(run_name="compiled", compile=True), "vanilla", operated, Silent(), restart=True)
     assert curve(operated, "compiled") == pytest.approx(curve(operated, "plain"), abs=1e-4)
+    # Only compiled kernels round differently.
     assert curve(operated, "compiled") != curve(operated, "plain")
 
 

@@ -38,11 +38,13 @@ class Processes:
 
     Attributes:
         rank: this one's number. device: where it computes, as an option's value.
+        sharded: whether each holds a part of the weights only; see `sharding`.
     """
 
     device: str
     rank: int = 0
     count: int = 1
+    sharded: bool = False
 
     @property
     def main(self) -> bool:
@@ -104,7 +106,7 @@ class Processes:
 
     def leave(self) -> None:
         """End the group."""
-        if self.count > 1:
+        if dist.is_initialized():
             from accelerate import PartialState
 
             PartialState().destroy_process_group()
@@ -121,13 +123,18 @@ def join(device: str) -> Processes:
         UsageError: a device that cannot be shared out. RRError: a launcher's feature that is not supported.
     """
     kind = pick_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    sharded = "RANK" in os.environ and _asked_for("FSDP")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not sharded:
         return Processes(device)
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"several processes cannot train on '{device}'", "Use --device cpu, or cuda with a GPU each.")
-    for feature in ("DEEPSPEED", "MEGATRON_LM", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{feature}", "false").lower() == "true":
-            raise RRError(f"accelerate's configuration asks for {feature}", "Configure plain data parallelism.")
+    for feature in ("DEEPSPEED", "MEGATRON_LM"):
+        if _asked_for(feature):
+            raise RRError(f"accelerate's configuration asks for {feature}", "Use plain data parallelism, or FSDP 2.")
+    if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise RRError("accelerate's configuration asks for FSDP 1", "Set fsdp_version: 2 in its fsdp_config.")
+    if sharded and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise RRError("accelerate's configuration asks for offloading", "Set fsdp_offload_params: false.")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda" and local >= torch.cuda.device_count():
         raise UsageError(
@@ -137,7 +144,11 @@ def join(device: str) -> Processes:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     state = PartialState(cpu=kind == "cpu", timeout=TIMEOUT)
-    return Processes(str(state.device), state.process_index, state.num_processes)
+    return Processes(str(state.device), state.process_index, state.num_processes, sharded)
+
+
+def _asked_for(feature: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{feature}", "false").lower() == "true"
 
 
 def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:

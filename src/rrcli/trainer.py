@@ -15,11 +15,14 @@ import gc
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from rrcli.batching import Batch
@@ -30,11 +33,12 @@ from rrcli.evaluation import evaluate_model
 from rrcli.optimization import Optimizer
 from rrcli.processes import Processes
 from rrcli.recursion.chunks import ChunkTotals
-from rrcli.recursion.losses import LossWeights, compute_losses, sample_windows
+from rrcli.recursion.losses import LossTerms, LossWeights, compute_losses, sample_windows
 from rrcli.recursion.readout import Readout
 from rrcli.red_flags import RedFlags
 from rrcli.reporting import Reporter, sparkline
 from rrcli.settings import EvalSettings, TrainSettings
+from rrcli.sharding import gathered, shard
 from rrcli.tracker import MetricsTracker
 
 # The same tag in every run, so that TensorBoard draws vanilla and recursive into one chart.
@@ -77,6 +81,20 @@ def sampled_depth(seed: int, step: int, deepest: int) -> int:
     return Random(f"depth/{seed}/{step}").randint(1, deepest) if deepest else 0
 
 
+class Computation(torch.nn.Module):
+    """What a step computes of some rows, with all that it reads below it, so that it can be sharded as one module."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.recursion = model, getattr(model, "recursion", None)
+        self.readout = Readout(model)
+
+    def forward(self, *arguments: Any) -> tuple[torch.Tensor, LossTerms]:
+        """Return the loss to call `backward` on, and all of them; see `compute_losses`."""
+        terms = compute_losses(self.readout, *arguments)
+        return terms.total, terms
+
+
 class Trainer:
     """Trains `model` in place.
 
@@ -104,9 +122,10 @@ class Trainer:
         self.data, self.evaluation, self.tracker, self.reporter = data, evaluation, tracker, reporter
         self.save, self.callback = save, callback
         self.recursion = getattr(model, "recursion", None)
-        self.optimizer = Optimizer(model, settings)
-        self.readout = Readout(model)
         self.processes = processes or Processes(settings.device)
+        self.computation = Computation(model)
+        cut = partial(shard, self.computation, model, self.processes) if self.processes.sharded else None
+        self.optimizer = Optimizer(model, settings, cut)
         self.progress = Progress(-(-settings.batch_size // (settings.gradient_accumulation * self.processes.count)))
         self.losses: dict[str, float] = {}
 
@@ -129,7 +148,7 @@ class Trainer:
                 batch, depth = self.data.batch(step), self.depth(step)
                 scalars = self.gradients(batch, step, depth)
                 parameters = self.optimizer.parameters()
-                norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
+                norm = _number(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
                 if not math.isfinite(scalars["train/loss/total"]) or not math.isfinite(norm):
                     raise _not_finite(settings, step, scalars["train/loss/total"], norm)
                 if settings.histograms and done % settings.histograms == 0:
@@ -182,10 +201,13 @@ class Trainer:
             try:
                 own = self._accumulate(batch, step, depth)
             except torch.OutOfMemoryError:
+                if self.processes.sharded:  # the others are in the middle of the same layer
+                    raise _too_large(step, self.progress.rows) from None
                 own = None
             parts = self.processes.gathered(own)
             if None not in parts:
-                self.processes.add_gradients(self.optimizer.trained.values())
+                if not self.processes.sharded:
+                    self.processes.add_gradients(self.optimizer.trained.values())
                 return self._joined(batch, depth, parts)
             rows = self.progress.rows
             self.optimizer.adamw.zero_grad(set_to_none=True)
@@ -193,10 +215,7 @@ class Trainer:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if rows == 1:
-                raise RRError(
-                    f"out of memory in step {step + 1}, even with one example at a time",
-                    "Try --gradient-checkpointing, a lower --max-length, --phase a or b, or --dtype bfloat16.",
-                )
+                raise _too_large(step, rows)
             self.progress.rows = -(-rows // 2)
             self._warn(f"out of memory: going on with {self.progress.rows} examples at a time instead of {rows}", step)
 
@@ -241,8 +260,11 @@ class Trainer:
         width = settings.chunk_width or (self.recursion.config.chunk_width if self.recursion is not None else 1)
         sampled = sample_windows(batch.labels, width, weights.share, torch.Generator().manual_seed(seed))
         counter = FlopCounterMode(display=False) if depth not in self.progress.flops_by_depth else None
+        counting = ExitStack()
         if counter is not None:
-            counter.__enter__()
+            # Not compiled: the compiler gives up, for good, on what it first sees under a counter.
+            counting.enter_context(torch.compiler.set_stance("force_eager"))
+            counting.enter_context(counter)
         chunks, sums = ChunkTotals(), dict[str, float]()
         autocast = torch.autocast(
             device.type, dtype=torch.bfloat16, enabled=self.optimizer.dtype != torch.float32, cache_enabled=False
@@ -252,11 +274,10 @@ class Trainer:
             for begin in range(own.start, own.stop, self.progress.rows):
                 part = slice(begin, min(begin + self.progress.rows, own.stop))
                 n = int(batch.labels[part].ne(-100).sum())
-                if not n:
+                if not n and not self.processes.sharded:
                     continue
                 with autocast:
-                    terms = compute_losses(
-                        self.readout,
+                    total, terms = self.computation(
                         batch.input_ids[part].to(device),
                         batch.attention_mask[part].to(device),
                         batch.labels[part].to(device),
@@ -266,7 +287,7 @@ class Trainer:
                         sampled[part].to(device),
                         int(sampled.sum()),
                     )
-                terms.total.backward()
+                total.backward()
                 chunks.add(terms.chunks)
                 values = {f"train/loss/{name}": value for name, value in terms.parts.items()}
                 if depth:
@@ -275,8 +296,7 @@ class Trainer:
                 for tag, value in values.items():
                     sums[tag] = sums.get(tag, 0.0) + float(value)
         finally:
-            if counter is not None:
-                counter.__exit__(None, None, None)
+            counting.close()
         return sums, chunks, counter.get_total_flops() if counter is not None else 0.0
 
     def _joined(
@@ -326,7 +346,7 @@ class Trainer:
         limits = EvalSettings(
             seed=settings.seed, max_new_tokens=32, skip_performance=True, depth=-1, task=settings.task
         )
-        with self.optimizer.published():
+        with self.optimizer.published(), gathered(self.computation):
             found = evaluate_model(
                 self.model, self.tokenizer, self.evaluation, self.tracker, done, stage=INTERVAL_TAG, settings=limits
             )
@@ -345,6 +365,19 @@ class Trainer:
     def _warn(self, message: str, step: int) -> None:
         self.reporter.warn(message)
         self.tracker.log_text("train/red_flags", message, step)
+
+
+def _number(value: torch.Tensor) -> float:
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def _too_large(step: int, rows: int) -> RRError:
+    return RRError(
+        f"out of memory in step {step + 1}, even with {'one example' if rows == 1 else f'{rows} examples'} at a time",
+        "Try --gradient-checkpointing, a lower --max-length, --phase a or b, or --dtype bfloat16."
+        if rows == 1
+        else "Try a higher --gradient-accumulation, or --gradient-checkpointing.",
+    )
 
 
 def _not_finite(settings: TrainSettings, step: int, loss: float, norm: float) -> RRError:

@@ -124,6 +124,10 @@ def train(
         make_folder(folder)
         sweep(folder)
 
+    if processes.sharded and settings.phase != "c":
+        raise UsageError(
+            f"phase {settings.phase} cannot be sharded", "Shard phase c; a and b need memory for the base."
+        )
     processes.on_main(make_room)
     reporter = reporter if processes.main else Silent()
     found = checkpoints(folder)
@@ -133,6 +137,7 @@ def train(
             "Use --restart to replace it, or --run-name for another folder.",
         )
 
+    from rrcli.sharding import whole, whole_state
     from rrcli.tracker import MetricsTracker
     from rrcli.trainer import INTERVAL_TAG, Trainer
 
@@ -161,7 +166,13 @@ def train(
         base = base_of(start, directory)
         identity = {"mode": mode, "run": name, "phase": settings.phase}
         identity["tasks"] = list(task_specs(settings)) if settings.task_share > 0 else []
-        processes.on_main(lambda: _save(trainer, step, folder, identity, inputs, base))
+        optimizer, states = trainer.optimizer, None
+        state, raw = (whole(tensors, processes) for tensors in (optimizer.state(), optimizer.weights()))
+        with optimizer.published():
+            if processes.sharded:
+                parts = [part for part in (model, trainer.recursion) if part is not None]
+                states = tuple(whole_state(part, optimizer.dtype, processes) for part in parts)
+            processes.on_main(lambda: _save(trainer, step, folder, identity, inputs, base, state, raw, states))
 
     data = TrainingData(settings, directory, tokenizer)
     _tell_about(data, reporter)
@@ -225,20 +236,23 @@ def _spent_flops(workspace: Workspace, run: str) -> float:
 # -- saving and resuming -----------------------------------------------------------------------------------------------
 
 
-def _save(trainer: Trainer, step: int, folder: Path, identity: dict[str, str], inputs: str, base: ModelSource) -> None:
+def _save(
+    trainer: Trainer, step: int, folder: Path, identity: dict[str, Any], inputs: str, base: ModelSource,
+    state: dict[str, Any], weights: dict[str, Any], states: tuple[dict[str, Any], ...] | None,
+) -> None:  # fmt: skip
     """Publish the checkpoint of a step, then drop those that are neither among the last `--keep` nor the best."""
     from safetensors.torch import save_file
 
-    settings, optimizer, progress = trainer.settings, trainer.optimizer, trainer.progress
+    settings, progress = trainer.settings, trainer.progress
     best_step = progress.best.get("step")
     trainer.tracker.flush()  # first: what a checkpoint has behind it must be logged, even if killed right after
     with publish_folder(folder / f"step-{step:06d}", overwrite=True) as target:
-        state = target / TRAINER_STATE
-        state.mkdir()
-        save_file(optimizer.state(), state / "optimizer.safetensors")
-        if weights := optimizer.weights():
-            save_file(weights, state / "weights.safetensors")
-        write_json(state / "progress.json", {"schema": 1, "step": step, **asdict(progress)})
+        inner = target / TRAINER_STATE
+        inner.mkdir()
+        save_file(state, inner / "optimizer.safetensors")
+        if weights:
+            save_file(weights, inner / "weights.safetensors")
+        write_json(inner / "progress.json", {"schema": 1, "step": step, **asdict(progress)})
         trainer.tracker.save_checkpoint_metrics(
             target,
             inputs=inputs,
@@ -247,10 +261,10 @@ def _save(trainer: Trainer, step: int, folder: Path, identity: dict[str, str], i
             best=best_step == step,
             training=identity | vars(progress.spent),
         )
-        with optimizer.published():
-            save_folder(
-                target, trainer.model, trainer.tokenizer, base, base.fingerprint(), own_weights=settings.phase == "c"
-            )
+        save_folder(
+            target, trainer.model, trainer.tokenizer, base, base.fingerprint(),
+            own_weights=settings.phase == "c", states=states,
+        )  # fmt: skip
     for old in checkpoints(folder)[: -settings.keep]:
         if step_of(old) != best_step:
             remove_folder(old)
