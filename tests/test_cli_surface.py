@@ -64,7 +64,7 @@ SURFACE = {
     | {"--packing", "--no-packing", "--chat-template", "--no-chat-template"}
     | {"--weight-decay", "--max-grad-norm", "--max-length", "--task-share", "--max-steps", "--chunk-width"}
     | {"--schedule", "--ema", "--gradient-checkpointing", "--no-gradient-checkpointing", "--match-flops"}
-    | {"--histograms", "--callback"}
+    | {"--histograms", "--callback", "--num-processes", "--compile", "--no-compile"}
     | {"--eval-interval", "--eval-samples", "--save-interval", "--keep"}
     | {"--final-weight", "--masked-weight", "--halt-weight", "--ponder-weight", "--stability-weight"}
     | {"--supervised-share", "--commit-margin", "--lora-rank", "--lora-alpha"},

@@ -100,6 +100,24 @@ def test_no_memory_even_for_one_example_is_an_error(operated, monkeypatch):
     assert "--gradient-checkpointing" in error.value.hint
 
 
+def test_no_memory_for_the_optimiser_saves_nothing_and_keeps_the_last_checkpoint(operated, monkeypatch):
+    real = torch.optim.AdamW.step
+    steps = []
+
+    def third_fails(self, *arguments):
+        steps.append(1)
+        if len(steps) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", third_fails)
+    with pytest.raises(RRError, match="out of memory in the optimiser's part of step 3, which is not saved") as error:
+        service.train(changed(run_name="heavy", save_interval=1), "vanilla", operated, Silent())
+    assert [path.name for path in checkpoints(operated / "checkpoints" / "heavy")] == ["step-000001", "step-000002"]
+    assert "step-000002" in error.value.hint
+    assert "--phase" in error.value.hint
+
+
 # -- runs that must be equal -------------------------------------------------------------------------------------------
 
 
@@ -145,6 +163,22 @@ def test_recomputed_activations_change_no_loss(operated):
     recomputing = changed(run_name="recomputed", gradient_checkpointing=True)
     service.train(recomputing, "recursive", operated, Silent(), restart=True)
     assert curve(operated, "recomputed") == pytest.approx(curve(operated, "kept"), rel=1e-5)
+
+
+@pytest.mark.slow  # the compiler takes 30 s
+def test_compiled_layers_change_no_loss(operated):
+    service.train(changed(run_name="plain"), "vanilla", operated, Silent(), restart=True)
+    service.train(changed(run_name="compiled", compile=True), "vanilla", operated, Silent(), restart=True)
+    assert curve(operated, "compiled") == pytest.approx(curve(operated, "plain"), abs=1e-4)
+    # Only compiled kernels round differently.
+    assert curve(operated, "compiled") != curve(operated, "plain")
+
+
+def test_compiling_without_a_compiler_is_an_error(operated, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/g++"))
+    with pytest.raises(RRError, match="C\\+\\+ compiler") as error:
+        service.train(changed(run_name="bare", compile=True, device="cpu"), "vanilla", operated, Silent())
+    assert "--compile" in error.value.hint
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -320,6 +354,19 @@ def test_red_flags_reach_the_screen_and_tensorboard(operated, monkeypatch):
     for name in (red_flags.SILENTLY_OFF, red_flags.MEMORY, red_flags.ALWAYS_MAX):
         assert [m for m in reporter.warnings if m.startswith(name)], name
         assert len([m for m in said if m.startswith(name)]) == 1
+
+
+def test_a_loss_that_does_not_fall_is_seen(operated, monkeypatch):
+    from rrcli import red_flags
+
+    monkeypatch.setattr(red_flags, "FIRST_JUDGEMENT", 12)
+    reporter = Silent()
+    # Nothing is learnt, and the last batches of this seed are harder than the first: 0.88 and 1.34 nats.
+    settings = changed(run_name="flat", steps=12, batch_size=2, lr=0.0, seed=4)
+    service.train(settings, "vanilla", operated, reporter, restart=True)
+    [said] = [message for message in reporter.warnings if message.startswith(red_flags.NOT_FALLING)]
+    assert "try a higher --lr" in said
+    assert texts(operated, "flat", "train/red_flags") == [said]
 
 
 def test_a_learning_rate_that_is_too_high_is_seen(operated):

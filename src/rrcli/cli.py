@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from rrcli import __version__, settings, ui
 from rrcli.errors import CheckFailed, Interrupted, RRError, UsageError, suggest
+from rrcli.launching import speaks
 from rrcli.settings import STAGES
 
 FILES, OUTPUT = settings.FILES, settings.OUTPUT
@@ -34,7 +35,8 @@ class Commands(TyperGroup):
         except RRError as error:
             if os.environ.get("RR_DEBUG"):
                 raise
-            ui.show_error(error)
+            if speaks(on_this_machine=True):
+                ui.show_error(error)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             ui.show_error(
@@ -221,6 +223,8 @@ def train(
 
     loaded = ctx.load(settings.TrainSettings)
     result = service.train(loaded, mode, ctx.directory, _reporter(), restart=restart, match_flops=match_flops)
+    if not speaks():
+        return
     if json:
         ui.show_json("train", vars(result))
         return

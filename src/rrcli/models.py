@@ -214,22 +214,29 @@ def save_folder(
     *,
     own_weights: bool,
     hashes: Mapping[str, str] | None = None,
+    states: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a model's sidecar, adapters, weights (if its own), tokenizer and, last, the manifest into `folder`.
 
-    `hashes` (file -> SHA-256 of the base's weight files) is recorded where it is given.
+    Args:
+        hashes: file -> SHA-256 of the base's weight files, recorded where it is given.
+        states: what to write in place of the model's and the sidecar's own weights, of which this process has a part.
     """
     from safetensors.torch import save_file
 
     recursion = getattr(model, "recursion", None)
     if recursion is not None:
-        save_file({name: t.contiguous() for name, t in recursion.state_dict().items()}, folder / SIDECAR)
+        sidecar = states[1] if states else recursion.state_dict()
+        save_file({name: t.contiguous() for name, t in sidecar.items()}, folder / SIDECAR)
     lora = getattr(model, "lora", None)
     if lora is not None:
         lora.save(folder, base.name if _recorded(base) == base.name != "default" else str(base.path))
     if own_weights:
         _as_plain(model)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **({"state_dict": dict(states[0])} if states else {}))
+        if states:  # the model trains in fp32
+            model.config.dtype = next(iter(states[0].values())).dtype
+            model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     manifest = {
         "schema": SCHEMA,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rrcli.errors import RRError
 from rrcli.settings import TrainSettings
+from rrcli.sharding import cut_like
 
 BETAS = (0.9, 0.95)
 FINAL_SHARE = 0.1
@@ -29,6 +30,15 @@ def learning_rate_factor(step: int, settings: TrainSettings) -> float:
     return FINAL_SHARE + (1 - FINAL_SHARE) * left
 
 
+def _trained(model: Any, settings: TrainSettings) -> list[tuple[str, torch.nn.Parameter, float]]:
+    """Return name, parameter and peak learning rate of all that trains; tied parameters once."""
+    named = [(f"model.{n}", p, settings.lr) for n, p in model.named_parameters() if p.requires_grad]
+    recursion = getattr(model, "recursion", None)
+    if recursion is not None:
+        named += [(f"recursion.{n}", p, settings.sidecar_lr) for n, p in recursion.named_parameters()]
+    return named
+
+
 class Optimizer:
     """AdamW over what the phase trains of the model (nothing, its adapters, everything) and the sidecar.
 
@@ -42,19 +52,20 @@ class Optimizer:
     Weight decay applies to matrices only. The schedule is a function of the step, so it has no state to save.
     """
 
-    def __init__(self, model: Any, settings: TrainSettings) -> None:
-        self.settings = settings
-        recursion = getattr(model, "recursion", None)
+    def __init__(self, model: Any, settings: TrainSettings, shard: Callable[[], None] | None = None) -> None:
+        """`shard` cuts the parameters among processes, once they are those that train."""
+        self.settings, self.sharded = settings, shard is not None
         model.requires_grad_(settings.phase == "c")
         for parameter in model.lora.parameters() if settings.phase == "b" else ():
             parameter.requires_grad_(True)
-        named = [(f"model.{n}", p, settings.lr) for n, p in model.named_parameters() if p.requires_grad]
-        if recursion is not None:
-            named += [(f"recursion.{n}", p, settings.sidecar_lr) for n, p in recursion.named_parameters()]
+        named = _trained(model, settings)
         self.formats = [p.dtype for _, p, _ in named]
         self.dtype = model.dtype
         for _, parameter, _ in named:
             parameter.data = parameter.data.float()
+        if shard is not None:
+            shard()
+            named = _trained(model, settings)
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         names: dict[tuple[float, float], list[str]] = {}
         for name, parameter, lr in named:
@@ -65,7 +76,8 @@ class Optimizer:
         self.names = [name for group in names.values() for name in group]
         self.trained = {name: parameter for name, parameter, _ in named}
         self.average = {n: p.detach().clone() for n, p in self.trained.items()} if settings.ema else {}
-        self.adamw = torch.optim.AdamW(list(groups.values()), betas=BETAS)
+        # Fused: one pass over memory in place of a dozen.
+        self.adamw = torch.optim.AdamW(list(groups.values()), betas=BETAS, fused=True)
 
     def set_step(self, step: int) -> float:
         """Set every group's learning rate for `step`; return the base model's."""
@@ -93,6 +105,10 @@ class Optimizer:
     @contextmanager
     def published(self) -> Iterator[None]:
         """Let the model hold the weights to evaluate and save; the ones in training come back afterwards."""
+        if self.sharded:  # a shard's memory is known to others: change what is in it
+            with self._published_in_place():
+                yield
+            return
         before = [parameter.data for parameter in self.trained.values()]
         try:
             for (name, parameter), dtype in zip(self.trained.items(), self.formats, strict=True):
@@ -101,6 +117,20 @@ class Optimizer:
         finally:
             for parameter, data in zip(self.trained.values(), before, strict=True):
                 parameter.data = data
+
+    @contextmanager
+    def _published_in_place(self) -> Iterator[None]:
+        before = {name: tensor.clone() for name, tensor in self.weights().items() if name.startswith("raw/")}
+        with torch.no_grad():
+            for (name, parameter), dtype in zip(self.trained.items(), self.formats, strict=True):
+                if before:
+                    parameter.copy_(self.average.get(name, parameter).to(dtype))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in before.items():
+                    self.trained[name.removeprefix("raw/")].copy_(tensor)
 
     def weights(self) -> dict[str, Tensor]:
         """Return what `published` hides: the fp32 weights in training and their average; nothing where they are equal.
@@ -116,9 +146,9 @@ class Optimizer:
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Bring back what `weights` returned."""
         for name, parameter in self.trained.items():
-            parameter.copy_(tensors[f"raw/{name}"])
+            parameter.copy_(cut_like(tensors[f"raw/{name}"], parameter))
         for name, average in self.average.items():
-            average.copy_(tensors[f"average/{name}"])
+            average.copy_(cut_like(tensors[f"average/{name}"], average))
 
     def state(self) -> dict[str, Tensor]:
         """Return the optimiser's state, one tensor for each parameter and entry: `<parameter>/exp_avg`, ..."""
@@ -140,5 +170,5 @@ class Optimizer:
             name, _, entry = key.rpartition("/")
             if name not in index:
                 raise RRError(f"the saved optimiser state knows a parameter '{name}', the model does not", "--restart")
-            state.setdefault(index[name], {})[entry] = tensor
+            state.setdefault(index[name], {})[entry] = cut_like(tensor, self.trained[name])
         self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})

@@ -33,7 +33,7 @@ def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) ->
     import torch
 
     from rrcli.batching import context_length
-    from rrcli.data import encode_prompt
+    from rrcli.rendering import encode_prompt
 
     ids = encode_prompt(tokenizer, prompt)[-max(1, context_length(model) - new_tokens) :]
     inputs = torch.tensor([ids], device=model.device)

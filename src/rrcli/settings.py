@@ -132,7 +132,15 @@ class TrainSettings(CommonSettings):
         minimum=0,
         maximum=0.99999,
     )
+    num_processes: int = option(
+        1,
+        "Processes that share every batch, one GPU each; torchrun and accelerate launch set it themselves.",
+        minimum=1,
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    compile: bool = option(
+        False, "Compile the decoder layers (torch.compile); the first step of each kind takes up to a minute longer."
+    )
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices.", minimum=0)
     max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0 = never.", minimum=0)
     max_length: int = option(256, "Longest example, in tokens; longer text is cut.", minimum=8)

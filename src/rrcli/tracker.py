@@ -56,21 +56,25 @@ class MetricsTracker:
     It remembers the last value of every scalar, for `metrics.json`.
 
     Args:
-        log_dir: the run's folder, for example `logs/finetuned_recursive`.
+        log_dir: the run's folder, for example `logs/finetuned_recursive`; None: log nothing, as every process of a
+            training but its main one does.
         purge_step: on resume, TensorBoard drops what an earlier process logged from this step on.
 
     Raises:
         RRError: the folder cannot be written.
     """
 
-    def __init__(self, log_dir: str | Path, purge_step: int | None = None) -> None:
+    def __init__(self, log_dir: str | Path | None, purge_step: int | None = None) -> None:
+        self._last: dict[str, dict[str, Any]] = {}
+        self._writer: Any = _Nowhere()
+        if log_dir is None:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self.log_dir = Path(log_dir)
         make_folder(self.log_dir)
         self._writer = SummaryWriter(str(self.log_dir), purge_step=purge_step)
         self._writer.add_custom_scalars({k: {c: ["Multiline", t] for c, t in v.items()} for k, v in LAYOUT.items()})
-        self._last: dict[str, dict[str, Any]] = {}
 
     def log_scalar(self, tag: str, value: float, step: int) -> None:
         """Log one number, for example `log_scalar("train/loss/total", 2.3, 100)`. NaN is logged, and null in JSON."""
@@ -131,3 +135,13 @@ class MetricsTracker:
         except OSError:
             if kind is None:  # else the error that is under way says it
                 raise
+
+
+class _Nowhere:
+    """A writer that writes nothing, whatever it is asked to."""
+
+    def __getattr__(self, name: str) -> _Nowhere:
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> _Nowhere:
+        return self

@@ -6,7 +6,7 @@ What it does, and its limits:
 - weights train in fp32; a model that was loaded in bfloat16 computes in it, under autocast
 - out of memory: the parts of a batch become half as large, the step is computed again
 - a non-finite loss or gradient stops before the optimiser step; the last checkpoint stays
-- one process, one device
+- several processes, one device each: each computes its rows of every batch (see `processes`)
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import gc
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from rrcli.batching import Batch
@@ -28,12 +31,14 @@ from rrcli.data import EvalData, TrainingData
 from rrcli.errors import Interrupted, RRError
 from rrcli.evaluation import evaluate_model
 from rrcli.optimization import Optimizer
+from rrcli.processes import Processes
 from rrcli.recursion.chunks import ChunkTotals
-from rrcli.recursion.losses import LossWeights, compute_losses, sample_windows
+from rrcli.recursion.losses import LossTerms, LossWeights, compute_losses, sample_windows
 from rrcli.recursion.readout import Readout
 from rrcli.red_flags import RedFlags
 from rrcli.reporting import Reporter, sparkline
 from rrcli.settings import EvalSettings, TrainSettings
+from rrcli.sharding import gathered, shard
 from rrcli.tracker import MetricsTracker
 
 # The same tag in every run, so that TensorBoard draws vanilla and recursive into one chart.
@@ -76,12 +81,27 @@ def sampled_depth(seed: int, step: int, deepest: int) -> int:
     return Random(f"depth/{seed}/{step}").randint(1, deepest) if deepest else 0
 
 
+class Computation(torch.nn.Module):
+    """What a step computes of some rows, with all that it reads below it, so that it can be sharded as one module."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.recursion = model, getattr(model, "recursion", None)
+        self.readout = Readout(model)
+
+    def forward(self, *arguments: Any) -> tuple[torch.Tensor, LossTerms]:
+        """Return the loss to call `backward` on, and all of them; see `compute_losses`."""
+        terms = compute_losses(self.readout, *arguments)
+        return terms.total, terms
+
+
 class Trainer:
     """Trains `model` in place.
 
     Args:
-        save: writes a checkpoint after a step. callback: called after every step, or None.
         evaluation: what is measured at intervals, or None.
+        save: writes a checkpoint after a step; every process calls it. callback: called after every step, or None.
+        processes: which of how many processes this is. Tracker, reporter and callback are those of the main one.
     """
 
     def __init__(
@@ -96,14 +116,17 @@ class Trainer:
         reporter: Reporter,
         save: Callable[[Trainer, int], None],
         callback: Callable[[StepContext], object] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.settings, self.name, self.model, self.tokenizer = settings, name, model, tokenizer
         self.data, self.evaluation, self.tracker, self.reporter = data, evaluation, tracker, reporter
         self.save, self.callback = save, callback
         self.recursion = getattr(model, "recursion", None)
-        self.optimizer = Optimizer(model, settings)
-        self.readout = Readout(model)
-        self.progress = Progress(-(-settings.batch_size // settings.gradient_accumulation))
+        self.processes = processes or Processes(settings.device)
+        self.computation = Computation(model)
+        cut = partial(shard, self.computation, model, self.processes) if self.processes.sharded else None
+        self.optimizer = Optimizer(model, settings, cut)
+        self.progress = Progress(-(-settings.batch_size // (settings.gradient_accumulation * self.processes.count)))
         self.losses: dict[str, float] = {}
 
     def train(self, first: int, stopped: list[int]) -> None:
@@ -125,12 +148,12 @@ class Trainer:
                 batch, depth = self.data.batch(step), self.depth(step)
                 scalars = self.gradients(batch, step, depth)
                 parameters = self.optimizer.parameters()
-                norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
+                norm = _number(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
                 if not math.isfinite(scalars["train/loss/total"]) or not math.isfinite(norm):
                     raise _not_finite(settings, step, scalars["train/loss/total"], norm)
                 if settings.histograms and done % settings.histograms == 0:
                     self._log_histograms(done)
-                self.optimizer.step(step)
+                self._update(step)
                 seconds = time.perf_counter() - began
                 spent.steps += 1
                 spent.tokens += batch.tokens
@@ -151,8 +174,9 @@ class Trainer:
                     self._warn(message, done)
                 history = [*history, scalars["train/loss/total"]][-SPARK_STEPS:]
                 bar.advance(note=_note(scalars, history))
-                self._after_step(done, bool(stopped))
-                if stopped and done < settings.steps:
+                stop = any(self.processes.gathered(bool(stopped)))
+                self._after_step(done, stop)
+                if stop and done < settings.steps:
                     raise Interrupted(
                         f"{self.name} stopped after step {done} of {settings.steps}; it is saved",
                         "The same command goes on from there.",
@@ -173,18 +197,23 @@ class Trainer:
         """
         while True:
             try:
-                return self._accumulate(batch, step, depth)
+                own = self._accumulate(batch, step, depth)
             except torch.OutOfMemoryError:
-                rows = self.progress.rows
+                if self.processes.sharded:  # the others are in the middle of the same layer
+                    raise _too_large(step, self.progress.rows) from None
+                own = None
+            parts = self.processes.gathered(own)
+            if None not in parts:
+                if not self.processes.sharded:
+                    self.processes.add_gradients(self.optimizer.trained.values())
+                return self._joined(batch, depth, parts)
+            rows = self.progress.rows
             self.optimizer.adamw.zero_grad(set_to_none=True)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if rows == 1:
-                raise RRError(
-                    f"out of memory in step {step + 1}, even with one example at a time",
-                    "Try --gradient-checkpointing, a lower --max-length, --phase a or b, or --dtype bfloat16.",
-                )
+                raise _too_large(step, rows)
             self.progress.rows = -(-rows // 2)
             self._warn(f"out of memory: going on with {self.progress.rows} examples at a time instead of {rows}", step)
 
@@ -197,7 +226,25 @@ class Trainer:
         positions = sum(self.data.batch(step).input_ids.numel() for step in range(SAMPLED_BATCHES)) / SAMPLED_BATCHES
         return max(1, round(flops / (positions * self.progress.flops_by_depth[0])))
 
-    def _accumulate(self, batch: Batch, step: int, depth: int) -> dict[str, float]:
+    def _update(self, step: int) -> None:
+        """Take the optimiser step.
+
+        Raises:
+            RRError: out of memory, where some weights may have moved and others not.
+        """
+        fits = True
+        try:
+            self.optimizer.step(step)
+        except torch.OutOfMemoryError:
+            fits = False
+        if not all(self.processes.gathered(fits)):
+            raise RRError(
+                f"out of memory in the optimiser's part of step {step + 1}, which is not saved",
+                "AdamW keeps 8 bytes for each weight that trains: try --phase a or b, or a smaller model.",
+            )
+
+    def _accumulate(self, batch: Batch, step: int, depth: int) -> tuple[dict[str, float], ChunkTotals, float]:
+        """Add up the gradients of this process's rows; return its share of the scalars, chunk totals and FLOPs."""
         settings, device = self.settings, self.model.device
         weights = LossWeights(
             settings.final_weight, settings.masked_weight, settings.halt_weight,
@@ -207,27 +254,30 @@ class Trainer:
         if self.recursion is not None:
             self.recursion.depth = depth
         seed = settings.seed * 1_000_003 + step
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + self.processes.rank * 2**32)  # what processes draw (dropout) differs
         width = settings.chunk_width or (self.recursion.config.chunk_width if self.recursion is not None else 1)
         sampled = sample_windows(
             batch.labels, width, weights.share, torch.Generator().manual_seed(seed), batch.examples
         )
         counter = FlopCounterMode(display=False) if depth not in self.progress.flops_by_depth else None
+        counting = ExitStack()
         if counter is not None:
-            counter.__enter__()
+            # Not compiled: the compiler gives up, for good, on what it first sees under a counter.
+            counting.enter_context(torch.compiler.set_stance("force_eager"))
+            counting.enter_context(counter)
         chunks, sums = ChunkTotals(), dict[str, float]()
         autocast = torch.autocast(
             device.type, dtype=torch.bfloat16, enabled=self.optimizer.dtype != torch.float32, cache_enabled=False
         )
         try:
-            for begin in range(0, len(batch.labels), self.progress.rows):
-                part = slice(begin, begin + self.progress.rows)
+            own = self.processes.rows(len(batch.labels))
+            for begin in range(own.start, own.stop, self.progress.rows):
+                part = slice(begin, min(begin + self.progress.rows, own.stop))
                 n = int(batch.labels[part].ne(-100).sum())
-                if not n:
+                if not n and not self.processes.sharded:
                     continue
                 with autocast:
-                    terms = compute_losses(
-                        self.readout,
+                    total, terms = self.computation(
                         batch.input_ids[part].to(device),
                         batch.attention_mask[part].to(device),
                         batch.labels[part].to(device),
@@ -238,7 +288,7 @@ class Trainer:
                         int(sampled.sum()),
                         *(None if t is None else t[part].to(device) for t in (batch.position_ids, batch.examples)),
                     )
-                terms.total.backward()
+                total.backward()
                 chunks.add(terms.chunks)
                 values = {f"train/loss/{name}": value for name, value in terms.parts.items()}
                 if depth:
@@ -247,44 +297,62 @@ class Trainer:
                 for tag, value in values.items():
                     sums[tag] = sums.get(tag, 0.0) + float(value)
         finally:
-            if counter is not None:
-                counter.__exit__(None, None, None)
-        if counter is not None:
-            self.progress.flops_by_depth[depth] = counter.get_total_flops() / batch.input_ids.numel()
-        return sums | {f"train/generation/{name}": value for name, value in chunks.metrics().items()}
+            counting.close()
+        return sums, chunks, counter.get_total_flops() if counter is not None else 0.0
+
+    def _joined(
+        self, batch: Batch, depth: int, parts: list[tuple[dict[str, float], ChunkTotals, float]]
+    ) -> dict[str, float]:
+        """Return a step's scalars from what every process computed of it."""
+        chunks, scalars, flops = ChunkTotals(), dict[str, float](), 0.0
+        for own, own_chunks, own_flops in parts:
+            for tag, value in own.items():
+                scalars[tag] = scalars.get(tag, 0.0) + value
+            chunks.add(own_chunks)
+            flops += own_flops
+        self.progress.flops_by_depth.setdefault(depth, flops / batch.input_ids.numel())
+        return scalars | {f"train/generation/{name}": value for name, value in chunks.metrics().items()}
 
     def _after_step(self, done: int, stopped: bool) -> None:
         """Call back, evaluate and save where it is time to."""
         settings, last = self.settings, done == self.settings.steps
-        failed = None
-        if self.callback is not None:
-            try:
-                self.callback(StepContext(done, dict(self.losses), self.model, self.tracker))
-            except Exception as error:
-                failed = error
+        failed, cause = self._call_back(done)
         improved = False
         if self.evaluation and not failed and (done % settings.eval_interval == 0 or last):
             improved = self._evaluate(done)
         if done % settings.save_interval == 0 or last or stopped or improved or failed:
             self.save(self, done)
         if failed:
-            raise RRError(
-                f"--callback {settings.callback} failed in step {done}: {type(failed).__name__}: {failed}",
-                "The step is saved: correct the function, and the same command goes on.",
-            ) from failed
+            raise RRError(failed, "The step is saved: correct the function, and the same command goes on.") from cause
+
+    def _call_back(self, done: int) -> tuple[str, Exception | None]:
+        """Let the main process call `--callback`; return to all of them what went wrong, and to it the exception."""
+        failed, cause = "", None
+        if self.callback is None:
+            return failed, cause
+        if self.processes.main:
+            try:
+                self.callback(StepContext(done, dict(self.losses), self.model, self.tracker))
+            except Exception as error:
+                failed = f"--callback {self.settings.callback} failed in step {done}: {type(error).__name__}: {error}"
+                cause = error
+        return self.processes.from_main(failed), cause
 
     def _evaluate(self, done: int) -> bool:
-        """Measure the weights that would be saved; return whether they are the best so far."""
+        """Measure the weights that would be saved; return whether they are the best so far.
+
+        Every process does the same, so that none waits for hours; the main one's numbers count.
+        """
         settings = self.settings
         limits = EvalSettings(
             seed=settings.seed, max_new_tokens=32, skip_performance=True, depth=-1, task=settings.task,
             chat_template=settings.chat_template,
         )  # fmt: skip
-        with self.optimizer.published():
+        with self.optimizer.published(), gathered(self.computation):
             found = evaluate_model(
                 self.model, self.tokenizer, self.evaluation, self.tracker, done, stage=INTERVAL_TAG, settings=limits
             )
-        perplexity = found["metrics"].get("perplexity", {}).get("value", math.inf)
+        perplexity = self.processes.from_main(found["metrics"].get("perplexity", {}).get("value", math.inf))
         if not perplexity < self.progress.best.get("perplexity", math.inf):
             return False
         self.progress.best = {"step": done, "perplexity": perplexity}
@@ -299,6 +367,19 @@ class Trainer:
     def _warn(self, message: str, step: int) -> None:
         self.reporter.warn(message)
         self.tracker.log_text("train/red_flags", message, step)
+
+
+def _number(value: torch.Tensor) -> float:
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def _too_large(step: int, rows: int) -> RRError:
+    return RRError(
+        f"out of memory in step {step + 1}, even with {'one example' if rows == 1 else f'{rows} examples'} at a time",
+        "Try --gradient-checkpointing, a lower --max-length, --phase a or b, or --dtype bfloat16."
+        if rows == 1
+        else "Try a higher --gradient-accumulation, or --gradient-checkpointing.",
+    )
 
 
 def _not_finite(settings: TrainSettings, step: int, loss: float, norm: float) -> RRError:

@@ -131,7 +131,7 @@ def surgery_inputs(settings: SurgerySettings, base_fingerprint: str) -> str:
 WEIGHTLESS = (
     *("eval_interval", "eval_samples", "save_interval", "keep", "run_name", "log_dir", "checkpoint_dir", "output_dir"),
     *("model", "data", "text_field", "task", "device", "trust_remote_code"),
-    *("histograms", "callback", "gradient_checkpointing"),
+    *("histograms", "callback", "gradient_checkpointing", "num_processes", "compile"),
 )
 RECURSIVE_ONLY = (
     *("sidecar_lr", "max_steps", "chunk_width", "masked_weight", "halt_weight", "ponder_weight"),

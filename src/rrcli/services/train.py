@@ -1,6 +1,7 @@
 """`rr train`: find or make the run, train it to its last step (see `trainer`), and keep its checkpoints.
 
-Ctrl-C and SIGTERM finish the step and save; checkpoints are published whole or not at all.
+Ctrl-C and SIGTERM finish the step and save; checkpoints are published whole or not at all. With several processes the
+main one writes checkpoints and logs and speaks; the others wait for it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from rrcli.callbacks import load_callback
 from rrcli.data import TrainingData, held_out_data, task_specs
 from rrcli.errors import RRError, UsageError, suggest
+from rrcli.launching import launch, launched
 from rrcli.models import ModelSource, base_of, load_for, save_folder
 from rrcli.problem_files import FileTask
-from rrcli.reporting import Reporter
+from rrcli.reporting import Reporter, Silent
 from rrcli.settings import STAGES, TrainSettings, with_changes
 from rrcli.store import (
     METRICS,
@@ -102,12 +104,37 @@ def train(
     inputs = train_inputs(settings, mode, model_fingerprint(start, directory), identity, span)
     if flops:
         inputs = combine(inputs, "equal FLOPs", flops)
-    if restart and folder.exists():
-        remove_folder(folder)
-    if restart:
-        shutil.rmtree(workspace.log_folder(name), ignore_errors=True)
-    make_folder(folder)
-    sweep(folder)
+    if settings.num_processes > 1 and not launched():
+        _share_out(settings, settings.num_processes)
+        return launch(
+            settings.num_processes,
+            train, settings, mode, directory, reporter, restart=restart, match_flops=match_flops,
+        )  # fmt: skip
+
+    from rrcli.processes import join
+
+    processes = join(settings.device)
+    _share_out(settings, processes.count)
+
+    def make_room() -> None:
+        if restart and folder.exists():
+            remove_folder(folder)
+        if restart:
+            shutil.rmtree(workspace.log_folder(name), ignore_errors=True)
+        make_folder(folder)
+        sweep(folder)
+
+    if processes.sharded and settings.packing:
+        raise UsageError(
+            "--packing and shards do not go together: processes would have different numbers of rows",
+            "Leave out --packing, or train without FSDP.",
+        )
+    if processes.sharded and settings.phase != "c":
+        raise UsageError(
+            f"phase {settings.phase} cannot be sharded", "Shard phase c; a and b need memory for the base."
+        )
+    processes.on_main(make_room)
+    reporter = reporter if processes.main else Silent()
     found = checkpoints(folder)
     if found and recorded_inputs(found[-1]) != inputs:
         raise RRError(
@@ -116,10 +143,12 @@ def train(
         )
 
     from rrcli.packing import check_packing
+    from rrcli.sharding import whole, whole_state
     from rrcli.tracker import SUMMARY, MetricsTracker
     from rrcli.trainer import INTERVAL_TAG, Trainer
 
-    model, tokenizer = load_for(settings, ModelSource(str(found[-1]), found[-1]) if found else start, directory)
+    placed = with_changes(settings, device=processes.device)
+    model, tokenizer = load_for(placed, ModelSource(str(found[-1]), found[-1]) if found else start, directory)
     if "float16" in str(model.dtype).split("."):
         raise UsageError("float16 cannot be trained: its small gradients become zero", "Use --dtype bfloat16.")
     if settings.phase == "b" and not found:
@@ -129,7 +158,12 @@ def train(
     if model.config.get_text_config().vocab_size < len(tokenizer):
         raise RRError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     if settings.gradient_checkpointing:
-        _checkpoint_activations(model)
+        model.config.use_cache = False
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if settings.compile:
+        from rrcli.compiling import compile_layers
+
+        compile_layers(model)
     samples = settings.eval_samples
     evaluation = held_out_data(settings, directory, samples, samples) if settings.eval_interval else None
     first = step_of(found[-1]) if found else 0
@@ -139,17 +173,24 @@ def train(
         identity: dict[str, Any] = {"mode": mode, "run": name, "phase": settings.phase}
         identity["chat_template"] = settings.chat_template
         identity["tasks"] = list(task_specs(settings)) if settings.task_share > 0 else []
-        _save(trainer, step, folder, identity, inputs, base)
+        optimizer, states = trainer.optimizer, None
+        state, raw = (whole(tensors, processes) for tensors in (optimizer.state(), optimizer.weights()))
+        with optimizer.published():
+            if processes.sharded:
+                parts = [part for part in (model, trainer.recursion) if part is not None]
+                states = tuple(whole_state(part, optimizer.dtype, processes) for part in parts)
+            processes.on_main(lambda: _save(trainer, step, folder, identity, inputs, base, state, raw, states))
 
     data = TrainingData(_within_context(settings, model, reporter), directory, tokenizer)
     _tell_about(data, reporter)
     try:
-        with MetricsTracker(workspace.log_folder(name), purge_step=first + 1) as tracker, _stop_signals() as stopped:
+        logs = workspace.log_folder(name) if processes.main else None
+        with MetricsTracker(logs, purge_step=first + 1) as tracker, _stop_signals() as stopped:
             trainer = Trainer(
-                settings, name, model, tokenizer, data, evaluation, tracker, reporter, save, callback
-            )  # fmt: skip
+                settings, name, model, tokenizer, data, evaluation, tracker, reporter, save, callback, processes
+            )
             if settings.packing:
-                check_packing(trainer.readout)
+                check_packing(trainer.computation.readout)
             if found:
                 _resume(trainer, found[-1], MAKERS.get(name, "rr train"))
             if flops:
@@ -163,6 +204,7 @@ def train(
             finally:
                 if warning := data.warning():
                     reporter.warn(warning)
+        processes.leave()
     except OSError as error:
         raise unwritable(workspace.log_folder(name), error) from error
     except RRError as error:
@@ -187,6 +229,16 @@ def _within_context(settings: TrainSettings, model: Any, reporter: Reporter) -> 
     return with_changes(settings, max_length=context)
 
 
+def _share_out(settings: TrainSettings, count: int) -> None:
+    if count > 1 and settings.data == "-":
+        raise UsageError("standard input cannot be read by several processes", "Save the data, and name the file.")
+    if settings.batch_size % count:
+        raise UsageError(
+            f"--batch-size {settings.batch_size} cannot be shared out evenly among {count} processes",
+            "Take a multiple of their number.",
+        )
+
+
 def _tell_about(data: TrainingData, reporter: Reporter) -> None:
     """Say what was left out of the text, and how much of each file of problems is trained on."""
     if data.notice:
@@ -209,29 +261,26 @@ def _spent_flops(workspace: Workspace, run: str) -> float:
     return read_json(found[-1] / METRICS, MAKERS.get(run, "rr train"))["training"]["flops"]
 
 
-def _checkpoint_activations(model: Any) -> None:
-    """Recompute activations in the backward pass; with a frozen base its input needs a gradient for that."""
-    model.config.use_cache = False
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
 # -- saving and resuming -----------------------------------------------------------------------------------------------
 
 
-def _save(trainer: Trainer, step: int, folder: Path, identity: dict[str, Any], inputs: str, base: ModelSource) -> None:
+def _save(
+    trainer: Trainer, step: int, folder: Path, identity: dict[str, Any], inputs: str, base: ModelSource,
+    state: dict[str, Any], weights: dict[str, Any], states: tuple[dict[str, Any], ...] | None,
+) -> None:  # fmt: skip
     """Publish the checkpoint of a step, then drop those that are neither among the last `--keep` nor the best."""
     from safetensors.torch import save_file
 
-    settings, optimizer, progress = trainer.settings, trainer.optimizer, trainer.progress
+    settings, progress = trainer.settings, trainer.progress
     best_step = progress.best.get("step")
     trainer.tracker.flush()  # first: what a checkpoint has behind it must be logged, even if killed right after
     with publish_folder(folder / f"step-{step:06d}", overwrite=True) as target:
-        state = target / TRAINER_STATE
-        state.mkdir()
-        save_file(optimizer.state(), state / "optimizer.safetensors")
-        if weights := optimizer.weights():
-            save_file(weights, state / "weights.safetensors")
-        write_json(state / "progress.json", {"schema": 1, "step": step, **asdict(progress)})
+        inner = target / TRAINER_STATE
+        inner.mkdir()
+        save_file(state, inner / "optimizer.safetensors")
+        if weights:
+            save_file(weights, inner / "weights.safetensors")
+        write_json(inner / "progress.json", {"schema": 1, "step": step, **asdict(progress)})
         trainer.tracker.save_checkpoint_metrics(
             target,
             inputs=inputs,
@@ -240,10 +289,10 @@ def _save(trainer: Trainer, step: int, folder: Path, identity: dict[str, Any], i
             best=best_step == step,
             training=identity | vars(progress.spent),
         )
-        with optimizer.published():
-            save_folder(
-                target, trainer.model, trainer.tokenizer, base, base.fingerprint(), own_weights=settings.phase == "c"
-            )
+        save_folder(
+            target, trainer.model, trainer.tokenizer, base, base.fingerprint(),
+            own_weights=settings.phase == "c", states=states,
+        )  # fmt: skip
     for old in checkpoints(folder)[: -settings.keep]:
         if step_of(old) != best_step:
             remove_folder(old)

@@ -1,0 +1,34 @@
+"""`--compile`: the decoder layers by torch.compile, one graph for all of them.
+
+Only a layer's own forward is compiled, not its call: the recursion's hooks stay plain Python around it. Whole models
+take minutes where equal layers share one compilation. Shapes are dynamic: every batch has its own width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rrcli.errors import RRError
+from rrcli.recursion.families import find_layout
+
+
+def compile_layers(model: Any) -> None:
+    """Let every decoder layer compile itself when it first runs.
+
+    Raises:
+        RRError: the model is on a CPU and there is no C++ compiler.
+    """
+    if model.device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except RuntimeError as error:
+            raise RRError(
+                "--compile needs a C++ compiler, and none works here",
+                "Install g++ (or name another in the variable CXX), or leave --compile out.",
+            ) from error
+    for layer in model.get_submodule(find_layout(model)[0].layers):
+        layer.forward = torch.compile(layer.forward, dynamic=True)

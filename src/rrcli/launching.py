@@ -1,0 +1,112 @@
+"""Starting several processes of a training from one command, by torch's own launcher.
+
+Ctrl-C and SIGTERM are passed on to them, once each; an error of theirs is raised here, a result returned.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rrcli.errors import Interrupted, RRError
+
+# Seconds that processes have to end by themselves after one of them has failed.
+GRACE = 10.0
+
+Result = TypeVar("Result")
+
+
+def launched() -> bool:
+    """Whether a launcher has started this process as one of several (or as the only one of its kind)."""
+    return "RANK" in os.environ
+
+
+def speaks(*, on_this_machine: bool = False) -> bool:
+    """Whether this process is the one that prints results; `on_this_machine`: the one that prints errors."""
+    return os.environ.get("LOCAL_RANK" if on_this_machine else "RANK", "0") == "0"
+
+
+def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **options: Any) -> Result:
+    """Call `work` in `count` processes of this machine and return what the first one returns.
+
+    The arguments are pickled, so `work` must be a function of a module.
+
+    Raises:
+        RRError: what a process raised, or one that died. Interrupted: they were stopped before they could say more.
+    """
+    from torch.multiprocessing import get_context, start_processes
+    from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
+
+    # Threads of all processes together: one for each core.
+    before = os.environ.get("OMP_NUM_THREADS")
+    if before is None:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+    outcomes = get_context("spawn").SimpleQueue()
+    signals: list[int] = []
+    handlers = {}
+    try:
+        context = start_processes(
+            _work, (count, _free_port(), outcomes, work, arguments, options), nprocs=count, join=False
+        )
+
+        def pass_on(number: int, _: Any) -> None:
+            signals.append(number)
+            for process in context.processes:
+                if process.is_alive():
+                    os.kill(process.pid, number)
+
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        died = None
+        try:
+            while not context.join(grace_period=GRACE):
+                pass
+        except ProcessException as error:
+            died = error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+    found = []
+    while not outcomes.empty():
+        found.append(outcomes.get())
+    errors = [value for _, value in sorted(found, key=lambda pair: pair[0]) if isinstance(value, RRError)]
+    if errors:
+        raise errors[0]
+    if signals:
+        raise Interrupted("by the user", "The same command goes on from the last checkpoint.")
+    if isinstance(died, ProcessRaisedException):  # a bug: its traceback
+        raise died
+    if died is not None:
+        raise RRError(
+            f"{died}".capitalize(),
+            "SIGKILL often means that memory ran out: try fewer --num-processes. The same command goes on.",
+        )
+    return next(value for rank, value in found if rank == 0)
+
+
+def _work(
+    rank: int, count: int, port: int, outcomes: Any, work: Callable[..., Any], arguments: Any, options: Any
+) -> None:
+    """Be process `rank`: in a process group of its own, so that a terminal's Ctrl-C comes through the parent alone."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        outcomes.put((rank, work(*arguments, **options)))
+    except RRError as error:
+        outcomes.put((rank, error))
+        sys.exit(1)  # so that processes that wait for this one are ended
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
