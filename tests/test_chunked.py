@@ -269,9 +269,10 @@ def policy(model, ids, width, boundary, new):
     text, passes = ids, []
     text = torch.cat([text, look(text)[0][depth][-1].argmax()[None, None]], 1)
     passes.append(depth)
+    count = width
     while len(passes) < new:
         start, draft, doubt = text.shape[1], text, False
-        while draft.shape[1] - start < min(width, new - len(passes)) and not doubt:
+        while draft.shape[1] - start < min(width, 2 * count, new - len(passes)) and not doubt:
             logits, commit = look(draft)
             draft = torch.cat([draft, logits[0][-1].argmax()[None, None]], 1)
             doubt = bool(commit[0][-1] < boundary)

@@ -123,8 +123,11 @@ class ChunkedDecoding:
             cache.activate_past_recording()
         rows.pending = [0] * model.recursion.depth if self.adaptive and _can_lag(model.recursion, cache) else None
         width = self.width or model.recursion.config.chunk_width
+        committed = width
         while rows.active:
-            self._chunk(rows, chooser, min(width, rows.room(stopping_criteria.max_length, width)))
+            # Where drafts fail early, a long one is for nothing: at most twice what the last chunk committed.
+            room = rows.room(stopping_criteria.max_length, width)
+            committed = self._chunk(rows, chooser, min(width, 2 * committed, room))
         if self.streamer is not None:
             self.streamer.end()
         for trace, new in zip(self.traces, rows.new, strict=True):
@@ -134,8 +137,8 @@ class ChunkedDecoding:
             return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
         return sequences
 
-    def _chunk(self, rows: Rows, chooser: Chooser, width: int) -> None:
-        """Draft, refine and commit once for every row that goes on."""
+    def _chunk(self, rows: Rows, chooser: Chooser, width: int) -> int:
+        """Draft, refine and commit once for every row that goes on; return the most tokens that a row committed."""
         cache, recurs = rows.cache, not rows.cache.is_croppable
         before = caches.Snapshot(cache) if recurs else None
         draft, drawn_from, content, record = self._draft(rows, chooser, width)
@@ -174,6 +177,7 @@ class ChunkedDecoding:
             rows.pending = [0 if k < passes else lag + int(counts[0]) for k, lag in enumerate(rows.pending)]
             dropped = None
         rows.commit(new, dropped)
+        return int(counts.max())
 
     def _draft(self, rows: Rows, chooser: Chooser, width: int) -> tuple[Tensor, list[Tensor], bool, Record]:
         """Draft with pass 0.
