@@ -19,6 +19,7 @@ from rrcli.errors import RRError, UsageError
 from rrcli.harness import run_harness
 from rrcli.performance import measure_performance
 from rrcli.perplexity import score_documents
+from rrcli.recursion.calibration import table
 from rrcli.reporting import Reporter, Silent
 from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings, with_changes
@@ -49,7 +50,8 @@ def evaluate_model(
         log: where entries are kept as they are measured; what it holds already is not measured again.
 
     Returns:
-        `metrics` (name -> value, low, high, n), `by_depth`, `records`, `warnings`.
+        `metrics` (name -> value, low, high, n), `by_depth`, `calibration` (of the boundary head, by bins of its
+        probability), `records`, `depth`.
 
     Raises:
         RRError: nothing to measure, or logits that are not finite.
@@ -66,12 +68,14 @@ def evaluate_model(
     torch.manual_seed(settings.seed)
     records: dict[str, list[dict[str, Any]]] = {}
     values: dict[str, dict[str, Any]] = {}
+    calibration: list[dict[str, Any]] = []
     try:
         if recursion is not None:
             recursion.depth = depth
         if data.documents and not settings.skip_perplexity:
             records["documents"], chunks = score_documents(model, tokenizer, data.documents, settings, reporter, log)
             values |= {name: {"value": value} for name, value in chunks.metrics().items()}
+            calibration = table(chunks.reliability)
         if data.problems and not settings.skip_reasoning:
             records["problems"] = solve_problems(model, tokenizer, data, settings, depth, reporter, log)
         if data.prompts and not settings.skip_generation:
@@ -90,7 +94,8 @@ def evaluate_model(
     values = metrics.from_records(records) | values
     if metrics_tracker is not None:
         log_evaluation(metrics_tracker, values, records, stage, step or 0)
-    return {"metrics": values, "by_depth": metrics.by_depth(records), "records": records, "depth": depth}
+    found = {"metrics": values, "by_depth": metrics.by_depth(records), "calibration": calibration}
+    return found | {"records": records, "depth": depth}
 
 
 def log_evaluation(

@@ -56,6 +56,8 @@ METRICS: dict[str, Metric] = {
     "commit_rate": Metric("Commit rate", "", "", "shown"),
     "fix_rate": Metric("Fix rate", "", "", "shown"),
     "break_rate": Metric("Break rate", "", "", "shown"),
+    "commit_ece": Metric("Calibration error of committing", "", "", "shown"),
+    "commit_ece_weighted": Metric("  tokens weighed as in training", "", "", "shown"),
     "decode/avg_refine_steps": Metric("Refine steps per chunk, decoding", "", "", "shown"),
     "decode/avg_chunk_length": Metric("Tokens per chunk, decoding", "", "", "shown"),
     "decode/commit_rate": Metric("Commit rate, decoding", "", "", "shown"),
