@@ -78,7 +78,7 @@ SURFACE = {
     | {"--format", "--out", "--json"},
     "generate": COMMON
     | {"--stage", "--trace", "--json", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--depth"}
-    | {"--chunk-width"},
+    | {"--chunk-width", "--stop"},
     "board": COMMON | {"--json", "--port", "--host", "--reload-interval"},
     "run": COMMON | {"--dry-run", "--json"},
 }
