@@ -71,6 +71,7 @@ def generate(
 
     from rrcli.batching import context_length
     from rrcli.data import encode_prompt
+    from rrcli.decoding import StopStrings
 
     model, tokenizer = load_for(settings, source, directory)
     recursion = getattr(model, "recursion", None)
@@ -93,7 +94,7 @@ def generate(
         options = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
         options["top_k"] = settings.top_k
     if stop:
-        options |= {"stop_strings": list(stop), "tokenizer": tokenizer}
+        options["stopping_criteria"] = [StopStrings(tokenizer, stop, ids.shape[1])]
     torch.manual_seed(settings.seed)
     begin = time.perf_counter()
     model.generate(
@@ -166,7 +167,7 @@ class _Stream:
             self.held = replace(self.held, passes=passes, changed=self.held.changed or changed)
             if text.endswith("\ufffd"):  # the rest of this character is still to come
                 continue
-            self._give(text[: len(text) - self._open(text)])
+            self._give(text, len(text) - self._open(text))
 
     def _open(self, text: str) -> int:
         """Return how many characters at the end of a text may be the beginning of a stop string."""
@@ -175,10 +176,11 @@ class _Stream:
 
     def end(self) -> None:
         """Give what is still held back."""
-        self._give(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        self._give(text, len(text))
 
-    def _give(self, text: str) -> None:
-        text = text[: min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=None)]
+    def _give(self, text: str, sure: int) -> None:
+        text = text[: min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=sure)]
         if len(text) > len(self.shown):
             self.take(replace(self.held, text=text[len(self.shown) :]))
             self.shown, self.held = text, Piece("")
