@@ -79,7 +79,7 @@ SURFACE = {
     | {"--format", "--out", "--report", "--json"},
     "generate": COMMON
     | {"--stage", "--trace", "--json", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--depth"}
-    | {"--chunk-width"},
+    | {"--chunk-width", "--stop"},
     "board": COMMON | {"--json", "--check", "--port", "--host", "--reload-interval", "--open", "--no-open"},
     "run": COMMON | {"--dry-run", "--json"},
     "status": COMMON | {"--json"},

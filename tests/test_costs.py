@@ -28,10 +28,10 @@ def measured_at(family: str, span: tuple[int, int] | None, depth: int) -> tuple[
     name, ids = caches.argument_of(model), tokens(1, costs.PROMPT_TOKENS + 1)
     with recursion.at_depth(depth), torch.no_grad(), costs.countable(model):
         cache = getattr(model(input_ids=ids[:, :-1], use_cache=True), name)
-        before = costs._bytes(cache, set())
+        before = costs.held_bytes(cache, set())
         with FlopCounterMode(display=False) as counter:
             model(input_ids=ids[:, -1:], use_cache=True, **{name: cache})
-        after = costs._bytes(cache, set())
+        after = costs.held_bytes(cache, set())
     growth = after - before
     return growth, after - growth * ids.shape[1], counter.get_total_flops()
 

@@ -105,6 +105,11 @@ def test_every_depth_equals_a_run_at_that_depth():
     assert values["avg_refine_steps"] == 2
     assert 0 <= values["commit_rate"] <= 1
     assert 1 <= values["avg_chunk_length"] <= 16
+    assert 0 <= values["commit_ece"] <= 1
+    found = evaluate_model(model, tokenizer, TEXTS, settings=TEXT_ONLY)
+    assert found["metrics"]["commit_ece"]["value"] == pytest.approx(values["commit_ece"])
+    # Every token, once for each pass after which refining may end.
+    assert sum(row["n"] for row in found["calibration"]) == 2 * sum(record["tokens"] for record in together)
 
 
 def test_the_embedded_model_has_learned_something(default):

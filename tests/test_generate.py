@@ -90,10 +90,24 @@ def test_characters_of_several_tokens_come_whole(workspace: Path) -> None:
     assert not any("\ufffd" in piece.text for piece in pieces)
 
 
+@pytest.mark.parametrize("stage", ["baseline", "after_surgery"])
+def test_text_ends_in_front_of_a_stop_string(workspace: Path, stage: str) -> None:
+    whole = generate(GenerateSettings(max_new_tokens=40), PROMPT, workspace, lambda piece: None, stage=stage).text
+    # In the midst of words, so that it begins and ends inside of tokens; and one that comes later, or never.
+    middle = len(whole) // 2
+    stop = (whole[middle - 4 : middle + 5], "\n\n\n", whole[-6:-1])
+    end = min(whole.find(text) for text in stop if text in whole)
+    got: list[Piece] = []
+    result = generate(GenerateSettings(max_new_tokens=40, stop=stop), PROMPT, workspace, got.append, stage=stage)
+    assert result.text == whole[:end] == "".join(piece.text for piece in got)
+    assert 0 < end < len(whole)
+
+
 @pytest.mark.parametrize(
     ("settings", "prompt", "stage", "error", "words"),
     [
         (GenerateSettings(), " ", None, UsageError, "prompt is empty"),
+        (GenerateSettings(stop=("",)), "a", None, UsageError, "empty"),
         (GenerateSettings(depth=5), "a", None, UsageError, "depth is 5"),
         (GenerateSettings(depth=1), "a", "baseline", UsageError, "has no recursion"),
         (GenerateSettings(), "a", "finetuned_vanilla", RRError, "no model yet"),

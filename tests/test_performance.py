@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rrcli
-from families import build
+from families import build, wake
 from rrcli import performance
 from rrcli.performance import measure_performance
 from rrcli.reporting import Silent
@@ -53,3 +53,21 @@ def test_a_pass_costs_its_layers_and_its_cell(monkeypatch):
     cell = sum(p.numel() for name, p in recursion.cell.named_parameters() if name.startswith("w_"))
     found = measured(model, monkeypatch)["flops_per_token"]["value"]
     assert found == pytest.approx(2 * (3 * layers + 2 * cell + head) / 1e6)
+
+
+def test_a_recursion_is_timed_in_chunks_and_against_both_ways_without(monkeypatch):
+    model = build("llama")
+    recursion = wake(rrcli.attach(model, rrcli.RecursionConfig(max_steps=3, span=(1, 3))), 0.01)
+    recursion.depth = 2
+    found = {name: entry["value"] for name, entry in measured(model, monkeypatch).items()}
+    assert recursion.depth == 2
+    times = {name for name in found if name.startswith("time_per_output_token")}
+    assert times == {f"time_per_output_token{way}" for way in ("", "/sequential", "/pass_0")}
+    assert found["decode/avg_refine_steps"] == 2
+    assert 1 <= found["decode/avg_chunk_length"] <= 2
+    assert {"decode/commit_rate", "decode/stability@1", "decode/stability@2"} <= found.keys()
+    recursion.depth = 0
+    alone = measured(model, monkeypatch)
+    assert not any("/" in name for name in alone)
+    # Two of four layers run twice more: 1 + depth x span share.
+    assert found["cache_bytes_per_token"] == (1 + 2 * 2 / 4) * alone["cache_bytes_per_token"]["value"]

@@ -165,12 +165,12 @@ def _sizes(cache: Any, twins: list[int]) -> list[int]:
     """Return the bytes that a cache holds for every layer, or in all where it is not kept by layer."""
     layers = getattr(cache, "layers", None)
     if layers is None:
-        return [_bytes(cache, set())]
+        return [held_bytes(cache, set())]
     # Layers at the end may share the cache of an earlier one and have none.
-    return [_bytes(layers[twin], set()) if index < len(layers) else 0 for index, twin in enumerate(twins)]
+    return [held_bytes(layers[twin], set()) if index < len(layers) else 0 for index, twin in enumerate(twins)]
 
 
-def _bytes(value: Any, seen: set[int]) -> int:
+def held_bytes(value: Any, seen: set[int]) -> int:
     """Return the bytes of all tensors that are reachable from (a part of) a cache, each counted once."""
     if id(value) in seen:
         return 0
@@ -178,10 +178,10 @@ def _bytes(value: Any, seen: set[int]) -> int:
     if isinstance(value, Tensor):  # states have a batch dimension; what has none is book-keeping
         return value.numel() * value.element_size() if value.dim() > 1 else 0
     if isinstance(value, (list, tuple)):
-        return sum(_bytes(part, seen) for part in value)
+        return sum(held_bytes(part, seen) for part in value)
     if isinstance(value, dict):
-        return sum(_bytes(part, seen) for part in value.values())
-    return _bytes(vars(value), seen) if hasattr(value, "__dict__") and not callable(value) else 0
+        return sum(held_bytes(part, seen) for part in value.values())
+    return held_bytes(vars(value), seen) if hasattr(value, "__dict__") and not callable(value) else 0
 
 
 @contextmanager

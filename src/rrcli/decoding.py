@@ -162,6 +162,20 @@ class _Ends:
         ]
 
 
+class StopStrings(StoppingCriteria):
+    """Ends a row where its last token completes one of the `stop` strings in the text behind position `start`.
+
+    Looks at nothing but the ids it is given, so any decoding method may ask it about any row. (transformers' own
+    `StopStringCriteria` goes by the texts of single tokens, and `generate` keeps `stop_strings` from custom methods.)
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], start: int) -> None:
+        self.ends, self.start = _Ends(tokenizer, set(), stop), start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.tensor(self.ends.stopped(input_ids[:, self.start :].tolist()), device=input_ids.device)
+
+
 class _Watch(StoppingCriteria):
     """Notes where rows end, and ends the call of `generate` once `leaving` of them have."""
 

@@ -20,6 +20,7 @@ from rrcli.harness import run_harness
 from rrcli.performance import measure_performance
 from rrcli.perplexity import score_documents
 from rrcli.pictures import Token, draw, generate_traced
+from rrcli.recursion.calibration import table
 from rrcli.reporting import Reporter, Silent
 from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings, with_changes
@@ -53,7 +54,8 @@ def evaluate_model(
         log: where entries are kept as they are measured; what it holds already is not measured again.
 
     Returns:
-        `metrics` (name -> value, low, high, n), `by_depth`, `records`, `warnings`.
+        `metrics` (name -> value, low, high, n), `by_depth`, `calibration` (of the boundary head, by bins of its
+        probability), `records`, `depth`.
 
     Raises:
         RRError: nothing to measure, or logits that are not finite.
@@ -72,12 +74,14 @@ def evaluate_model(
     records: dict[str, list[dict[str, Any]]] = {}
     values: dict[str, dict[str, Any]] = {}
     pictured: list[tuple[str, list[Token]]] = []
+    calibration: list[dict[str, Any]] = []
     try:
         if recursion is not None:
             recursion.depth = depth
         if texts and not settings.skip_perplexity:
             records["documents"], chunks = score_documents(model, tokenizer, texts, settings, reporter, log)
             values |= {name: {"value": value} for name, value in chunks.metrics().items()}
+            calibration = table(chunks.reliability)
         if data.problems and not settings.skip_reasoning:
             records["problems"] = solve_problems(model, tokenizer, data, settings, depth, reporter, log)
         if data.prompts and not settings.skip_generation:
@@ -99,7 +103,8 @@ def evaluate_model(
     values = metrics.from_records(records) | values
     if metrics_tracker is not None:
         log_evaluation(metrics_tracker, values, records, stage, step or 0, pictured)
-    return {"metrics": values, "by_depth": metrics.by_depth(records), "records": records, "depth": depth}
+    found = {"metrics": values, "by_depth": metrics.by_depth(records), "calibration": calibration}
+    return found | {"records": records, "depth": depth}
 
 
 def log_evaluation(

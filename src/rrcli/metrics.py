@@ -46,13 +46,21 @@ METRICS: dict[str, Metric] = {
     "prefill_tokens_per_sec": Metric("Prefill", "tokens/s", "higher", "cost"),
     "decode_tokens_per_sec": Metric("Decode", "tokens/s", "higher", "cost"),
     "time_per_output_token": Metric("Time per token", "ms", "lower", "cost"),
+    "time_per_output_token/sequential": Metric("  all passes for each token", "ms", "lower", "cost"),
+    "time_per_output_token/pass_0": Metric("  pass 0 alone", "ms", "lower", "cost"),
     "memory_mb": Metric("Peak memory", "MB", "lower", "cost"),
+    "cache_bytes_per_token": Metric("Cache per token", "bytes", "lower", "cost"),
     "flops_per_token": Metric("FLOPs per token", "MFLOP", "lower", "cost"),
     "avg_refine_steps": Metric("Refine steps per chunk", "", "", "shown"),
     "avg_chunk_length": Metric("Tokens per chunk", "", "", "shown"),
     "commit_rate": Metric("Commit rate", "", "", "shown"),
     "fix_rate": Metric("Fix rate", "", "", "shown"),
     "break_rate": Metric("Break rate", "", "", "shown"),
+    "commit_ece": Metric("Calibration error of committing", "", "", "shown"),
+    "commit_ece_weighted": Metric("  tokens weighed as in training", "", "", "shown"),
+    "decode/avg_refine_steps": Metric("Refine steps per chunk, decoding", "", "", "shown"),
+    "decode/avg_chunk_length": Metric("Tokens per chunk, decoding", "", "", "shown"),
+    "decode/commit_rate": Metric("Commit rate, decoding", "", "", "shown"),
 }
 
 

@@ -152,9 +152,12 @@ def tested_metrics(results: list[Results]) -> dict[str, Metric]:
                 label = "  {}".format
                 shown |= {key: Metric(label(key.partition("/")[2]), "%", "higher", "problems") for key in tasks}
             shown |= {key: _harness_metric(key, names[key]) for key in names if key.startswith("harness/")}
-        elif name == "commit_rate":
-            depths = [key for key in names if key.startswith("stability@")]
-            shown |= {key: Metric(f"Stability at pass {key[10:]}", "", "", "shown") for key in depths}
+        elif name in ("commit_rate", "decode/commit_rate"):
+            prefix = name.replace("commit_rate", "stability@")
+            where = ", decoding" if "/" in name else ""
+            depths = [key for key in names if key.startswith(prefix)]
+            label = "Stability at pass {}{}".format
+            shown |= {key: Metric(label(key.removeprefix(prefix), where), "", "", "shown") for key in depths}
     return shown
 
 

@@ -9,19 +9,28 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rrcli.batching import context_length
-from rrcli.costs import countable
+from rrcli.costs import countable, held_bytes
 from rrcli.heap import return_freed_memory
+from rrcli.recursion.caches import argument_of
+from rrcli.recursion.chunked import ChunkedDecoding
+from rrcli.recursion.chunks import ChunkTotals
+from rrcli.recursion.readout import Readout
 from rrcli.reporting import Reporter
 
 PREFILL_TOKENS = 128
 DECODE_TOKENS = 32
 REPEATS = 5
+# Texts that the chunk metrics of decoding are taken on, and how much of each is the prompt.
+SAMPLES, SAMPLE_TOKENS = 4, 64
+# How a recursion may decode, beside chunks: the ends of the metrics' names.
+SEQUENTIAL, PASS_0 = "/sequential", "/pass_0"
 
 
 def measure_performance(
@@ -29,64 +38,117 @@ def measure_performance(
 ) -> dict[str, dict[str, Any]]:
     """Time prefill and decoding of real text, one row, after a warm-up; count memory and FLOPs.
 
+    A recursion decodes in chunks, and beside it, in the same rounds, token by token: with all passes, and with pass 0
+    alone, which is the bare model.
+
     Returns:
         Medians with the range of `REPEATS` runs: `prefill_tokens_per_sec`, `decode_tokens_per_sec`,
-        `time_per_output_token` (ms), `memory_mb` (peak: CUDA's counter on a GPU, the process's resident set on a CPU),
-        `flops_per_token` (MFLOP, counted by torch over the prefill).
+        `time_per_output_token` (ms; with a recursion also `.../sequential` and `.../pass_0`), `memory_mb` (peak: CUDA's
+        counter on a GPU, the process's resident set on a CPU), `cache_bytes_per_token` (what the caches of all passes
+        grow by), `flops_per_token` (MFLOP, counted by torch over the prefill); and with a recursion `decode/<metric>`,
+        the chunk metrics of `SAMPLES` texts as they are decoded.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    tokens: list[int] = []
-    for text in documents:
-        tokens += tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(tokens) >= PREFILL_TOKENS:
-            break
-    room = context_length(model) - DECODE_TOKENS
-    ids = torch.tensor([tokens[: min(PREFILL_TOKENS, room)]], device=model.device)
-    mask = torch.ones_like(ids)
+    recursion = getattr(model, "recursion", None)
+    depth = recursion.depth if recursion is not None else 0
+    texts = _prompts(model, tokenizer, documents)
+    ids = texts[0]
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
         reset_peak_resident()
 
-    def run(new_tokens: int) -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=0,
-        )
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    def run(way: str, new_tokens: int) -> float:
+        decoding = ChunkedDecoding() if depth and not way else None
+        with recursion.at_depth(0 if way == PASS_0 else depth) if recursion is not None else nullcontext():
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            _generate(model, ids, new_tokens, decoding)
+            if cuda:
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
 
-    prefill, decode = [], []
+    prefill, decode = [], {way: [] for way in (("", SEQUENTIAL, PASS_0) if depth else ("",))}
     with reporter.progress("performance", REPEATS + 1, "runs") as progress:
         for repeat in range(REPEATS + 1):
-            short, long = run(1), run(1 + DECODE_TOKENS)
-            if repeat:
-                prefill.append(short)
-                decode.append(max(long - short, 1e-9) / DECODE_TOKENS)
+            for way, found in decode.items():
+                short, long = run(way, 1), run(way, 1 + DECODE_TOKENS)
+                if repeat:
+                    found.append(max(long - short, 1e-9) / DECODE_TOKENS)
+                    prefill += [] if way else [short]
             progress.advance()
-    with countable(model), FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
     memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_resident_mb()
+    with countable(model), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    times = {f"time_per_output_token{way}": _median([1000 * s for s in found]) for way, found in decode.items()}
     return {
         "prefill_tokens_per_sec": _median([ids.shape[1] / seconds for seconds in prefill]),
-        "decode_tokens_per_sec": _median([1 / seconds for seconds in decode]),
-        "time_per_output_token": _median([1000 * seconds for seconds in decode]),
+        "decode_tokens_per_sec": _median([1 / seconds for seconds in decode[""]]),
+        **times,
         "memory_mb": {"value": memory},
+        "cache_bytes_per_token": {"value": cache_bytes_per_token(model, ids)},
         "flops_per_token": {"value": counter.get_total_flops() / ids.shape[1] / 1e6},
+        **({f"decode/{k}": {"value": v} for k, v in _chunk_metrics(model, texts).items()} if depth else {}),
     }
+
+
+def _prompts(model: Any, tokenizer: Any, documents: Sequence[str]) -> list[torch.Tensor]:
+    """Return `[1, position]` ids: one long text, and behind it the beginnings of some documents."""
+    room = context_length(model) - DECODE_TOKENS
+    long: list[int] = []
+    short = []
+    for text in documents:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        long += tokens
+        if tokens:
+            short.append(tokens[: min(SAMPLE_TOKENS, room)])
+        if len(long) >= PREFILL_TOKENS and len(short) >= SAMPLES:
+            break
+    return [torch.tensor([row], device=model.device) for row in (long[: min(PREFILL_TOKENS, room)], *short[:SAMPLES])]
+
+
+def _generate(model: Any, ids: torch.Tensor, new_tokens: int, decoding: Any) -> torch.Tensor:
+    """Return `[1, position]` prompt and exactly so many new tokens."""
+    return model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        eos_token_id=None,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=0,
+        custom_generate=decoding,
+    )
+
+
+def _chunk_metrics(model: Any, texts: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Decode texts in chunks, and look at what each pass says of what was written."""
+    decoding, readout = ChunkedDecoding(), Readout(model)
+    stable = ChunkTotals()
+    for ids in texts:
+        text = _generate(model, ids, DECODE_TOKENS, decoding)
+        inputs, scored = text[:, :-1], torch.zeros_like(text[:, :-1], dtype=torch.bool)
+        scored[:, ids.shape[1] - 1 :] = True
+        predictions = readout.score(inputs, torch.ones_like(inputs), scored, text[:, 1:][scored]).predictions
+        same = predictions[1:].eq(predictions[:-1]).sum(1).tolist()
+        stable.add(ChunkTotals(chunks=1, positions=predictions.shape[1], stable=same))
+    # Both are means over the same tokens, one over chunks and one over positions.
+    stability = {name: value for name, value in stable.metrics().items() if name.startswith("stability@")}
+    return decoding.totals.metrics() | stability
+
+
+def cache_bytes_per_token(model: Any, ids: torch.Tensor) -> int:
+    """Return how many bytes the caches of all passes grow by when the last of `[1, position]` ids is read."""
+    name = argument_of(model)
+    cache = getattr(model(input_ids=ids[:, :-1], use_cache=True), name)
+    before = held_bytes(cache, set())
+    return held_bytes(getattr(model(input_ids=ids[:, -1:], use_cache=True, **{name: cache}), name), set()) - before
 
 
 def reset_peak_resident() -> None:

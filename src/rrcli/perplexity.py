@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rrcli.batching import affordable, batches, context_length, halving, padded
 from rrcli.errors import RRError
+from rrcli.recursion.calibration import reliability
 from rrcli.recursion.chunks import ChunkTotals, teacher_forced_chunks
 from rrcli.recursion.readout import Readout, Scores
 from rrcli.rendering import start_token
@@ -159,7 +160,9 @@ def _chunks(readout: Readout, scores: Scores, targets: Tensor, lengths: list[int
     for length in lengths:
         chunks += [number + position // width for position in range(length)]
         number = chunks[-1] + 1
-    return teacher_forced_chunks(scores.predictions, commit, targets, torch.tensor(chunks, device=targets.device))
+    totals = teacher_forced_chunks(scores.predictions, commit, targets, torch.tensor(chunks, device=targets.device))
+    totals.reliability = reliability(commit, scores.losses)
+    return totals
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:

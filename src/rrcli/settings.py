@@ -230,6 +230,7 @@ class GenerateSettings(CommonSettings):
     top_k: int = option(0, "Sample from this many of the likeliest tokens; 0 = all.", minimum=0)
     depth: int = option(-1, "Passes after pass 0 for recursive stages; -1 = all.", minimum=-1)
     chunk_width: int = option(0, "Tokens drafted and refined together; 0 = as surgery set it.", minimum=0)
+    stop: tuple[str, ...] = option((), "Text to end in front of, with \\n for a line break; repeat for several.")
 
 
 @dataclass(frozen=True)

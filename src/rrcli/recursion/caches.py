@@ -130,23 +130,22 @@ def prepare(cache: Any, depth: int, full: bool = True, start: int = 0) -> None:
 class Snapshot:
     """What a cache of transformers and the caches of its passes held at one moment; the past it shares is not copied.
 
+    With `draft`, of pass 0 alone.
+
     Attention layers grow by making new tensors, so theirs are kept as they are; recurrent and convolution states are
     written in place, so those are copied (they do not grow).
     """
 
-    def __init__(self, cache: Any) -> None:
-        self._kept = [[_kept(layer) for layer in part.layers] for part in (cache, *getattr(cache, "rr_passes", ()))]
+    def __init__(self, cache: Any, *, draft: bool = False) -> None:
+        parts = [cache] if draft else [cache, *cache.rr_passes]
+        self._kept = [[_copies(vars(layer)) for layer in part.layers] for part in parts]
 
-    def restore(self, cache: Any, *, draft: bool = False) -> None:
-        """Put `cache` back; with `draft`, pass 0 alone, which is what drafting moves on."""
-        parts = [cache, *getattr(cache, "rr_passes", ())]
-        for part, kept in zip(parts[:1] if draft else parts, self._kept, strict=False):
-            for layer, values in zip(part.layers, kept, strict=True):
+    def restore(self, cache: Any, *, draft: bool = False, layers: int | None = None) -> None:
+        """Put `cache` back; with `draft`, pass 0 alone, which is what drafting moves on; or its first `layers`."""
+        parts = [cache] if draft else [cache, *cache.rr_passes]
+        for part, kept in zip(parts, self._kept, strict=False):
+            for layer, values in zip(part.layers[:layers], kept[:layers], strict=True):
                 layer.__dict__ = _copies(values)
-
-
-def _kept(layer: Any) -> dict[str, Any]:
-    return _copies(vars(layer))
 
 
 def _copies(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     draft    pass 0 alone proposes up to `width` tokens, one by one; it ends early where the boundary head expects
              that the token will not survive
-    refine   one forward of all passes over the whole draft, in parallel
+    refine   one forward of the other passes over the whole draft, in parallel; what pass 0 gave is kept from drafting
     commit   the longest prefix of the draft that the last pass agrees with, plus its correction behind it; every cache
              is taken back to there
 
@@ -35,6 +35,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from rrcli.errors import UsageError
 from rrcli.recursion import caches
 from rrcli.recursion.chunks import COMMIT_THRESHOLD, ChunkTotals
+from rrcli.recursion.engine import Record
 from rrcli.recursion.proof import LOW_PRECISION, TOLERANCE
 from rrcli.recursion.rows import Chooser, Rows
 
@@ -122,8 +123,11 @@ class ChunkedDecoding:
             cache.activate_past_recording()
         rows.pending = [0] * model.recursion.depth if self.adaptive and _can_lag(model.recursion, cache) else None
         width = self.width or model.recursion.config.chunk_width
+        committed = width
         while rows.active:
-            self._chunk(rows, chooser, min(width, rows.room(stopping_criteria.max_length, width)))
+            # Where drafts fail early, a long one is for nothing: at most twice what the last chunk committed.
+            room = rows.room(stopping_criteria.max_length, width)
+            committed = self._chunk(rows, chooser, min(width, 2 * committed, room))
         if self.streamer is not None:
             self.streamer.end()
         for trace, new in zip(self.traces, rows.new, strict=True):
@@ -133,18 +137,20 @@ class ChunkedDecoding:
             return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
         return sequences
 
-    def _chunk(self, rows: Rows, chooser: Chooser, width: int) -> None:
-        """Draft, refine and commit once for every row that goes on."""
+    def _chunk(self, rows: Rows, chooser: Chooser, width: int) -> int:
+        """Draft, refine and commit once for every row that goes on; return the most tokens that a row committed."""
         cache, recurs = rows.cache, not rows.cache.is_croppable
         before = caches.Snapshot(cache) if recurs else None
-        draft, drawn_from, content = self._draft(rows, chooser, width)
+        draft, drawn_from, content, record = self._draft(rows, chooser, width)
         chunk = torch.cat([rows.tokens[:, -1:], draft[:, :-1]], 1)
+        passes = rows.model.recursion.depth
+        drafted = caches.Snapshot(cache, draft=True)
         if before is not None:
             before.restore(cache, draft=True)
-            logits, passes = rows.forward(chunk), rows.model.recursion.depth
+            logits = self._refine(rows, chunk, record, drafted)
         elif rows.pending is None:
             caches.forget(cache, [draft.shape[1]])
-            logits, passes = rows.forward(chunk), rows.model.recursion.depth
+            logits = self._refine(rows, chunk, record, drafted)
         elif content:
             logits, passes = None, 0
         else:
@@ -171,30 +177,48 @@ class ChunkedDecoding:
             rows.pending = [0 if k < passes else lag + int(counts[0]) for k, lag in enumerate(rows.pending)]
             dropped = None
         rows.commit(new, dropped)
+        return int(counts.max())
 
-    def _draft(self, rows: Rows, chooser: Chooser, width: int) -> tuple[Tensor, list[Tensor], bool]:
+    def _draft(self, rows: Rows, chooser: Chooser, width: int) -> tuple[Tensor, list[Tensor], bool, Record]:
         """Draft with pass 0.
 
         Returns:
-            `[row, position]` drafted tokens; when sampling, the `[row, 1, vocabulary]` scores of each; and whether the
-            boundary head was content with all of them.
+            `[row, position]` drafted tokens; when sampling, the `[row, 1, vocabulary]` scores of each; whether the
+            boundary head was content with all of them; and what pass 0 left behind.
         """
         recursion = rows.model.recursion
         draft, drawn_from = rows.tokens[:, :0], []
         ended = torch.zeros(len(rows.active), dtype=torch.bool, device=draft.device)
         doubted = ended
-        while draft.shape[1] < width and not bool(ended.all()):
-            token = torch.cat([rows.tokens[:, -1:], draft], 1)[:, -1:]
-            with recursion.recording(draft=True) as states:
+        with recursion.recording(draft=True) as record:
+            while draft.shape[1] < width and not bool(ended.all()):
+                token = torch.cat([rows.tokens[:, -1:], draft], 1)[:, -1:]
                 logits = rows.forward(token, behind=draft.shape[1])
-            scores = chooser.scores(logits, draft, last_only=True)
-            if chooser.sample:
-                drawn_from.append(scores)
-            draft = torch.cat([draft, chooser.choose(scores)], 1)
-            if self.boundary is not None:
-                doubted = doubted | ~self._content(recursion, states[-1][:, -1]).to(doubted.device)
-            ended = ended | rows.ended(draft) | doubted
-        return draft, drawn_from, not bool(doubted.any())
+                scores = chooser.scores(logits, draft, last_only=True)
+                if chooser.sample:
+                    drawn_from.append(scores)
+                draft = torch.cat([draft, chooser.choose(scores)], 1)
+                if self.boundary is not None:
+                    doubted = doubted | ~self._content(recursion, record.states[-1][:, -1]).to(doubted.device)
+                ended = ended | rows.ended(draft) | doubted
+        return draft, drawn_from, not bool(doubted.any()), record
+
+    def _refine(self, rows: Rows, chunk: Tensor, record: Record, drafted: caches.Snapshot) -> Tensor:
+        """Run the passes behind pass 0 over a chunk; pass 0's cache comes without it and gets it back.
+
+        Args:
+            chunk: `[row, position]` ids; record, drafted: what drafting them gave, and pass 0's cache behind them.
+
+        Returns:
+            `[row, position, vocabulary]` logits of the last pass.
+        """
+        recursion = rows.model.recursion
+        if not record.entries:
+            return rows.forward(chunk)
+        with recursion.recording(drafted=(torch.cat(record.entries, 1), torch.cat(record.states, 1))):
+            logits = rows.forward(chunk)
+        drafted.restore(rows.cache, layers=recursion.end)
+        return logits
 
     def _refine_until_content(self, rows: Rows, chunk: Tensor) -> tuple[Tensor, int]:
         """Run passes over a chunk until the boundary head is content with all of it.
@@ -213,11 +237,11 @@ class ChunkedDecoding:
             deepest = next((k for k in range(ran, len(rows.pending)) if rows.pending[k] != lag), len(rows.pending))
             caches.forget(rows.cache, [lag + width] * (ran + 1))
             ids = torch.cat([rows.tokens[:, rows.tokens.shape[1] - 1 - lag : -1], chunk], 1)
-            with recursion.recording(depth=deepest, enough=content) as states:
+            with recursion.recording(depth=deepest, enough=content) as record:
                 logits = rows.forward(ids, behind=-lag)
-            ran = len(states) - 1
+            ran = len(record.states) - 1
             rows.pending = [0 if k < ran else behind for k, behind in enumerate(rows.pending)]
-            if ran == len(rows.pending) or content(states[-1]):
+            if ran == len(rows.pending) or content(record.states[-1]):
                 return logits[:, -width:], ran
 
     def _content(self, recursion: Any, states: Tensor) -> Tensor:
@@ -261,15 +285,20 @@ def _can_lag(recursion: Any, cache: Any) -> bool:
 
 
 def continues_in_blocks(recursion: Any) -> bool:
-    """Tell, by trying once, whether several tokens at once behind a cache give what they give one by one."""
-    known = recursion.__dict__.get("_continues_in_blocks")
-    if known is not None:
-        return known
-    model, name = recursion.model, caches.argument_of(recursion.model)
-    ids = torch.arange(8, device=model.device)[None] * 37 % model.get_input_embeddings().num_embeddings
+    """Tell, by trying pass 0 once for each model, whether tokens behind a cache give together what they give alone."""
+    model = recursion.model
+    if "rr_continues_in_blocks" not in model.__dict__:
+        with recursion.at_depth(0):
+            model.__dict__["rr_continues_in_blocks"] = _block_is_its_tokens(model)
+    return model.__dict__["rr_continues_in_blocks"]
+
+
+def _block_is_its_tokens(model: Any) -> bool:
+    name = caches.argument_of(model)
+    ids = torch.arange(7, device=model.device)[None] * 37 % model.get_input_embeddings().num_embeddings
     rows = []
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    for pieces in ([4], [1] * 4):
+    for pieces in ([3], [1] * 3):
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         model(input_ids=ids[:, :4], use_cache=True, **{name: cache})
         parts, seen = [], 4
@@ -281,5 +310,4 @@ def continues_in_blocks(recursion: Any) -> bool:
             seen += piece
         rows.append(torch.cat(parts, 1).float())
     limit = TOLERANCE.get(model.dtype, LOW_PRECISION)
-    recursion.__dict__["_continues_in_blocks"] = bool((rows[0] - rows[1]).abs().max() <= limit * rows[1].abs().max())
-    return recursion.__dict__["_continues_in_blocks"]
+    return bool((rows[0] - rows[1]).abs().max() <= limit * rows[1].abs().max())

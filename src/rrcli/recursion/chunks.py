@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rrcli.recursion.calibration import Bins, errors, joined
+
 COMMIT_THRESHOLD = 0.5
 
 
@@ -26,6 +28,7 @@ class ChunkTotals:
         stable: for each pass k >= 1, positions whose prediction equals that of pass k-1.
         wrong, fixed: pass-0 errors, and how many of them the last pass corrects.
         right, broken: pass-0 hits, and how many of them the last pass spoils.
+        reliability: sums for the calibration of the boundary head, where they were taken.
     """
 
     chunks: int = 0
@@ -38,6 +41,7 @@ class ChunkTotals:
     fixed: int = 0
     right: int = 0
     broken: int = 0
+    reliability: Bins = field(default_factory=list)
 
     def add(self, other: ChunkTotals) -> None:
         """Add another batch's totals."""
@@ -46,6 +50,7 @@ class ChunkTotals:
         width = max(len(self.stable), len(other.stable))
         padded = [[*t.stable, *[0] * (width - len(t.stable))] for t in (self, other)]
         self.stable = [a + b for a, b in zip(*padded, strict=True)]
+        self.reliability = joined(self.reliability, other.reliability)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics under the names of the guide; nothing where no chunk was seen."""
@@ -61,7 +66,7 @@ class ChunkTotals:
             values["fix_rate"] = self.fixed / self.wrong
         if self.right:
             values["break_rate"] = self.broken / self.right
-        return values
+        return values | errors(self.reliability)
 
 
 @torch.no_grad()

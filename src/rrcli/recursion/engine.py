@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,22 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
+class Record:
+    """What forwards left behind, one after the other.
+
+    Attributes:
+        states: the span's output of every pass that was run, `[batch, position, hidden]`.
+        entries: the span's input of each forward; none where layers give more than a hidden state, which pass 0 cannot
+            be left out of.
+        feedback: root mean square of each pass's feedback relative to the span's input.
+    """
+
+    states: list[Tensor] = field(default_factory=list)
+    entries: list[Tensor] = field(default_factory=list)
+    feedback: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
 class _Frame:
     """One forward under way: its depth, how each layer was called, and what is being recorded.
 
@@ -45,14 +61,17 @@ class _Frame:
         partial: leave the caches of the passes that are not run as they are: they catch up in a later forward over the
             same tokens.
         enough: looks at h(k) before pass k + 1 is run, and may end the refining there.
+        drafted: the span's input and h(0), where pass 0 was run already; skipping: until it would have ended, holds the
+            layers up to there in place of which h(0) is given.
     """
 
     depth: int
     partial: bool = False
     enough: Callable[[Tensor], bool] | None = None
+    drafted: tuple[Tensor, Tensor] | None = None
+    skipping: ExitStack = field(default_factory=ExitStack)
     calls: dict[int, Call] = field(default_factory=dict)
-    states: list[Tensor] | None = None
-    feedback: list[Tensor] = field(default_factory=list)
+    record: Record | None = None
 
 
 @dataclass
@@ -127,9 +146,14 @@ class Recursion(nn.Module):
 
     @contextmanager
     def recording(
-        self, *, draft: bool = False, depth: int | None = None, enough: Callable[[Tensor], bool] | None = None
-    ) -> Iterator[list[Tensor]]:
-        """Collect the span's output of every pass of the forwards inside: h(0), h(1), ... of one after the other.
+        self,
+        *,
+        draft: bool = False,
+        depth: int | None = None,
+        enough: Callable[[Tensor], bool] | None = None,
+        drafted: tuple[Tensor, Tensor] | None = None,
+    ) -> Iterator[Record]:
+        """Record the forwards inside: h(0), h(1), ... of one after the other.
 
         The caches of passes that a forward does not run stay as they are: whoever uses this looks after them.
 
@@ -137,12 +161,17 @@ class Recursion(nn.Module):
             draft: run pass 0 alone.
             depth: the passes to run at most; the recursion's own depth if not given.
             enough: looks at h(k), `[batch, position, hidden]`, from k = 1 on; True ends the forward's refining.
+            drafted: the span's input and h(0) of the tokens of one forward, both `[batch, position, hidden]`, from
+                having drafted them: the layers up to the span's end are not run again, and leave pass 0's cache alone.
         """
         steps = 0 if draft else self._depth if depth is None else depth
         partial = draft or depth is not None or enough is not None
-        frame = _Frame(steps, partial, enough, states=[])
-        with self._forced(frame):
-            yield frame.states
+        record = Record()
+        with self._forced(_Frame(steps, partial, enough, drafted, record=record)) as frame, frame.skipping:
+            # Layers that are skipped give h(0) as it is known; their hooks are called all the same.
+            for layer in self.layers[: self.end] if drafted is not None else ():
+                frame.skipping.enter_context(shadowed(layer, lambda *_, **__: drafted[1]))
+            yield record
 
     def detach(self) -> None:
         """Take every hook off, and the adapters of the passes; the model is the stock model again."""
@@ -164,14 +193,14 @@ class Recursion(nn.Module):
             input_ids: `[batch, position]`; attention_mask: the same shape, 1 = a real token. position_ids: the same
                 shape; the model counts them itself if not given.
         """
-        frame = _Frame(self.depth, states=[])
+        record = Record()
+        frame = _Frame(self.depth, record=record)
         with self._forced(frame):
             told = {} if position_ids is None else {"position_ids": position_ids}
             output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **told)
-        assert frame.states is not None
-        hidden = [self._readout(frame, state) for state in frame.states[:-1]] + [output.last_hidden_state]
-        norm = frame.feedback[-1] if frame.feedback else torch.zeros((), device=input_ids.device)
-        return Passes(frame.states, hidden, norm)
+        hidden = [self._readout(frame, state) for state in record.states[:-1]] + [output.last_hidden_state]
+        norm = record.feedback[-1] if record.feedback else torch.zeros((), device=input_ids.device)
+        return Passes(record.states, hidden, norm)
 
     # -- how it works -------------------------------------------------------------------------------------------------
 
@@ -189,10 +218,10 @@ class Recursion(nn.Module):
         return hooks
 
     @contextmanager
-    def _forced(self, frame: _Frame | None) -> Iterator[None]:
+    def _forced(self, frame: _Frame | None) -> Iterator[Any]:
         before, self._frame = self._frame, frame
         try:
-            yield
+            yield frame
         finally:
             self._frame = before
 
@@ -201,7 +230,7 @@ class Recursion(nn.Module):
             self._frame = _Frame(self._depth)
 
     def _close(self, *_: Any) -> None:
-        if self._frame is not None and self._frame.states is None:
+        if self._frame is not None and self._frame.record is None:
             self._frame = None
 
     def _prepare_caches(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -223,8 +252,11 @@ class Recursion(nn.Module):
         frame = self._frame
         if frame is None:
             return None
+        frame.skipping.close()
         span = range(self.start, self.end)
-        entry = _hidden(frame.calls[self.start])
+        entry = _hidden(frame.calls[self.start]) if frame.drafted is None else frame.drafted[0]
+        if frame.record is not None and isinstance(output, Tensor):
+            frame.record.entries.append(entry)
         hidden = output if isinstance(output, Tensor) else output[0]
         states = [hidden]
         # Layers may lie on different devices: the sidecar lies with the first layer of the span.
@@ -235,12 +267,12 @@ class Recursion(nn.Module):
                 if step > 1 and frame.enough is not None and frame.enough(hidden):
                     break
                 feedback = self.cell(hidden.to(home), step)
-                if frame.states is not None:
-                    frame.feedback.append(_relative_norm(feedback, entry))
+                if frame.record is not None:
+                    frame.record.feedback.append(_relative_norm(feedback, entry))
                 hidden = self._run(span, entry + feedback.to(entry.dtype), frame, step)
                 states.append(hidden)
-        if frame.states is not None:
-            frame.states.extend(states)
+        if frame.record is not None:
+            frame.record.states.extend(states)
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
     def _run(self, span: Iterable[int], hidden: Tensor, frame: _Frame, step: int) -> Tensor:
@@ -294,6 +326,21 @@ def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
                 raise
             raise RRError(f"'{model.config.model_type}' models cannot be supported: {error}") from error
     return recursion
+
+
+@contextmanager
+def shadowed(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module do something else for a while."""
+    # An instance attribute shadows the class's forward; accelerate puts one there too, so keep what was there.
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rrcli.recursion.calibration import MARGIN
 from rrcli.recursion.chunks import ChunkTotals, teacher_forced_chunks
 from rrcli.recursion.readout import Readout
 
@@ -32,7 +33,7 @@ class LossWeights:
     halt: float = 0.05
     ponder: float = 0.01
     stability: float = 0.01
-    margin: float = 0.02
+    margin: float = MARGIN
     share: float = 0.5
 
 

@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 
 from rrcli.errors import RRError
 from rrcli.recursion import tiles
-from rrcli.recursion.engine import Passes
+from rrcli.recursion.engine import Passes, shadowed
 from rrcli.recursion.families import find_layout
 from rrcli.recursion.products import OneDNN
 
@@ -93,7 +93,7 @@ class Readout:
             return self.model(input_ids=ids, use_cache=False).logits[0]
 
     def _logits_by(self, rows: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
-        with _shadowed(self.projection, projection):
+        with shadowed(self.projection, projection):
             return self.logits(rows)
 
     def token_losses(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +232,7 @@ class Readout:
         if self.recursion is not None:
             self.recursion.depth = 0
         try:
-            with _shadowed(self.backbone, lambda *args, **kwargs: _Rows(last_hidden_state=hidden)):
+            with shadowed(self.backbone, lambda *args, **kwargs: _Rows(last_hidden_state=hidden)):
                 yield
         finally:
             if self.recursion is not None:
@@ -248,18 +248,3 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         # On a CPU, torch's log_softmax is off by about 1e-5 nats over a vocabulary of 49,152; its logsumexp is not.
         losses = logits.logsumexp(1) - logits.gather(1, targets[:, None]).squeeze(1)
     return losses, logits.detach().argmax(-1)
-
-
-@contextmanager
-def _shadowed(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module do something else for a while."""
-    # An instance attribute shadows the class's forward; accelerate puts one there too, so keep what was there.
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before

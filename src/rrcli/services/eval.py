@@ -135,6 +135,7 @@ def evaluate(
             "training": training,
             "metrics": measured["metrics"],
             "by_depth": measured["by_depth"],
+            "calibration": measured["calibration"],
             "records": measured["records"],
         }
         if file.exists():

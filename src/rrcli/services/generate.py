@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError, UsageError
 from rrcli.models import load_for
+from rrcli.prompts import stop_strings
 from rrcli.settings import STAGES, GenerateSettings
 from rrcli.workspace import Workspace
 
@@ -57,7 +58,8 @@ def generate(
         emit: gets each piece as soon as it is committed.
 
     Raises:
-        UsageError: an empty prompt, or a depth that the model does not have. RRError: the stage has no model yet.
+        UsageError: an empty prompt or stop string, or a depth that the model does not have. RRError: the stage has no
+            model yet.
     """
     if not prompt.strip():
         raise UsageError("the prompt is empty", "Give some text to go on with.")
@@ -68,6 +70,7 @@ def generate(
     import torch
 
     from rrcli.batching import context_length
+    from rrcli.decoding import StopStrings
     from rrcli.rendering import encode_prompt
 
     model, tokenizer = load_for(settings, source, directory)
@@ -83,12 +86,15 @@ def generate(
         pieces.append(piece)
         emit(piece)
 
-    stream = _Stream(tokenizer, take)
+    stop = stop_strings(settings.stop)
+    stream = _Stream(tokenizer, take, stop)
     decoding = _decoding(settings, recursion, stream)
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if settings.temperature > 0:
         options = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
         options["top_k"] = settings.top_k
+    if stop:
+        options["stopping_criteria"] = [StopStrings(tokenizer, stop, ids.shape[1])]
     torch.manual_seed(settings.seed)
     begin = time.perf_counter()
     model.generate(
@@ -135,10 +141,13 @@ def _decoding(settings: GenerateSettings, recursion: Any, stream: _Stream) -> An
 
 
 class _Stream:
-    """A streamer of `generate` that turns tokens into pieces of text; bytes of one character stay together."""
+    """A streamer of `generate` that turns tokens into pieces of text; bytes of one character stay together.
 
-    def __init__(self, tokenizer: Any, take: Callable[[Piece], None]) -> None:
-        self.tokenizer, self.take = tokenizer, take
+    The text ends in front of the first of the `stop` strings; what may become one is held back.
+    """
+
+    def __init__(self, tokenizer: Any, take: Callable[[Piece], None], stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.take, self.stop = tokenizer, take, stop
         self.ids: list[int] = []
         self.shown, self.prompt = "", True
         self.held = Piece("")
@@ -158,13 +167,20 @@ class _Stream:
             self.held = replace(self.held, passes=passes, changed=self.held.changed or changed)
             if text.endswith("\ufffd"):  # the rest of this character is still to come
                 continue
-            self._give(text)
+            self._give(text, len(text) - self._open(text))
+
+    def _open(self, text: str) -> int:
+        """Return how many characters at the end of a text may be the beginning of a stop string."""
+        lengths = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return max(lengths, default=0)
 
     def end(self) -> None:
         """Give what is still held back."""
-        self._give(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        self._give(text, len(text))
 
-    def _give(self, text: str) -> None:
+    def _give(self, text: str, sure: int) -> None:
+        text = text[: min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=sure)]
         if len(text) > len(self.shown):
             self.take(replace(self.held, text=text[len(self.shown) :]))
             self.shown, self.held = text, Piece("")
