@@ -145,9 +145,11 @@ def tagged(output: str) -> str:
 
 
 def _generators() -> dict[str, Any]:
-    """Return reasoning-gym's registry: name -> (dataset class, configuration class)."""
+    """Return reasoning-gym's registry, our own task in it: name -> (dataset class, configuration class)."""
     import reasoning_gym  # noqa: F401  registers the generators
     from reasoning_gym.factory import DATASETS
+
+    from rrcli.demo import row_steps  # noqa: F401  registers itself
 
     return dict(DATASETS)
 

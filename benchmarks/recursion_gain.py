@@ -1,0 +1,311 @@
+"""What recursion gains over fine-tuning alone, what it costs, and which of its parts matter.
+
+    python benchmarks/recursion_gain.py [--output DIR] [--seeds 0 1 2] [--ablations] [--shrunken]
+                                        [--model NAME --task TASK ... --set train.lr=2e-5 ...]
+
+For every seed `rr run` makes the four stages in a folder of their own; beside them
+
+    vanilla, equal FLOPs   fine-tuned until it has spent what the recursive training spent
+    untrained looping      the stage after_surgery, at every depth: a zero-initialised recursion changes nothing
+    adaptive halting       the boundary head ends the refining of each chunk, one problem at a time
+    random halting         each problem at a depth drawn at random, with the mean of adaptive halting
+
+Every row is paired with vanilla at equal tokens on the same held-out problems, per seed: difference in points and
+McNemar's exact test. `--ablations` trains the recursion again with one thing changed, on the first seed. What is
+done already is not done again, so an interrupted benchmark goes on where it stopped. Writes `recursion_gain.md` and,
+with matplotlib, `recursion_gain.png`.
+
+`--shrunken` is the whole of it in about two minutes on a CPU, to see that it works: its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from math import ceil, floor
+from pathlib import Path
+from random import Random
+from statistics import mean
+from typing import Any
+
+from rrcli.stats import mcnemar, wilson
+from rrcli.store import checkpoints, write_json
+
+VANILLA, RECURSIVE, MATCHED = "finetuned_vanilla", "finetuned_recursive", "vanilla_equal_flops"
+LEAN = ("--skip-perplexity", "--skip-generation", "--skip-performance")
+# name -> what differs from the run; {middle} is the model's layers but the first and the last quarter.
+ABLATIONS: dict[str, dict[str, str]] = {
+    "span: middle": {"surgery.span": "{middle}"},
+    "max_steps 1": {"surgery.max_steps": "1"},
+    "max_steps 4": {"surgery.max_steps": "4"},
+    "no deep supervision": {"train.masked_weight": "0"},
+    "cell of half the width": {"surgery.cell_width": "{half}"},
+    "cell of twice the width": {"surgery.cell_width": "{double}"},
+    "sidecar alone (phase a)": {"train.phase": "a"},
+    "LoRA (phase b)": {"train.phase": "b", "train.lr": "1e-3"},
+}
+SHRUNKEN = {
+    "train.steps": "4", "train.batch_size": "8", "train.eval_interval": "0", "eval.problems": "6",
+    "eval.max_samples": "8", "eval.skip_performance": "true", "eval.skip_generation": "true",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Which problems were answered correctly (problem key -> right or wrong), and the mean passes after pass 0."""
+
+    correct: dict[str, bool]
+    passes: float = 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * mean(self.correct.values())
+
+
+def rr(folder: Path, settings: dict[str, str], *arguments: str) -> None:
+    """Run a command of `rr` in a folder, with settings `section.key` from its environment."""
+    changed = {"RR_" + key.replace(".", "_").upper(): value for key, value in settings.items()}
+    print(f"{folder.name}: rr {' '.join(arguments)}", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "rrcli", *arguments, "--dir", str(folder)]
+    subprocess.run(command, env=os.environ | changed, check=True, stdout=subprocess.DEVNULL)
+
+
+def experiment(folder: Path, seed: int, settings: dict[str, str], given: list[str]) -> None:
+    """Make the four stages and vanilla at equal FLOPs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = settings | {"common.seed": str(seed)}
+    rr(folder, settings, "setup", *given)
+    rr(folder, settings, "run")
+    rr(folder, settings, "train", "--mode", "vanilla", "--match-flops", RECURSIVE)
+    if not (folder / MATCHED / f"{VANILLA}_results.json").exists():
+        last = str(checkpoints(folder / "checkpoints" / MATCHED)[-1].resolve())
+        place = ("--output-dir", MATCHED, "--log-dir", f"logs/{MATCHED}-eval")
+        rr(folder, settings, "eval", "--stage", VANILLA, "--model", last, *place, *LEAN)
+
+
+def ablate(folder: Path, seed: int, settings: dict[str, str], given: list[str]) -> None:
+    """Train and measure one changed recursion."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = settings | {"common.seed": str(seed)}
+    rr(folder, settings, "setup", *given)
+    if not (folder / "checkpoints" / "after_surgery").exists():
+        rr(folder, settings, "surgery")
+    rr(folder, settings, "train", "--mode", "recursive")
+    if not (folder / "eval_results" / f"{RECURSIVE}_results.json").exists():
+        rr(folder, settings, "eval", "--stage", RECURSIVE, *LEAN)
+
+
+def read(folder: Path, stage: str) -> dict[str, Any]:
+    """Return the results of a stage."""
+    return json.loads((folder / f"{stage}_results.json").read_text(encoding="utf-8"))
+
+
+def at_depth(results: dict[str, Any], depth: int) -> Answers:
+    """Return the answers of one depth."""
+    return Answers({r["key"]: r["correct"][depth] for r in results["records"]["problems"]}, depth)
+
+
+def adaptive(folder: Path, results: dict[str, Any], limit: int) -> Answers:
+    """Answer problems with a refining that ends where the boundary head is content; `limit` of them, in turns."""
+    file = folder / "adaptive.json"
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return Answers(found["correct"], found["passes"])
+    import rrcli
+    from rrcli.judging import judge
+    from rrcli.problem_files import open_task
+    from rrcli.recursion.chunked import ChunkedDecoding
+
+    model, tokenizer = rrcli.load(checkpoints(folder / "checkpoints" / RECURSIVE)[-1])
+    tasks = {spec: open_task(spec, folder) for spec in results["data"]["tasks"]}
+    settings, records = results["settings"], results["records"]["problems"]
+    wanted = {r["key"] for r in records[:: ceil(len(records) / limit)]}
+    correct, passes = {}, []
+    for spec, task in tasks.items():
+        for problem in task.problems(settings["problems"], settings["seed"], held_out=True):
+            if problem.key not in wanted:
+                continue
+            prompt = next(r["prompt"] for r in records if r["key"] == problem.key)
+            inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+            chunked = ChunkedDecoding(adaptive=True)
+            options = {"max_new_tokens": settings["max_new_tokens"], "do_sample": False}
+            output = model.generate(**inputs, **options, custom_generate=chunked)
+            text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            correct[problem.key] = judge(tasks[spec], problem, text.strip()).correct
+            passes += chunked.traces[0].passes
+    write_json(file, {"correct": correct, "passes": mean(passes)})
+    return Answers(correct, mean(passes))
+
+
+def at_random(results: dict[str, Any], like: Answers) -> Answers:
+    """Return the answers at depths drawn at random, with the mean of `like` and on its problems."""
+    low, random, correct = floor(like.passes), Random("random halting"), {}
+    for r in results["records"]["problems"]:
+        depth = low + (random.random() < like.passes - low)
+        if r["key"] in like.correct:
+            correct[r["key"]] = r["correct"][min(depth, len(r["correct"]) - 1)]
+    return Answers(correct, like.passes)
+
+
+def rows_of(folder: Path, halting_problems: int) -> dict[str, Answers]:
+    """Return every row of the table for one seed's folder; the first is what the others are compared with."""
+    evaluated = folder / "eval_results"
+    surgery, recursive = read(evaluated, "after_surgery"), read(evaluated, RECURSIVE)
+    deepest = recursive["model"]["depth"]
+    rows = {
+        "vanilla, equal tokens": at_depth(read(evaluated, VANILLA), 0),
+        "baseline, not fine-tuned": at_depth(read(evaluated, "baseline"), 0),
+        "vanilla, equal FLOPs": at_depth(read(folder / MATCHED, VANILLA), 0),
+    }
+    rows |= {f"untrained looping, depth {k}": at_depth(surgery, k) for k in range(1, deepest + 1)}
+    rows |= {f"recursive, depth {k}": at_depth(recursive, k) for k in range(deepest + 1)}
+    rows["recursive, adaptive halting"] = adaptive(folder, recursive, halting_problems)
+    rows["recursive, random halting"] = at_random(recursive, rows["recursive, adaptive halting"])
+    return rows
+
+
+def difficulty(record: dict[str, Any]) -> str:
+    """Return the group of a problem: its task's name, and the number of steps that it asks for, if it says so."""
+    steps = re.search(r"Take (\d+) steps", record["question"])
+    return record["task"].partition(":")[0] + (f", {steps[1]} steps" if steps else "")
+
+
+def table(title: str, by_row: dict[str, list[Answers]], reference: list[Answers]) -> list[str]:
+    """Return a Markdown table: a line for each row, its seeds side by side."""
+    lines = [f"| {title} | accuracy, % | passes | points over vanilla, by seed | p, by seed |", "|---|---|---|---|---|"]
+    for name, seeds in by_row.items():
+        differences, p_values = [], []
+        for answers, base in zip(seeds, reference, strict=False):
+            keys = sorted(answers.correct.keys() & base.correct.keys())
+            found = mcnemar([answers.correct[k] for k in keys], [base.correct[k] for k in keys])
+            differences.append(f"{100 * found.value:+.1f}")
+            p_values.append(f"{found.p_value:.1g}")
+        accuracy, passes = mean(a.accuracy for a in seeds), mean(a.passes for a in seeds)
+        paired = "| | |" if seeds is reference else f"| {' '.join(differences)} | {' '.join(p_values)} |"
+        lines.append(f"| {name} | {accuracy:.1f} | {passes:.2f} {paired}")
+    return lines
+
+
+def by_difficulty(folders: list[Path]) -> tuple[list[str], dict[str, dict[str, list[bool]]]]:
+    """Return a table of accuracy by difficulty, all seeds together, and the answers behind it."""
+    groups: dict[str, dict[str, list[bool]]] = {}
+    columns = {"baseline": "baseline", "vanilla": VANILLA, "recursive": RECURSIVE}
+    for folder in folders:
+        for column, stage in columns.items():
+            for record in read(folder / "eval_results", stage)["records"]["problems"]:
+                group = groups.setdefault(difficulty(record), {name: [] for name in columns})
+                group[column].append(record["correct"][-1])
+    groups = dict(sorted(groups.items()))
+    lines = ["| problems | n | " + " | ".join(f"{name}, %" for name in columns) + " | p |", "|---|---|---|---|---|---|"]
+    for name, group in groups.items():
+        shares = " | ".join(f"{100 * mean(group[column]):.1f}" for column in columns)
+        p_value = mcnemar(group["recursive"], group["vanilla"]).p_value
+        lines.append(f"| {name} | {len(group['vanilla'])} | {shares} | {p_value:.1g} |")
+    return lines, groups
+
+
+def costs(folders: list[Path]) -> list[str]:
+    """Return a table of what the trainings cost, means over the seeds."""
+    lines = ["| training | steps | tokens | FLOPs | seconds |", "|---|---|---|---|---|"]
+    for name in (VANILLA, MATCHED, RECURSIVE):
+        files = [checkpoints(folder / "checkpoints" / name)[-1] / "metrics.json" for folder in folders]
+        spent = [json.loads(file.read_text(encoding="utf-8"))["training"] for file in files]
+        steps, tokens, flops, seconds = (mean(s[key] for s in spent) for key in ("steps", "tokens", "flops", "seconds"))
+        lines.append(f"| {name} | {steps:.0f} | {tokens:,.0f} | {flops:.3g} | {seconds:.0f} |")
+    return lines
+
+
+def plot(groups: dict[str, dict[str, list[bool]]], file: Path) -> None:
+    """Draw accuracy by difficulty with 95 % Wilson intervals; grey that can be read on white and on black."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "#808080")):
+        figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+        colors = {"baseline": "#909090", "vanilla": "#4c8fd6", "recursive": "#e8762c"}
+        for offset, (column, color) in enumerate(colors.items()):
+            found = [wilson(sum(group[column]), len(group[column])) for group in groups.values()]
+            heights = [100 * e.value for e in found]
+            reach = [[100 * (e.value - e.low) for e in found], [100 * (e.high - e.value) for e in found]]
+            places = [i + 0.27 * (offset - 1) for i in range(len(found))]
+            axes.bar(places, heights, 0.25, yerr=reach, color=color, ecolor="#808080", label=column)
+        axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
+        axes.set_ylabel("held-out problems answered correctly, %")
+        axes.spines[:].set_color("#808080")
+        axes.legend(frameon=False)
+        figure.savefig(file, dpi=150, transparent=True)
+
+
+def layer_settings(model: str) -> dict[str, str]:
+    """Return what the ablations need to know of the model's shape."""
+    from transformers import AutoConfig
+
+    from rrcli import demo
+
+    config = AutoConfig.from_pretrained(demo.MODEL_DIR if model == "default" else model).get_text_config()
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    edge = max(1, layers // 4)
+    return {"middle": f"{edge}:{max(edge + 1, layers - edge)}", "half": str(hidden // 2), "double": str(2 * hidden)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing, then write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("recursion_gain"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--task", action="append", default=[], help="as rr takes it; repeat for several")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="an option of rr")
+    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--halting-problems", type=int, default=400)
+    parser.add_argument("--shrunken", action="store_true")
+    options = parser.parse_args(arguments)
+    settings = dict(item.split("=", 1) for item in options.set)
+    names = list(ABLATIONS)
+    if options.shrunken:
+        settings = SHRUNKEN | settings
+        options.seeds, options.halting_problems, names = options.seeds[:1], 4, names[:1]
+    given = [] if options.model == "default" else ["--model", options.model]
+    given += [part for task in options.task for part in ("--task", task)]
+
+    folders = [options.output / f"seed-{seed}" for seed in options.seeds]
+    for seed, folder in zip(options.seeds, folders, strict=True):
+        experiment(folder, seed, settings, given)
+    rows = [rows_of(folder, options.halting_problems) for folder in folders]
+    by_row = {name: [seed[name] for seed in rows] for name in rows[0]}
+    reference = next(iter(by_row.values()))
+    count = len(reference[0].correct)
+    lines, groups = by_difficulty(folders)
+    report = [f"{options.model}, seeds {options.seeds}, {count} held-out problems each.", ""]
+    report += [*table("run", by_row, reference), "", *lines, "", *costs(folders)]
+    if options.ablations or options.shrunken:
+        shape = layer_settings(options.model)
+        ablated = {"as above": [by_row[f"recursive, depth {max_depth(folders[0])}"][0]]}
+        for name in names:
+            folder = options.output / re.sub(r"\W+", "-", name).strip("-")
+            changes = {key: value.format(**shape) for key, value in ABLATIONS[name].items()}
+            ablate(folder, options.seeds[0], settings | changes, given)
+            results = read(folder / "eval_results", RECURSIVE)
+            ablated[name] = [at_depth(results, results["model"]["depth"])]
+        report += ["", *table(f"ablation, seed {options.seeds[0]}", ablated, reference)]
+    text = "\n".join(report) + "\n"
+    (options.output / "recursion_gain.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+    plot(groups, options.output / "recursion_gain.png")
+
+
+def max_depth(folder: Path) -> int:
+    """Return the depth that the recursive stage was measured at."""
+    return int(read(folder / "eval_results", RECURSIVE)["model"]["depth"])
+
+
+if __name__ == "__main__":
+    main()

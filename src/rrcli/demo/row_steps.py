@@ -1,0 +1,72 @@
+"""The task `row_steps`: a row of cells after some steps of one simple rule, as a reasoning-gym generator.
+
+In a step every cell becomes 1 if it differs from the cell on its left, else 0 (outside the row is 0): the elementary
+cellular automaton of rule 60. One step is a glance at a neighbour. After several steps a cell depends on cells far to
+its left, and what a fixed number of layers can work out at once runs out; going on from an intermediate row is easy.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from reasoning_gym.dataset import ProceduralDataset
+from reasoning_gym.factory import register_dataset
+
+NAME = "row_steps"
+QUESTION = (
+    "In one step every cell becomes 1 if it differs from the cell on its left, else 0. Take {steps} steps from: {row}"
+)
+
+
+@dataclass
+class RowStepsConfig:
+    """How many steps are asked for, and how many cells a row has."""
+
+    min_steps: int = 1
+    max_steps: int = 6
+    length: int = 12
+    seed: int | None = None
+    size: int = 500
+
+    def validate(self) -> None:
+        """Refuse what makes no problem."""
+        assert 1 <= self.min_steps <= self.max_steps <= 9, "steps must be 1 to 9, min_steps at most max_steps"
+        assert self.length >= 2, "length must be at least 2"
+
+
+class RowStepsDataset(ProceduralDataset):
+    """Problems by index; only the whole row, its cells with spaces between them, is right."""
+
+    def __init__(self, config: RowStepsConfig) -> None:
+        super().__init__(config=config, seed=config.seed, size=config.size)
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        """Return problem `idx`."""
+        rng = random.Random(self.seed + idx)
+        steps = rng.randint(self.config.min_steps, self.config.max_steps)
+        row = [rng.randrange(2) for _ in range(self.config.length)]
+        return {
+            "question": QUESTION.format(steps=steps, row=_text(row)),
+            "answer": _text(evolve(row, steps)),
+            "metadata": {"source_dataset": NAME, "source_index": idx, "difficulty": {"steps": steps}},
+        }
+
+    def score_answer(self, answer: str | None, entry: dict[str, Any]) -> float:
+        """Return 1 for the row itself, else 0."""
+        return float(answer is not None and answer.split() == entry["answer"].split())
+
+
+def evolve(row: list[int], steps: int) -> list[int]:
+    """Return the row after some steps."""
+    for _ in range(steps):
+        row = [cell ^ left for left, cell in zip([0, *row], row, strict=False)]
+    return row
+
+
+def _text(row: list[int]) -> str:
+    return " ".join(map(str, row))
+
+
+register_dataset(NAME, RowStepsDataset, RowStepsConfig)

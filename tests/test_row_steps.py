@@ -1,0 +1,47 @@
+"""The embedded task of rows: its rule, its scorer, and how it is asked for by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from rrcli.demo.row_steps import evolve
+from rrcli.errors import UsageError
+from rrcli.tasks import Task
+
+
+def test_a_step_compares_every_cell_with_the_one_on_its_left():
+    row = [1, 0, 0, 0, 0, 0]
+    assert [evolve(row, steps) for steps in range(4)] == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+    ]
+
+
+def test_steps_add_up():
+    row = [1, 0, 1, 1, 0, 0, 1]
+    assert evolve(evolve(row, 2), 3) == evolve(row, 5)
+
+
+def test_the_question_holds_steps_and_row_and_the_answer_follows_from_them():
+    for problem in Task("row_steps:min_steps=2,max_steps=5,length=7").problems(40, 0, held_out=True):
+        steps = problem.entry["metadata"]["difficulty"]["steps"]
+        row = problem.question.split("from: ")[1]
+        assert 2 <= steps <= 5
+        assert f"Take {steps} steps" in problem.question
+        assert problem.answer == " ".join(map(str, evolve([int(cell) for cell in row.split()], steps)))
+
+
+def test_only_the_whole_row_is_right():
+    task = Task("row_steps")
+    problem = task.problems(1, 0, held_out=True)[0]
+    assert task.score(f"  {problem.answer}\n", problem) == 1
+    for wrong in ("", problem.answer[:-2], f"{problem.answer} 0", problem.answer.replace(" ", "")):
+        assert task.score(wrong, problem) == 0
+
+
+@pytest.mark.parametrize("options", ["min_steps=3,max_steps=2", "min_steps=0", "max_steps=10", "length=1"])
+def test_options_that_make_no_problem_are_refused(options):
+    with pytest.raises(UsageError, match="refused its options"):
+        Task(f"row_steps:{options}")
