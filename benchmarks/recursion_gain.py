@@ -171,9 +171,8 @@ def rows_of(folder: Path, halting_problems: int) -> dict[str, Answers]:
 
 
 def difficulty(record: dict[str, Any]) -> str:
-    """Return the group of a problem: its task's name, and the number of steps that it asks for, if it says so."""
-    steps = re.search(r"Take (\d+) steps", record["question"])
-    return record["task"].partition(":")[0] + (f", {steps[1]} steps" if steps else "")
+    """Return the group of a problem: what it says of its difficulty, or its task's name."""
+    return record.get("difficulty") or record["task"].partition(":")[0]
 
 
 def table(title: str, by_row: dict[str, list[Answers]], reference: list[Answers]) -> list[str]:

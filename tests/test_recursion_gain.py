@@ -27,7 +27,7 @@ def gain() -> Any:
 
 def results(correct: list[list[bool]]) -> dict[str, Any]:
     records = [
-        {"key": str(i), "task": "row_steps:max_steps=3", "question": f"Take {1 + i % 2} steps from: 0 1", "correct": c}
+        {"key": str(i), "task": "row_steps:max_steps=3", "difficulty": f"row_steps, steps {1 + i % 2}", "correct": c}
         for i, c in enumerate(correct)
     ]
     return {"records": {"problems": records}}
@@ -67,8 +67,8 @@ def test_difficulty_counts_all_seeds_and_takes_the_deepest_pass(gain, tmp_path):
         write_json(tmp_path / seed / "eval_results" / "finetuned_recursive_results.json", deepest)
     lines, groups = gain.by_difficulty([tmp_path / "a", tmp_path / "b"])
     assert lines[2:] == [
-        "| row_steps, 1 steps | 8 | 0.0 | 100.0 | 100.0 | 1 |",
-        "| row_steps, 2 steps | 8 | 0.0 | 0.0 | 100.0 | 0.008 |",
+        "| row_steps, steps 1 | 8 | 0.0 | 100.0 | 100.0 | 1 |",
+        "| row_steps, steps 2 | 8 | 0.0 | 0.0 | 100.0 | 0.008 |",
     ]
     pytest.importorskip("matplotlib")
     gain.plot(groups, tmp_path / "plot.png")

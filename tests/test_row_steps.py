@@ -30,6 +30,7 @@ def test_the_question_holds_steps_and_row_and_the_answer_follows_from_them():
         row = problem.question.split("from: ")[1]
         assert 2 <= steps <= 5
         assert f"Take {steps} steps" in problem.question
+        assert problem.difficulty == f"row_steps, steps {steps}"
         assert problem.answer == " ".join(map(str, evolve([int(cell) for cell in row.split()], steps)))
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rrcli import demo
 from rrcli.errors import UsageError
 from rrcli.splits import HELD_OUT_SHARE, content_hash, is_held_out
-from rrcli.tasks import Task, parse_spec, prompt_of
+from rrcli.tasks import Problem, Task, parse_spec, prompt_of
 
 # A busy machine must not fail a property: no limit of time for an example.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -176,3 +176,11 @@ def test_an_answer_that_a_scorer_cannot_read_is_wrong() -> None:
 
 def test_the_prompt_ends_where_the_answer_begins() -> None:
     assert prompt_of("1 + 1 = ?") == "Question: 1 + 1 = ?\nAnswer:"
+
+
+@pytest.mark.parametrize(("spec", "name"), [("chain_sum", "num_terms"), ("rotate_matrix:min_n=2,max_n=12", "n")])
+def test_a_problem_states_how_hard_it_is_where_its_generator_does(spec, name):
+    for problem in Task(spec).problems(5, 0, held_out=True):
+        stated = problem.entry["metadata"][name]
+        assert problem.difficulty == f"{spec.partition(':')[0]}, {name} {stated}"
+    assert Problem("file.jsonl", "1 + 1?", "2").difficulty is None

@@ -362,7 +362,7 @@ def test_a_loss_that_does_not_fall_is_seen(operated, monkeypatch):
     monkeypatch.setattr(red_flags, "FIRST_JUDGEMENT", 12)
     reporter = Silent()
     # Nothing is learnt, and the last batches of this seed are harder than the first: 0.88 and 1.34 nats.
-    settings = changed(run_name="flat", steps=12, batch_size=2, lr=0.0, seed=4)
+    settings = changed(run_name="flat", steps=12, batch_size=2, lr=0.0, seed=2)
     service.train(settings, "vanilla", operated, reporter, restart=True)
     [said] = [message for message in reporter.warnings if message.startswith(red_flags.NOT_FALLING)]
     assert "try a higher --lr" in said

@@ -84,6 +84,7 @@ def _problem_records(
 ) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = [
         {"key": p.key, "task": p.task, "question": p.question, "prompt": text, "answer": p.answer}
+        | ({} if p.difficulty is None else {"difficulty": p.difficulty})
         | {name: [] for name in ("outputs", *ANSWER[1:])}
         for p, text in zip(problems, texts, strict=True)
     ]

@@ -186,10 +186,10 @@ def _graded(result: Results) -> list[dict[str, Any]]:
     return [r for r in result["records"].get("problems", ()) if r.get("difficulty") is not None]
 
 
-def _natural(level: Any) -> tuple[bool, Any]:
-    """Sort numbers by size and before words."""
-    number = isinstance(level, (int, float))
-    return not number, level if number else str(level)
+def _natural(level: Any) -> tuple[str, float]:
+    """Sort by the words and then by the number at the end of `chain_sum, num_terms 10`; bare numbers come first."""
+    words, _, number = str(level).rpartition(" ")
+    return (words, float(number)) if number.replace(".", "", 1).isdigit() else (str(level), 0.0)
 
 
 def _by_difficulty(result: Results, levels: Sequence[Any]) -> list[tuple[float, Any]]:

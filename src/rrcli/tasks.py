@@ -43,6 +43,16 @@ class Problem:
         return content_hash(f"{self.task}\n{self.question}" + (f"\n{self.copy}" if self.copy else ""))
 
     @property
+    def difficulty(self) -> str | None:
+        """The task and the first parameter of its difficulty that the generator states, as `chain_sum, num_terms 3`."""
+        metadata = self.entry.get("metadata") or {}
+        for name, value in (metadata.get("difficulty") or {}).items():
+            stated = metadata.get(name, value)  # where it is drawn from a range, the range stands under `difficulty`
+            if isinstance(stated, int) and not isinstance(stated, bool):
+                return f"{self.task.partition(':')[0]}, {name} {stated}"
+        return None
+
+    @property
     def target(self) -> str:
         """What a model is shown as the answer: in training and in solved examples."""
         return self.solution or self.answer

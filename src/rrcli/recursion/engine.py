@@ -69,7 +69,7 @@ class _Frame:
     partial: bool = False
     enough: Callable[[Tensor], bool] | None = None
     drafted: tuple[Tensor, Tensor] | None = None
-    skipping: ExitStack = field(default_factory=ExitStack)
+    skipping: ExitStack | None = None
     calls: dict[int, Call] = field(default_factory=dict)
     record: Record | None = None
 
@@ -167,10 +167,10 @@ class Recursion(nn.Module):
         steps = 0 if draft else self._depth if depth is None else depth
         partial = draft or depth is not None or enough is not None
         record = Record()
-        with self._forced(_Frame(steps, partial, enough, drafted, record=record)) as frame, frame.skipping:
+        with ExitStack() as skipping, self._forced(_Frame(steps, partial, enough, drafted, skipping, record=record)):
             # Layers that are skipped give h(0) as it is known; their hooks are called all the same.
             for layer in self.layers[: self.end] if drafted is not None else ():
-                frame.skipping.enter_context(shadowed(layer, lambda *_, **__: drafted[1]))
+                skipping.enter_context(shadowed(layer, lambda *_, **__: drafted[1]))
             yield record
 
     def detach(self) -> None:
@@ -252,7 +252,8 @@ class Recursion(nn.Module):
         frame = self._frame
         if frame is None:
             return None
-        frame.skipping.close()
+        if frame.skipping is not None:
+            frame.skipping.close()
         span = range(self.start, self.end)
         entry = _hidden(frame.calls[self.start]) if frame.drafted is None else frame.drafted[0]
         if frame.record is not None and isinstance(output, Tensor):
