@@ -44,7 +44,7 @@ def test_what_it_cannot_do_stays_with_torch(taken):
         layer(rows).sum().backward()  # gradients
         assert layer.weight.grad is not None
         with torch.no_grad():
-            layer(rows[:4])  # too few rows
+            layer(rows[:1])  # one row
             F.linear(rows, torch.randn(48, 80).T)  # not contiguous
             nn.Linear(48, 80, dtype=torch.bfloat16)(rows.bfloat16())
             nn.Linear(48, 80, dtype=torch.float64)(rows.double())

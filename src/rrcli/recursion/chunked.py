@@ -36,6 +36,7 @@ from rrcli.errors import UsageError
 from rrcli.recursion import caches
 from rrcli.recursion.chunks import COMMIT_THRESHOLD, ChunkTotals
 from rrcli.recursion.engine import Record
+from rrcli.recursion.products import OneDNN
 from rrcli.recursion.proof import LOW_PRECISION, TOLERANCE
 from rrcli.recursion.rows import Chooser, Rows
 
@@ -215,7 +216,8 @@ class ChunkedDecoding:
         recursion = rows.model.recursion
         if not record.entries:
             return rows.forward(chunk)
-        with recursion.recording(drafted=(torch.cat(record.entries, 1), torch.cat(record.states, 1))):
+        known = torch.cat(record.entries, 1), torch.cat(record.states, 1)
+        with recursion.recording(drafted=known), OneDNN():
             logits = rows.forward(chunk)
         drafted.restore(rows.cache, layers=recursion.end)
         return logits
