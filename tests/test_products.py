@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import rrcli
 from rrcli.recursion import products
 from rrcli.recursion.products import OneDNN
+from rrcli.recursion.readout import Readout
 
 
 @pytest.fixture
@@ -51,3 +53,21 @@ def test_what_it_cannot_do_stays_with_torch(taken):
     with torch.no_grad():
         layer(rows)  # left
     assert taken == []
+
+
+@pytest.mark.skipif(not OneDNN().usable, reason="this torch or this processor has no oneDNN")
+@pytest.mark.parametrize("what", ["scoring", "refining"])
+@torch.no_grad()
+def test_scoring_and_refining_use_it_and_a_plain_forward_does_not(what, taken):
+    model, _ = rrcli.load("default", dtype="float32", device="cpu")
+    ids = torch.arange(3, 35)[None]
+    model(ids)
+    assert taken == []
+    if what == "scoring":
+        mask = torch.ones_like(ids)
+        Readout(model).score(ids, mask, mask.bool(), ids[0])
+    else:
+        recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=1))
+        recursion.depth = 1
+        model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=rrcli.ChunkedDecoding())
+    assert len(taken) > model.config.num_hidden_layers

@@ -28,7 +28,8 @@ class OneDNN(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.usable = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+        found = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        self.usable = found and platform.machine() in ("x86_64", "AMD64")
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
