@@ -32,10 +32,10 @@ from rrcli.tasks import Problem, Task, prompt_of
 STORIES = 4000
 TOKENIZER_PROBLEMS = 1500  # a task, from TASKS and PRETRAIN_TASKS alike
 
-STEPS = 2300
-STORIES_PER_STEP, PROBLEMS_PER_STEP = 12, 48
+STEPS = 1200
+STORIES_PER_STEP, PROBLEMS_PER_STEP = 8, 72
 MICRO_BATCHES = 4
-PEAK_LR, FINAL_LR_SHARE, WARMUP_STEPS = 2.5e-3, 0.05, 200
+PEAK_LR, FINAL_LR_SHARE, WARMUP_STEPS = 3e-3, 0.05, 100
 WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 0.1, (0.9, 0.95), 1.0
 
 # A story has thirty times the tokens of a short answer, so it is weighted by token and an answer as a whole: otherwise
@@ -105,12 +105,12 @@ def prompts_for_tokenizer(seed: int) -> Iterator[str]:
 
 
 def create_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return a freshly initialised Llama of about a million parameters."""
+    """Return a freshly initialised Llama of about 200,000 parameters."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT,
