@@ -42,7 +42,7 @@ def token_losses(
     for part, target in zip(rows.split(ROWS), targets.split(ROWS), strict=True):
         # Not -inf: a tile that a model fills with -inf would give -inf - -inf.
         highest = torch.full((len(part),), torch.finfo(torch.float32).min, device=rows.device)
-        total, chosen = torch.zeros_like(highest), torch.zeros_like(highest)
+        total = torch.zeros_like(highest)
         prediction = torch.zeros_like(target)
         for begin in range(0, len(head.weight), columns):
             tile = logits_by(part, _Projection(head, begin, columns)).float()
@@ -51,12 +51,10 @@ def token_losses(
             # is several times as fast as a maximum that says where it is.
             better = (top > highest).nonzero().squeeze(1)
             prediction[better] = tile[better].argmax(1) + begin
-            inside = (target >= begin) & (target < begin + tile.shape[1])
-            column = (target - begin).clamp(0, tile.shape[1] - 1)[:, None]
-            chosen = torch.where(inside, tile.gather(1, column).squeeze(1), chosen)
             new = torch.maximum(highest, top)
             total = total * (highest - new).exp() + tile.sub_(new[:, None]).exp_().sum(1)
             highest = new
+        chosen = logits_by(part, _OwnTarget(head, target)).float().squeeze(1)
         losses.append(highest - chosen + total.log())
         predictions.append(prediction)
     return torch.cat(losses), torch.cat(predictions)
@@ -71,3 +69,16 @@ class _Projection:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight, self.bias)
+
+
+class _OwnTarget:
+    """A head that gives each row one logit: that of its own target."""
+
+    def __init__(self, head: nn.Linear, target: Tensor) -> None:
+        self.weight = head.weight[target]
+        self.bias = None if head.bias is None else head.bias[target]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        # Summed in fp32 and rounded once, as a product does.
+        logits = (hidden.float() * self.weight.float()).sum(-1)
+        return (logits if self.bias is None else logits + self.bias)[..., None].to(hidden.dtype)
