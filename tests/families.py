@@ -25,6 +25,8 @@ TOLD_POSITIONS = ("bamba", "minimax")
 
 FAMILIES = sorted(CONFIGS)
 SPANS = [None, (1, 3)]
+# Of the recursions that `attached` attaches.
+MAX_STEPS = 2
 
 
 def build(family: str, **changes: Any) -> Any:
@@ -70,6 +72,19 @@ def wake(recursion: Any, std: float = 0.1) -> Any:
         for parameter in recursion.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * std)
     return recursion
+
+
+def attached(family: str, span: tuple[int, int] | None = None, awake: bool = True, **changes: Any) -> tuple[Any, Any]:
+    """Return a model and its recursion, which is `wake`d if it should show."""
+    model = build(family, **changes)
+    recursion = attach(model, RecursionConfig(max_steps=MAX_STEPS, span=span))
+    return model, wake(recursion) if awake else recursion
+
+
+def hooks(model: Any) -> dict[str, list[int]]:
+    """Return how many hooks each module has."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {name: [len(getattr(module, kind)) for kind in kinds] for name, module in model.named_modules()}
 
 
 def accepts(model: Any, argument: str) -> bool:

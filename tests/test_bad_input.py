@@ -5,20 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from commands import rr, rr_process
 from rrcli import demo
-
-RR = Path(sys.executable).with_name("rr")
-
-
-def rr(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [RR, *arguments], cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=120
-    )
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -40,7 +32,8 @@ def nothing_written(folder: Path) -> bool:
 
 def test_a_model_folder_without_weights(tmp_path):
     (model_copy(tmp_path) / "model.safetensors").unlink()
-    refused(rr("eval", "--model", "model", folder=tmp_path), 1, "no weights", "hint:")
+    for run in (rr, rr_process):
+        refused(run("eval", "--model", "model", folder=tmp_path), 1, "no weights", "hint:")
     assert nothing_written(tmp_path)
 
 
@@ -177,6 +170,6 @@ def test_an_unknown_key_in_the_settings_file_is_answered_with_the_closest(tmp_pa
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    done = rr("compare", "--debug", folder=tmp_path)
+    done = rr_process("compare", "--debug", folder=tmp_path)
     assert done.returncode == 1
     assert "Traceback" in done.stderr

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,10 +13,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from browser import browser, errors, screen, visible_lines
+from commands import RR, rr, rr_process
 from rrcli.store import checkpoints
 from rrcli.tracker import LAYOUT
 
-RR = Path(sys.executable).with_name("rr")
 STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive")
 SMALL = {
     "RR_TRAIN_STEPS": "6",
@@ -31,17 +29,10 @@ SMALL = {
 }
 
 
-def rr(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the installed command and return what it printed."""
-    return subprocess.run(
-        [RR, *arguments], cwd=folder, env=os.environ | SMALL | environment, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("experiment")
-    done = rr("run", folder=folder)
+    done = rr_process("run", folder=folder, **SMALL)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -98,11 +89,13 @@ def test_vanilla_and_recursive_saw_the_same_tokens(experiment):
 
 def test_a_second_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_it(experiment):
     folder, _ = experiment
-    again = rr("run", folder=folder)
+    again = rr("run", folder=folder, **SMALL)
     assert again.stderr.count("done already") == 8
-    plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, RR_TRAIN_LR="0.0003").stdout)["steps"]
+    plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, **SMALL, RR_TRAIN_LR="0.0003").stdout)["steps"]
     assert [step["status"] for step in plan] == ["done"] * 4 + ["stale"] * 4
-    plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, RR_SURGERY_MAX_STEPS="1").stdout)["steps"]
+    plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, **SMALL, RR_SURGERY_MAX_STEPS="1").stdout)[
+        "steps"
+    ]
     assert [step["status"] for step in plan] == ["done", "done", "stale", "stale", "done", "done", "stale", "stale"]
 
 
@@ -141,8 +134,9 @@ def test_tensorboard_shows_the_dashboards_in_a_browser(experiment):
             assert "train/loss/total (baseline)" not in shown
             # Every run is a row, with the metrics of the finished stage beside them.
             accuracy = results(folder, "finetuned_recursive")["metrics"]["reasoning_accuracy"]["value"]
-            shown = tab(opened, address, "hparams", "final/reasoning_accuracy")
-            assert {"finetuned_recursive", "finetuned_vanilla", "lr", "final/perplexity"} <= set(shown)
+            shown = tab(opened, address, "hparams", "finetuned_recursive")  # rows come after the columns
+            columns = {"lr", "final/perplexity", "final/reasoning_accuracy"}
+            assert {"finetuned_recursive", "finetuned_vanilla"} | columns <= set(shown)
             assert any(
                 re.fullmatch(r"[\d.]{6,}", line) and float(line) == pytest.approx(accuracy, rel=1e-3) for line in shown
             )
@@ -200,37 +194,12 @@ def test_compare_needs_no_option_and_takes_stages_in_any_order(experiment):
 
 def test_a_baseline_eval_is_the_same_again(experiment, tmp_path):
     folder, _ = experiment
-    done = rr("eval", "--output-dir", str(tmp_path), "--skip-performance", "--log-dir", str(tmp_path), folder=folder)
+    done = rr(
+        "eval", "--output-dir", str(tmp_path), "--skip-performance", "--log-dir", str(tmp_path), folder=folder, **SMALL
+    )
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "baseline_results.json").read_text())
     assert again["records"] == results(folder, "baseline")["records"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
-def test_a_stopped_training_goes_on_to_the_same_weights(experiment, tmp_path, number):
-    folder, _ = experiment
-    assert rr("setup", folder=tmp_path).returncode == 0
-    environment = os.environ | SMALL | {"RR_TRAIN_EVAL_INTERVAL": "0"}
-    command = [RR, "train", "--mode", "vanilla"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    run = tmp_path / "checkpoints" / "finetuned_vanilla"
-    deadline = time.monotonic() + 120
-    while not checkpoints(run) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    if process.returncode != 0:
-        assert process.returncode == (-9 if number == signal.SIGKILL else 130)
-        if number != signal.SIGKILL:
-            assert "goes on from there" in errors
-    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert not list(run.glob(".*"))
-    for name in ("model.safetensors", "trainer_state/optimizer.safetensors"):
-        reference = checkpoints(folder / "checkpoints" / "finetuned_vanilla")[-1] / name
-        assert (checkpoints(run)[-1] / name).read_bytes() == reference.read_bytes()
-    events = EventAccumulator(str(tmp_path / "logs" / "finetuned_vanilla")).Reload()
-    assert [event.step for event in events.Scalars("train/loss/total")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_missing_stage_names_the_command_that_makes_it(tmp_path):
@@ -268,6 +237,7 @@ def test_use_recursive_attaches_a_fresh_recursion_to_a_plain_model(experiment, t
         *("eval", "--model-path", str(demo.MODEL_DIR), "--stage", "after_surgery", "--use-recursive"),
         *("--output-dir", str(tmp_path), "--log-dir", str(tmp_path), "--skip-performance", "--skip-generation"),
         folder=folder,
+        **SMALL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     again = json.loads((tmp_path / "after_surgery_results.json").read_text())

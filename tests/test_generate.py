@@ -33,7 +33,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(sidecar)
-    weights["cell.w_out.weight"].normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    weights["cell.w_out.weight"].normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     save_file(weights, sidecar)
     return folder
 

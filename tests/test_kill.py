@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from random import Random
@@ -16,17 +14,16 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rrcli
+from commands import RR, rr, rr_process
 from rrcli.reporting import Silent
 from rrcli.services.surgery import surgery
 from rrcli.settings import SurgerySettings
 from rrcli.store import checkpoints
 
-RR = Path(sys.executable).with_name("rr")
-
 
 def options(run: str, steps: int) -> list[str]:
     values = {"run-name": run, "steps": steps, "batch-size": 2, "max-length": 64, "save-interval": 1, "ema": 0.9}
-    values |= {"eval-interval": 2, "eval-samples": 1, "keep": 2}
+    values |= {"eval-interval": 2, "eval-samples": 1, "keep": 2, "device": "cpu"}
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
@@ -50,10 +47,7 @@ def kill_once(folder: Path, arguments: list[str], run: Path, delay: float) -> bo
 def test_killed_again_and_again_a_run_ends_as_if_never_stopped(tmp_path, kills):
     steps, random = 4 * kills, Random(kills)
     surgery(SurgerySettings(), tmp_path, Silent())
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    whole = subprocess.run(
-        [RR, "train", *options("whole", steps)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    whole = rr("train", *options("whole", steps), folder=tmp_path)
     assert whole.returncode == 0, whole.stderr
     run = tmp_path / "checkpoints" / "killed"
     killed = 0
@@ -62,7 +56,7 @@ def test_killed_again_and_again_a_run_ends_as_if_never_stopped(tmp_path, kills):
         for checkpoint in checkpoints(run):
             rrcli.load(checkpoint)
     assert killed == kills
-    last = subprocess.run([RR, "train", *options("killed", steps)], cwd=tmp_path, capture_output=True, text=True)
+    last = rr_process("train", *options("killed", steps), folder=tmp_path)
     assert last.returncode == 0, last.stderr
 
     found = [path.name for path in checkpoints(run)]

@@ -146,6 +146,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_only_that_batch(default, most, 
     assert max(rows for rows, _ in before) == 3
     assert max(rows for rows, length in shapes if length > 24) == most
     assert [shape for shape in shapes if shape[1] <= 24] == [shape for shape in before if shape[1] <= 24]
+    limit = 0
+    with pytest.raises(RRError, match=r"out of memory for a single row of \d+ tokens"):
+        scored(default)
 
 
 def test_halves_of_halves_keep_their_order():
@@ -157,10 +160,13 @@ def test_halves_of_halves_keep_their_order():
             raise torch.OutOfMemoryError
         return list(batch)
 
-    assert halving(run, [1, 2, 3, 4, 5, 6, 7]) == [[1, 2], [3, 4], [5, 6], [7]]
+    def too_large(item):
+        return RRError(f"{item} is too large")
+
+    assert halving(run, [1, 2, 3, 4, 5, 6, 7], too_large) == [[1, 2], [3, 4], [5, 6], [7]]
     assert seen == [7, 4, 2, 2, 3, 2, 1]
-    with pytest.raises(RRError, match="single row"):
-        halving(lambda _: run([1, 2, 3]), [1])
+    with pytest.raises(RRError, match="8 is too large"):
+        halving(lambda _: run([1, 2, 3]), [8], too_large)
 
 
 @pytest.mark.parametrize(

@@ -71,27 +71,30 @@ def batches(items: Sequence[Any], budget: int, length: Any) -> Iterator[list[Any
         begin += rows
 
 
-def halving(run: Callable[[list[Item]], Result], batch: list[Item]) -> list[Result]:
+def halving(
+    run: Callable[[list[Item]], Result], batch: list[Item], too_large: Callable[[Item], RRError]
+) -> list[Result]:
     """Run a batch, in halves (and halves of halves) if the device's memory does not hold it whole.
+
+    Args:
+        too_large: the error to raise where a single item does not fit.
 
     Returns:
         The results of the parts, in their order.
 
     Raises:
-        RRError: a single item does not fit.
+        RRError: `too_large` of that item.
     """
     try:
         return [run(batch)]
     except torch.OutOfMemoryError as error:
         if len(batch) == 1:
-            raise RRError(
-                "the device is out of memory for a single row", "Take a shorter --max-length, or --device cpu."
-            ) from error
+            raise too_large(batch[0]) from error
     # Behind the handler, whose traceback keeps the failed run's tensors.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     middle = (len(batch) + 1) // 2
-    return halving(run, batch[:middle]) + halving(run, batch[middle:])
+    return halving(run, batch[:middle], too_large) + halving(run, batch[middle:], too_large)
 
 
 def affordable(model: Any, budget: int, bytes_per_token: int, reporter: Reporter) -> int:

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria
 
-from rrcli.batching import batches, padded
+from rrcli.batching import batches, halving, padded
 from rrcli.errors import RRError
 from rrcli.recursion.caches import argument_of
 
 # A batch is cut down to its unfinished rows when this share of it has ended. Leaving and entering `generate` and
 # copying the cache cost well below one token of SmolLM2-135M on a CPU; an eighth was faster than a quarter there.
 LEAVING_SHARE = 0.125
+# For `generate`: no sampling, whatever the model's own configuration of it says.
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass(frozen=True)
@@ -62,29 +65,20 @@ def decode(
     ends = _Ends(tokenizer, _end_tokens(model, tokenizer), stop)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     for batch in batches(order[skip:], batch_tokens, lambda number: len(prompts[number]) + new_tokens):
-        rows = _decode_within_memory(model, [prompts[number] for number in batch], new_tokens, ends)
+        parts = halving(
+            lambda rows: _decode_batch(model, rows, new_tokens, ends),
+            [prompts[number] for number in batch],
+            lambda row: RRError(
+                f"memory runs out for a single prompt of {len(row)} tokens and {new_tokens} new ones",
+                "Lower --max-new-tokens, or use a smaller --dtype.",
+            ),
+        )
         found = []
-        for number, tokens in zip(batch, rows, strict=True):
+        for number, tokens in zip(batch, chain(*parts), strict=True):
             text, stopped = ends.cut(tokenizer.decode(tokens, skip_special_tokens=True))
             kept = tokens[:-1] if tokens and tokens[-1] in ends.tokens else tokens
             found.append(Decoded(number, kept, text, stopped or len(kept) < len(tokens)))
         yield found
-
-
-def _decode_within_memory(model: Any, rows: list[list[int]], new_tokens: int, ends: _Ends) -> list[list[int]]:
-    try:
-        return _decode_batch(model, rows, new_tokens, ends)
-    except torch.OutOfMemoryError as error:
-        if len(rows) == 1:
-            raise RRError(
-                f"memory runs out for a single prompt of {len(rows[0])} tokens and {new_tokens} new ones",
-                "Lower --max-new-tokens, or use a smaller --dtype.",
-            ) from error
-    # Outside of the handler, where the exception no longer holds on to the tensors.
-    half = len(rows) // 2
-    return [
-        tokens for part in (rows[:half], rows[half:]) for tokens in _decode_within_memory(model, part, new_tokens, ends)
-    ]
 
 
 def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _Ends) -> list[list[int]]:
@@ -102,11 +96,7 @@ def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _End
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=limit - ids.shape[1],
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
+            **GREEDY,
             eos_token_id=sorted(ends.tokens) or None,
             pad_token_id=min(ends.tokens, default=0),
             stopping_criteria=[watch],

@@ -17,6 +17,7 @@ import torch
 
 from rrcli.batching import context_length
 from rrcli.costs import countable, held_bytes
+from rrcli.decoding import GREEDY
 from rrcli.heap import return_freed_memory
 from rrcli.recursion.caches import argument_of
 from rrcli.recursion.chunked import ChunkedDecoding
@@ -117,13 +118,9 @@ def _generate(model: Any, ids: torch.Tensor, new_tokens: int, decoding: Any) -> 
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
         eos_token_id=None,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
         pad_token_id=0,
         custom_generate=decoding,
+        **GREEDY,
     )
 
 

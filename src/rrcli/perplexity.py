@@ -87,7 +87,7 @@ def score_documents(
         progress.advance(sum(len(window.targets) for window in windows[:done]))
         budget = _budget(readout, windows, settings, entries, reporter) if done < len(windows) else 1
         for batch in batches(windows[done:], budget, lambda window: len(window.ids)):
-            entry = {"batch_tokens": budget, **_joined(halving(partial(_score, readout), batch))}
+            entry = {"batch_tokens": budget, **_joined(halving(partial(_score, readout), batch, _too_large))}
             for (number, _), nll in zip(entry["windows"], entry["nll"], strict=True):
                 if not all(map(math.isfinite, nll)):
                     raise RRError(
@@ -144,6 +144,13 @@ def _score(readout: Readout, batch: list[_Window]) -> dict[str, Any]:
         "correct": _sums(scores.predictions.eq(targets).long().cpu(), lengths),
         "chunks": asdict(_chunks(readout, scores, targets, lengths)),
     }
+
+
+def _too_large(window: _Window) -> RRError:
+    return RRError(
+        f"the device is out of memory for a single row of {len(window.ids)} tokens",
+        "Take a shorter --max-length, or --device cpu.",
+    )
 
 
 def _sums(values: Tensor, lengths: list[int]) -> list[list[Any]]:

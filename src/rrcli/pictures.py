@@ -33,6 +33,7 @@ def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) ->
     import torch
 
     from rrcli.batching import context_length
+    from rrcli.decoding import GREEDY
     from rrcli.rendering import encode_prompt
 
     ids = encode_prompt(tokenizer, prompt)[-max(1, context_length(model) - new_tokens) :]
@@ -47,13 +48,9 @@ def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) ->
         inputs,
         attention_mask=torch.ones_like(inputs),
         max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
         pad_token_id=tokenizer.eos_token_id or 0,
-        **({} if decoding is None else {"custom_generate": decoding}),
+        custom_generate=decoding,
+        **GREEDY,
     )[0, len(ids) :].tolist()
     trace = decoding.traces[0] if decoding is not None else None
     if trace is None or len(trace.passes) < len(sequence):  # no recursion, or one that was decoded token by token

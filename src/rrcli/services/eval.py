@@ -57,31 +57,16 @@ def evaluate(
     source = workspace.resolve(model) if model else workspace.stage_model(stage)
     make_folder(file.parent)
     inputs = eval_inputs(settings, stage, model_fingerprint(source, directory), data_identity(settings, directory))
-    data = held_out_data(
-        settings, directory, settings.problems, settings.max_samples, reasoning=not settings.skip_reasoning
-    )
-    data = replace(
-        data,
-        prompts=read_prompts(settings.prompts, directory) if settings.prompts else data.prompts,
-        harness=load_tasks(harness_tasks(settings.harness, directory)),
-    )
+    data = _data(settings, directory)
     training = _training(source)
     _check_problems(data, settings, training, directory, reporter)
-    if data.notice:
-        reporter.note(data.notice)
-    if len(data.documents) < data.held_out:
-        reporter.warn(
-            f"only {len(data.documents):,} of {data.held_out:,} held-out documents are scored (--max-samples, chosen "
-            f"with seed {settings.seed}): for trying out, not for claims"
-        )
+    _tell_about(data, settings, reporter)
 
     from rrcli.evaluation import evaluate_model
 
     loaded, tokenizer = load_for(settings, source, directory)
-    trained_on_chat = training.get("chat_template", settings.chat_template) if training else settings.chat_template
-    if tokenizer.chat_template and trained_on_chat != settings.chat_template:
-        form = "through the chat template" if trained_on_chat else "as plain text"
-        reporter.warn(f"the model was shown problems {form} in training, which is not how they are asked here")
+    if tokenizer.chat_template:
+        _check_form(settings, training, reporter)
     measuring = _set_up_recursion(loaded, source, settings, directory, use_recursive)
     recursion = getattr(loaded, "recursion", None)
     shape = recursion.config.to_dict() if recursion is not None else None
@@ -106,7 +91,6 @@ def evaluate(
             _add_relevance(measured, baseline, reporter)
             if tracker is not None:
                 tracker.log_scalar(f"evaluation/{stage}/relevance", measured["metrics"]["relevance"]["value"], step)
-        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in data.texts(tokenizer, settings)]
         results = {
             "schema": SCHEMA,
             "kind": "evaluation",
@@ -121,15 +105,7 @@ def evaluate(
                 "recursion": shape,
                 "depth": measured["depth"],
             },
-            "data": {
-                "source": data.source,
-                "fingerprint": combine(tokens, [problem.key for problem in data.problems]),
-                "documents": len(data.documents),
-                "held_out": data.held_out,
-                "tokens": sum(map(len, tokens)),
-                "tasks": [task.spec for task in data.tasks],
-                "harness": [task.name for task in data.harness],
-            },
+            "data": _described(data, tokenizer, settings),
             "settings": asdict(settings),
             "provenance": provenance(settings, directory, device, dtype),
             "training": training,
@@ -143,6 +119,51 @@ def evaluate(
         write_json(file, finite(results))
         log.end()
     return EvalResult(stage, results, file)
+
+
+def _data(settings: EvalSettings, directory: Path) -> EvalData:
+    """Read the held-out documents and problems, the prompts and the tasks of lm-eval."""
+    data = held_out_data(
+        settings, directory, settings.problems, settings.max_samples, reasoning=not settings.skip_reasoning
+    )
+    return replace(
+        data,
+        prompts=read_prompts(settings.prompts, directory) if settings.prompts else data.prompts,
+        harness=load_tasks(harness_tasks(settings.harness, directory)),
+    )
+
+
+def _tell_about(data: EvalData, settings: EvalSettings, reporter: Reporter) -> None:
+    """Say what was left out of the text."""
+    if data.notice:
+        reporter.note(data.notice)
+    if len(data.documents) < data.held_out:
+        reporter.warn(
+            f"only {len(data.documents):,} of {data.held_out:,} held-out documents are scored (--max-samples, chosen "
+            f"with seed {settings.seed}): for trying out, not for claims"
+        )
+
+
+def _check_form(settings: EvalSettings, training: dict[str, Any] | None, reporter: Reporter) -> None:
+    """Warn where problems are not asked in the form, chat or plain text, that the training showed them in."""
+    in_chat = training.get("chat_template", settings.chat_template) if training else settings.chat_template
+    if in_chat != settings.chat_template:
+        form = "through the chat template" if in_chat else "as plain text"
+        reporter.warn(f"the model was shown problems {form} in training, which is not how they are asked here")
+
+
+def _described(data: EvalData, tokenizer: Any, settings: EvalSettings) -> dict[str, Any]:
+    """Return what the results say of the data: where it is from, how much of it there is, and its identity."""
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in data.texts(tokenizer, settings)]
+    return {
+        "source": data.source,
+        "fingerprint": combine(tokens, [problem.key for problem in data.problems]),
+        "documents": len(data.documents),
+        "held_out": data.held_out,
+        "tokens": sum(map(len, tokens)),
+        "tasks": [task.spec for task in data.tasks],
+        "harness": [task.name for task in data.harness],
+    }
 
 
 def _log_summary(tracker: MetricsTracker, measured: dict[str, Any], step: int) -> None:

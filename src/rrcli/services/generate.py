@@ -70,7 +70,7 @@ def generate(
     import torch
 
     from rrcli.batching import context_length
-    from rrcli.decoding import StopStrings
+    from rrcli.decoding import GREEDY, StopStrings
     from rrcli.rendering import encode_prompt
 
     model, tokenizer = load_for(settings, source, directory)
@@ -89,10 +89,10 @@ def generate(
     stop = stop_strings(settings.stop)
     stream = _Stream(tokenizer, take, stop)
     decoding = _decoding(settings, recursion, stream)
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options = dict(GREEDY)
     if settings.temperature > 0:
-        options = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
-        options["top_k"] = settings.top_k
+        options |= {"do_sample": True, "temperature": settings.temperature}
+        options |= {"top_p": settings.top_p, "top_k": settings.top_k}
     if stop:
         options["stopping_criteria"] = [StopStrings(tokenizer, stop, ids.shape[1])]
     torch.manual_seed(settings.seed)
@@ -101,7 +101,6 @@ def generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=min(settings.max_new_tokens, room),
-        num_beams=1,
         pad_token_id=tokenizer.eos_token_id or 0,
         **options,
         **({"streamer": stream} if decoding is None else {"custom_generate": decoding}),
