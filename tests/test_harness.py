@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rrcli
+from rrcli import demo
 from rrcli.answers import solve_problems
 from rrcli.data import EvalData
 from rrcli.errors import RRError, UsageError
@@ -19,11 +20,12 @@ from rrcli.problem_files import FileTask
 from rrcli.reporting import Silent
 from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings
+from rrcli.tasks import Task
 
 pytest.importorskip("lm_eval")
 
 GENERATE = """
-task: sums
+task: rows
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 output_type: generate_until
@@ -63,10 +65,9 @@ metadata: {{version: 1.0}}
 SETTINGS = EvalSettings(max_new_tokens=16, num_fewshot=-1)
 
 
-def sums(count=40):
-    for i in range(count):
-        a, b, c = i % 7 + 1, (i % 5 + 2) * (i % 4 + 1), i % 3 + 1
-        yield f"State the final answer to the following arithmetic problem: {a} + {b} - {c} =", str(a + b - c)
+def rows(count=40):
+    for problem in Task(demo.TASKS[0]).problems(count, seed=0, held_out=True):
+        yield problem.question, problem.answer
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +79,8 @@ def offline(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    file = tmp_path / "sums.jsonl"
-    file.write_text("\n".join(json.dumps({"question": question, "answer": answer}) for question, answer in sums()))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"question": question, "answer": answer}) for question, answer in rows()))
     for name, text in (("generate", GENERATE), ("choice", CHOICE), ("rolling", ROLLING)):
         (tmp_path / f"{name}.yaml").write_text(text.format(file=file))
     return tmp_path
@@ -97,13 +98,13 @@ def test_generated_answers_and_exact_match_are_those_of_our_own_path(folder, dep
     model, tokenizer = rrcli.load("default")
     if depth is not None:
         recursive(model, depth)
-    task = FileTask("sums.jsonl:held_out=all", folder)
+    task = FileTask("rows.jsonl:held_out=all", folder)
     data = EvalData(tasks=(task,), problems=tuple(task.all))
     ours = solve_problems(model, tokenizer, data, SETTINGS, depth or 0, Silent())
     metrics, samples = run_harness(model, tokenizer, load_tasks([str(folder / "generate.yaml")]), SETTINGS, Silent())
     assert [record["outputs"][-1].strip() for record in ours] == [sample["output"] for sample in samples]
     assert [float(record["strict"][-1]) for record in ours] == [sample["score"] for sample in samples]
-    found = metrics["harness/sums/exact_match/strict"]
+    found = metrics["harness/rows/exact_match/strict"]
     assert found["value"] == sum(record["strict"][-1] for record in ours) / len(ours)
     assert found["low"] <= found["value"] <= found["high"]
     assert (found["n"], found["better"]) == (40, "higher")
@@ -147,18 +148,18 @@ def test_results_reach_the_metrics_and_the_records(folder):
     data = EvalData(harness=load_tasks(harness_tasks(["choice.yaml , generate.yaml"], folder)))
     assert len(names) == 3
     found = evaluate_model(model, tokenizer, data, settings=EvalSettings(max_samples=7))
-    assert {"harness/choices/acc", "harness/sums/exact_match/strict"} <= found["metrics"].keys()
+    assert {"harness/choices/acc", "harness/rows/exact_match/strict"} <= found["metrics"].keys()
     assert found["metrics"]["harness/choices/acc"]["n"] == 7
     records = found["records"]["harness"]
-    assert {record["task"] for record in records} == {"choices", "sums"}
+    assert {record["task"] for record in records} == {"choices", "rows"}
     assert all(record["score"] in (0.0, 1.0) for record in records)
     assert len({(record["task"], record["metric"], record["key"]) for record in records}) == len(records) == 14
 
 
 def test_a_folder_stands_for_all_of_its_tasks(folder):
-    assert sorted(task.name for task in load_tasks(harness_tasks(["."], folder))) == ["choices", "sums", "text"]
+    assert sorted(task.name for task in load_tasks(harness_tasks(["."], folder))) == ["choices", "rows", "text"]
     assert {file.name for file in task_files(["generate.yaml"], folder)} == {"generate.yaml"}
-    assert {"choice.yaml", "sums.jsonl"} <= {file.name for file in task_files(["."], folder)}
+    assert {"choice.yaml", "rows.jsonl"} <= {file.name for file in task_files(["."], folder)}
     assert task_files(["gsm8k"], folder) == []
 
 
@@ -168,7 +169,7 @@ def test_solved_examples_are_put_in_front(folder):
     for shots in (-1, 2):
         [task] = load_tasks([str(folder / "generate.yaml")])
         run_harness(model, tokenizer, [task], EvalSettings(num_fewshot=shots, max_samples=3), Silent())
-        prompts.append(task.loaded["tasks"]["sums"].instances[0].args[0])
+        prompts.append(task.loaded["tasks"]["rows"].instances[0].args[0])
     assert prompts[0].count("Question:") == 1
     assert prompts[1].count("Question:") == 3
 
@@ -236,7 +237,7 @@ def test_a_folder_without_tasks_is_a_usage_error(tmp_path):
 
 
 def test_data_that_cannot_be_reached_is_named_with_its_task(folder):
-    (folder / "remote.yaml").write_text(GENERATE.format(file="/not/there.jsonl").replace("task: sums", "task: gone"))
+    (folder / "remote.yaml").write_text(GENERATE.format(file="/not/there.jsonl").replace("task: rows", "task: gone"))
     with pytest.raises(RRError, match=r"remote\.yaml' cannot be loaded: .*not/there") as caught:
         load_tasks([str(folder / "remote.yaml")])
     assert "HF_HUB_OFFLINE" in caught.value.hint
@@ -247,7 +248,7 @@ def test_data_that_cannot_be_reached_is_named_with_its_task(folder):
 
 def test_what_lm_eval_refuses_is_told_in_its_words(folder):
     model, tokenizer = rrcli.load("default")
-    text = GENERATE.format(file=folder / "sums.jsonl").replace("max_gen_toks: 16", "max_gen_toks: 99999")
+    text = GENERATE.format(file=folder / "rows.jsonl").replace("max_gen_toks: 16", "max_gen_toks: 99999")
     (folder / "long.yaml").write_text(text)
     with pytest.raises(RRError, match=r"lm-eval cannot run .*max"):
         run_harness(model, tokenizer, load_tasks([str(folder / "long.yaml")]), SETTINGS, Silent())
