@@ -21,7 +21,7 @@ from rrcli.services.surgery import surgery
 from rrcli.settings import GenerateSettings, SurgerySettings
 from rrcli.ui import TerminalReporter
 
-PROMPT = "Tom has a red ball and"
+PROMPT = "Once upon a time"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rrcli
+from rrcli import demo
 from rrcli.answers import solve_problems
 from rrcli.data import EvalData
 from rrcli.errors import RRError, UsageError
@@ -65,9 +66,8 @@ SETTINGS = EvalSettings(max_new_tokens=16, num_fewshot=-1)
 
 
 def rows(count=40):
-    """Questions that the embedded model answers in part."""
-    task = Task("row_steps:min_steps=1,max_steps=6")
-    return [(problem.question, problem.answer) for problem in task.problems(count, 0, held_out=True)]
+    for problem in Task(demo.TASKS[0]).problems(count, seed=0, held_out=True):
+        yield problem.question, problem.answer
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import rrcli
 from operating import logits, operate, sidecar, skeleton_of, written
-from rrcli import verification
+from rrcli import demo, verification
 from rrcli.cli import app
 from rrcli.errors import CheckFailed, RRError
 from rrcli.inspection import inspect_weights
@@ -199,7 +199,9 @@ def rr(*arguments: str, directory: Path) -> Any:
 def test_the_table_says_what_was_added_and_what_it_costs(tmp_path: Path) -> None:
     shown = rr("--export", "alone", directory=tmp_path)
     assert shown.exit_code == 0, shown.stderr
-    for words in ("llama", "0:4 run again", "bit-identical", "KiB/token", "MFLOPs", "FlopCounterMode", "do not grow"):
+    layers = AutoConfig.from_pretrained(demo.MODEL_DIR).num_hidden_layers
+    again = f"0:{layers} run again"
+    for words in ("llama", again, "bit-identical", "KiB/token", "MFLOPs", "FlopCounterMode", "do not grow"):
         assert words in shown.stdout
     assert str(tmp_path / "alone") in shown.stdout.replace("\n", "")
     assert "rr eval --stage after_surgery" in shown.stdout

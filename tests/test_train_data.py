@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median_low
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import rrcli
 from rrcli.errors import Interrupted, RRError
+from rrcli.rendering import encode_prompt
 from rrcli.reporting import Silent
 from rrcli.services import train as service
 from rrcli.services.surgery import surgery
 from rrcli.settings import SurgerySettings, TrainSettings
+from rrcli.tasks import Task, prompt_of
 
 SETTINGS = TrainSettings(
     steps=3, batch_size=8, lr=1e-4, sidecar_lr=1e-4, warmup_steps=2, save_interval=3, eval_interval=0, max_length=96
@@ -159,15 +162,18 @@ def test_no_example_is_longer_than_the_context(operated):
 
 
 def test_a_step_always_has_something_to_learn(operated):
-    """A single example of 32 tokens, which the prompts of some problems fill, and of others always do."""
-    settings = {"batch_size": 1, "steps": 12, "max_length": 32, "task_share": 1.0, "run_name": "short"}
-    reporter = Silent()
+    """A single example, of a length that the prompts of some problems fill, and of others always do."""
     task = "chain_sum:min_terms=2,max_terms=4,min_digits=2,max_digits=4"
+    tokenizer = rrcli.load("default")[1]
+    problems = Task(task).problems(40, seed=0, held_out=False)
+    length = median_low(len(encode_prompt(tokenizer, prompt_of(problem.question))) for problem in problems)
+    settings = {"batch_size": 1, "steps": 12, "max_length": length, "task_share": 1.0, "run_name": "short"}
+    reporter = Silent()
     service.train(changed(task=(task,), **settings), "recursive", operated, reporter)
     assert len(curve(operated, "short")) == 12
     assert [message for message in reporter.warnings if "had nothing to learn within it" in message]
     task = "chain_sum:min_terms=9,max_terms=9,min_digits=4,max_digits=4"
-    with pytest.raises(RRError, match=f"64 examples in a row of {task} leave nothing to learn in 32 tokens"):
+    with pytest.raises(RRError, match=f"64 examples in a row of {task} leave nothing to learn in {length} tokens"):
         service.train(changed(task=(task,), **settings), "recursive", operated, Silent(), restart=True)
 
 
