@@ -9,14 +9,20 @@ from rrcli.errors import UsageError
 from rrcli.tasks import Task
 
 
-def test_a_step_compares_every_cell_with_the_one_on_its_left():
-    row = [1, 0, 0, 0, 0, 0]
-    assert [evolve(row, steps) for steps in range(4)] == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 0, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
+def test_one_cell_grows_into_the_triangle_of_rule_30():
+    row = [1, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert [evolve(row, steps) for steps in range(5)] == [
+        [1, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 0, 0],
+        [1, 1, 0, 1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 0, 1],
     ]
+
+
+def test_a_cell_depends_on_nothing_behind_it():
+    row = [1, 0, 1, 1, 0, 0, 1]
+    assert evolve([*row, 1, 1], 4)[: len(row)] == evolve(row, 4)
 
 
 def test_steps_add_up():

@@ -21,15 +21,15 @@ PRETRAIN_TASKS = (
 # Evaluation and fine-tuning reach the harder end. Rows take one more step of thought for each step asked for, so a
 # fixed number of layers runs out; the last task only copies digits to other places, and serves as the control.
 TASKS = (
-    "row_steps:min_steps=1,max_steps=3",
-    "row_steps:min_steps=4,max_steps=6",
+    "row_steps:min_steps=2,max_steps=3",
+    "row_steps:min_steps=4,max_steps=5",
     "rotate_matrix:min_n=2,max_n=2,min_rotations=0,max_rotations=3",
 )
 
 # What `rr setup` writes into rr.toml for the embedded model, beside the defaults.
 SETTINGS = {
     "train": {
-        "steps": 400,
+        "steps": 600,
         "batch_size": 128,
         "lr": 2e-3,
         "sidecar_lr": 2e-3,
@@ -40,5 +40,5 @@ SETTINGS = {
         "eval_interval": 200,
         "eval_samples": 16,
     },
-    "eval": {"problems": 400, "max_new_tokens": 16},
+    "eval": {"problems": 500, "max_new_tokens": 16},
 }

@@ -1,8 +1,10 @@
 """The task `row_steps`: a row of cells after some steps of one simple rule, as a reasoning-gym generator.
 
-In a step every cell becomes 1 if it differs from the cell on its left, else 0 (outside the row is 0): the elementary
-cellular automaton of rule 60. One step is a glance at a neighbour. After several steps a cell depends on cells far to
-its left, and what a fixed number of layers can work out at once runs out; going on from an intermediate row is easy.
+In a step every cell becomes 1 if the cell two to its left differs from "it or its left neighbour is 1", else 0 (outside
+the row is 0): the elementary cellular automaton of rule 30, moved one cell to the right, so that a cell depends on what
+stands before it alone. One step is a glance at two neighbours. Several have no shortcut (those of a linear rule have:
+eight steps of rule 60 are one exclusive or), so what a fixed number of layers can work out at once runs out; going on
+from an intermediate row is easy.
 """
 
 from __future__ import annotations
@@ -15,9 +17,7 @@ from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import register_dataset
 
 NAME = "row_steps"
-QUESTION = (
-    "In one step every cell becomes 1 if it differs from the cell on its left, else 0. Take {steps} steps from: {row}"
-)
+QUESTION = "Take {steps} steps of rule 30, moved one cell to the right, from: {row}"
 
 
 @dataclass
@@ -61,7 +61,7 @@ class RowStepsDataset(ProceduralDataset):
 def evolve(row: list[int], steps: int) -> list[int]:
     """Return the row after some steps."""
     for _ in range(steps):
-        row = [cell ^ left for left, cell in zip([0, *row], row, strict=False)]
+        row = [far ^ (left | cell) for far, left, cell in zip([0, 0, *row], [0, *row], row, strict=False)]
     return row
 
 
