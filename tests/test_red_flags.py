@@ -11,8 +11,8 @@ from rrcli import red_flags
 from rrcli.red_flags import RedFlags
 
 
-def raised(losses, steps=None, refine=None, feedback=0.1, memory=0.3, depth=2) -> list[str]:
-    flags, found = RedFlags(steps or len(losses)), []
+def raised(losses, steps=None, refine=None, feedback=0.1, memory=0.3, depth=2, guessing=math.inf) -> list[str]:
+    flags, found = RedFlags(steps or len(losses), guessing=guessing), []
     for step, loss in enumerate(losses, start=1):
         scalars = {"train/loss/final_ce": loss, "train/feedback_norm": feedback if step > 1 else 0.0}
         scalars["train/generation/avg_refine_steps"] = refine if refine is not None else 1.4
@@ -40,6 +40,12 @@ def test_a_loss_that_does_not_fall_is_said_once(drift):
 def test_a_loss_that_explodes_is_said_once():
     curve = FALLING + noisy([1.5 + step * 0.2 for step in range(60)])
     assert raised(curve, steps=400) == [red_flags.EXPLODING]
+
+
+def test_a_model_ruined_in_its_first_steps_is_said_to_explode_and_not_to_learn_too_slowly():
+    curve = [1.2, 2.5, 6.6, *noisy([12.7 + step / 50 for step in range(97)])]
+    assert raised(curve, guessing=math.log(1024)) == [red_flags.EXPLODING]
+    assert raised(noisy([6.95 - step / 200 for step in range(100)]), guessing=math.log(1024)) == []
 
 
 @pytest.mark.parametrize("seed", range(5))

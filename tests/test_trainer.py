@@ -360,13 +360,18 @@ def test_a_loss_that_does_not_fall_is_seen(operated, monkeypatch):
     from rrcli import red_flags
 
     monkeypatch.setattr(red_flags, "FIRST_JUDGEMENT", 12)
-    reporter = Silent()
-    # Nothing is learnt, and the last batches of this seed are harder than the first: 0.88 and 1.34 nats.
-    settings = changed(run_name="flat", steps=12, batch_size=2, lr=0.0, seed=2)
-    service.train(settings, "vanilla", operated, reporter, restart=True)
-    [said] = [message for message in reporter.warnings if message.startswith(red_flags.NOT_FALLING)]
-    assert "try a higher --lr" in said
-    assert texts(operated, "flat", "train/red_flags") == [said]
+    seen = []
+    for seed in range(6):  # nothing is learnt: by chance, the last batches are harder than the first, or easier
+        reporter, name = Silent(), f"flat-{seed}"
+        settings = changed(run_name=name, steps=12, batch_size=2, lr=0.0, seed=seed)
+        service.train(settings, "vanilla", operated, reporter, restart=True)
+        said = [message for message in reporter.warnings if message.startswith(red_flags.NOT_FALLING)]
+        losses = curve(operated, name, "train/loss/final_ce")
+        assert bool(said) == (sum(losses[-4:]) >= sum(losses[:4]))
+        assert all("try a higher --lr" in message for message in said)
+        assert not said or texts(operated, name, "train/red_flags") == said
+        seen.append(bool(said))
+    assert {True, False} == set(seen)
 
 
 def test_a_learning_rate_that_is_too_high_is_seen(operated):

@@ -29,10 +29,12 @@ class RedFlags:
     Args:
         steps: how many the training will have: judgements about trends wait for half of them.
         raised: what an earlier process of the same run has said already.
+        guessing: nats of a guess among all tokens, which no model should stay above.
     """
 
-    def __init__(self, steps: int, raised: list[str] | None = None) -> None:
+    def __init__(self, steps: int, raised: list[str] | None = None, guessing: float = math.inf) -> None:
         self.raised = list(raised or ())
+        self._guessing = guessing
         self._judged_at = max(FIRST_JUDGEMENT, steps // 2)
         self._window = self._judged_at // 3
         self._losses: list[float] = []
@@ -55,9 +57,12 @@ class RedFlags:
             found[EXPLODING] = (
                 f"it is {recent:.2f} nats, it was {self._lowest:.2f}: try a lower --lr, or more --warmup-steps"
             )
+        # A rate that is far too high ruins a model before a low point is known.
+        elif len(self._losses) >= SMOOTHING and recent > self._guessing + max(EXPLODED_NATS, EXPLODED_ERRORS * error):
+            found[EXPLODING] = f"{recent:.2f} nats are more than a guess takes ({self._guessing:.2f}): try a lower --lr"
         if len(self._losses) >= SMOOTHING // 2 and recent < self._lowest:
             self._lowest, self._lowest_error = recent, error
-        if len(self._losses) == self._judged_at:
+        if len(self._losses) == self._judged_at and EXPLODING not in {*self.raised, *found}:
             (first, _), (last, _) = _mean(self._losses[: self._window]), _mean(self._losses[-self._window :])
             if last >= first:
                 found[NOT_FALLING] = (

@@ -136,7 +136,8 @@ class Trainer:
             RRError: a loss that is not finite, a callback that failed, no memory left. Interrupted: stopped and saved.
         """
         settings, spent = self.settings, self.progress.spent
-        flags = RedFlags(settings.steps, self.progress.raised)
+        guessing = math.log(self.computation.readout.vocabulary)
+        flags = RedFlags(settings.steps, self.progress.raised, guessing)
         self.progress.raised = flags.raised
         history: list[float] = []
         self.model.train()
