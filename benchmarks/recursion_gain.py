@@ -233,9 +233,10 @@ def plot(groups: dict[str, dict[str, list[bool]]], file: Path) -> None:
         for offset, (column, color) in enumerate(colors.items()):
             found = [wilson(sum(group[column]), len(group[column])) for group in groups.values()]
             heights = [100 * e.value for e in found]
-            reach = [[100 * (e.value - e.low) for e in found], [100 * (e.high - e.value) for e in found]]
+            # Rounding may leave a hair less than nothing.
+            reach = zip(*([max(0.0, 100 * d) for d in (e.value - e.low, e.high - e.value)] for e in found), strict=True)
             places = [i + 0.27 * (offset - 1) for i in range(len(found))]
-            axes.bar(places, heights, 0.25, yerr=reach, color=color, ecolor="#808080", label=column)
+            axes.bar(places, heights, 0.25, yerr=[*reach], color=color, ecolor="#808080", label=column)
         axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
         axes.set_ylabel("held-out problems answered correctly, %")
         axes.spines[:].set_color("#808080")

@@ -69,5 +69,6 @@ def test_scoring_and_refining_use_it_and_a_plain_forward_does_not(what, taken):
     else:
         recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=1))
         recursion.depth = 1
+        model.generation_config.eos_token_id = None  # or there may be nothing to refine
         model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=rrcli.ChunkedDecoding())
     assert len(taken) > model.config.num_hidden_layers
