@@ -191,6 +191,24 @@ def table(title: str, by_row: dict[str, list[Answers]], reference: list[Answers]
     return lines
 
 
+def by_generator(folders: list[Path], by_row: dict[str, list[Answers]]) -> list[str]:
+    """Return a table as `table` does for each generator of problems, of the rows that matter most."""
+    generators: dict[str, set[str]] = {}
+    for folder in folders:
+        for record in read(folder / "eval_results", "baseline")["records"]["problems"]:
+            generators.setdefault(record["task"].partition(":")[0], set()).add(record["key"])
+    chosen = ("vanilla, equal tokens", "vanilla, equal FLOPs", f"recursive, depth {max_depth(folders[0])}")
+    lines = []
+    for name, keys in generators.items():
+        cut = {
+            row: [Answers({k: right for k, right in a.correct.items() if k in keys}, a.passes) for a in by_row[row]]
+            for row in chosen
+        }
+        count = len(cut[chosen[0]][0].correct)
+        lines += ["", *table(f"{name}, {count} problems", cut, cut[chosen[0]])]
+    return lines
+
+
 def by_difficulty(folders: list[Path]) -> tuple[list[str], dict[str, dict[str, list[bool]]]]:
     """Return a table of accuracy by difficulty, all seeds together, and the answers behind it."""
     groups: dict[str, dict[str, list[bool]]] = {}
@@ -285,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
     count = len(reference[0].correct)
     lines, groups = by_difficulty(folders)
     report = [f"{options.model}, seeds {options.seeds}, {count} held-out problems each.", ""]
-    report += [*table("run", by_row, reference), "", *lines, "", *costs(folders)]
+    report += [*table("run", by_row, reference), *by_generator(folders, by_row), "", *lines, "", *costs(folders)]
     if options.ablations or options.shrunken:
         shape = layer_settings(options.model)
         ablated = {"as above": [by_row[f"recursive, depth {max_depth(folders[0])}"][0]]}
