@@ -302,7 +302,12 @@ def main(arguments: list[str] | None = None) -> None:
     reference = next(iter(by_row.values()))
     count = len(reference[0].correct)
     lines, groups = by_difficulty(folders)
-    report = [f"{options.model}, seeds {options.seeds}, {count} held-out problems each.", ""]
+    report = ["# What the recursion gains", "", "![accuracy by difficulty](recursion_gain.png)", ""]
+    report += [
+        "Written by `python benchmarks/recursion_gain.py`. Passes are those after pass 0; p is McNemar's, exact.",
+        "",
+    ]
+    report += [f"{options.model}, seeds {options.seeds}, {count} held-out problems each.", ""]
     report += [*table("run", by_row, reference), *by_generator(folders, by_row), "", *lines, "", *costs(folders)]
     if options.ablations or options.shrunken:
         shape = layer_settings(options.model)

@@ -116,8 +116,10 @@ class Scorer:
 
     def __init__(self, name: str, who: str, count: int) -> None:
         command = [sys.executable, __file__, "--serve", name, who, "--documents", str(count)]
+        # `rr` lets its threads sleep while they wait; lm-eval leaves that to torch.
+        environment = os.environ | ({"OMP_WAIT_POLICY": "PASSIVE"} if who == "rr" else {})
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, text=True, **pipes)
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
 
     def __call__(self, start: int, stop: int, step: int, *how: Any) -> tuple[float, list[float]]:
         """Score `documents[start:stop:step]`: the wall time in seconds, and the nats of each."""

@@ -76,6 +76,36 @@ def test_every_way_scores_every_pass_like_plain_logits(family, way, monkeypatch)
     torch.testing.assert_close(torch.stack(scores.states), torch.stack([state[scored] for state in states]))
 
 
+@every_family
+def test_padding_on_the_right_changes_no_score(family):
+    """No mask is passed on for it, as nothing looks there."""
+    padding_changes_no_score(family, "right")
+
+
+def test_padding_on_the_left_changes_no_score():
+    """Here a mask has to be passed on; one family shows that it is."""
+    padding_changes_no_score("llama", "left")
+
+
+@torch.no_grad()
+def padding_changes_no_score(family, side):
+    model, _ = awake(family)
+    readout, ids = Readout(model), tokens()
+    short = ids[1, : ids.shape[1] - 4]
+    padding = ids[0, :4]  # real tokens, which would be heard if anything listened
+    mask = torch.ones_like(ids)
+    mask[1, slice(-4, None) if side == "right" else slice(4)] = 0
+    both = torch.stack([ids[0], torch.cat([short, padding] if side == "right" else [padding, short])])
+    targets = both.roll(-1, 1)
+    scored = mask.bool() & mask.bool().roll(-1, 1)
+    scored[:, -1] = False
+    found = readout.score(both, mask, scored, targets[scored])
+    alone = [readout.score(row[None], torch.ones_like(row[None]), torch.arange(len(row))[None] < len(row) - 1, row[1:])
+             for row in (ids[0], short)]  # fmt: skip
+    expected = torch.cat([scores.losses for scores in alone], dim=1)
+    torch.testing.assert_close(found.losses, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("changes", [{"word_embed_proj_dim": 16}, {"do_layer_norm_before": False}])
 @torch.no_grad()
 def test_variants_of_opt_have_other_tails(changes):

@@ -71,8 +71,28 @@ def test_difficulty_counts_all_seeds_and_takes_the_deepest_pass(gain, tmp_path):
         "| row_steps, steps 2 | 8 | 0.0 | 0.0 | 100.0 | 0.008 |",
     ]
     pytest.importorskip("matplotlib")
+    # All of 255 right: the interval's end is below the share by a rounding error.
+    groups["easy"] = {column: [True] * 255 for column in ("baseline", "vanilla", "recursive")}
     gain.plot(groups, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_generator_is_paired_on_its_own_problems(gain, tmp_path):
+    kinds = ["row_steps:max_steps=3"] * 8 + ["rotate_matrix:max_n=2"] * 4
+    found = results([[False]] * 12)
+    for record, task in zip(found["records"]["problems"], kinds, strict=True):
+        record["task"] = task
+    write_json(tmp_path / "eval_results" / "baseline_results.json", found)
+    write_json(tmp_path / "eval_results" / "finetuned_recursive_results.json", {"model": {"depth": 2}})
+    right = [gain.Answers({str(i): value for i in range(12)}) for value in (False, True)]
+    recursive = gain.Answers({str(i): i < 8 for i in range(12)}, 2.0)
+    rows = {"vanilla, equal tokens": right[:1], "vanilla, equal FLOPs": right[1:], "recursive, depth 2": [recursive]}
+    text = "\n".join(gain.by_generator([tmp_path], rows))
+    rows_alone, control = text.split("rotate_matrix, 4 problems")
+    assert "row_steps, 8 problems" in rows_alone
+    assert "| recursive, depth 2 | 100.0 | 2.00 | +100.0 | 0.008 |" in rows_alone
+    assert "| recursive, depth 2 | 0.0 | 2.00 | +0.0 | 1 |" in control
+    assert "| vanilla, equal FLOPs | 100.0 | 0.00 | +100.0 | 0.1 |" in control
 
 
 @pytest.mark.slow

@@ -381,3 +381,12 @@ def test_a_learning_rate_that_is_too_high_is_seen(operated):
     service.train(settings, "vanilla", operated, reporter, restart=True)
     assert [m for m in reporter.warnings if m.startswith("loss exploding")]
     assert math.isfinite(curve(operated, "wild")[-1])
+
+
+def test_a_learning_rate_that_ruins_the_model_at_once_is_seen(operated):
+    """The loss has no low point; what gives it away is that a guess among all tokens would do better."""
+    reporter = Silent()
+    settings = changed(run_name="ruined", steps=30, batch_size=2, lr=1.0, warmup_steps=0, schedule="constant")
+    service.train(settings, "vanilla", operated, reporter, restart=True)
+    [said] = [m for m in reporter.warnings if m.startswith("loss exploding")]
+    assert "more than a guess takes (6.93)" in said

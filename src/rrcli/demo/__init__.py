@@ -18,8 +18,8 @@ PRETRAIN_TASKS = (
     "rotate_matrix:min_n=2,max_n=2,min_rotations=0,max_rotations=3",
 )
 
-# Evaluation and fine-tuning reach the harder end. Rows take one more step of thought for each step asked for, so a
-# fixed number of layers runs out; the last task only copies digits to other places, and serves as the control.
+# Evaluation and fine-tuning reach the harder end. Rows take one more step of thought for each step asked for; the
+# last task only copies digits to other places, and serves as the control.
 TASKS = (
     "row_steps:min_steps=2,max_steps=3",
     "row_steps:min_steps=4,max_steps=5",

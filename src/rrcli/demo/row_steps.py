@@ -2,9 +2,8 @@
 
 In a step every cell becomes 1 if the cell two to its left differs from "it or its left neighbour is 1", else 0 (outside
 the row is 0): the elementary cellular automaton of rule 30, moved one cell to the right, so that a cell depends on what
-stands before it alone. One step is a glance at two neighbours. Several have no shortcut (those of a linear rule have:
-eight steps of rule 60 are one exclusive or), so what a fixed number of layers can work out at once runs out; going on
-from an intermediate row is easy.
+stands before it alone. One step is a glance at two neighbours, and a cell after k steps depends on 2k + 1 cells. The
+rule is not linear: the steps of a linear one collapse (eight steps of rule 60 are a single exclusive or).
 """
 
 from __future__ import annotations
