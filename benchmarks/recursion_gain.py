@@ -212,14 +212,20 @@ def by_generator(folders: list[Path], by_row: dict[str, list[Answers]]) -> list[
 def by_difficulty(folders: list[Path]) -> tuple[list[str], dict[str, dict[str, list[bool]]]]:
     """Return a table of accuracy by difficulty, all seeds together, and the answers behind it."""
     groups: dict[str, dict[str, list[bool]]] = {}
-    columns = {"baseline": "baseline", "vanilla": VANILLA, "recursive": RECURSIVE}
+    evaluated = Path("eval_results")
+    columns = {
+        "baseline": (evaluated, "baseline"),
+        "vanilla": (evaluated, VANILLA),
+        "vanilla, equal FLOPs": (Path(MATCHED), VANILLA),
+        "recursive": (evaluated, RECURSIVE),
+    }
     for folder in folders:
-        for column, stage in columns.items():
-            for record in read(folder / "eval_results", stage)["records"]["problems"]:
+        for column, (place, stage) in columns.items():
+            for record in read(folder / place, stage)["records"]["problems"]:
                 group = groups.setdefault(difficulty(record), {name: [] for name in columns})
                 group[column].append(record["correct"][-1])
     groups = dict(sorted(groups.items()))
-    lines = ["| problems | n | " + " | ".join(f"{name}, %" for name in columns) + " | p |", "|---|---|---|---|---|---|"]
+    lines = ["| problems | n | " + " | ".join(f"{name}, %" for name in columns) + " | p |", "|---" * 7 + "|"]
     for name, group in groups.items():
         shares = " | ".join(f"{100 * mean(group[column]):.1f}" for column in columns)
         p_value = mcnemar(group["recursive"], group["vanilla"]).p_value
@@ -247,18 +253,23 @@ def plot(groups: dict[str, dict[str, list[bool]]], file: Path) -> None:
 
     with pyplot.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "#808080")):
         figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
-        colors = {"baseline": "#909090", "vanilla": "#4c8fd6", "recursive": "#e8762c"}
+        colors = {
+            "baseline": "#909090",
+            "vanilla": "#4c8fd6",
+            "vanilla, equal FLOPs": "#1f4e8c",
+            "recursive": "#e8762c",
+        }
         for offset, (column, color) in enumerate(colors.items()):
             found = [wilson(sum(group[column]), len(group[column])) for group in groups.values()]
             heights = [100 * e.value for e in found]
             # Rounding may leave a hair less than nothing.
             reach = zip(*([max(0.0, 100 * d) for d in (e.value - e.low, e.high - e.value)] for e in found), strict=True)
-            places = [i + 0.27 * (offset - 1) for i in range(len(found))]
-            axes.bar(places, heights, 0.25, yerr=[*reach], color=color, ecolor="#808080", label=column)
+            places = [i + 0.21 * (offset - 1.5) for i in range(len(found))]
+            axes.bar(places, heights, 0.19, yerr=[*reach], color=color, ecolor="#808080", label=column)
         axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
         axes.set_ylabel("held-out problems answered correctly, %")
         axes.spines[:].set_color("#808080")
-        axes.legend(frameon=False)
+        figure.legend(frameon=False, ncols=len(colors), loc="outside upper center")
         figure.savefig(file, dpi=150, transparent=True)
 
 

@@ -63,16 +63,17 @@ def test_difficulty_counts_all_seeds_and_takes_the_deepest_pass(gain, tmp_path):
     for seed in ("a", "b"):
         write_json(tmp_path / seed / "eval_results" / "baseline_results.json", results([[False]] * 8))
         write_json(tmp_path / seed / "eval_results" / "finetuned_vanilla_results.json", results([[True], [False]] * 4))
+        write_json(tmp_path / seed / gain.MATCHED / "finetuned_vanilla_results.json", results([[True]] * 8))
         deepest = results([[False, True]] * 8)
         write_json(tmp_path / seed / "eval_results" / "finetuned_recursive_results.json", deepest)
     lines, groups = gain.by_difficulty([tmp_path / "a", tmp_path / "b"])
     assert lines[2:] == [
-        "| row_steps, steps 1 | 8 | 0.0 | 100.0 | 100.0 | 1 |",
-        "| row_steps, steps 2 | 8 | 0.0 | 0.0 | 100.0 | 0.008 |",
+        "| row_steps, steps 1 | 8 | 0.0 | 100.0 | 100.0 | 100.0 | 1 |",
+        "| row_steps, steps 2 | 8 | 0.0 | 0.0 | 100.0 | 100.0 | 0.008 |",
     ]
     pytest.importorskip("matplotlib")
     # All of 255 right: the interval's end is below the share by a rounding error.
-    groups["easy"] = {column: [True] * 255 for column in ("baseline", "vanilla", "recursive")}
+    groups["easy"] = {column: [True] * 255 for column in groups["row_steps, steps 1"]}
     gain.plot(groups, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
