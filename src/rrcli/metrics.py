@@ -118,6 +118,12 @@ def task_labels(specs: Iterable[str]) -> dict[str, str]:
     return {spec: name if names.count(name) == 1 else spec for spec, name in zip(specs, names, strict=True)}
 
 
+def stability_label(name: str) -> str:
+    """Return what `stability@1`, or `decode/stability@1`, is called in tables."""
+    where, _, step = name.rpartition("stability@")
+    return f"Stability at pass {step}{', decoding' if where else ''}"
+
+
 def distinct_n(tokens: Sequence[int], n: int = 2) -> float:
     """Return the share of n-grams that are distinct (Li et al. 2016); 1 for a text without any n-gram."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]

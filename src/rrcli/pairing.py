@@ -9,7 +9,7 @@ from typing import Any
 
 from rrcli import stats
 from rrcli.comparison import Cell, Claim, Results, Row
-from rrcli.metrics import METRICS, Metric, document_totals, from_ratio, task_labels
+from rrcli.metrics import METRICS, Metric, document_totals, from_ratio, stability_label, task_labels
 
 # What a record of each part must agree on, beside its key, to be the same record.
 IDENTITY = {
@@ -154,10 +154,8 @@ def tested_metrics(results: list[Results]) -> dict[str, Metric]:
             shown |= {key: _harness_metric(key, names[key]) for key in names if key.startswith("harness/")}
         elif name in ("commit_rate", "decode/commit_rate"):
             prefix = name.replace("commit_rate", "stability@")
-            where = ", decoding" if "/" in name else ""
             depths = [key for key in names if key.startswith(prefix)]
-            label = "Stability at pass {}{}".format
-            shown |= {key: Metric(label(key.removeprefix(prefix), where), "", "", "shown") for key in depths}
+            shown |= {key: Metric(stability_label(key), "", "", "shown") for key in depths}
     return shown
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +136,14 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
 
     def difficulty_charts() -> Iterator[Chart]:
         levels = sorted({r["difficulty"] for result in results for r in _graded(result)}, key=_natural)
-        if levels:
-            values = {stage: _by_difficulty(result, levels) for stage, result in named.items()}
-            label = labels["reasoning_accuracy"]
-            yield Chart(label, charts.against(values, stages, "difficulty", label, ticks=list(map(str, levels))))
+        label = labels["reasoning_accuracy"]
+        # One chart for each task: a line from one task to another would mean nothing.
+        for words, group in groupby(levels, lambda level: _natural(level)[0]):
+            same = list(group)
+            values = {stage: _by_difficulty(result, same) for stage, result in named.items()}
+            ticks = [str(level).removeprefix(words).strip() or str(level) for level in same]
+            yield Chart(f"{label}: {words}" if words else label,
+                        charts.against(values, stages, words or "difficulty", label, ticks=ticks))  # fmt: skip
 
     def cost_charts() -> Iterator[Chart]:
         for cost, x_label in COSTS.items():

@@ -218,7 +218,7 @@ def show_export(folder: Any) -> None:
 
 def show_eval(result: EvalResult) -> None:
     """Print a stage's metrics, and by depth where there is recursion."""
-    from rrcli.metrics import METRICS
+    from rrcli.metrics import METRICS, stability_label
 
     metrics = result.results["metrics"]
     table = Table(box=SIMPLE_HEAD, title=result.stage, title_justify="left")
@@ -227,6 +227,7 @@ def show_eval(result: EvalResult) -> None:
     for name, entry in metrics.items():
         known = METRICS.get(name)
         label, unit = (known.label, known.unit) if known else (name.replace("_", " ").capitalize(), "")
+        label = stability_label(name) if "stability@" in name else label
         if name.startswith("reasoning_accuracy"):
             label, unit = f"  {name.rpartition('/')[2]}" if "/" in name else label, "%"
         label = name.removeprefix("harness/") if name.startswith("harness/") else label

@@ -32,7 +32,7 @@ from rrcli.tasks import Problem, Task, prompt_of
 STORIES = 4000
 TOKENIZER_PROBLEMS = 1500  # a task, from TASKS and PRETRAIN_TASKS alike
 
-STEPS = 1200
+STEPS = 2000
 STORIES_PER_STEP, PROBLEMS_PER_STEP = 8, 72
 MICRO_BATCHES = 4
 PEAK_LR, FINAL_LR_SHARE, WARMUP_STEPS = 3e-3, 0.05, 100
@@ -105,12 +105,12 @@ def prompts_for_tokenizer(seed: int) -> Iterator[str]:
 
 
 def create_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return a freshly initialised Llama of about 200,000 parameters."""
+    """Return a freshly initialised Llama of about 170,000 parameters."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=176,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT,

@@ -25,7 +25,7 @@ class RowStepsConfig:
 
     min_steps: int = 1
     max_steps: int = 6
-    length: int = 12
+    length: int = 14
     seed: int | None = None
     size: int = 500
 

@@ -78,7 +78,13 @@ class Readout:
         self.way = "tiles" if tiles.can_be_tiled(self.projection) else "rows"
 
     def passes(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Passes:
-        """Return the hidden states of every pass; a model without recursion has pass 0 only. See `Recursion.passes`."""
+        """Return the hidden states of every pass; a model without recursion has pass 0 only. See `Recursion.passes`.
+
+        What stands behind a position has no part in it, so padding on the right needs no mask: attention is told that
+        it is causal, and does half of the work.
+        """
+        if attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
+            attention_mask = None
         if self.recursion is not None:
             return self.recursion.passes(input_ids, attention_mask, position_ids)
         told = {} if position_ids is None else {"position_ids": position_ids}
@@ -130,10 +136,7 @@ class Readout:
     def _score(self, input_ids: Tensor, attention_mask: Tensor, scored: Tensor, targets: Tensor) -> Scores:
         if self.way == "plain":
             return self._plain(input_ids, attention_mask, scored, targets)
-        # What stands behind a position has no part in it, so padding on the right needs no mask: attention is told
-        # that it is causal, and does half of the work.
-        on_the_right = bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
-        passes = self.passes(input_ids, None if on_the_right else attention_mask)
+        passes = self.passes(input_ids, attention_mask)
         losses, predictions = [], []
         for hidden in passes.hidden:
             if self.way == "tiles":
