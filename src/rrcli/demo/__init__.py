@@ -21,20 +21,20 @@ PRETRAIN_TASKS = (
 # Evaluation and fine-tuning reach the harder end. Rows take one more step of thought for each step asked for; the
 # last task only copies digits to other places, and serves as the control.
 TASKS = (
-    "row_steps:min_steps=2,max_steps=2",
-    "row_steps:min_steps=3,max_steps=3",
+    "row_steps:min_steps=2,max_steps=3",
+    "row_steps:min_steps=4,max_steps=4",
     "rotate_matrix:min_n=2,max_n=2,min_rotations=0,max_rotations=3",
 )
 
 # What `rr setup` writes into rr.toml for the embedded model, beside the defaults.
 SETTINGS = {
     "train": {
-        "steps": 800,
+        "steps": 600,
         "batch_size": 128,
         "lr": 2e-3,
         "sidecar_lr": 2e-3,
-        "max_length": 56,
-        "task_share": 0.9,
+        "max_length": 64,
+        "task_share": 0.8,
         "masked_weight": 0.3,
         "supervised_share": 1.0,
         "eval_interval": 200,
