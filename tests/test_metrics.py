@@ -185,3 +185,8 @@ def test_every_metric_says_how_it_is_compared() -> None:
     for metric in metrics.METRICS.values():
         assert metric.kind in {"documents", "problems", "prompts", "cost", "shown"}
         assert metric.better in {"lower", "higher", ""}
+
+
+def test_stability_is_named_by_its_pass() -> None:
+    assert metrics.stability_label("stability@1") == "Stability at pass 1"
+    assert metrics.stability_label("decode/stability@12") == "Stability at pass 12, decoding"

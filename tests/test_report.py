@@ -124,6 +124,20 @@ def test_a_browser_shows_it(written: tuple[Path, str, dict[str, Any]], width: in
         assert bright == ([True, False] if dark else [False, True])
 
 
+def test_each_task_has_its_own_chart_by_difficulty(tmp_path: Path) -> None:
+    made = four_stages()
+    for stage in made:
+        for i, problem in enumerate(stage["records"]["problems"]):
+            problem["difficulty"] = ("sums, terms 2", "sums, terms 10", "grids, n 3")[i % 3]
+    publish(tmp_path, *made)
+    page, _ = report(tmp_path)
+    labels = re.findall(r'<figure[^>]*aria-label="([^"]*)"', page)
+    assert [label for label in labels if label.startswith("By difficulty")] == [
+        "By difficulty: Reasoning accuracy, %: grids, n",
+        "By difficulty: Reasoning accuracy, %: sums, terms",
+    ]
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     publish(tmp_path, stage_results("baseline"))
     page, _ = report(tmp_path)
