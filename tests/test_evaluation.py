@@ -61,7 +61,8 @@ def test_perplexity_agrees_with_lm_eval(default, length):
     assert values["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-6)
     assert values["byte_perplexity"] == pytest.approx(math.exp(nats / size), rel=1e-6)
     words = sum(len(text.split()) + text.endswith(" ") for text in TEXTS)
-    assert values["word_perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-6)
+    # These texts cost the embedded model about 19 nats a word: what is 1e-7 of the nats is 19 times that of their exp.
+    assert math.log(values["word_perplexity"]) == pytest.approx(nats / words, rel=1e-6)
 
 
 def test_token_accuracy_and_loss_equal_plain_logits(default):
