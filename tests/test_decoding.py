@@ -50,13 +50,15 @@ def counted(model, monkeypatch):
     return rows
 
 
-@pytest.mark.parametrize("recursive", [False, True], ids=["stock", "recursive"])
+@pytest.mark.parametrize("way", ["stock", "every pass", "in chunks"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_rows_that_leave_change_no_other_row(family, recursive, monkeypatch):
+def test_rows_that_leave_change_no_other_row(family, way, monkeypatch):
     model, prompts = build(family), prompts_of()
-    if recursive:
+    if way != "stock":
         wake(attach(model, RecursionConfig(max_steps=2)))
+    if way == "every pass":
+        monkeypatch.setattr(decoding, "_in_chunks", lambda model: False)
     plain = alone(model, prompts)
     # End tokens that occur early in some texts and late or never in others.
     ends = {text[place] for text, place in zip(plain[::2], (1, 4, 7, 10), strict=True)}
@@ -68,15 +70,20 @@ def test_rows_that_leave_change_no_other_row(family, recursive, monkeypatch):
     for number, (text, cut) in enumerate(zip(plain, cuts, strict=True)):
         assert found[number].tokens == text[:cut]
         assert found[number].ended == (cut is not None)
-    if family != "mamba2":  # its cache goes by a name under which `generate` cannot go on
+    if way == "in chunks" and decoding._in_chunks(model):
+        assert rows == [len(prompts)]  # rows leave inside the call
+    elif family != "mamba2":  # its cache goes by a name under which `generate` cannot go on
         assert len(rows) > 1
         assert rows == sorted(rows, reverse=True)
         assert rows[-1] < rows[0]
 
 
+@pytest.mark.parametrize("recursive", [False, True])
 @torch.no_grad()
-def test_a_stop_string_ends_a_row_and_cuts_its_text(monkeypatch):
+def test_a_stop_string_ends_a_row_and_cuts_its_text(recursive, monkeypatch):
     model, prompts, tokenizer = build("llama"), prompts_of(), Letters()
+    if recursive:
+        wake(attach(model, RecursionConfig(max_steps=2)))
     plain = [tokenizer.decode(text) for text in alone(model, prompts)]
     stop = [plain[0][3:5], plain[3][8:11], "never"]
     rows = counted(model, monkeypatch)
@@ -87,7 +94,23 @@ def test_a_stop_string_ends_a_row_and_cuts_its_text(monkeypatch):
         assert found[number].ended == (end is not None)
     assert any(d.ended for d in found.values())
     assert not all(d.ended for d in found.values())
-    assert len(rows) > 1
+    assert (len(rows) > 1) != recursive
+
+
+@pytest.mark.parametrize(
+    ("depth", "dtype", "expected"),
+    [(None, "float32", False), (0, "float32", False), (1, "float32", True), (1, "bfloat16", False)],
+)
+@torch.no_grad()
+def test_chunks_are_for_passes_in_full_precision(depth, dtype, expected, monkeypatch):
+    """Elsewhere there is nothing to draft for, or a chunk might choose another of two equal logits."""
+    model, prompts = build("llama").to(getattr(torch, dtype)), prompts_of()
+    if depth is not None:
+        wake(attach(model, RecursionConfig(max_steps=2))).depth = depth
+    used = []
+    monkeypatch.setattr(decoding, "ChunkedDecoding", lambda: used.append(True) or rrcli.ChunkedDecoding())
+    list(decode(model, Letters(), prompts, NEW, 10_000))
+    assert bool(used) == expected
 
 
 def test_a_stop_string_may_lie_across_tokens_of_a_real_tokenizer():

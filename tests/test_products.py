@@ -5,70 +5,97 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-import rrcli
+from families import build, wake
+from rrcli.decoding import decode
 from rrcli.recursion import products
-from rrcli.recursion.products import OneDNN
+from rrcli.recursion.chunked import ChunkedDecoding
+from rrcli.recursion.config import RecursionConfig
+from rrcli.recursion.engine import attach
+from rrcli.recursion.products import linear, through_onednn, usable
 from rrcli.recursion.readout import Readout
+
+needs_onednn = pytest.mark.skipif(not usable(), reason="this torch or this processor has no oneDNN")
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Record the shapes of the products that oneDNN is given."""
-    shapes = []
-    real = products.linear
+    """Record the shapes of the products that oneDNN is given, of however few weights."""
+    shapes, real = [], products._by_onednn
 
-    def linear(rows, weight, bias=None):
+    def by_onednn(rows, weight, bias):
         shapes.append((tuple(rows.shape), tuple(weight.shape)))
         return real(rows, weight, bias)
 
-    monkeypatch.setattr(products, "linear", linear)
+    monkeypatch.setattr(products, "_by_onednn", by_onednn)
+    monkeypatch.setattr(products, "FEWEST_WEIGHTS", 1)
     return shapes
 
 
-@pytest.mark.skipif(not OneDNN().usable, reason="this torch or this processor has no oneDNN")
+@needs_onednn
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(16, 48), (2, 40, 48), (3, 1, 64, 48)])
 @torch.no_grad()
 def test_products_agree_with_double_precision(shape, bias, taken):
     torch.manual_seed(0)
     layer, rows = nn.Linear(48, 80, bias=bias), torch.randn(shape)
-    with OneDNN():
+    with through_onednn(layer):
         found = layer(rows)
     assert taken == [(shape, (80, 48))]
     torch.testing.assert_close(found.double(), layer.double()(rows.double()), rtol=1e-5, atol=1e-5)
 
 
-def test_what_it_cannot_do_stays_with_torch(taken):
+def test_what_it_cannot_do_stays_with_torch(taken, monkeypatch):
     layer, rows = nn.Linear(48, 80), torch.randn(32, 48)
-    with OneDNN():
+    with through_onednn(layer):
         layer(rows).sum().backward()  # gradients
         assert layer.weight.grad is not None
-        with torch.no_grad():
-            layer(rows[:1])  # one row
-            F.linear(rows, torch.randn(48, 80).T)  # not contiguous
-            nn.Linear(48, 80, dtype=torch.bfloat16)(rows.bfloat16())
-            nn.Linear(48, 80, dtype=torch.float64)(rows.double())
+    with torch.no_grad(), through_onednn(layer):
+        layer(rows[:1])  # one row
     with torch.no_grad():
+        linear(rows, torch.randn(48, 80).T)  # not contiguous
+        for dtype in (torch.bfloat16, torch.float64):
+            other = nn.Linear(48, 80, dtype=dtype)
+            with through_onednn(other):
+                other(rows.to(dtype))
         layer(rows)  # left
+        monkeypatch.setattr(products, "FEWEST_WEIGHTS", 48 * 80 + 1)
+        with through_onednn(layer):
+            layer(rows)  # small
     assert taken == []
 
 
-@pytest.mark.skipif(not OneDNN().usable, reason="this torch or this processor has no oneDNN")
-@pytest.mark.parametrize("what", ["scoring", "refining"])
+@needs_onednn
 @torch.no_grad()
-def test_scoring_and_refining_use_it_and_a_plain_forward_does_not(what, taken):
-    model, _ = rrcli.load("default", dtype="float32", device="cpu")
+def test_a_forward_that_somebody_replaced_is_kept(taken):
+    """As accelerate does for weights that lie elsewhere; and where it is entered twice, the first one ends it."""
+    mine, plain, rows = nn.Linear(48, 80), nn.Linear(48, 80), torch.randn(32, 48)
+    mine.forward = lambda rows: rows[:, :1]
+    both = nn.ModuleList([mine, plain])
+    with through_onednn(both), through_onednn(both):
+        assert mine(rows).shape == (32, 1)
+        plain(rows)
+    assert len(taken) == 1
+    assert "forward" in vars(mine)
+    assert "forward" not in vars(plain)
+
+
+@needs_onednn
+@pytest.mark.parametrize("what", ["scoring", "refining", "decoding"])
+@torch.no_grad()
+def test_batches_use_it_and_a_plain_forward_does_not(what, taken):
+    model = build("llama")
     ids = torch.arange(3, 35)[None]
     model(ids)
     assert taken == []
     if what == "scoring":
         mask = torch.ones_like(ids)
         Readout(model).score(ids, mask, mask.bool(), ids[0])
+    elif what == "refining":
+        wake(attach(model, RecursionConfig(max_steps=1))).depth = 1
+        model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=ChunkedDecoding())
     else:
-        recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=1))
-        recursion.depth = 1
-        model.generation_config.eos_token_id = None  # or there may be nothing to refine
-        model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=rrcli.ChunkedDecoding())
+        from test_decoding import Letters
+
+        list(decode(model, Letters(), [[3, 4, 5], [6, 7, 8]], 4, 100))
     assert len(taken) > model.config.num_hidden_layers

@@ -36,7 +36,7 @@ from rrcli.errors import UsageError
 from rrcli.recursion import caches
 from rrcli.recursion.chunks import COMMIT_THRESHOLD, ChunkTotals
 from rrcli.recursion.engine import Record
-from rrcli.recursion.products import OneDNN
+from rrcli.recursion.products import through_onednn
 from rrcli.recursion.proof import LOW_PRECISION, TOLERANCE
 from rrcli.recursion.rows import Chooser, Rows
 
@@ -125,10 +125,11 @@ class ChunkedDecoding:
         rows.pending = [0] * model.recursion.depth if self.adaptive and _can_lag(model.recursion, cache) else None
         width = self.width or model.recursion.config.chunk_width
         committed = width
-        while rows.active:
-            # Where drafts fail early, a long one is for nothing: at most twice what the last chunk committed.
-            room = rows.room(stopping_criteria.max_length, width)
-            committed = self._chunk(rows, chooser, min(width, 2 * committed, room))
+        with through_onednn(model):
+            while rows.active:
+                # Where drafts fail early, a long one is for nothing: at most twice what the last chunk committed.
+                room = rows.room(stopping_criteria.max_length, width)
+                committed = self._chunk(rows, chooser, min(width, 2 * committed, room))
         if self.streamer is not None:
             self.streamer.end()
         for trace, new in zip(self.traces, rows.new, strict=True):
@@ -217,7 +218,7 @@ class ChunkedDecoding:
         if not record.entries:
             return rows.forward(chunk)
         known = torch.cat(record.entries, 1), torch.cat(record.states, 1)
-        with recursion.recording(drafted=known), OneDNN():
+        with recursion.recording(drafted=known):
             logits = rows.forward(chunk)
         drafted.restore(rows.cache, layers=recursion.end)
         return logits

@@ -4,54 +4,66 @@ In fp32 torch multiplies with MKL, which on processors of other makers than its 
 AMD EPYC with AVX-512, products of 512 rows with a small model's weights run at 142 to 198 GFLOPS with MKL and at 186 to
 217 with oneDNN, which torch ships too; with 16 rows the layers of SmolLM2-135M take 78 ms with MKL and 51 with oneDNN
 (with one row, 40 and 38). The results agree up to rounding.
-
-Looking at every call of torch costs a few milliseconds a forward: too much for a forward on one token.
 """
 
 from __future__ import annotations
 
+import functools
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 # One row is bound by reading the weights, and any library is as good.
 FEWEST_ROWS = 2
+# Below so many weights, finding the way to the product takes longer than the product.
+FEWEST_WEIGHTS = 2**16
 
 
-class OneDNN(TorchFunctionMode):
-    """While it is entered, `linear` of fp32 tensors on an x86 CPU runs through oneDNN. Without gradients only."""
+@contextmanager
+def through_onednn(model: nn.Module) -> Iterator[None]:
+    """While it is entered, the plain linear layers of `model` call `linear`. Only where gradients are off.
 
-    def __init__(self) -> None:
-        super().__init__()
-        found = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        self.usable = found and platform.machine() in ("x86_64", "AMD64")
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a function of torch, `linear` in our way."""
-        if function is F.linear and self.usable and not kwargs and self._fits(*args):
-            return linear(*args)
-        return function(*args, **(kwargs or {}))
-
-    def _fits(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-        plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (rows, weight))
-        return (
-            plain
-            and not torch.is_grad_enabled()
-            and rows.device.type == weight.device.type == "cpu"
-            and rows.dtype == weight.dtype == torch.float32
-            and (bias is None or bias.dtype == torch.float32)
-            and weight.is_contiguous()
-            and rows.numel() >= FEWEST_ROWS * weight.shape[1]
-        )
+    Layers that are of another class, or whose forward somebody else has replaced, stay as they are.
+    """
+    layers = [layer for layer in model.modules() if _gains(layer)] if usable() else []
+    for layer in layers:
+        layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `rows @ weight.T + bias` by oneDNN: `[..., in]` and `[out, in]` give `[..., out]`, all fp32 on a CPU."""
+    """Return `rows @ weight.T + bias`, `[..., in]` and `[out, in]` give `[..., out]`: by oneDNN where that can be."""
+    plain = type(rows) is Tensor and rows.device.type == weight.device.type == "cpu"
+    same = rows.dtype == weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
+    many = rows.numel() >= FEWEST_ROWS * weight.shape[1] and weight.numel() >= FEWEST_WEIGHTS
+    if plain and same and many and usable() and weight.is_contiguous() and not torch.is_grad_enabled():
+        return _by_onednn(rows, weight, bias)
+    return F.linear(rows, weight, bias)
+
+
+@functools.cache
+def usable() -> bool:
+    """Tell whether this torch, on this processor, has oneDNN's product."""
+    found = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return found and platform.machine() in ("x86_64", "AMD64")
+
+
+def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+def _forward(layer: Any, rows: Tensor) -> Tensor:
+    return linear(rows, layer.weight, layer.bias)
+
+
+def _gains(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and layer.weight.numel() >= FEWEST_WEIGHTS

@@ -28,7 +28,7 @@ from rrcli.errors import RRError
 from rrcli.recursion import tiles
 from rrcli.recursion.engine import Passes, shadowed
 from rrcli.recursion.families import find_layout
-from rrcli.recursion.products import OneDNN
+from rrcli.recursion.products import through_onednn
 
 # Logits that exist at a time, in elements: 64 MiB in fp32.
 LOGITS_AT_A_TIME = 2**24
@@ -130,7 +130,7 @@ class Readout:
             input_ids, attention_mask: `[batch, position]`; scored: the same shape, True at n positions.
             targets: `[n]` the token that follows each of them.
         """
-        with OneDNN():
+        with through_onednn(self.model):
             return self._score(input_ids, attention_mask, scored, targets)
 
     def _score(self, input_ids: Tensor, attention_mask: Tensor, scored: Tensor, targets: Tensor) -> Scores:

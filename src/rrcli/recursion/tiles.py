@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from rrcli.recursion.products import linear
 
 ROWS = 512
 COLUMNS = {"cpu": 2048}
@@ -68,7 +69,7 @@ class _Projection:
         self.bias = None if head.bias is None else head.bias[begin : begin + columns]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight, self.bias)
+        return linear(hidden, self.weight, self.bias)
 
 
 class _OwnTarget:
