@@ -86,7 +86,7 @@ def compute_losses(
     loss_bearing = labels.ne(-100)
     targets = labels[loss_bearing]
 
-    final, final_prediction = readout.token_losses(passes.hidden[-1][loss_bearing], targets)
+    final, final_prediction = readout.token_losses(passes.hidden[-1][loss_bearing], targets, predict=depth > 0)
     parts = {"final_ce": final.sum() / tokens_in_step}
     if depth == 0:
         total = weights.final * parts["final_ce"]

@@ -102,25 +102,31 @@ class Readout:
         with shadowed(self.projection, projection):
             return self.logits(rows)
 
-    def token_losses(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def token_losses(self, rows: Tensor, targets: Tensor, *, predict: bool = True) -> tuple[Tensor, Tensor]:
         """Return each row's cross-entropy (nats, fp32) and its most likely token.
 
         Works through the rows in chunks so that at most `LOGITS_AT_A_TIME` logits exist; with gradients on, a chunk's
         logits are recomputed in the backward pass instead of being kept.
 
         Args:
-            rows: `[n, hidden]` readouts; targets: `[n]` token ids.
+            rows: `[n, hidden]` readouts; targets: `[n]` token ids. predict: False for no tokens.
         """
         size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
-        if len(rows) <= size:
-            return self._losses(rows, targets)
-        parts = []
+        chunks = len(rows.split(size)) if predict else 0
+        losses, predictions = [], list[Tensor]()
+
+        def losses_of(chunk: Tensor, target: Tensor) -> Tensor:
+            logits = self.logits(chunk).float()
+            if len(predictions) < chunks:  # not when they are recomputed
+                predictions.append(logits.detach().argmax(-1))
+            return _cross_entropy(logits, target)
+
         for chunk, target in zip(rows.split(size), targets.split(size), strict=True):
-            if torch.is_grad_enabled():
-                parts.append(checkpoint(self._losses, chunk, target, use_reentrant=False))
+            if torch.is_grad_enabled() and len(rows) > size:
+                losses.append(checkpoint(losses_of, chunk, target, use_reentrant=False))
             else:
-                parts.append(self._losses(chunk, target))
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+                losses.append(losses_of(chunk, target))
+        return torch.cat(losses), torch.cat(predictions) if predict else targets[:0]
 
     @torch.no_grad()
     def score(self, input_ids: Tensor, attention_mask: Tensor, scored: Tensor, targets: Tensor) -> Scores:
@@ -220,17 +226,14 @@ class Readout:
         losses, predictions = [], []
         for k in range(depth + 1):
             logits = self._plain_logits(ids, mask, k)[scored]
-            parts = [_cross_entropy(*pair) for pair in zip(logits.split(size), targets.split(size), strict=True)]
-            losses.append(torch.cat([loss for loss, _ in parts]))
-            predictions.append(torch.cat([prediction for _, prediction in parts]))
+            pairs = zip(logits.split(size), targets.split(size), strict=True)
+            losses.append(torch.cat([_cross_entropy(part.float(), target) for part, target in pairs]))
+            predictions.append(logits.argmax(-1))
         return Scores(torch.stack(losses), torch.stack(predictions), [state[scored] for state in states])
 
     def _plain_logits(self, ids: Tensor, mask: Tensor, depth: int) -> Tensor:
         with self.recursion.at_depth(depth) if self.recursion is not None else nullcontext():
             return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-
-    def _losses(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return _cross_entropy(self.logits(rows), targets)
 
     @contextmanager
     def _backbone_returning(self, hidden: Tensor) -> Iterator[None]:
@@ -245,12 +248,9 @@ class Readout:
                 self.recursion.depth = depth
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of `[n, vocabulary]` logits (nats, fp32), and their most likely tokens."""
-    logits = logits.float()
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy of `[n, vocabulary]` logits (nats, fp32)."""
     if torch.is_grad_enabled():  # fused, and training is not after the sixth digit
-        losses = F.cross_entropy(logits, targets, reduction="none")
-    else:
-        # On a CPU, torch's log_softmax is off by about 1e-5 nats over a vocabulary of 49,152; its logsumexp is not.
-        losses = logits.logsumexp(1) - logits.gather(1, targets[:, None]).squeeze(1)
-    return losses, logits.detach().argmax(-1)
+        return F.cross_entropy(logits, targets, reduction="none")
+    # On a CPU, torch's log_softmax is off by about 1e-5 nats over a vocabulary of 49,152; its logsumexp is not.
+    return logits.logsumexp(1) - logits.gather(1, targets[:, None]).squeeze(1)
