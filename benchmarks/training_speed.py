@@ -37,6 +37,7 @@ from torch.nn import functional as F
 import rrcli
 from rrcli import trainer as trainer_module
 from rrcli.batching import Batch
+from rrcli.heap import keep_freed_memory
 from rrcli.optimization import BETAS
 from rrcli.performance import peak_resident_mb, reset_peak_resident
 from rrcli.recursion.losses import LossWeights, compute_losses, sample_windows
@@ -176,6 +177,7 @@ def main() -> int:
     if options.alone:
         added_alone(options.alone, options.batch, options.tokens)
         return 0
+    keep_freed_memory()  # as `rr` does; the Trainer gains from it too
     memory = {way: added(way, options) for way in ("ours", "naive")}
     model = smollm2()
     # Its weights are plain floats by now; the Trainer would refuse what says that it was quantised.
