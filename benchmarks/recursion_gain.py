@@ -191,6 +191,25 @@ def table(title: str, by_row: dict[str, list[Answers]], reference: list[Answers]
     return lines
 
 
+def ablation_table(title: str, folders: dict[str, Path], reference: Answers) -> list[str]:
+    """Return a Markdown table of recursions trained in other ways, at every depth, with what their training cost."""
+    lines = [
+        f"| {title} | accuracy at depth 0, 1, ..., % | points over vanilla | p | training FLOPs |",
+        "|---|---|---|---|---|",
+    ]
+    for name, folder in folders.items():
+        results = read(folder / "eval_results", RECURSIVE)
+        depths = [at_depth(results, depth) for depth in range(results["model"]["depth"] + 1)]
+        keys = sorted(reference.correct)
+        found = mcnemar([depths[-1].correct[k] for k in keys], [reference.correct[k] for k in keys])
+        (spent,) = spent_by([folder], RECURSIVE)
+        accuracies = ", ".join(f"{answers.accuracy:.1f}" for answers in depths)
+        lines.append(
+            f"| {name} | {accuracies} | {100 * found.value:+.1f} | {found.p_value:.1g} | {spent['flops']:.3g} |"
+        )
+    return lines
+
+
 def by_generator(folders: list[Path], by_row: dict[str, list[Answers]]) -> list[str]:
     """Return a table as `table` does for each generator of problems, of the rows that matter most."""
     generators: dict[str, set[str]] = {}
@@ -233,12 +252,17 @@ def by_difficulty(folders: list[Path]) -> tuple[list[str], dict[str, dict[str, l
     return lines, groups
 
 
+def spent_by(folders: list[Path], name: str) -> list[dict[str, float]]:
+    """Return what a training cost in each folder: steps, tokens, FLOPs, seconds."""
+    files = [checkpoints(folder / "checkpoints" / name)[-1] / "metrics.json" for folder in folders]
+    return [json.loads(file.read_text(encoding="utf-8"))["training"] for file in files]
+
+
 def costs(folders: list[Path]) -> list[str]:
     """Return a table of what the trainings cost, means over the seeds."""
     lines = ["| training | steps | tokens | FLOPs | seconds |", "|---|---|---|---|---|"]
     for name in (VANILLA, MATCHED, RECURSIVE):
-        files = [checkpoints(folder / "checkpoints" / name)[-1] / "metrics.json" for folder in folders]
-        spent = [json.loads(file.read_text(encoding="utf-8"))["training"] for file in files]
+        spent = spent_by(folders, name)
         steps, tokens, flops, seconds = (mean(s[key] for s in spent) for key in ("steps", "tokens", "flops", "seconds"))
         lines.append(f"| {name} | {steps:.0f} | {tokens:,.0f} | {flops:.3g} | {seconds:.0f} |")
     return lines
@@ -322,14 +346,13 @@ def main(arguments: list[str] | None = None) -> None:
     report += [*table("run", by_row, reference), *by_generator(folders, by_row), "", *lines, "", *costs(folders)]
     if options.ablations or options.shrunken:
         shape = layer_settings(options.model)
-        ablated = {"as above": [by_row[f"recursive, depth {max_depth(folders[0])}"][0]]}
+        ablated = {"as above": folders[0]}
         for name in names:
             folder = options.output / re.sub(r"\W+", "-", name).strip("-")
             changes = {key: value.format(**shape) for key, value in ABLATIONS[name].items()}
             ablate(folder, options.seeds[0], settings | changes, given)
-            results = read(folder / "eval_results", RECURSIVE)
-            ablated[name] = [at_depth(results, results["model"]["depth"])]
-        report += ["", *table(f"ablation, seed {options.seeds[0]}", ablated, reference)]
+            ablated[name] = folder
+        report += ["", *ablation_table(f"ablation, seed {options.seeds[0]}", ablated, reference[0])]
     text = "\n".join(report) + "\n"
     (options.output / "recursion_gain.md").write_text(text, encoding="utf-8")
     print(text, end="")
