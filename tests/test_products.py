@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from families import build, wake
 from rrcli.decoding import decode
@@ -12,7 +13,7 @@ from rrcli.recursion import products
 from rrcli.recursion.chunked import ChunkedDecoding
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
-from rrcli.recursion.products import linear, through_onednn, usable
+from rrcli.recursion.products import FLOPS, linear, through_onednn, usable
 from rrcli.recursion.readout import Readout
 
 needs_onednn = pytest.mark.skipif(not usable(), reason="this torch or this processor has no oneDNN")
@@ -45,13 +46,33 @@ def test_products_agree_with_double_precision(shape, bias, taken):
     torch.testing.assert_close(found.double(), layer.double()(rows.double()), rtol=1e-5, atol=1e-5)
 
 
+@needs_onednn
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_and_their_flops_are_those_of_torch(bias, frozen, taken):
+    torch.manual_seed(0)
+    layer, rows = nn.Linear(48, 80, bias=bias).double(), torch.randn(2, 16, 48, dtype=torch.float64)
+    layer.requires_grad_(not frozen)
+    counted, gradients = [], []
+    for dtype in (torch.float64, torch.float32):
+        layer, rows = layer.to(dtype), rows.detach().to(dtype).requires_grad_()
+        layer.zero_grad()
+        with through_onednn(layer), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+            (layer(rows) ** 2).sum().backward()
+        gradients.append([rows.grad, *(p.grad for p in layer.parameters() if not frozen)])
+        counted.append(counter.get_total_flops())
+    assert len(taken) == 2  # the product, and the gradient of the rows
+    assert counted[0] == counted[1] == 2 * 32 * 48 * 80 * (2 if frozen else 3)
+    for found, expected in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-4)
+
+
 def test_what_it_cannot_do_stays_with_torch(taken, monkeypatch):
     layer, rows = nn.Linear(48, 80), torch.randn(32, 48)
-    with through_onednn(layer):
-        layer(rows).sum().backward()  # gradients
-        assert layer.weight.grad is not None
     with torch.no_grad(), through_onednn(layer):
         layer(rows[:1])  # one row
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(rows).dtype == torch.bfloat16
     with torch.no_grad():
         linear(rows, torch.randn(48, 80).T)  # not contiguous
         for dtype in (torch.bfloat16, torch.float64):

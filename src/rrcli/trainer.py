@@ -34,6 +34,7 @@ from rrcli.optimization import Optimizer
 from rrcli.processes import Processes
 from rrcli.recursion.chunks import ChunkTotals
 from rrcli.recursion.losses import LossTerms, LossWeights, compute_losses, sample_windows
+from rrcli.recursion.products import FLOPS, through_onednn
 from rrcli.recursion.readout import Readout
 from rrcli.red_flags import RedFlags
 from rrcli.reporting import Reporter, sparkline
@@ -260,12 +261,15 @@ class Trainer:
         sampled = sample_windows(
             batch.labels, width, weights.share, torch.Generator().manual_seed(seed), batch.examples
         )
-        counter = FlopCounterMode(display=False) if depth not in self.progress.flops_by_depth else None
-        counting = ExitStack()
-        if counter is not None:
+        counter = None
+        entered = ExitStack()
+        if not settings.compile:
+            entered.enter_context(through_onednn(self.model))
+        if depth not in self.progress.flops_by_depth:
+            counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
             # Not compiled: the compiler gives up, for good, on what it first sees under a counter.
-            counting.enter_context(torch.compiler.set_stance("force_eager"))
-            counting.enter_context(counter)
+            entered.enter_context(torch.compiler.set_stance("force_eager"))
+            entered.enter_context(counter)
         chunks, sums = ChunkTotals(), dict[str, float]()
         autocast = torch.autocast(
             device.type, dtype=torch.bfloat16, enabled=self.optimizer.dtype != torch.float32, cache_enabled=False
@@ -298,7 +302,7 @@ class Trainer:
                 for tag, value in values.items():
                     sums[tag] = sums.get(tag, 0.0) + float(value)
         finally:
-            counting.close()
+            entered.close()
         return sums, chunks, counter.get_total_flops() if counter is not None else 0.0
 
     def _joined(
