@@ -23,7 +23,7 @@ from torch.nn import functional as F
 # One row is bound by reading the weights, and any library is as good.
 FEWEST_ROWS = 2
 # Below so many weights, finding the way to the product takes longer than the product.
-FEWEST_WEIGHTS = 2**16
+FEWEST_WEIGHTS = 100_000
 
 
 @contextmanager
