@@ -24,8 +24,10 @@ import argparse
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, floor
 from pathlib import Path
@@ -33,6 +35,9 @@ from random import Random
 from statistics import mean
 from typing import Any
 
+from torch import Tensor
+
+from rrcli.recursion.cell import FeedbackCell
 from rrcli.stats import mcnemar, wilson
 from rrcli.store import checkpoints, write_json
 
@@ -46,8 +51,15 @@ ABLATIONS: dict[str, dict[str, str]] = {
     "no deep supervision": {"train.masked_weight": "0"},
     "cell of half the width": {"surgery.cell_width": "{half}"},
     "cell of twice the width": {"surgery.cell_width": "{double}"},
+    "cell without its nonlinearity": {"cell": "linear"},
+    "cell that adds the state alone": {"cell": "direct"},
     "sidecar alone (phase a)": {"train.phase": "a"},
     "LoRA (phase b)": {"train.phase": "b", "train.lr": "1e-3"},
+}
+# What pass k is fed in the other forms of the cell, from h(k-1); its parameters stay the same.
+CELLS: dict[str, Callable[[FeedbackCell, Tensor, int], Tensor]] = {
+    "linear": lambda cell, hidden, step: cell.w_out(cell.w_in(cell.norm(hidden)) + cell.step.weight[step - 1]),
+    "direct": lambda cell, hidden, step: cell.w_out(cell.norm(hidden)),
 }
 SHRUNKEN = {
     "train.steps": "4", "train.batch_size": "8", "train.eval_interval": "0", "eval.problems": "6",
@@ -69,10 +81,11 @@ class Answers:
 
 
 def rr(folder: Path, settings: dict[str, str], *arguments: str) -> None:
-    """Run a command of `rr` in a folder, with settings `section.key` from its environment."""
-    changed = {"RR_" + key.replace(".", "_").upper(): value for key, value in settings.items()}
+    """Run a command of `rr` in a folder, with settings `section.key` from its environment, and the form of its cell."""
+    changed = {"RR_" + key.replace(".", "_").upper(): value for key, value in settings.items() if key != "cell"}
     print(f"{folder.name}: rr {' '.join(arguments)}", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "rrcli", *arguments, "--dir", str(folder)]
+    program = [__file__, "--with-cell", settings["cell"]] if "cell" in settings else ["-m", "rrcli"]
+    command = [sys.executable, *program, *arguments, "--dir", str(folder)]
     subprocess.run(command, env=os.environ | changed, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -365,4 +378,9 @@ def max_depth(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--with-cell"]:
+        _, _, form, *sys.argv[1:] = sys.argv
+        FeedbackCell.forward = CELLS[form]  # type: ignore[method-assign]
+        runpy.run_module("rrcli", run_name="__main__")
+    else:
+        main()
