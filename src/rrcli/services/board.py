@@ -74,12 +74,12 @@ def board(settings: BoardSettings, directory: Path, reporter: Reporter, started:
         )
     with _serving(settings, logs, port) as (process, address):
         tunnel = f"ssh -L {port}:localhost:{port} {_user_at_host()}"
-        started(Board(address, tunnel, logs))
-        if settings.open:
-            _open(address, reporter)
         try:
+            started(Board(address, tunnel, logs))
+            if settings.open:
+                _open(address, reporter)
             code = process.wait()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # the way to end it, from when its address is shown
             return
         raise _ended(process, code)
 
