@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,6 +16,10 @@ from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
 from rrcli.recursion.products import FLOPS, linear, through_onednn, usable
 from rrcli.recursion.readout import Readout
+from rrcli.reporting import Silent
+from rrcli.services.surgery import surgery
+from rrcli.services.train import train
+from rrcli.settings import SurgerySettings, TrainSettings, with_changes
 
 needs_onednn = pytest.mark.skipif(not usable(), reason="this torch or this processor has no oneDNN")
 
@@ -120,3 +125,19 @@ def test_batches_use_it_and_a_plain_forward_does_not(what, taken):
 
         list(decode(model, Letters(), [[3, 4, 5], [6, 7, 8]], 4, 100))
     assert len(taken) > model.config.num_hidden_layers
+
+
+@needs_onednn
+def test_training_uses_it_and_counts_the_same_flops(taken, tmp_path, monkeypatch):
+    settings = TrainSettings(steps=2, batch_size=2, eval_interval=0, device="cpu", dtype="float32")
+    surgery(SurgerySettings(), tmp_path, Silent())
+    by_onednn = train(settings, "recursive", tmp_path, Silent())
+    assert taken
+    before = len(taken)
+    monkeypatch.setattr(products, "FEWEST_WEIGHTS", 10**9)
+    by_torch = train(with_changes(settings, run_name="torch"), "recursive", tmp_path, Silent())
+    assert len(taken) == before
+    assert by_onednn.flops == by_torch.flops > 0
+    names = load_file(by_torch.checkpoint / "recursion.safetensors")
+    for name, tensor in load_file(by_onednn.checkpoint / "recursion.safetensors").items():
+        torch.testing.assert_close(tensor, names[name], rtol=1e-3, atol=1e-4)
