@@ -23,6 +23,9 @@ CONDITIONING = 4
 # Models of these families count positions from 0 in every call, unless they are told; `generate` tells them.
 TOLD_POSITIONS = ("bamba", "minimax")
 
+# A torch that was built for CUDA, on a machine that has none: some of it asks for the driver all the same.
+NO_DRIVER = torch.version.cuda is not None and not torch.cuda.is_available()
+
 FAMILIES = sorted(CONFIGS)
 SPANS = [None, (1, 3)]
 # Of the recursions that `attached` attaches.
@@ -94,7 +97,7 @@ def accepts(model: Any, argument: str) -> bool:
 
 def cache_name(model: Any) -> str:
     """Return the name under which the model takes and returns its cache."""
-    return "past_key_values" if accepts(model, "past_key_values") else "cache_params"
+    return next(name for name in ("cache", "past_key_values", "cache_params") if accepts(model, name))
 
 
 def arguments(model: Any, mask: torch.Tensor | None, start: int, end: int) -> dict[str, Any]:

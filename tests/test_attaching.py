@@ -10,7 +10,7 @@ from torch import nn
 
 from families import FAMILIES, MAX_STEPS, attached, build, hooks, tokens, uncached, wake
 from rrcli.errors import RRError, UsageError
-from rrcli.recursion import caches
+from rrcli.recursion import proof
 from rrcli.recursion.config import RecursionConfig, parse_span
 from rrcli.recursion.engine import attach
 from rrcli.recursion.families import find_layout
@@ -149,7 +149,7 @@ def test_an_unlisted_family_that_breaks_when_its_layers_run_again_is_refused():
 def test_an_unlisted_family_whose_caches_are_not_recognised_is_refused(monkeypatch):
     model = build("llama")
     model.config.model_type = "never_heard_of"
-    monkeypatch.setattr(caches, "is_cache", lambda value: False)
+    monkeypatch.setattr(proof, "is_cache", lambda value: False)
     with pytest.raises(RRError, match="which is not known as a cache"):
         attach(model)
     assert not hasattr(model, "recursion")

@@ -13,6 +13,7 @@ from rrcli.errors import RRError
 from rrcli.recursion import caches
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
+from rrcli.upstream import is_cache
 
 MAX_STEPS = 2
 SEEN = 9
@@ -60,7 +61,7 @@ def test_the_callers_cache_carries_one_cache_for_each_pass(family):
     model, _ = awake(family)
     _, cache = cached(model, tokens())
     assert [type(c).__name__ for c in cache.rr_passes] == [type(cache).__name__] * MAX_STEPS
-    assert all(caches.is_cache(c) for c in (cache, *cache.rr_passes))
+    assert all(is_cache(c) for c in (cache, *cache.rr_passes))
     assert isinstance(cache, DynamicCache)
     assert not any(hasattr(c, "rr_passes") for c in cache.rr_passes)
     assert not caches.is_empty(cache)
@@ -207,12 +208,12 @@ def test_going_on_at_a_lower_depth_drops_the_deeper_passes_for_good():
     ids = tokens()
     _, cache = cached(model, ids[:, :SEEN])
     recursion.depth = 1
-    logits = model(ids[:, SEEN : SEEN + 1], past_key_values=cache).logits
+    logits = model(ids[:, SEEN : SEEN + 1], **{cache_name(model): cache}).logits
     assert far(logits, uncached(model, ids)[:, SEEN : SEEN + 1]) < ROUNDING
     assert len(cache.rr_passes) == 1
     recursion.depth = 2
     with pytest.raises(RRError, match=r"depth 1.*depth 2"):
-        model(ids[:, SEEN + 1 :], past_key_values=cache)
+        model(ids[:, SEEN + 1 :], **{cache_name(model): cache})
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -223,7 +224,7 @@ def test_going_on_at_a_lower_depth_behind_a_partial_span_is_refused_or_right(dep
     _, cache = cached(model, ids[:, :SEEN])
     recursion.depth = depth
     try:
-        logits = model(ids[:, SEEN : SEEN + 1], past_key_values=cache).logits
+        logits = model(ids[:, SEEN : SEEN + 1], **{cache_name(model): cache}).logits
     except RRError:
         return
     assert far(logits, uncached(model, ids)[:, SEEN : SEEN + 1]) < ROUNDING
@@ -258,6 +259,6 @@ def test_a_cache_is_known_by_its_type():
     class FalconCacheParams:
         pass
 
-    assert caches.is_cache(DynamicCache())
-    assert caches.is_cache(FalconCacheParams())
-    assert not any(caches.is_cache(value) for value in (None, True, "Cache", torch.zeros(1), {"layers": []}))
+    assert is_cache(DynamicCache())
+    assert is_cache(FalconCacheParams())
+    assert not any(is_cache(value) for value in (None, True, "Cache", torch.zeros(1), {"layers": []}))

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.cache_utils import StaticCache
 
-from families import build, tokens, wake
+from families import build, cache_name, tokens, wake
 from rrcli import ChunkedDecoding, RecursionConfig, attach
 from rrcli.errors import UsageError
 from rrcli.recursion.chunked import continues_in_blocks
@@ -216,9 +216,9 @@ def test_a_filled_cache_is_gone_on_with():
     ids = tokens(1, 9)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :6], past_key_values=cache, use_cache=True)
+        model(ids[:, :6], use_cache=True, **{cache_name(model): cache})
     mask = torch.ones_like(ids)
-    got = run(model, ids, mask, ChunkedDecoding(8), past_key_values=cache)
+    got = run(model, ids, mask, ChunkedDecoding(8), **{cache_name(model): cache})
     assert torch.equal(got, run(model, ids, mask))
 
 
@@ -344,7 +344,7 @@ def test_the_caches_hold_one_entry_per_pass_and_position():
     model = awake(depth=2, span=(1, 3))
     ids = tokens(1, 9)
     found = run(model, ids, torch.ones_like(ids), ChunkedDecoding(8), return_dict_in_generate=True)
-    cache = found.past_key_values
+    cache = found[cache_name(model)]
     lengths = [[layer.get_seq_length() for layer in part.layers] for part in (cache, *cache.rr_passes)]
     assert lengths[0] == [lengths[0][0]] * 4
     # Passes after pass 0 hold the span's layers alone: (1 + depth x span share) times the baseline's cache.

@@ -11,10 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import rrcli
-from families import FAMILIES, SPANS, build, tokens, wake
+from families import FAMILIES, SPANS, build, cache_name, tokens, wake
 from operating import logits, sidecar, skeleton_of
 from rrcli import costs
-from rrcli.recursion import caches
 from rrcli.reporting import Silent
 from rrcli.services.surgery import surgery
 from rrcli.settings import SurgerySettings
@@ -25,7 +24,7 @@ def measured_at(family: str, span: tuple[int, int] | None, depth: int) -> tuple[
     """Bytes per token, constant bytes and FLOPs of one decoded token, as they are when the passes really run."""
     model = build(family)
     recursion = wake(rrcli.attach(model, rrcli.RecursionConfig(max_steps=2, span=span)))
-    name, ids = caches.argument_of(model), tokens(1, costs.PROMPT_TOKENS + 1)
+    name, ids = cache_name(model), tokens(1, costs.PROMPT_TOKENS + 1)
     with recursion.at_depth(depth), torch.no_grad(), costs.countable(model):
         cache = getattr(model(input_ids=ids[:, :-1], use_cache=True), name)
         before = costs.held_bytes(cache, set())

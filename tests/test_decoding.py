@@ -131,7 +131,7 @@ def test_a_cache_of_another_class_is_not_gone_on_with(monkeypatch):
     plain = alone(model, prompts)
     model.generation_config.eos_token_id = sorted({text[2] for text in plain[:4]})
     ends = set(model.generation_config.eos_token_id)
-    monkeypatch.setattr(decoding, "_selects_rows", lambda cache: False)
+    monkeypatch.setattr(decoding, "goes_on", lambda cache: False)
     rows = counted(model, monkeypatch)
     for batch in decode(model, Letters(), prompts, NEW, 10_000):
         for d in batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from families import ROUNDING, build, cached, examine, far, tokens, uncached, wake
+from families import ROUNDING, build, cache_name, cached, examine, far, tokens, uncached, wake
 from rrcli.errors import RRError
 from rrcli.recursion import families as table
 from rrcli.recursion.config import RecursionConfig
@@ -133,10 +134,13 @@ def test_a_cache_that_is_no_cache_is_refused():
     model = unlisted("llama")
     forward = model.forward
 
-    def hiding(*args, use_cache=None, past_key_values=None, **kwargs):
-        if use_cache and past_key_values is None:
-            past_key_values = Hidden()
-        return forward(*args, use_cache=use_cache, past_key_values=past_key_values, **kwargs)
+    name = cache_name(model)
+
+    @functools.wraps(forward)
+    def hiding(*args, use_cache=None, **kwargs):
+        if use_cache and kwargs.get(name) is None:
+            kwargs[name] = Hidden()
+        return forward(*args, use_cache=use_cache, **kwargs)
 
     model.forward = hiding
     refused(model, "its cache is a Hidden, which is not known as a cache")

@@ -113,7 +113,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, span, reentrant
         if on:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         model.train()
         ids = tokens()

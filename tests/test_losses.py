@@ -315,7 +315,7 @@ def test_a_frozen_base_and_gradient_checkpointing_give_the_same_gradients(family
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         if on:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.train()
         found.append(gradients(losses(model, batch()).total, model, recursion))
     assert_same(found[1], found[0])

@@ -193,7 +193,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         if on:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.train()
         ids = tokens()
         model(ids, labels=ids).loss.backward()
@@ -211,7 +211,7 @@ def test_two_forwards_then_one_backward_give_the_sum_of_their_gradients(checkpoi
     def gradients(depths_at_once):
         model, recursion = attached("llama")
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
             model.train()
         for group in depths_at_once:
             losses = []

@@ -170,7 +170,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         assert size > 90 * 2**30 or layers < 27
         (tmp_path / f"work-{layers}").mkdir()
         peaks.append(synthetic.operate(tmp_path / f"kimi-{layers}", tmp_path / f"work-{layers}")[2])
-    assert max(peaks) < 700
+    assert max(peaks) < (700 if torch.version.cuda is None else 1400)  # importing torch for CUDA alone takes 1 GB
     assert abs(peaks[0] - peaks[1]) < 64
 
 

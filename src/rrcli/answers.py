@@ -9,7 +9,7 @@ from rrcli import metrics
 from rrcli.batching import context_length
 from rrcli.data import EvalData
 from rrcli.decoding import decode
-from rrcli.errors import UsageError
+from rrcli.errors import CheckFailed, UsageError
 from rrcli.judging import judge
 from rrcli.prompts import stop_strings
 from rrcli.rendering import encode_prompt, encode_question, question_text
@@ -42,6 +42,7 @@ def solve_problems(
 
     Raises:
         UsageError: a stop string is empty, or solved examples are asked of a task that has none to give.
+        CheckFailed: every answer is empty.
     """
     log = log or SampleLog()
     stop = stop_strings(settings.stop)
@@ -76,7 +77,24 @@ def solve_problems(
                 log.append("problems", new)
                 entries += new
                 progress.advance(len(new))
-    return _problem_records(data.problems, texts, entries)
+    records = _problem_records(data.problems, texts, entries)
+    _refuse_silence(records)
+    return records
+
+
+def _refuse_silence(records: Sequence[dict[str, Any]]) -> None:
+    """Refuse a score for answers of which there are none.
+
+    Raises:
+        CheckFailed: every answer is empty, at some depth.
+    """
+    for depth, answers in enumerate(zip(*(record["outputs"] for record in records), strict=True)):
+        if not any(answer.strip() for answer in answers):
+            raise CheckFailed(
+                f"all {len(answers)} answers are empty at depth {depth}: this is no score",
+                "Look at one with 'rr generate'; a stop string or end token may come first. 'rr setup' checks the "
+                "installation.",
+            )
 
 
 def _problem_records(

@@ -254,6 +254,7 @@ def eval(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Measure a stage: perplexity, accuracy, reasoning, generations, speed."""
+    from rrcli.preservation import require
     from rrcli.services import eval as service
 
     result = service.evaluate(
@@ -261,8 +262,11 @@ def eval(
     )
     if json:
         ui.show_json("evaluation", {key: value for key, value in result.results.items() if key != "schema"})
+    else:
+        ui.show_eval(result)
+    require(result.preserved)
+    if json:
         return
-    ui.show_eval(result)
     following = STAGES.index(stage) + 1
     command = f"rr compare baseline {stage}" if following > 1 else "rr surgery"
     ui.show_next("Results:", result.file, command)
@@ -391,6 +395,11 @@ def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: P
         page = directory / Path(chosen.report).expanduser()
         write_text(page, render(result, Workspace(directory, chosen).log_folder()))
         ui.TerminalReporter().note(f"Report: {page}")
+    if result.broken_surgery:
+        raise CheckFailed(
+            "surgery did not preserve the baseline, so nothing is said about recursion",
+            "'rr setup' checks the installation; 'rr surgery --overwrite' and 'rr eval' make the stages anew.",
+        )
     require(result.gates)
 
 

@@ -85,7 +85,11 @@ class Generation:
 
 @dataclass
 class Comparison:
-    """Everything that `rr compare` shows; `results` are what it was made from, in the order of `stages`."""
+    """Everything that `rr compare` shows; `results` are what it was made from, in the order of `stages`.
+
+    Attributes:
+        broken_surgery: said first, where surgery did not preserve the baseline; the command then fails.
+    """
 
     stages: list[str]
     rows: list[Row]
@@ -96,6 +100,7 @@ class Comparison:
     gates: list[GateResult] = field(default_factory=list)
     alpha: float = 0.05
     results: list[Results] = field(default_factory=list)
+    broken_surgery: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -115,6 +120,7 @@ class Comparison:
                 | {"what": claim.what, "metric": claim.name, "p_adjusted": claim.p_adjusted}
                 for claim in self.claims
             ],
+            "broken_surgery": self.broken_surgery or None,
             "sentences": self.sentences,
             "warnings": self.warnings,
             "generations": [vars(generation) for generation in self.generations],

@@ -12,6 +12,7 @@ import torch
 
 from rrcli.errors import RRError
 from rrcli.recursion.families import find_layout
+from rrcli.upstream import has_cpp_compiler
 
 
 def compile_layers(model: Any) -> None:
@@ -20,15 +21,10 @@ def compile_layers(model: Any) -> None:
     Raises:
         RRError: the model is on a CPU and there is no C++ compiler.
     """
-    if model.device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        try:
-            get_cpp_compiler()
-        except RuntimeError as error:
-            raise RRError(
-                "--compile needs a C++ compiler, and none works here",
-                "Install g++ (or name another in the variable CXX), or leave --compile out.",
-            ) from error
+    if model.device.type == "cpu" and not has_cpp_compiler():
+        raise RRError(
+            "--compile needs a C++ compiler, and none works here",
+            "Install g++ (or name another in the variable CXX), or leave --compile out.",
+        )
     for layer in model.get_submodule(find_layout(model)[0].layers):
         layer.forward = torch.compile(layer.forward, dynamic=True)

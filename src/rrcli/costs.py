@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rrcli.recursion import caches
+from rrcli.errors import RRError
+from rrcli.upstream import cache_argument, cache_of, countable_experts
 
 PROMPT_TOKENS = 8
 # Implementations of experts whose products are counted. On meta no shape may depend on data; that one copies the
@@ -55,20 +56,22 @@ def measure(model: Any) -> Costs:
     """Measure the costs of `model`, which has a recursion attached; its weights may be on the meta device.
 
     Raises:
-        Exception: whatever the family raises that cannot run on meta or keeps no cache.
+        RRError: the model keeps no cache. Exception: whatever a family raises that cannot run on meta.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    recursion, name = model.recursion, caches.argument_of(model)
+    recursion, name = model.recursion, cache_argument(model)
     layers, span = recursion.layers, range(recursion.start, recursion.end)
     twins = _twins(model, layers)
     ids = (torch.arange(PROMPT_TOKENS + 1, device=model.device)[None] * 37 + 11) % _vocabulary(model)
     counter = FlopCounterMode(display=False)
     with recursion.at_depth(0), countable(model), _run_once(layers, twins):
-        cache = getattr(model(input_ids=ids[:, :-1], use_cache=True), name)
+        cache = cache_of(model(input_ids=ids[:, :-1], use_cache=True))
+        if cache is None:
+            raise RRError("the model returns no cache")
         before = _sizes(cache, twins)
         with _marks(layers, counter) as layer_flops, counter:
-            cache = getattr(model(input_ids=ids[:, -1:], use_cache=True, **{name: cache}), name)
+            cache = cache_of(model(input_ids=ids[:, -1:], use_cache=True, **{name: cache}))
         after = _sizes(cache, twins)
     growth = [new - old for old, new in zip(before, after, strict=True)]
     constant = [new - rate * ids.shape[1] for new, rate in zip(after, growth, strict=True)]
@@ -190,18 +193,6 @@ def countable(model: Any) -> Iterator[None]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     experts = COUNTABLE_EXPERTS.get(model.device.type, COUNTABLE_EXPERTS_ELSEWHERE)
-    # Without an id for padding no family looks for it among the tokens, which on the meta device are not there.
-    settings = {"_experts_implementation": experts, "pad_token_id": None}
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    before = [
-        (config, key, getattr(config, key)) for config in configs.values() for key in settings if hasattr(config, key)
-    ]
-    try:
-        for config, key, _ in before:
-            setattr(config, key, settings[key])
-        # Of the fused kernels of attention some are not counted, as that of the CPU; matrix products always are.
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for config, key, value in before:
-            setattr(config, key, value)
+    # Of the fused kernels of attention some are not counted, as that of the CPU; matrix products always are.
+    with countable_experts(model, experts), sdpa_kernel(SDPBackend.MATH):
+        yield

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria
+from transformers import StoppingCriteria
 
 from rrcli.batching import batches, halving, padded
 from rrcli.errors import RRError
-from rrcli.recursion.caches import argument_of
 from rrcli.recursion.chunked import ChunkedDecoding, continues_in_blocks
 from rrcli.recursion.products import through_onednn
+from rrcli.upstream import cache_of, generation_cache_argument, goes_on
 
 # A batch is cut down to its unfinished rows when this share of it has ended. Leaving and entering `generate` and
 # copying the cache cost well below one token of SmolLM2-135M on a CPU; an eighth was faster than a quarter there.
@@ -102,11 +102,14 @@ def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _End
             input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **options,
             stopping_criteria=stops, custom_generate=chunked,
         )  # fmt: skip
-        return [
+        found = [
             row[start : start + len(trace.passes)] for row, trace in zip(output.tolist(), chunked.traces, strict=True)
         ]
-    # Only a cache that `generate` takes back under this name can go on.
-    leaving = LEAVING_SHARE if argument_of(model) == "past_key_values" else 1.0
+        assert all(found), "every row has at least one new token"
+        return found
+    # Where `generate` cannot be given its cache back, leaving it early is for nothing.
+    name = generation_cache_argument(model)
+    leaving = 1.0 if name is None else LEAVING_SHARE
     found: list[list[int]] = [[] for _ in rows]
     present = list(range(len(rows)))
     cache = None
@@ -119,7 +122,7 @@ def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _End
             **options,
             stopping_criteria=[watch],
             return_dict_in_generate=True,
-            **({} if cache is None else {"past_key_values": cache}),
+            **({} if cache is None else {name: cache}),
         )
         ids = output.sequences
         # Where `generate` looks at stopping a token late (on MPS), it took that token back.
@@ -129,8 +132,8 @@ def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _End
             found[present[row]] = ids[row, start : ended.get(row, limit)].tolist()
         selected = torch.tensor(staying, dtype=torch.long, device=ids.device)
         present = [present[row] for row in staying]
-        cache = output.get("past_key_values")
-        if present and _selects_rows(cache):
+        cache = cache_of(output)
+        if present and name is not None and goes_on(cache):
             cache.reorder_cache(selected)  # transformers' way to select rows that every kind of layer has
         else:
             # What is left goes through the model once more, as a longer prompt: worth it for fewer, larger cuts.
@@ -145,12 +148,7 @@ def _in_chunks(model: Any) -> bool:
     recursion = getattr(model, "recursion", None)
     if recursion is None or recursion.depth == 0 or model.dtype != torch.float32:
         return False
-    return argument_of(model) == "past_key_values" and continues_in_blocks(recursion)
-
-
-def _selects_rows(cache: Any) -> bool:
-    """Tell whether `reorder_cache` reaches all that a cache holds: not in classes that families derive, as MiniMax."""
-    return isinstance(cache, DynamicCache) and type(cache).__name__ == DynamicCache.__name__
+    return continues_in_blocks(recursion)
 
 
 class _Ends:

@@ -2,7 +2,7 @@
 
     RRError                     1  an expected failure: says what, where, and what to do next
     ├── UsageError              2  a command line, rr.toml key or value that means nothing
-    ├── CheckFailed             3  a check that was asked for did not hold
+    ├── CheckFailed             3  a check or an invariant did not hold
     └── Interrupted           130  stopped by the user; the last good state is on disk
 
 Services raise these; only the command line turns them into words and exit codes. Anything else is a bug and keeps its
@@ -33,7 +33,7 @@ class UsageError(RRError):
 
 
 class CheckFailed(RRError):
-    """A check that the user asked for (`setup`, `surgery` verification) did not hold."""
+    """A check did not hold: one that was asked for, or an invariant without which a result would mean nothing."""
 
     exit_code = 3
 

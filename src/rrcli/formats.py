@@ -107,7 +107,8 @@ def markdown(comparison: Comparison) -> str:
         rows.append([indent + row_label(row).strip(), *cells])
         if row.depths:
             rows.append([f"&nbsp;&nbsp;{depth_label(row).strip()}", *[depth_line(d, row) for d in row.depths]])
-    lines = [f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in rows]
+    first = [f"**{_escaped(comparison.broken_surgery)}**", ""] if comparison.broken_surgery else []
+    lines = [*first, *(f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in rows)]
     lines += ["", note(comparison), ""]
     lines += [f"- {_escaped(sentence)}" for sentence in comparison.sentences]
     lines += [f"- **Warning:** {_escaped(warning)}" for warning in comparison.warnings]

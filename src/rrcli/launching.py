@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from rrcli.errors import Interrupted, RRError
 
+# Where the processes of one launch find each other: the path of a file. A port that was free when it was chosen may be
+# anybody's when it is used; and a process that connects before another listens may even reach itself.
+MEETING_PLACE = "RR_MEETING_PLACE"
 # Seconds that processes have to end by themselves after one of them has failed.
 GRACE = 10.0
 
@@ -49,10 +52,10 @@ def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **option
     outcomes = get_context("spawn").SimpleQueue()
     signals: list[int] = []
     handlers = {}
+    meeting = tempfile.TemporaryDirectory(prefix="rr-", ignore_cleanup_errors=True)
     try:
-        context = start_processes(
-            _work, (count, _free_port(), outcomes, work, arguments, options), nprocs=count, join=False
-        )
+        place = os.path.join(meeting.name, "meeting")
+        context = start_processes(_work, (count, place, outcomes, work, arguments, options), nprocs=count, join=False)
 
         def pass_on(number: int, _: Any) -> None:
             signals.append(number)
@@ -69,6 +72,7 @@ def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **option
         except ProcessException as error:
             died = error
     finally:
+        meeting.cleanup()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if before is None:
@@ -92,21 +96,15 @@ def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **option
 
 
 def _work(
-    rank: int, count: int, port: int, outcomes: Any, work: Callable[..., Any], arguments: Any, options: Any
+    rank: int, count: int, place: str, outcomes: Any, work: Callable[..., Any], arguments: Any, options: Any
 ) -> None:
     """Be process `rank`: in a process group of its own, so that a terminal's Ctrl-C comes through the parent alone."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(count), MEETING_PLACE: place}
     try:
         outcomes.put((rank, work(*arguments, **options)))
     except RRError as error:
         outcomes.put((rank, error))
         sys.exit(1)  # so that processes that wait for this one are ended
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])

@@ -155,6 +155,8 @@ def load(
     """
     import torch
 
+    from rrcli.upstream import translate
+
     directory = directory or Path.cwd()
     source = resolve(str(path), directory)
     base = base_of(source, directory)
@@ -163,6 +165,7 @@ def load(
         compare_hashes(source.path, base.path)
     device = pick_device(device)
     model = _load_weights(base, pick_dtype(dtype, device), trust_remote_code).to(torch.device(device)).eval()
+    translate(model)
     carries_tokenizer = source.path.is_dir() and (source.path / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(source if carries_tokenizer else base, trust_remote_code=trust_remote_code)
     if manifest and manifest["recursion"]:
@@ -224,6 +227,8 @@ def save_folder(
     """
     from safetensors.torch import save_file
 
+    from rrcli.upstream import forget_quantisation
+
     recursion = getattr(model, "recursion", None)
     if recursion is not None:
         sidecar = states[1] if states else recursion.state_dict()
@@ -232,7 +237,7 @@ def save_folder(
     if lora is not None:
         lora.save(folder, base.name if _recorded(base) == base.name != "default" else str(base.path))
     if own_weights:
-        _as_plain(model)
+        forget_quantisation(model)
         model.save_pretrained(folder, **({"state_dict": dict(states[0])} if states else {}))
         if states:  # the model trains in fp32
             model.config.dtype = next(iter(states[0].values())).dtype
@@ -298,14 +303,6 @@ def _load_weights(source: ModelSource, dtype: Any, trust_remote_code: bool) -> A
             "Download or copy the model again.",
         )
     return model
-
-
-def _as_plain(model: Any) -> None:
-    """Make a model that was read from GGUF saveable: its weights are plain floats by now, only the mark remains."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def _recorded(base: ModelSource) -> str:

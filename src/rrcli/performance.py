@@ -18,12 +18,13 @@ import torch
 from rrcli.batching import context_length
 from rrcli.costs import countable, held_bytes
 from rrcli.decoding import GREEDY
+from rrcli.errors import RRError
 from rrcli.heap import return_freed_memory
-from rrcli.recursion.caches import argument_of
 from rrcli.recursion.chunked import ChunkedDecoding
 from rrcli.recursion.chunks import ChunkTotals
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Reporter
+from rrcli.upstream import cache_argument, cache_of, takes_cache
 
 PREFILL_TOKENS = 128
 DECODE_TOKENS = 32
@@ -90,7 +91,7 @@ def measure_performance(
         "decode_tokens_per_sec": _median([1 / seconds for seconds in decode[""]]),
         **times,
         "memory_mb": {"value": memory},
-        "cache_bytes_per_token": {"value": cache_bytes_per_token(model, ids)},
+        **({"cache_bytes_per_token": {"value": cache_bytes_per_token(model, ids)}} if takes_cache(model) else {}),
         "flops_per_token": {"value": counter.get_total_flops() / ids.shape[1] / 1e6},
         **({f"decode/{k}": {"value": v} for k, v in _chunk_metrics(model, texts).items()} if depth else {}),
     }
@@ -141,11 +142,17 @@ def _chunk_metrics(model: Any, texts: Sequence[torch.Tensor]) -> dict[str, float
 
 
 def cache_bytes_per_token(model: Any, ids: torch.Tensor) -> int:
-    """Return how many bytes the caches of all passes grow by when the last of `[1, position]` ids is read."""
-    name = argument_of(model)
-    cache = getattr(model(input_ids=ids[:, :-1], use_cache=True), name)
+    """Return how many bytes the caches of all passes grow by when the last of `[1, position]` ids is read.
+
+    Raises:
+        RRError: the model returns no cache.
+    """
+    cache = cache_of(model(input_ids=ids[:, :-1], use_cache=True))
+    if cache is None:
+        raise RRError(f"this '{model.config.model_type}' model returns no cache, so decoding cannot be measured")
     before = held_bytes(cache, set())
-    return held_bytes(getattr(model(input_ids=ids[:, -1:], use_cache=True, **{name: cache}), name), set()) - before
+    after = cache_of(model(input_ids=ids[:, -1:], use_cache=True, **{cache_argument(model): cache}))
+    return held_bytes(after, set()) - before
 
 
 def reset_peak_resident() -> None:

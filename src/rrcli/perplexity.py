@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rrcli.batching import affordable, batches, context_length, halving, padded
-from rrcli.errors import RRError
+from rrcli.errors import CheckFailed, RRError
 from rrcli.recursion.calibration import reliability
 from rrcli.recursion.chunks import ChunkTotals, teacher_forced_chunks
 from rrcli.recursion.readout import Readout, Scores
@@ -72,7 +72,7 @@ def score_documents(
         totals of the chunk metrics. A document without tokens has no record; a warning names it.
 
     Raises:
-        RRError: a log-probability is not finite; names the document.
+        RRError: a log-probability is not finite; names the document. CheckFailed: all of them are equal.
     """
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
     empty = [f"{number + 1} ({documents[number][:40]!r})" for number, ids in enumerate(encoded) if not ids]
@@ -97,6 +97,7 @@ def score_documents(
             log.append(PART, [entry])
             entries.append(entry)
             progress.advance(sum(len(window.targets) for window in batch))
+    _refuse_flat(entries)
     return _records(documents, encoded, entries), _chunk_totals(entries)
 
 
@@ -142,6 +143,7 @@ def _score(readout: Readout, batch: list[_Window]) -> dict[str, Any]:
         "windows": [[window.document, len(window.targets)] for window in batch],
         "nll": _sums(scores.losses.cpu().double(), lengths),
         "correct": _sums(scores.predictions.eq(targets).long().cpu(), lengths),
+        "range": [[float(losses.min()), float(losses.max())] for losses in scores.losses],
         "chunks": asdict(_chunks(readout, scores, targets, lengths)),
     }
 
@@ -175,7 +177,29 @@ def _chunks(readout: Readout, scores: Scores, targets: Tensor, lengths: list[int
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one entry for the parts that a batch had to be cut into."""
     lists = {name: [row for part in parts for row in part[name]] for name in ("windows", "nll", "correct")}
-    return {**lists, "chunks": asdict(_chunk_totals(parts))}
+    return {**lists, "range": _ranges(parts), "chunks": asdict(_chunk_totals(parts))}
+
+
+def _ranges(parts: list[dict[str, Any]]) -> list[list[float]]:
+    """Return the lowest and the highest nats of a token at every depth."""
+    depths = zip(*(part["range"] for part in parts), strict=True)
+    return [[min(low for low, _ in depth), max(high for _, high in depth)] for depth in map(list, depths)]
+
+
+def _refuse_flat(entries: list[dict[str, Any]]) -> None:
+    """Refuse scores that no model gives: every token of every document equally likely.
+
+    Raises:
+        CheckFailed: so it is, at some depth.
+    """
+    if sum(scored for entry in entries for _, scored in entry["windows"]) < 2:
+        return
+    for depth, (low, high) in enumerate(_ranges(entries)):
+        if low == high:
+            raise CheckFailed(
+                f"every token has the same log-probability at depth {depth}, -{low:.6g} nats: this is no score",
+                "The model's weights are empty or its head is not what it seems; 'rr setup' checks the installation.",
+            )
 
 
 def _chunk_totals(entries: list[dict[str, Any]]) -> ChunkTotals:

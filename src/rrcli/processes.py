@@ -13,10 +13,12 @@ backward pass.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from rrcli.errors import RRError, UsageError
+from rrcli.launching import MEETING_PLACE
 from rrcli.models import pick_device
+from rrcli.upstream import leave_process_group
 
 # How long a process waits for the others: while one of them writes a large checkpoint, longer than torch's 10 minutes.
 TIMEOUT = timedelta(hours=6)
@@ -106,10 +110,7 @@ class Processes:
     def leave(self) -> None:
         """End the group."""
         if dist.is_initialized():
-            from accelerate import PartialState
-
-            PartialState().destroy_process_group()
-            PartialState._reset_state()
+            leave_process_group()
 
 
 def join(device: str) -> Processes:
@@ -142,8 +143,21 @@ def join(device: str) -> Processes:
     from accelerate import PartialState
 
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    state = PartialState(cpu=kind == "cpu", timeout=TIMEOUT)
+    state = PartialState(cpu=kind == "cpu", timeout=TIMEOUT, **_meeting())
     return Processes(str(state.device), state.process_index, state.num_processes, sharded)
+
+
+# How many groups this process has joined: those of one launch join them together, and each group has its own file.
+_joined = itertools.count(1)
+
+
+def _meeting() -> dict[str, Any]:
+    """Return how the processes that `launching` started find each other; other launchers tell torch themselves."""
+    place = os.environ.get(MEETING_PLACE)
+    if place is None:
+        return {}
+    ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    return {"init_method": f"{Path(place).as_uri()}-{next(_joined)}", **ranks}
 
 
 def _asked_for(feature: str) -> bool:

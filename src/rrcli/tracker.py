@@ -112,11 +112,11 @@ class MetricsTracker:
         Args:
             metrics: scalar tags to show beside them; the tab takes their last values from the run.
         """
-        from torch.utils.tensorboard.summary import hparams
+        from rrcli.upstream import add_hparams
 
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
-        for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
-            self._writer.file_writer.add_summary(summary)
+        if not isinstance(self._writer, _Nowhere):
+            add_hparams(self._writer, plain, dict.fromkeys(metrics, 0.0))
 
     def flush(self) -> None:
         """Write out what is buffered."""

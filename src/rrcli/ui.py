@@ -237,6 +237,9 @@ def show_eval(result: EvalResult) -> None:
         count = formats.number(entry["n"]) if "n" in entry else ""
         table.add_row(label, f"{number(entry['value'])} {unit}".strip(), interval, count)
     out().print(table)
+    if result.preserved is not None and not result.preserved.broken:  # that is an error, said as one
+        style = "green" if result.preserved.exact else "yellow"
+        out().print(f"[{style}]{escape(result.preserved.sentence())}[/{style}]", soft_wrap=True)
     depths = {name: values for name, values in result.results["by_depth"].items() if len(values) > 1}
     if depths:
         table = Table(box=SIMPLE_HEAD, title="by depth", title_justify="left")
@@ -366,6 +369,8 @@ def comparison_text(comparison: Comparison, form: str) -> str:
 def show_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print the table, what it means, and what to be careful about."""
     console = console or out()
+    if comparison.broken_surgery:
+        console.print(f"[bold red]{escape(comparison.broken_surgery)}[/bold red]")
     wide = console.width >= LABEL_WIDTH + STAGE_WIDTH * len(comparison.stages)
     table = _stage_table("Metric", comparison.stages, wide, justify="right")
     for row in comparison.rows:
@@ -379,7 +384,8 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
     console.print(table)
     console.print(f"[dim]{escape(formats.note(comparison))}[/dim]")
     for sentence in comparison.sentences:
-        console.print(f"- {escape(sentence)}")
+        if sentence != comparison.broken_surgery:  # said already
+            console.print(f"- {escape(sentence)}")
     for warning in comparison.warnings:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")
     for gate in comparison.gates:

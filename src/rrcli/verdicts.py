@@ -10,13 +10,10 @@ import math
 
 from rrcli import stats
 from rrcli.comparison import Claim, Results
-from rrcli.metrics import METRICS
 from rrcli.pairing import Pair, backed, direction, pair, scale_of, tested_metrics
+from rrcli.preservation import REACHING, Preservation
 
-# A change of log-probabilities up to this is rounding (another device, another order of sums), in nats per token.
-ROUNDING = 1e-3
 NOUNS = {"documents": "documents", "problems": "problems", "generations": "prompts"}
-SETTINGS = ("max_length", "stride", "max_new_tokens", "chat_template", "num_fewshot", "stop", "prompts", "harness")
 PROVENANCE = ("seed", "dtype", "device", "machine", "hardware", "rr", "python")
 
 
@@ -27,7 +24,7 @@ def differences(label: str, first: str, result: Results, reference: Results) -> 
     """Return a warning that names everything beside the model in which two measurements differ, if anything does."""
     a, b = reference, result
     found = [f"{name} ({_data(a)} and {_data(b)})" for name in ("data",) if _data(a) != _data(b)]
-    for place, names in (("provenance", PROVENANCE), ("settings", SETTINGS)):
+    for place, names in (("provenance", PROVENANCE), ("settings", REACHING)):
         for name in names:
             before, after = (r.get(place, {}).get(name) for r in (a, b))
             # What an older version did not record is not known to differ.
@@ -91,10 +88,16 @@ def _data(result: Results) -> str:
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
-def claims(stages: dict[str, Results]) -> list[Claim]:
-    """Return the differences that the sentences speak about: fine-tuning, and recursion beyond it."""
+def claims(stages: dict[str, Results], *, sound: bool = True) -> list[Claim]:
+    """Return the differences that the sentences speak about: fine-tuning, and recursion beyond it.
+
+    Args:
+        sound: whether surgery preserved the baseline; if not, nothing is claimed about recursion.
+    """
     found = [("Fine-tuning without recursion", "finetuned_vanilla", "baseline", "the baseline")]
-    if {"finetuned_vanilla", "finetuned_recursive"} <= stages.keys():
+    if not sound:
+        pass
+    elif {"finetuned_vanilla", "finetuned_recursive"} <= stages.keys():
         words = ("Recursion, beyond fine-tuning", "vanilla fine-tuning")
         found.append((words[0], "finetuned_recursive", "finetuned_vanilla", words[1]))
     else:
@@ -121,51 +124,19 @@ def _claims(what: str, against: str, result: Results, reference: Results) -> lis
     return sorted(told, key=lambda claim: claim.metric.kind == "documents")  # answers first, then text
 
 
-def sentences(stages: dict[str, Results], told: list[Claim], alpha: float) -> list[str]:
+def sentences(
+    stages: dict[str, Results], told: list[Claim], alpha: float, preserved: Preservation | None = None
+) -> list[str]:
     """Answer: did surgery preserve the baseline, did fine-tuning help, did recursion help beyond it, at what cost."""
-    said = []
-    if {"baseline", "after_surgery"} <= stages.keys():
-        said.append(_preserved(stages["after_surgery"], stages["baseline"]))
+    said = [preserved.sentence()] if preserved is not None else []
     said += [_tell(claim, alpha) for claim in told]
+    if preserved is not None and preserved.broken:
+        return [*said, "Nothing is said about recursion: what rests on a broken surgery shows nothing of it."]
     if {"finetuned_vanilla", "finetuned_recursive"} <= stages.keys():
         said += _cost(stages["finetuned_recursive"], stages["finetuned_vanilla"])
     elif {"baseline", "finetuned_recursive"} <= stages.keys():
         said.append("What recursion adds to fine-tuning needs stage finetuned_vanilla beside it.")
     return said
-
-
-def _preserved(after: Results, base: Results) -> str:
-    checked = []
-    for name, noun in (
-        ("perplexity", "documents' log-probabilities"),
-        ("reasoning_accuracy", "problems' answers"),
-        ("length", "generations"),
-    ):
-        found = pair(name, METRICS[name], after, base)
-        if found.estimate is not None:
-            checked.append((found.same, f"{found.common} {noun}"))
-    if not checked:
-        return "Whether surgery preserved the baseline cannot be told: the two stages share no record."
-    kept, changed = (", ".join(noun for same, noun in checked if same is wanted) for wanted in (True, False))
-    if not changed:
-        return f"Surgery preserved the baseline exactly: {kept} are identical."
-    worst = _worst_change(after, base)
-    if "documents" in changed and "," not in changed and worst <= ROUNDING:
-        rest = f"; {kept} are identical" if kept else ""
-        within = f"only within {worst:.2g} nats per token"
-        return f"Surgery did NOT preserve the baseline exactly, {within}: {changed}{rest}."
-    return f"Surgery did NOT preserve the baseline: {changed} differ (by up to {worst:.2g} nats per token)."
-
-
-def _worst_change(after: Results, base: Results) -> float:
-    """Return the largest change of a document's mean log-probability, in nats per token."""
-    before = {r["key"]: r for r in base["records"].get("documents", ())}
-    changes = [
-        abs(r["nll"][-1] - before[r["key"]]["nll"][-1]) / max(1, r["tokens"])
-        for r in after["records"].get("documents", ())
-        if r["key"] in before
-    ]
-    return max(changes, default=0.0)
 
 
 def _tell(claim: Claim, alpha: float) -> str:

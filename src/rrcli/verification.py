@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rrcli.errors import CheckFailed
-from rrcli.recursion import caches
 from rrcli.reporting import Reporter
+from rrcli.upstream import cache_argument, cache_of
 
 PROBES = ("The quick brown fox jumps over the lazy dog.", "Question: 2 + 3 =\nAnswer:")
 DECODE_STEPS = 3
@@ -66,11 +66,14 @@ def _probes(model: Any, tokenizer: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def _logits(model: Any, ids: Tensor) -> Logits:
-    """Return `[1, position, vocabulary]` logits of one forward without a cache, and of a prefill and decoded tokens."""
-    name = caches.argument_of(model)
+    """Return `[1, position, vocabulary]` logits of one forward without a cache, and of a prefill and decoded tokens.
+
+    A model that returns no cache has nothing to decode with: its prefill alone.
+    """
     output = model(input_ids=ids[:, :-DECODE_STEPS], use_cache=True)
-    parts = [output.logits]
-    for position in range(ids.shape[1] - DECODE_STEPS, ids.shape[1]):
-        output = model(input_ids=ids[:, position : position + 1], use_cache=True, **{name: getattr(output, name)})
-        parts.append(output.logits)
+    parts, cache = [output.logits], cache_of(output)
+    for position in range(ids.shape[1] - DECODE_STEPS, ids.shape[1]) if cache is not None else ():
+        past = {cache_argument(model): cache}
+        output = model(input_ids=ids[:, position : position + 1], use_cache=True, **past)
+        parts, cache = [*parts, output.logits], cache_of(output)
     return {"uncached": model(input_ids=ids, use_cache=False).logits, "cached": torch.cat(parts, 1)}

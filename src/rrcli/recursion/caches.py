@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from rrcli.errors import RRError
+from rrcli.upstream import POSITIONS, Cache, is_blank, window_of
 
 # The methods of a cache that change what it holds, other than by running a layer.
 MUTATORS = (
@@ -27,32 +26,13 @@ MUTATORS = (
     "reset",
     "activate_past_recording",
 )
-# Layers whose rows `align` can move, and where their positions are: attribute -> axis.
-ALIGNED: dict[type, dict[str, int]] = {
-    DynamicLayer: {"keys": 2, "values": 2},
-    DynamicSlidingWindowLayer: {"keys": 2, "values": 2},
-    LinearAttentionLayer: {"conv_states": 2},
-}
-
-
-def is_cache(value: object) -> bool:
-    """Tell a cache by its type, since families pass it under different names and positions."""
-    if isinstance(value, Cache):
-        return True
-    return type(value).__name__.endswith(("Cache", "CacheParams")) and hasattr(value, "__dict__")
-
-
-def argument_of(model: Any) -> str:
-    """Return the name under which a model takes its cache and gives it back."""
-    takes = inspect.signature(model.forward).parameters
-    return "past_key_values" if "past_key_values" in takes or "cache_params" not in takes else "cache_params"
 
 
 def is_empty(cache: Any) -> bool:
     """Tell whether no token went through `cache` yet."""
     if not isinstance(cache, Cache):
         return _length(cache) == 0
-    return all(_is_blank(layer) for layer in cache.layers)
+    return all(is_blank(layer) for layer in cache.layers)
 
 
 def _length(cache: Any, layer: int | None = None) -> int:
@@ -72,15 +52,6 @@ def _length(cache: Any, layer: int | None = None) -> int:
         if layer is None:
             raise
         return _length(cache)
-
-
-def _is_blank(layer: Any) -> bool:
-    """Tell whether no token went through one layer of a cache."""
-    length = getattr(layer, "get_seq_length", None)
-    if getattr(layer, "is_initialized", True) and length is not None and int(length()) > 0:
-        return False
-    previous = getattr(layer, "has_previous_state", False)
-    return not (previous is True or (isinstance(previous, (list, dict)) and any(_values(previous))))
 
 
 def is_ready(cache: Any, depth: int) -> bool:
@@ -166,13 +137,13 @@ def forget(cache: Any, tokens: Sequence[int]) -> None:
         cache.rr_passes = passes
     for part, count in zip(passes, tokens[1:], strict=False):
         for layer in part.layers:
-            if not _is_blank(layer):
+            if not is_blank(layer):
                 layer.crop(-count)
 
 
 def is_alignable(cache: Any) -> bool:
     """Tell whether `align` knows every layer of `cache`."""
-    return all(type(layer) in ALIGNED for layer in cache.layers)
+    return all(type(layer) in POSITIONS for layer in cache.layers)
 
 
 def align(cache: Any, drop: torch.Tensor, length: int) -> None:
@@ -185,21 +156,17 @@ def align(cache: Any, drop: torch.Tensor, length: int) -> None:
     """
     for part in (cache, *getattr(cache, "rr_passes", ())):
         for layer in part.layers:
-            if _is_blank(layer):
+            if is_blank(layer):
                 continue
-            for name, axis in ALIGNED[type(layer)].items():
+            for name, axis in POSITIONS[type(layer)].items():
                 value = getattr(layer, name)
                 if isinstance(value, dict):
                     for key, state in value.items():
                         value[key] = moved(state, drop, layer.conv_kernel_size[key], axis)
                 else:
-                    setattr(layer, name, moved(value, drop, min(length, _window(layer) or length), axis))
+                    setattr(layer, name, moved(value, drop, min(length, window_of(layer) or length), axis))
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = length
-
-
-def _window(layer: Any) -> int | None:
-    return layer.sliding_window - 1 if isinstance(layer, DynamicSlidingWindowLayer) else None
 
 
 def moved(value: torch.Tensor, drop: torch.Tensor, length: int, axis: int) -> torch.Tensor:
@@ -246,7 +213,7 @@ def _mirrored(cls: type) -> type:
                 # Layers outside the span stay blank in the copies, and some kinds cannot crop nothing.
                 targets = twin.layers if name == "crop" and isinstance(twin, Cache) else [twin]
                 for target in targets:
-                    if target is twin or not _is_blank(target):
+                    if target is twin or not is_blank(target):
                         getattr(target, name)(*args, **kwargs)
             return method(self, *args, **kwargs)
 
@@ -254,7 +221,3 @@ def _mirrored(cls: type) -> type:
 
     methods = {name: mirror(name) for name in MUTATORS if hasattr(cls, name)}
     return type(cls.__name__, (cls,), methods | {"__module__": cls.__module__})
-
-
-def _values(previous: Any) -> Any:
-    return previous.values() if isinstance(previous, dict) else previous

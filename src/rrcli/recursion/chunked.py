@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from rrcli import upstream
 from rrcli.errors import UsageError
 from rrcli.recursion import caches
 from rrcli.recursion.chunks import COMMIT_THRESHOLD, ChunkTotals
@@ -61,7 +61,7 @@ class ChunkedDecoding:
 
     Greedy and sampling; batches with left padding; every logits processor, stopping criterion and streamer of
     `generate`. Works at the recursion's current depth. A model or a cache that cannot be taken back is decoded token by
-    token, with a notice in the log.
+    token, with all passes and one notice in the log: the same tokens, later.
 
     Attributes:
         totals: the chunk metrics of everything that was decoded with this object.
@@ -104,17 +104,19 @@ class ChunkedDecoding:
         """
         if generation_config.num_beams > 1:
             raise UsageError("chunked decoding cannot search beams", "Leave num_beams or custom_generate out.")
-        cache = model_kwargs.get(caches.argument_of(model))
+        cache = upstream.cache_of(model_kwargs)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
         obstacle = _obstacle(model, cache, model_kwargs.get("attention_mask"))
         self.traces = [Trace() for _ in input_ids]
         if obstacle:
-            log.warning("decoding token by token: %s", obstacle)
-            return model._sample(
-                input_ids, logits_processor, stopping_criteria, generation_config,
-                synced_gpus=synced_gpus, streamer=self.streamer, **model_kwargs,
+            _say_once(model, obstacle)
+            output = upstream.sample_one_by_one(
+                model, input_ids, logits_processor=logits_processor, stopping_criteria=stopping_criteria,
+                generation_config=generation_config, synced_gpus=synced_gpus, streamer=self.streamer, **model_kwargs,
             )  # fmt: skip
+            self._trace(model, output if isinstance(output, Tensor) else output.sequences, input_ids, stopping_criteria)
+            return output
         rows = Rows(model, input_ids, model_kwargs.get("attention_mask"), cache, stopping_criteria, self.streamer)
         chooser = Chooser(rows, logits_processor, sample=bool(generation_config.do_sample))
         first = chooser.choose(chooser.scores(rows.prefill()[:, -1:]))
@@ -134,10 +136,20 @@ class ChunkedDecoding:
             self.streamer.end()
         for trace, new in zip(self.traces, rows.new, strict=True):
             del trace.passes[len(new) :], trace.changed[len(new) :]
-        sequences = rows.sequences(generation_config._pad_token_tensor)
+        sequences = rows.sequences(upstream.padding_token(generation_config))
         if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+            return GenerateDecoderOnlyOutput(**{"sequences": sequences, upstream.output_cache_field(): cache})
         return sequences
+
+    def _trace(self, model: Any, sequences: Tensor, prompts: Tensor, criteria: Any) -> None:
+        """Note what token by token gives: every token from all passes, none of them drafted."""
+        depth = model.recursion.depth if getattr(model, "recursion", None) is not None else 0
+        for trace, row in zip(self.traces, sequences, strict=True):
+            for end in range(prompts.shape[1] + 1, len(row) + 1):
+                trace.passes.append(depth)
+                trace.changed.append(False)
+                if bool(criteria(row[None, :end], None)[0]):
+                    break
 
     def _chunk(self, rows: Rows, chooser: Chooser, width: int) -> int:
         """Draft, refine and commit once for every row that goes on; return the most tokens that a row committed."""
@@ -268,12 +280,20 @@ class ChunkedDecoding:
             self.traces[row].changed += differs[:count]
 
 
+def _say_once(model: Any, obstacle: str) -> None:
+    """Log why a model is decoded token by token, once for each reason."""
+    said = model.__dict__.setdefault("rr_obstacles", set())
+    if obstacle not in said:
+        said.add(obstacle)
+        log.warning("decoding token by token: %s", obstacle)
+
+
 def _obstacle(model: Any, cache: Any, mask: Tensor | None) -> str:
     """Say why a model is decoded token by token, or nothing."""
     recursion = getattr(model, "recursion", None)
     if recursion is None or recursion.depth == 0:
         return "no pass follows pass 0"
-    if not isinstance(cache, DynamicCache) or cache.offloading:
+    if not upstream.can_be_taken_back(cache):
         return f"a cache of class {type(cache).__name__} cannot be taken back"
     if mask is not None and bool((mask.long().diff(dim=1) < 0).any()):
         return "the prompts are not padded on the left"
@@ -284,7 +304,7 @@ def _obstacle(model: Any, cache: Any, mask: Tensor | None) -> str:
 
 def _can_lag(recursion: Any, cache: Any) -> bool:
     """Tell whether passes can be taken back any way and caught up: not where windows or states forget."""
-    return recursion.end == len(recursion.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return recursion.end == len(recursion.layers) and all(map(upstream.remembers_all, cache.layers))
 
 
 def continues_in_blocks(recursion: Any) -> bool:
@@ -297,12 +317,14 @@ def continues_in_blocks(recursion: Any) -> bool:
 
 
 def _block_is_its_tokens(model: Any) -> bool:
-    name = caches.argument_of(model)
+    if not upstream.takes_cache(model):
+        return False
+    name = upstream.cache_argument(model)
     ids = torch.arange(7, device=model.device)[None] * 37 % model.get_input_embeddings().num_embeddings
     rows = []
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     for pieces in ([3], [1] * 3):
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        cache = upstream.DynamicCache(config=model.config.get_text_config(decoder=True))
         model(input_ids=ids[:, :4], use_cache=True, **{name: cache})
         parts, seen = [], 4
         for piece in pieces:

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.output_capturing import _active_collector
 
+from rrcli import upstream
 from rrcli.errors import RRError, UsageError
 from rrcli.recursion import caches
 from rrcli.recursion.cell import BoundaryHead, FeedbackCell
@@ -106,7 +106,8 @@ class Recursion(nn.Module):
         self.__dict__["tail"] = [module for module in tail if module is not None]
         self.config = config
         self.start, self.end = config.resolve_span(len(self.layers))
-        self.needs_check = not known
+        # What belongs to other people may have changed since it was tested: then even a known family proves itself.
+        self.needs_check = not known or bool(upstream.untested())
 
         # Weights of one byte (fp8) are storage, not something to compute in.
         like = next(p for p in self.layers[self.start].parameters() if p.is_floating_point() and p.element_size() > 1)
@@ -119,6 +120,7 @@ class Recursion(nn.Module):
 
         self._depth = config.max_steps
         self._frame: _Frame | None = None
+        self._untranslate = upstream.translate(model)
         self._hooks = self._install()
         model.__dict__["recursion"] = self
 
@@ -178,6 +180,7 @@ class Recursion(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._untranslate()
         if self.model.__dict__.get("recursion") is self:
             del self.model.__dict__["recursion"]
             lora = self.model.__dict__.get("lora")
@@ -206,7 +209,7 @@ class Recursion(nn.Module):
 
     def _install(self) -> list[Any]:
         hooks = [
-            self.backbone.register_forward_pre_hook(self._open),
+            self.backbone.register_forward_pre_hook(self._open, with_kwargs=True),
             self.backbone.register_forward_hook(self._close, always_call=True),
             self.layers[0].register_forward_pre_hook(self._prepare_caches, with_kwargs=True),
             # First of the layer's hooks, so that whoever records its output records what the model goes on with.
@@ -225,8 +228,9 @@ class Recursion(nn.Module):
         finally:
             self._frame = before
 
-    def _open(self, *_: Any) -> None:
+    def _open(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._frame is None and self._depth > 0:
+            upstream.refuse_unhidden_outputs(self.model, kwargs)
             self._frame = _Frame(self._depth)
 
     def _close(self, *_: Any) -> None:
@@ -239,7 +243,7 @@ class Recursion(nn.Module):
         depth = self._frame.depth if self._frame else 0
         for value in (*args, *kwargs.values()):
             # `prepare` is not compiled: call it where a generation begins, not for every token.
-            if caches.is_cache(value) and not caches.is_ready(value, depth):
+            if upstream.is_cache(value) and not caches.is_ready(value, depth):
                 caches.prepare(value, depth, self.end == len(self.layers), self.start)
 
     def _note(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -263,7 +267,7 @@ class Recursion(nn.Module):
         # Layers may lie on different devices: the sidecar lies with the first layer of the span.
         home = self.head.score.weight.device
         entry = entry.to(home)
-        with self._forced(None), _unrecorded():
+        with self._forced(None), upstream.unrecorded():
             for step in range(1, frame.depth + 1):
                 if step > 1 and frame.enough is not None and frame.enough(hidden):
                     break
@@ -281,9 +285,9 @@ class Recursion(nn.Module):
         lora = self.model.__dict__.get("lora") if step else None
         for index in span:
             args, kwargs = frame.calls[index]
-            args = tuple(caches.of_pass(value, step) if caches.is_cache(value) else value for value in args)
+            args = tuple(caches.of_pass(value, step) if upstream.is_cache(value) else value for value in args)
             kwargs = {
-                k: caches.of_pass(value, step) if caches.is_cache(value) else value for k, value in kwargs.items()
+                k: caches.of_pass(value, step) if upstream.is_cache(value) else value for k, value in kwargs.items()
             }
             args, kwargs = _with_hidden((args, kwargs), hidden)
             layer = self.layers[index]
@@ -342,20 +346,6 @@ def shadowed(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = before
-
-
-@contextmanager
-def _unrecorded() -> Iterator[None]:
-    """Hide what happens inside from transformers' recorder of hidden states, attentions and router logits."""
-    before = _active_collector.get()
-    if not before:
-        yield
-        return
-    _active_collector.set(None)
-    try:
-        yield
-    finally:
-        _active_collector.set(before)
 
 
 def _hidden(call: Call) -> Tensor:

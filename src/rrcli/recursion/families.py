@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rrcli import upstream
 from rrcli.errors import RRError
 
 
@@ -140,9 +141,8 @@ def home_of(module: nn.Module) -> torch.device:
     weight = next(module.parameters())
     if weight.device.type != "meta":
         return weight.device
-    hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
-    homes = [home for hook in hooks if (home := getattr(hook, "execution_device", None)) is not None]
-    return torch.device(homes[0] if homes else "cpu")
+    home = upstream.computing_device(module)
+    return torch.device("cpu" if home is None else home)
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rrcli import upstream
 from rrcli.errors import RRError
 from rrcli.recursion.families import find_layout
 
@@ -51,7 +52,6 @@ class Lora:
 
     def __init__(self, model: Any, config: Any, *, always: bool) -> None:
         from peft import inject_adapter_in_model
-        from peft.functional import cast_adapter_dtype
         from peft.tuners.lora import LoraLayer
 
         self.model, self.config, self.always = model, config, always
@@ -59,13 +59,13 @@ class Lora:
             inject_adapter_in_model(config, model, NAME)
         except (ValueError, NotImplementedError, TypeError) as error:
             raise RRError(f"LoRA cannot be added to '{model.config.model_type}' models: {error}") from error
-        cast_adapter_dtype(model, NAME)
+        upstream.peft_function("cast_adapter_dtype")(model, NAME)
         layers = model.get_submodule(find_layout(model)[0].layers)
         self._of_layer: dict[nn.Module, list[LoraLayer]] = {
             layer: [module for module in layer.modules() if isinstance(module, LoraLayer)] for layer in layers
         }
         for adapted in self._of_layer.values():
-            _switch(adapted, always)
+            upstream.switch_adapters(adapted, always)
         model.__dict__["lora"] = self
 
     def parameters(self) -> list[nn.Parameter]:
@@ -75,16 +75,8 @@ class Lora:
     def call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call a decoder layer with its adapters on, now and when a checkpoint recomputes it."""
         adapted = self._of_layer[layer]
-        checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None:
-            layer._gradient_checkpointing_func = lambda run, *inputs, **options: checkpoint(
-                self._with_adapters(run, adapted), *inputs, **options
-            )
-        try:
+        with upstream.checkpointed_with(layer, lambda run: self._with_adapters(run, adapted)):
             return self._with_adapters(layer, adapted)(*args, **kwargs)
-        finally:
-            if checkpoint is not None:
-                layer._gradient_checkpointing_func = checkpoint
 
     def remove(self) -> None:
         """Put the model's own modules back."""
@@ -100,10 +92,10 @@ class Lora:
         Args:
             base: path or hub id of the base model, noted for `AutoPeftModelForCausalLM`.
         """
-        from peft.functional import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        weights = get_peft_model_state_dict(self.model, adapter_name=NAME, save_embedding_layers=False)
+        state_dict = upstream.peft_function("get_peft_model_state_dict")
+        weights = state_dict(self.model, adapter_name=NAME, save_embedding_layers=False)
         save_file(
             {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()},
             folder / ADAPTER_WEIGHTS,
@@ -126,11 +118,11 @@ class Lora:
 
     @contextmanager
     def _on(self, adapted: list[Any]) -> Iterator[None]:
-        _switch(adapted, True)
+        upstream.switch_adapters(adapted, True)
         try:
             yield
         finally:
-            _switch(adapted, self.always)
+            upstream.switch_adapters(adapted, self.always)
 
 
 def add_lora(model: Any, rank: int, alpha: int, seed: int = 0, span: Sequence[int] | None = None) -> Lora:
@@ -189,7 +181,6 @@ def load_lora(model: Any, folder: Path) -> Lora:
         RRError: files are missing or broken, or belong to another model.
     """
     from peft import PeftConfig
-    from peft.functional import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     try:
@@ -199,7 +190,7 @@ def load_lora(model: Any, folder: Path) -> Lora:
         raise RRError(f"cannot read the adapter in {folder}: {error}", "Make the checkpoint again.") from error
     lora = Lora(model, config, always=getattr(model, "recursion", None) is None)
     try:
-        result = set_peft_model_state_dict(
+        result = upstream.peft_function("set_peft_model_state_dict")(
             model, {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}, NAME
         )
     except RuntimeError as error:
@@ -208,9 +199,3 @@ def load_lora(model: Any, folder: Path) -> Lora:
     if wrong:
         raise RRError(f"the adapter in {folder} does not fit the model: {wrong[0]}")
     return lora
-
-
-def _switch(adapted: list[Any], on: bool) -> None:
-    # Not `enable_adapters`: that also turns requires_grad off, and autograd then drops gradients of passes already run.
-    for module in adapted:
-        module._disable_adapters = not on

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rrcli.upstream import onednn_operator, onednn_product
 
 # One row is bound by reading the weights, and any library is as good.
 FEWEST_ROWS = 2
@@ -75,15 +76,15 @@ class _Linear(torch.autograd.Function):
         )
 
 
-@functools.cache
 def usable() -> bool:
     """Tell whether this torch, on this processor, has oneDNN's product."""
-    found = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return found and platform.machine() in ("x86_64", "AMD64")
+    return onednn_product() is not None
 
 
 def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    product = onednn_product()
+    assert product is not None
+    return product(rows, weight, bias)
 
 
 def _flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
@@ -92,7 +93,7 @@ def _flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
 
 
 # What torch's `FlopCounterMode` does not know by itself.
-FLOPS = {torch.ops.mkldnn._linear_pointwise: _flops} if usable() else {}
+FLOPS = {onednn_operator(): _flops} if usable() else {}
 
 
 def _forward(layer: Any, rows: Tensor) -> Tensor:

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from rrcli.errors import RRError
-from rrcli.recursion import caches
 from rrcli.recursion.families import home_of
+from rrcli.upstream import CACHE_NAMES, cache_argument, is_cache
 
 BATCH, PROMPT, LENGTH = 2, 6, 9
-CACHE_NAMES = ("past_key_values", "cache_params")
 # Two ways to the same logits may differ by rounding, relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 LOW_PRECISION = 0.05
@@ -94,7 +93,7 @@ def _decoded(model: Any, ids: Tensor, last: int = 3) -> Tensor:
     parts, cache = [], {}
     for piece in (ids[:, :-last], *ids[:, -last:].split(1, 1)):
         output = model(input_ids=piece, use_cache=True, **cache)
-        cache = {name: value for name, value in output.items() if name in CACHE_NAMES or caches.is_cache(value)}
+        cache = {cache_argument(model): value for value in output.values() if is_cache(value)}
         parts.append(output.logits)
     return torch.cat(parts, 1)
 
@@ -174,8 +173,8 @@ def _cached(model: Any, ids: Tensor) -> Tensor:
             past["position_ids"] = torch.arange(start, end, device=ids.device).expand(len(ids), -1)
         output = model(input_ids=ids[:, start:end], use_cache=True, **past)
         parts.append(output.logits)
-        past = {name: getattr(output, name, None) for name in CACHE_NAMES}
-        past = {name: cache for name, cache in past.items() if cache is not None}
+        found = {name: value for name, value in output.items() if name in CACHE_NAMES or is_cache(value)}
+        past = {} if not found else {cache_argument(model): next(iter(found.values()))}
         if not past:
             # Some families start afresh at position 0, so name the place.
             after = {"input_ids": ids[:, end : end + 1]}
@@ -186,7 +185,7 @@ def _cached(model: Any, ids: Tensor) -> Tensor:
                 raise _refusal(model, "it returns no cache, yet remembers what it saw: its state lies in its modules")
             break
         for cache in past.values():
-            if not caches.is_cache(cache):
+            if not is_cache(cache):
                 raise _refusal(model, f"its cache is a {type(cache).__name__}, which is not known as a cache")
     return torch.cat(parts, 1)
 

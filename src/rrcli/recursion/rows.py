@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from rrcli.recursion import caches
+from rrcli.upstream import cache_argument
 
 
 class Rows:
@@ -33,7 +34,7 @@ class Rows:
         self.real = torch.full_like(input_ids[:, 0], input_ids.shape[1]) if mask is None else mask.long().sum(1)
         self.active = list(range(len(input_ids)))
         self.new: list[list[int]] = [[] for _ in input_ids]
-        self._accepts = inspect.signature(model.forward).parameters
+        self._accepts, self._cache_argument = inspect.signature(model.forward).parameters, cache_argument(model)
         self._ends = [c.eos_token_id for c in criteria if isinstance(c, EosTokenCriteria)]
         self._others = [c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
 
@@ -54,7 +55,7 @@ class Rows:
             options["attention_mask"] = mask
         if "position_ids" in self._accepts:
             options["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        options |= {caches.argument_of(self.model): self.cache, "use_cache": True}
+        options |= {self._cache_argument: self.cache, "use_cache": True}
         return self.model(input_ids=ids, **options).logits
 
     def room(self, max_length: int | None, width: int) -> int:
@@ -118,11 +119,10 @@ class Rows:
         elif self.cache.is_croppable:
             self.cache.crop(-int(dropped[0]))
 
-    def sequences(self, pad: Tensor | None) -> Tensor:
-        """Return `[batch, position]` prompts and new tokens, padded on the right."""
+    def sequences(self, pad: int) -> Tensor:
+        """Return `[batch, position]` prompts and new tokens, filled up with `pad` on the right."""
         width = max(map(len, self.new))
-        fill = 0 if pad is None else int(pad)
-        rows = [[*tokens, *[fill] * (width - len(tokens))] for tokens in self.new]
+        rows = [[*tokens, *[pad] * (width - len(tokens))] for tokens in self.new]
         return torch.cat([self.prompts, torch.tensor(rows, dtype=self.prompts.dtype, device=self.prompts.device)], 1)
 
 

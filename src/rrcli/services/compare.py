@@ -9,10 +9,11 @@ from rrcli import gates, pairing, verdicts
 from rrcli.comparison import Cell, Comparison, Generation, Results, Row, generations_of
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.metrics import Metric
+from rrcli.preservation import Preservation, hold
 from rrcli.report import check_report_path
 from rrcli.settings import STAGES, CompareSettings
 from rrcli.store import read_json
-from rrcli.workspace import Workspace
+from rrcli.workspace import SURGERY_STAGE, Workspace
 
 TRAINING_ROWS = (
     ("tokens", "Training tokens", "k", 1e3),
@@ -45,20 +46,48 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
     read = [gates.read_gate(text, labelled) for text in settings.gate]
     rows, warnings = _rows(names, results)
     stages = {r["stage"]: r for r in reversed(results)}  # of two files of one stage, the first speaks for it
-    told = verdicts.claims(stages)
+    preserved = _preserved(stages, workspace)
+    broken = preserved is not None and preserved.broken
+    told = verdicts.claims(stages, sound=not broken)
     told = [claim for claim in told if any(row.name == claim.name for row in rows)]
     pairing.correct(rows, told, results, settings.alpha)
+    if broken:
+        _withdraw(rows, results)
     return Comparison(
         names,
         rows + _training_rows(results),
         told,
-        verdicts.sentences(stages, told, settings.alpha),
+        verdicts.sentences(stages, told, settings.alpha, preserved),
         warnings,
         _generations(results) if settings.generations else [],
         [gates.check(gate, labelled, settings.alpha, significant=settings.gate_significant) for gate in read],
         settings.alpha,
         results,
+        preserved.sentence() if preserved is not None and preserved.broken else "",
     )
+
+
+def _preserved(stages: dict[str, Results], workspace: Workspace) -> Preservation | None:
+    """Hold the stage after surgery against the baseline: the two that are compared, or those that recursion rests on.
+
+    Recursive stages rest on the surgery of this folder, even where it is not among what is compared; that it held is
+    then not worth a word.
+    """
+    if {"baseline", SURGERY_STAGE} <= stages.keys():
+        return hold(stages[SURGERY_STAGE], stages["baseline"])
+    files = [workspace.results_file(stage) for stage in (SURGERY_STAGE, "baseline")]
+    if "finetuned_recursive" not in stages or not all(file.is_file() for file in files):
+        return None
+    found = hold(*(stages.get(stage) or _read(workspace, stage) for stage in (SURGERY_STAGE, "baseline")))
+    return found if found.broken else None
+
+
+def _withdraw(rows: list[Row], results: list[Results]) -> None:
+    """Take back what the table says about recursion."""
+    for row in rows:
+        for cell, result in zip(row.cells, results, strict=True):
+            if result["stage"] == "finetuned_recursive" and cell.verdict in ("better", "worse", "differs"):
+                cell.verdict = "no claim"
 
 
 def _read(workspace: Workspace, name: str) -> Results:

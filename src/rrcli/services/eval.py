@@ -13,6 +13,7 @@ from rrcli.data import EvalData, held_out_data
 from rrcli.errors import RRError, UsageError
 from rrcli.harness import harness_tasks, load_tasks
 from rrcli.models import ModelSource, base_of, load_for
+from rrcli.preservation import Preservation, hold
 from rrcli.problem_files import FileTask, trained_questions
 from rrcli.prompts import read_prompts, stop_strings
 from rrcli.reporting import Reporter
@@ -20,16 +21,26 @@ from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings, SurgerySettings, load
 from rrcli.store import METRICS, SCHEMA, combine, finite, make_folder, read_json, write_json
 from rrcli.tracker import SUMMARY, MetricsTracker
-from rrcli.workspace import MAKERS, Workspace, check_stage, data_identity, eval_inputs, model_fingerprint, provenance
+from rrcli.workspace import (
+    MAKERS,
+    SURGERY_STAGE,
+    Workspace,
+    check_stage,
+    data_identity,
+    eval_inputs,
+    model_fingerprint,
+    provenance,
+)
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The published results and where they are."""
+    """The published results and where they are; of the stage after surgery also whether it preserved the baseline."""
 
     stage: str
     results: dict[str, Any]
     file: Path
+    preserved: Preservation | None = None
 
 
 def evaluate(
@@ -114,11 +125,20 @@ def evaluate(
             "calibration": measured["calibration"],
             "records": measured["records"],
         }
+        preserved = _preserved(results, workspace) if stage == SURGERY_STAGE else None
+        if preserved is not None:
+            results["preservation"] = preserved.to_dict()
         if file.exists():
             shutil.copyfile(file, file.with_suffix(".json.bak"))
         write_json(file, finite(results))
         log.end()
-    return EvalResult(stage, results, file)
+    return EvalResult(stage, results, file, preserved)
+
+
+def _preserved(results: dict[str, Any], workspace: Workspace) -> Preservation | None:
+    """Hold the stage after surgery against the baseline's results, if there are any."""
+    file = workspace.results_file("baseline")
+    return hold(finite(results), read_json(file, "rr eval --stage baseline")) if file.is_file() else None
 
 
 def _data(settings: EvalSettings, directory: Path) -> EvalData:

@@ -6,7 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rrcli.planning import DONE, Load, Step, judge, plan
+from rrcli.preservation import hold, require
 from rrcli.reporting import Reporter
+from rrcli.settings import CommonSettings
+from rrcli.store import read_json
+from rrcli.workspace import SURGERY_STAGE, Workspace
 
 
 def run(
@@ -16,6 +20,9 @@ def run(
 
     Args:
         perform: does one step (the command line wires the services together, since they don't know each other).
+
+    Raises:
+        CheckFailed: surgery did not preserve the baseline; nothing is trained on it.
     """
     planned = plan(directory, load, new_options=new_options)
     for number, step in enumerate(planned, start=1):
@@ -23,7 +30,14 @@ def run(
         now = step if step.kind == "setup" else judge(step.kind, step.target, directory, load)
         if now.status == DONE:
             reporter.note(f"[{number}/{len(planned)}] {now.command}: done already")
-            continue
-        reporter.note(f"[{number}/{len(planned)}] {now.command}{': ' + now.detail if now.detail else ''}")
-        perform(now)
+        else:
+            reporter.note(f"[{number}/{len(planned)}] {now.command}{': ' + now.detail if now.detail else ''}")
+            perform(now)
+        if (step.kind, step.target) == ("eval", SURGERY_STAGE):
+            _require_preserved(Workspace(directory, load(CommonSettings)))
     return planned
+
+
+def _require_preserved(workspace: Workspace) -> None:
+    after, base = (read_json(workspace.results_file(s), "rr run") for s in (SURGERY_STAGE, "baseline"))
+    require(hold(after, base))

@@ -66,6 +66,7 @@ def setup(
     checks: list[Check] = []
     looks: tuple[tuple[str, Callable[[], str]], ...] = (
         ("versions", _versions),
+        ("self-test", lambda: _self_test(reporter)),
         ("device", lambda: _device(settings)),
         ("memory", _memory),
         ("disk", lambda: _disk(directory)),
@@ -119,6 +120,23 @@ def _versions() -> str:
         except PackageNotFoundError:
             raise RRError(f"{name} is not installed", "Install rrcli again.") from None
     return f"Python {sys.version.split()[0]}, " + ", ".join(found)
+
+
+def _self_test(reporter: Reporter) -> str:
+    from rrcli.recursion.selftest import self_test
+    from rrcli.upstream import untested
+
+    strange = f"not tested with {', '.join(untested())}" if untested() else ""
+    try:
+        found = self_test()
+    except Exception as error:
+        # Whatever another version of a library raises, it is what the test is there to find.
+        said = error.message if isinstance(error, RRError) else f"{type(error).__name__}: {error}"
+        hint = "Install the versions that rr was tested with: 'pipx reinstall rrcli', or 'pip install' it again."
+        raise RRError(f"{said}{f' ({strange})' if strange else ''}", hint) from error
+    if strange:
+        reporter.warn(f"rr was {strange}; the self-test found: {found}")
+    return f"{found}{f'; {strange}' if strange else ''}"
 
 
 def _device(settings: SetupSettings) -> str:

@@ -1,0 +1,100 @@
+"""A self-test of seconds: whether the recursion and the installed libraries still fit together.
+
+Held on a tiny random model in memory, so that it finds what a new version of a dependency changed, before any model of
+the user's is touched:
+
+    zero-init      a fresh recursion changes no logit, cached and uncached, and no token that `generate` writes
+    cached         with feedback that is not zero, decoding by a cache gives the logits of no cache
+    chunked        chunked decoding writes the tokens of running every pass for every token
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rrcli.errors import CheckFailed
+from rrcli.recursion.chunked import ChunkedDecoding
+from rrcli.recursion.config import RecursionConfig
+from rrcli.recursion.engine import Recursion, attach
+from rrcli.recursion.proof import self_check
+from rrcli.upstream import cache_argument, cache_of
+
+WIDTH, LAYERS, VOCABULARY = 32, 3, 97
+PROMPT, NEW = 7, 16
+# Cached and uncached logits may differ by rounding (fp32), relative to the largest.
+TOLERANCE = 1e-5
+HINT = "Do not use this installation: install versions of the dependencies that rr was tested with (pyproject.toml)."
+
+
+@torch.no_grad()
+def self_test() -> str:
+    """Run it, and return what was found.
+
+    Raises:
+        CheckFailed: something does not hold; says what.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = _tiny()
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(3, VOCABULARY, (3, PROMPT), generator=generator)
+        mask = torch.ones_like(ids)
+        for row, padding in enumerate((0, 2, 1)):
+            mask[row, :padding] = 0
+        plain = _written(model, ids, mask)
+        recursion = attach(model, RecursionConfig(max_steps=2))
+        self_check(recursion)
+        if not torch.equal(_written(model, ids, mask), plain):
+            raise CheckFailed("a zero-initialised recursion changes what 'generate' writes", HINT)
+        _wake(recursion, generator)
+        worst = _cached_differs(model, _written(model, ids[:1], mask[:1]))
+        if not worst <= TOLERANCE:
+            raise CheckFailed(f"with feedback, cached and uncached logits differ by {worst:.2g} of the largest", HINT)
+        sequential = _written(model, ids, mask)
+        if torch.equal(sequential, plain):
+            raise CheckFailed("feedback that is not zero changes no token", HINT)
+        decoding = ChunkedDecoding(4)
+        if not torch.equal(_written(model, ids, mask, decoding), sequential):
+            raise CheckFailed("chunked decoding writes other tokens than all passes for every token", HINT)
+        if not decoding.totals.chunks or [len(trace.passes) for trace in decoding.traces] != [NEW] * len(ids):
+            raise CheckFailed("decoding was not done in chunks", HINT)
+    return f"zero-init identical, cached = uncached ({worst:.0e}), chunked = sequential ({NEW * len(ids)} tokens)"
+
+
+def _tiny() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # far from uniform, so that a wrong cache or mask shows
+            parameter.normal_(std=0.2)
+    return model
+
+
+def _wake(recursion: Recursion, generator: torch.Generator) -> None:
+    for parameter in recursion.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def _written(model: Any, ids: Tensor, mask: Tensor, decoding: Any = None) -> Tensor:
+    return model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, custom_generate=decoding)
+
+
+def _cached_differs(model: Any, ids: Tensor) -> float:
+    """Return how far logits by a cache, token by token, are from those without, relative to the largest."""
+    plain, parts, past = model(input_ids=ids, use_cache=False).logits, [], {}
+    for token in ids.split(1, 1):
+        output = model(input_ids=token, use_cache=True, **past)
+        cache = cache_of(output)
+        if cache is None:
+            raise CheckFailed("the model returns no cache, or one that is not known as a cache", HINT)
+        past = {cache_argument(model): cache}
+        parts.append(output.logits)
+    return float((torch.cat(parts, 1) - plain).abs().max() / plain.abs().max())

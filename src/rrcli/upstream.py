@@ -1,0 +1,457 @@
+"""The one door to what belongs to other people and may change under another name in their next release.
+
+Everywhere else `rrcli` calls what its dependencies document. What it needs beyond that stands here, one function for
+each need. It is found by signature, type or trial, never by a version. What happens where it is not found:
+
+    needed for                                    rests on                                   without it
+    the name a model takes its cache under        signatures, annotations of `Cache`         RRError
+    the cache in what a model returns             the type of a value, not its name          None: callers do without
+    remote code that names its cache otherwise    `generate` hands its cache on by keyword   nothing to translate
+    what a cache layer holds                      attributes of transformers' layer classes  RRError, or not alignable
+    passes that leave recorded outputs alone      transformers' `_active_collector`          RRError where asked for
+    decoding token by token inside `generate`     `GenerationMixin._sample`                  RRError
+    adapters that are on for one pass             peft's `_disable_adapters`                 the public switch, slower
+    adapters on when a checkpoint is recomputed   `_gradient_checkpointing_func` of layers   RRError
+    leaving a process group, to join another      accelerate's `PartialState._reset_state`   one training a process
+    products of rows on a CPU by oneDNN           torch's `mkldnn._linear_pointwise`         torch's own product
+    telling that no C++ compiler works            `torch._inductor.cpp_builder`              torch's own error, later
+    experts whose products are counted            `_experts_implementation` of a config      FLOPs of some may lack
+    hyper-parameters inside a run                 `torch.utils.tensorboard.summary.hparams`  they are not logged
+    a GGUF model that can be saved                `hf_quantizer`, `quantization_config`      transformers' own error
+
+Which versions this was tested with is said once, in pyproject.toml; `untested` compares them with what is installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module, metadata
+from typing import Any
+
+import torch
+from packaging.requirements import Requirement
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from rrcli.errors import RRError
+
+# Packages whose internals are named above, and whose tested range therefore has an end.
+WATCHED = ("transformers", "peft", "accelerate", "torch", "tensorboard")
+
+
+# -- versions ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def untested() -> list[str]:
+    """Return what is installed and was not tested with rr, each as 'peft 0.30 (tested: >=0.21)'."""
+    requirements = (Requirement(text) for text in metadata.requires("rrcli") or ())
+    ranges = {r.name: r.specifier for r in requirements if r.name in WATCHED and r.marker is None}
+    installed = {name: metadata.version(name) for name in ranges}
+    return [
+        f"{name} {version} (tested: {ranges[name]})"
+        for name, version in installed.items()
+        if not ranges[name].contains(version.partition("+")[0], prereleases=True)
+    ]
+
+
+# -- transformers: the cache and its names -----------------------------------------------------------------------------
+
+# Names that models have given to their cache: today's first, then older ones, which remote code still uses.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+
+def is_cache(value: object) -> bool:
+    """Tell a cache by its type, since models pass it under different names and positions."""
+    if isinstance(value, Cache):
+        return True
+    name = type(value).__name__  # torch.compile before 2.11 cannot trace `str.endswith`
+    return (name[-5:] == "Cache" or name[-11:] == "CacheParams") and hasattr(value, "__dict__")
+
+
+def takes_cache(model: Any) -> bool:
+    """Tell whether one of the arguments of a model's forward is known to be its cache."""
+    return _cache_parameter(model.forward) is not None
+
+
+def cache_argument(model: Any) -> str:
+    """Return the keyword under which a model's forward takes its cache.
+
+    Raises:
+        RRError: none of its arguments can be told to be the cache.
+    """
+    found = _cache_parameter(model.forward)
+    if found is None:
+        raise RRError(
+            f"'{model.config.model_type}' models cannot be supported: no argument of their forward is known as a cache",
+            "This needs a model that takes a cache of transformers, or another version of transformers.",
+        )
+    return found
+
+
+def cache_of(values: Mapping[str, Any]) -> Any:
+    """Return the cache among a model's outputs, or among the arguments of a generation; None if there is none."""
+    return next((value for value in values.values() if is_cache(value)), None)
+
+
+def translate(model: Any) -> Callable[[], None]:
+    """Let `generate` and the code that a model brings itself understand each other's name for the cache.
+
+    `generate` hands the cache on under the name that the installed transformers has for it. Code that was written for
+    another version would take that name for an unknown option, and go on without a past.
+
+    Returns:
+        What takes the translation off again; it does nothing where there was none to make.
+    """
+    theirs, own = generation_cache_argument(model), _cache_parameter(model.forward)
+    if own is None or theirs is None or theirs == own or "rr_translated" in vars(model):
+        return lambda: None
+    vars(model)["rr_translated"] = True
+
+    def rename(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {own if name == theirs else name: value for name, value in kwargs.items()}
+
+    hook = model.register_forward_pre_hook(rename, with_kwargs=True)
+    prepare = model.prepare_inputs_for_generation
+    if own in inspect.signature(prepare).parameters:
+
+        @functools.wraps(prepare)
+        def renamed(*args: Any, **kwargs: Any) -> Any:
+            return prepare(*args, **rename(None, (), kwargs)[1])
+
+        model.prepare_inputs_for_generation = renamed
+
+    def undo() -> None:
+        hook.remove()
+        vars(model).pop("prepare_inputs_for_generation", None)
+        vars(model).pop("rr_translated", None)
+
+    return undo
+
+
+def output_cache_field() -> str:
+    """Return the name under which `generate` returns the cache.
+
+    Raises:
+        RRError: none of its fields can be told to be the cache.
+    """
+    from transformers.generation import GenerateDecoderOnlyOutput
+
+    found = _cache_parameter(GenerateDecoderOnlyOutput)
+    if found is None:
+        raise RRError(
+            "the cache of a generation cannot be returned: transformers' output has no field for it",
+            "Leave return_dict_in_generate out, or install a version of transformers that rr was tested with.",
+        )
+    return found
+
+
+def _cache_parameter(function: Callable[..., Any]) -> str | None:
+    parameters = inspect.signature(function).parameters
+    known = next((name for name in CACHE_NAMES if name in parameters), None)
+    # A name that nobody has heard of is a cache all the same if it is declared to be one.
+    declared = [name for name, p in parameters.items() if re.search(r"\bCache\b", str(p.annotation))]
+    return known or (declared[0] if len(declared) == 1 else None)
+
+
+def generation_cache_argument(model: Any) -> str | None:
+    """Return the keyword under which `generate` takes a cache for this model and hands it on; None if none is known."""
+    from transformers.generation import GenerationMixin
+
+    name = _cache_parameter(GenerationMixin.prepare_inputs_for_generation)
+    # Before there was one name for all, `generate` told models with recurrent states by the name of their class.
+    return "cache_params" if name == "past_key_values" and "mamba" in type(model).__name__.lower() else name
+
+
+def goes_on(cache: Any) -> bool:
+    """Tell whether `generate` goes on after what a cache holds, and `reorder_cache` selects its rows.
+
+    Not where all layers are recurrent: `generate` then runs the whole text again; nor in classes that families derive.
+    """
+    linear = getattr(cache, "is_linear", None)
+    return _is_plain(cache) and isinstance(linear, list) and not all(linear)
+
+
+def can_be_taken_back(cache: Any) -> bool:
+    """Tell whether a cache is one that `Snapshot` and `crop` take back to an earlier token."""
+    return isinstance(cache, DynamicCache) and not getattr(cache, "offloading", True) and hasattr(cache, "is_croppable")
+
+
+def _is_plain(cache: Any) -> bool:
+    return isinstance(cache, DynamicCache) and type(cache).__name__ == DynamicCache.__name__
+
+
+# -- transformers: the layers of a cache -------------------------------------------------------------------------------
+
+# Layers whose rows can be moved one by one, and where their positions are: attribute -> axis.
+POSITIONS: dict[type, dict[str, int]] = {
+    DynamicLayer: {"keys": 2, "values": 2},
+    DynamicSlidingWindowLayer: {"keys": 2, "values": 2},
+    LinearAttentionLayer: {"conv_states": 2},
+}
+
+
+def is_blank(layer: Any) -> bool:
+    """Tell whether no token went through one layer of a cache.
+
+    Raises:
+        RRError: the layer has nothing that tells.
+    """
+    length, previous = getattr(layer, "get_seq_length", None), getattr(layer, "has_previous_state", None)
+    if length is None and previous is None:
+        raise RRError(
+            f"a cache layer of class {type(layer).__name__} cannot be used: nothing tells whether it is empty",
+            "Call the model with use_cache=False, or install a version of transformers that rr was tested with.",
+        )
+    if getattr(layer, "is_initialized", True) and length is not None and int(length()) > 0:
+        return False
+    if isinstance(previous, dict):
+        previous = list(previous.values())
+    return not (previous is True or (isinstance(previous, list) and any(previous)))
+
+
+def remembers_all(layer: Any) -> bool:
+    """Tell whether a layer keeps every token for good, so that any number of the last ones can be cropped."""
+    return type(layer) is DynamicLayer
+
+
+def window_of(layer: Any) -> int | None:
+    """Return how many tokens a layer with a sliding window keeps; None for any other."""
+    return int(layer.sliding_window) - 1 if isinstance(layer, DynamicSlidingWindowLayer) else None
+
+
+# -- transformers: recorded outputs ------------------------------------------------------------------------------------
+
+# What a caller may ask a model to return beside its logits.
+RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def _recorder() -> Any:
+    try:
+        found = import_module("transformers.utils.output_capturing")._active_collector
+    except (ImportError, AttributeError):
+        return None
+    return found if all(hasattr(found, name) for name in ("get", "set")) else None
+
+
+# The variable that holds what transformers records of a forward; None where it was not found.
+RECORDER = _recorder()
+
+
+def refuse_unhidden_outputs(model: Any, asked: Mapping[str, Any]) -> None:
+    """Refuse recorded outputs where passes cannot be kept out of them, as `RECORDER` was not found.
+
+    Args:
+        asked: the keyword arguments of a forward.
+
+    Raises:
+        RRError: a kind of output is asked for, and this transformers has no recorder that can be told to look away.
+    """
+    if RECORDER is not None:
+        return
+    for name in RECORDED:
+        if asked.get(name) if name in asked else getattr(model.config, name, False):
+            raise RRError(
+                f"{name} cannot be had with a recursion: transformers' recorder of outputs was not found",
+                "Set the depth to 0 for this call, or install a version of transformers that rr was tested with.",
+            )
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Hide what happens inside from transformers' recorder of hidden states, attentions and router logits."""
+    before = None if RECORDER is None else RECORDER.get()
+    if not before:
+        yield
+        return
+    RECORDER.set(None)
+    try:
+        yield
+    finally:
+        RECORDER.set(before)
+
+
+# -- transformers: generating, loading ---------------------------------------------------------------------------------
+
+
+def sample_one_by_one(model: Any, input_ids: Tensor, **options: Any) -> Any:
+    """Decode token by token, as `generate` does once it has prepared everything; greedy and sampling.
+
+    Args:
+        options: `logits_processor`, `stopping_criteria`, `generation_config`, `synced_gpus`, `streamer` and the model's
+            own arguments, as `generate` hands them to a custom decoding method.
+
+    Raises:
+        RRError: this transformers has no such function, or it takes other arguments.
+    """
+    function = getattr(model, "_sample", None)
+    taken = inspect.signature(function).parameters if function is not None else {}
+    named = ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer")
+    if function is None or not all(name in taken for name in named):
+        raise RRError(
+            "this model cannot be decoded token by token: transformers' own way to do it was not found",
+            "Leave custom_generate out, or install a version of transformers that rr was tested with.",
+        )
+    return function(input_ids, **options)
+
+
+def padding_token(generation_config: Any) -> int:
+    """Return what `generate` pads ended rows with: the padding token, or the first end token, or 0."""
+    ends = generation_config.eos_token_id
+    first = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
+    found = first if generation_config.pad_token_id is None else generation_config.pad_token_id
+    return 0 if found is None else int(found)
+
+
+def forget_quantisation(model: Any) -> None:
+    """Make a model that was read from GGUF saveable: its weights are plain floats by now, only the mark remains."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def computing_device(module: Any) -> Any:
+    """Return where accelerate lets a module compute whose weights it keeps elsewhere until then, or None."""
+    hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
+    return next((home for hook in hooks if (home := getattr(hook, "execution_device", None)) is not None), None)
+
+
+@contextmanager
+def countable_experts(model: Any, way: str) -> Iterator[None]:
+    """Let a mixture's experts compute in the given `way`, and no family look for padding among its tokens."""
+    # Without an id for padding no family looks for it among the tokens, which on the meta device are not there.
+    settings = {"_experts_implementation": way, "pad_token_id": None}
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    before = [(c, key, getattr(c, key)) for c in configs.values() for key in settings if hasattr(c, key)]
+    try:
+        for config, key, _ in before:
+            setattr(config, key, settings[key])
+        yield
+    finally:
+        for config, key, value in before:
+            setattr(config, key, value)
+
+
+# -- peft --------------------------------------------------------------------------------------------------------------
+
+
+def peft_function(name: str) -> Any:
+    """Return a function that peft gives to packages like this one, from where this version of it has it.
+
+    Raises:
+        RRError: it has none of that name.
+    """
+    for place in ("peft.functional", "peft", "peft.utils", "peft.tuners.tuners_utils"):
+        try:
+            return getattr(import_module(place), name)
+        except (ImportError, AttributeError):
+            continue
+    raise RRError(f"peft has no '{name}'", "Install a version of peft that rr was tested with.")
+
+
+def switch_adapters(layers: Sequence[Any], on: bool) -> None:
+    """Turn peft's adapters on or off, and leave `requires_grad` of their weights alone.
+
+    peft's public switch also changes that, and autograd then drops gradients of passes that were run already. Where the
+    flag behind it is not found, the public one is used and `requires_grad` is put back.
+    """
+    for layer in layers:
+        if isinstance(getattr(layer, "_disable_adapters", None), bool):
+            layer._disable_adapters = not on
+        if layer.disable_adapters is on:
+            wanted = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+            layer.enable_adapters(on)
+            for parameter, requires in wanted:
+                parameter.requires_grad_(requires)
+
+
+@contextmanager
+def checkpointed_with(layer: Any, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """While it is entered, a decoder layer checkpoints `around(itself)`, so that a recomputation does the same.
+
+    Raises:
+        RRError: the layer is checkpointed in a way that is not known here: a recomputation would leave `around` out.
+    """
+    name = "_gradient_checkpointing_func"
+    checkpoint = vars(layer).get(name)
+    if checkpoint is None:
+        if getattr(layer, "gradient_checkpointing", False) and layer.training:
+            raise RRError(
+                "LoRA in passes after pass 0 cannot be trained with --gradient-checkpointing here: how transformers "
+                "checkpoints a layer was not found",
+                "Leave --gradient-checkpointing out, or install a version of transformers that rr was tested with.",
+            )
+        yield
+        return
+    setattr(layer, name, lambda run, *inputs, **options: checkpoint(around(run), *inputs, **options))
+    try:
+        yield
+    finally:
+        setattr(layer, name, checkpoint)
+
+
+# -- accelerate, torch, tensorboard ------------------------------------------------------------------------------------
+
+
+def leave_process_group() -> None:
+    """End accelerate's process group; where it cannot forget about it, this process cannot join another one."""
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
+    reset = getattr(PartialState, "_reset_state", None)
+    if reset is not None:
+        reset()
+
+
+@functools.cache
+def onednn_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    """Return oneDNN's `rows @ weight.T + bias` where this torch has it and it gives what torch gives; else None."""
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return None
+
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+    rows, weight, bias = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(-2, 2, 20).view(5, 4), torch.ones(5)
+    try:
+        found = [product(rows, weight, b) for b in (bias, None)]
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    right = [torch.nn.functional.linear(rows, weight, b) for b in (bias, None)]
+    return product if all(map(torch.allclose, found, right)) else None
+
+
+def onednn_operator() -> Any:
+    """Return the operator under `onednn_product`, for counting its FLOPs; None where there is none."""
+    return torch.ops.mkldnn._linear_pointwise if onednn_product() is not None else None
+
+
+def has_cpp_compiler() -> bool:
+    """Tell whether torch.compile finds a C++ compiler; True where that cannot be asked, as it will say so itself."""
+    try:
+        find = import_module("torch._inductor.cpp_builder").get_cpp_compiler
+    except (ImportError, AttributeError):
+        return True
+    try:
+        find()
+    except RuntimeError:
+        return False
+    return True
+
+
+def add_hparams(writer: Any, values: Mapping[str, Any], metrics: Mapping[str, float]) -> bool:
+    """Write hyper-parameters into a TensorBoard writer's own run (its `add_hparams` makes another); False if not."""
+    try:
+        summaries = import_module("torch.utils.tensorboard.summary").hparams(dict(values), dict(metrics))
+        add = writer.file_writer.add_summary
+    except (ImportError, AttributeError):
+        return False
+    for summary in summaries:
+        add(summary)
+    return True
