@@ -16,6 +16,7 @@ each need. It is found by signature, type or trial, never by a version. What hap
     products of rows on a CPU by oneDNN           torch's `mkldnn._linear_pointwise`         torch's own product
     telling that no C++ compiler works            `torch._inductor.cpp_builder`              torch's own error, later
     experts whose products are counted            `_experts_implementation` of a config      FLOPs of some may lack
+    estimating what scoring takes in memory       `_attn_implementation` of a config         a lower estimate
     hyper-parameters inside a run                 `torch.utils.tensorboard.summary.hparams`  they are not logged
     a GGUF model that can be saved                `hf_quantizer`, `quantization_config`      transformers' own error
 
@@ -320,6 +321,11 @@ def computing_device(module: Any) -> Any:
     """Return where accelerate lets a module compute whose weights it keeps elsewhere until then, or None."""
     hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
     return next((home for hook in hooks if (home := getattr(hook, "execution_device", None)) is not None), None)
+
+
+def attention_is_eager(config: Any) -> bool:
+    """Tell whether a model holds whole matrices of attention scores; for an estimate of memory only."""
+    return getattr(config, "_attn_implementation", None) == "eager"
 
 
 @contextmanager

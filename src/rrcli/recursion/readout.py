@@ -29,6 +29,7 @@ from rrcli.recursion import tiles
 from rrcli.recursion.engine import Passes, shadowed
 from rrcli.recursion.families import find_layout
 from rrcli.recursion.products import through_onednn
+from rrcli.upstream import attention_is_eager
 
 # Logits that exist at a time, in elements: 64 MiB in fp32.
 LOGITS_AT_A_TIME = 2**24
@@ -190,7 +191,7 @@ class Readout:
         if self.recursion is not None and self.recursion.depth:
             # Every pass has its state and its readout.
             kept = 2 * (self.recursion.depth + 1)
-        eager = getattr(config, "_attn_implementation", None) == "eager"
+        eager = attention_is_eager(config)
         scores = 3 * getattr(config, "num_attention_heads", 0) if eager else 1
         logits = 3 * self.vocabulary if self.way == "plain" else 0
         return size * (12 * hidden + 4 * inner + kept * hidden + scores * length + logits)
