@@ -6,10 +6,9 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
-from transformers.cache_utils import StaticCache
 
 from families import build, cache_name, tokens, wake
-from rrcli import ChunkedDecoding, RecursionConfig, attach
+from rrcli import ChunkedDecoding, RecursionConfig, attach, upstream
 from rrcli.errors import UsageError
 from rrcli.recursion.chunked import continues_in_blocks
 
@@ -222,21 +221,44 @@ def test_a_filled_cache_is_gone_on_with():
     assert torch.equal(got, run(model, ids, mask))
 
 
-@pytest.mark.parametrize("case", ["static cache", "depth 0", "no recursion", "jamba", "no cache"])
-def test_what_cannot_be_taken_back_is_decoded_token_by_token(case, caplog):
+OBSTACLES = ["static cache", "depth 0", "no recursion", "jamba", "no cache", "right padding", "an unknown cache"]
+
+
+@pytest.mark.parametrize("ending", [False, True])
+@pytest.mark.parametrize("case", OBSTACLES)
+def test_what_cannot_be_taken_back_is_decoded_token_by_token(case, ending, caplog, monkeypatch):
+    """The same tokens, and traces as long as each row's new text: what reads them must not find it empty."""
     model = awake("jamba" if case == "jamba" else "llama")
-    ids, mask = prompts(2)
+    depth = 2
+    ids, mask = prompts(3)
+    if case == "right padding":
+        ids, mask = ids.flip(1), mask.flip(1)
     if case == "depth 0":
-        model.recursion.depth = 0
+        model.recursion.depth = depth = 0
     if case == "no recursion":
         model.recursion.detach()
+        depth = 0
+    if case == "an unknown cache":
+        monkeypatch.setattr(upstream, "cache_of", lambda values: None)
     options = {"cache_implementation": "static"} if case == "static cache" else {}
     options |= {"use_cache": False} if case == "no cache" else {}
+    free = run(model, ids, mask, **options)
+    if ending:
+        options |= {"eos_token_id": [int(free[0, 12]), int(free[1, 15])], "pad_token_id": 0}
     expected = run(model, ids, mask, **options)
+    decoding = ChunkedDecoding(8)
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(run(model, ids, mask, ChunkedDecoding(8), **options), expected)
-    assert "token by token" in caplog.text
-    assert StaticCache is not DynamicCache
+        for _ in range(2):
+            assert torch.equal(run(model, ids, mask, decoding, **options), expected)
+    assert caplog.text.count("token by token") == 1, "a reason is told once"
+    assert len(decoding.traces) == len(ids)
+    for row, trace in zip(expected[:, 9:].tolist(), decoding.traces, strict=True):
+        ends = [row.index(token) + 1 for token in options.get("eos_token_id", ()) if token in row]
+        length = min([*ends, len(row)])
+        assert trace.passes == [depth] * length
+        assert trace.changed == [False] * length
+    as_dict = run(model, ids, mask, ChunkedDecoding(8), return_dict_in_generate=True, **options)
+    assert torch.equal(as_dict.sequences, expected)
 
 
 def test_beam_search_is_refused():

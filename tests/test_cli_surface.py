@@ -200,6 +200,18 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     failed = rr("compare", directory=tmp_path / "absent")
     assert failed.exit_code == 2
     assert "absent does not exist" in failed.stderr
+    assert rr("run", "--dry-run", directory=tmp_path / "absent").exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_that_writes_makes_its_directory(tmp_path: Path) -> None:
+    done = rr("setup", directory=tmp_path / "new" / "experiment")
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "new" / "experiment" / "rr.toml").is_file()
+    (tmp_path / "file").touch()
+    failed = rr("run", directory=tmp_path / "file")
+    assert failed.exit_code == 1
+    assert "is a file, a folder was expected" in failed.stderr
 
 
 # -- what is missing ---------------------------------------------------------------------------------------------------

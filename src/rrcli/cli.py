@@ -20,6 +20,7 @@ from rrcli import __version__, settings, ui
 from rrcli.errors import CheckFailed, Interrupted, RRError, UsageError, suggest
 from rrcli.launching import speaks
 from rrcli.settings import STAGES
+from rrcli.store import make_folder
 
 FILES, OUTPUT = settings.FILES, settings.OUTPUT
 STAGE_HELP = f"Stage: {', '.join(STAGES)}."
@@ -84,16 +85,23 @@ def main(
     """Accept the options that stand before a command."""
 
 
-def _command(cls: type[settings.CommonSettings], panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function `f(ctx, **own options)`; every option of `cls` becomes a flag beside its own."""
+def _command(
+    cls: type[settings.CommonSettings], panel: str, *, writes: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function `f(ctx, **own options)`; every option of `cls` becomes a flag beside its own.
+
+    Args:
+        writes: whether it makes what it works in: then `--dir` may name a folder that is not there yet.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         types = get_type_hints(cls)
         flags = [_flag(item, types[item.name]) for item in fields(cls) if item.name not in {p.name for p in own}]
+        help_text = "Working directory" + ("; made if it is not there." if writes else ".")
         directory = inspect.Parameter(
             "dir", inspect.Parameter.KEYWORD_ONLY, default=Path("."),
-            annotation=Annotated[Path, typer.Option("--dir", help="Working directory.", rich_help_panel=FILES)],
+            annotation=Annotated[Path, typer.Option("--dir", help=help_text, rich_help_panel=FILES)],
         )  # fmt: skip
         debug = inspect.Parameter(
             "debug", inspect.Parameter.KEYWORD_ONLY, default=False,
@@ -103,7 +111,12 @@ def _command(cls: type[settings.CommonSettings], panel: str) -> Callable[[Callab
         def call(**values: Any) -> None:
             if values.pop("debug"):
                 os.environ["RR_DEBUG"] = "1"
-            context = Context(values.pop("dir").resolve(), cls, {flag.name: values.pop(flag.name) for flag in flags})
+            flagged = {flag.name: values.pop(flag.name) for flag in flags}
+            context = Context(values.pop("dir").resolve(), cls, flagged)
+            if writes and not values.get("dry_run"):
+                make_folder(context.directory)
+            elif not writes and not context.directory.is_dir():
+                raise UsageError(f"the directory {context.directory} does not exist", "'rr setup --dir' makes it.")
             function(context, **values)
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [*flags, directory, debug]
@@ -142,8 +155,6 @@ class Context:
 
     def load(self, cls: type[settings.S], *, use_file: bool = True) -> settings.S:
         """Return the settings of a command from rr.toml, the environment and the flags."""
-        if not self.directory.is_dir():
-            raise UsageError(f"the directory {self.directory} does not exist")
         return settings.load(cls, self.directory, self.flags, use_file=use_file)
 
 
@@ -152,7 +163,7 @@ class Context:
 EXPERIMENT, LOOK = "The experiment", "Look at it"
 
 
-@_command(settings.SetupSettings, EXPERIMENT)
+@_command(settings.SetupSettings, EXPERIMENT, writes=True)
 def setup(ctx: Context, overwrite: Overwrite = False, json: Json = False) -> None:
     """Create folders and rr.toml, and check that everything is there."""
     from rrcli.services import setup as service
@@ -170,7 +181,7 @@ def setup(ctx: Context, overwrite: Overwrite = False, json: Json = False) -> Non
         ui.show_next("Settings:", result.settings_file, "rr eval --stage baseline   (or 'rr run' for everything)")
 
 
-@_command(settings.SurgerySettings, EXPERIMENT)
+@_command(settings.SurgerySettings, EXPERIMENT, writes=True)
 def surgery(
     ctx: Context,
     overwrite: Overwrite = False,
@@ -208,7 +219,7 @@ def surgery(
         ui.show_next("Sidecar:", result.folder, "rr eval --stage after_surgery")
 
 
-@_command(settings.TrainSettings, EXPERIMENT)
+@_command(settings.TrainSettings, EXPERIMENT, writes=True)
 def train(
     ctx: Context,
     mode: Annotated[str, typer.Option("--mode", help="vanilla or recursive.")] = "recursive",
@@ -234,7 +245,7 @@ def train(
     ui.show_next("Checkpoint:", result.checkpoint, command)
 
 
-@_command(settings.EvalSettings, EXPERIMENT)
+@_command(settings.EvalSettings, EXPERIMENT, writes=True)
 def eval(
     ctx: Context,
     stage: Stage = "baseline",
@@ -331,7 +342,7 @@ def board(
     service.board(ctx.load(settings.BoardSettings), ctx.directory, _reporter(), started)
 
 
-@_command(settings.SetupSettings, EXPERIMENT)
+@_command(settings.SetupSettings, EXPERIMENT, writes=True)
 def run(
     ctx: Context,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")] = False,
