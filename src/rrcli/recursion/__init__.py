@@ -6,5 +6,5 @@ engine    `attach` and the passes themselves    losses    what training minimise
 chunked   decoding: draft, refine, commit       chunks    its metrics, from teacher-forced passes
 rows      the batch that it works on            readout   from hidden states to logits
 tiles     the head, a tile at a time            lora      adapters for the passes (peft)
-proof     what unknown families have to show
+proof     what unknown families have to show                      selftest  a tiny model that shows it in a second
 """
