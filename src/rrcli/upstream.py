@@ -141,9 +141,7 @@ def output_cache_field() -> str:
     Raises:
         RRError: none of its fields can be told to be the cache.
     """
-    from transformers.generation import GenerateDecoderOnlyOutput
-
-    found = _cache_parameter(GenerateDecoderOnlyOutput)
+    found = _cache_parameter(import_module("transformers.generation").GenerateDecoderOnlyOutput)
     if found is None:
         raise RRError(
             "the cache of a generation cannot be returned: transformers' output has no field for it",
@@ -162,7 +160,7 @@ def _cache_parameter(function: Callable[..., Any]) -> str | None:
 
 def generation_cache_argument(model: Any) -> str | None:
     """Return the keyword under which `generate` takes a cache for this model and hands it on; None if none is known."""
-    from transformers.generation import GenerationMixin
+    from transformers import GenerationMixin
 
     name = _cache_parameter(GenerationMixin.prepare_inputs_for_generation)
     # Before there was one name for all, `generate` told models with recurrent states by the name of their class.
@@ -418,11 +416,12 @@ def leave_process_group() -> None:
 @functools.cache
 def onednn_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
     """Return oneDNN's `rows @ weight.T + bias` where this torch has it and it gives what torch gives; else None."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        return result
 
     rows, weight, bias = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(-2, 2, 20).view(5, 4), torch.ones(5)
     try:
