@@ -1,6 +1,6 @@
-"""Look at what the README's first command printed and wrote: every stage measured, surgery exact, answers that are right.
+"""What the README's first command printed and wrote: every stage measured, surgery exact, right answers in each.
 
-    python .ci/check_run.py LOG EXPERIMENT
+python .ci/check_run.py LOG EXPERIMENT
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive
 
 log, experiment = Path(sys.argv[1]).read_text(encoding="utf-8"), Path(sys.argv[2])
 assert "Surgery preserved the baseline exactly" in " ".join(log.split()), "surgery did not preserve the baseline"
-assert not re.search(r"(?i)traceback|futurewarning|deprecat|token by token", log), "there is more than progress on stderr"
+assert not re.search(r"(?i)traceback|futurewarning|deprecat|token by token", log), (
+    "there is more than progress on stderr"
+)
 for stage in STAGES:
     metrics = json.loads((experiment / "eval_results" / f"{stage}_results.json").read_text(encoding="utf-8"))["metrics"]
     accuracy = metrics["reasoning_accuracy"]["value"]

@@ -1,7 +1,7 @@
 """The lowest version of every dependency that pyproject.toml allows, as constraints for pip.
 
-    python .ci/lowest.py > lowest.txt         print them
-    python .ci/lowest.py --check              fail if another version is installed in this environment
+python .ci/lowest.py > lowest.txt         print them
+python .ci/lowest.py --check              fail if another version is installed in this environment
 """
 
 from __future__ import annotations
