@@ -358,7 +358,7 @@ def test_a_pipe_gets_no_escape_codes(measured: Path, variables: dict[str, str]) 
             env={key: value for key, value in os.environ.items() if key not in ("FORCE_COLOR", "COLUMNS")} | variables,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
             check=False,
         )
         assert ESCAPE not in done.stdout + done.stderr

@@ -144,7 +144,7 @@ def test_tensorboard_shows_the_dashboards_in_a_browser(experiment):
             assert errors(opened) == []
     finally:
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
     assert process.returncode == 0
 
 
@@ -152,7 +152,7 @@ def tab(opened, address, name, awaited):
     """Open a tab of TensorBoard and return its lines of text as soon as one of them is the awaited one."""
     opened.get("about:blank")
     opened.get(f"{address}/#{name}")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     lines = []
     while awaited not in lines:
         assert time.monotonic() < deadline, lines

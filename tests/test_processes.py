@@ -143,8 +143,12 @@ def test_a_stopped_training_of_two_goes_on_under_torchrun(trained):
         "import os, signal, time\n"
         "def stop(context):\n"
         "    if context.step == 2:\n"
-        "        os.kill(os.getppid(), signal.SIGTERM)\n"
-        "        time.sleep(1)\n"
+        "        arrived, handler = [], signal.getsignal(signal.SIGTERM)\n"
+        "        signal.signal(signal.SIGTERM, lambda *a: (arrived.append(a), handler(*a)))\n"
+        "        if os.environ['RANK'] == '0':\n"
+        "            os.kill(os.getppid(), signal.SIGTERM)\n"
+        "        while not arrived:\n"
+        "            time.sleep(0.01)\n"
     )
     options = {"steps": 4, "batch-size": 4, "warmup-steps": 2, "save-interval": 2, "eval-interval": 2}
     options |= {"eval-samples": 1, "max-length": 96, "histograms": 2, "run-name": "stopped"}

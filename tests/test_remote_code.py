@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 class PocketConfig(PretrainedConfig):
     model_type = "pocket"
+    attribute_map = {"num_hidden_layers": "depth"}
 
     def __init__(self, width=32, depth=4, vocab_size=97, layer_passes=False, tuple_cache=False, **kwargs):
         super().__init__(**kwargs)
@@ -245,6 +246,21 @@ def test_a_change_of_its_cache_that_we_do_not_know_is_refused(folder, span):
     cache.drop_last()
     with pytest.raises(RRError, match="PocketCache was changed"):
         model(ids[:, 8:9], past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
+def test_it_generates_with_its_past(folder):
+    """Under the name that its code has for the cache, whatever the installed transformers calls it."""
+    stock, ids = load(folder), tokens()
+    seen = []
+    hook = stock.trunk.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    text = stock.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    hook.remove()
+    assert seen == [12, 1, 1, 1, 1, 1], "every token goes through once"
+    assert torch.equal(stock(text).logits[:, 11:-1].argmax(-1), text[:, 12:])
+    model, _ = awake(folder)
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(model(text).logits[:, 11:-1].argmax(-1), text[:, 12:])
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,10 @@ WATCHED = ("transformers", "peft", "accelerate", "torch", "tensorboard")
 @functools.cache
 def untested() -> list[str]:
     """Return what is installed and was not tested with rr, each as 'peft 0.30 (tested: >=0.21)'."""
-    requirements = (Requirement(text) for text in metadata.requires("rrcli") or ())
+    try:
+        requirements = [Requirement(text) for text in metadata.requires("rrcli") or ()]
+    except metadata.PackageNotFoundError:
+        return ["whatever is installed: rrcli itself is not, so its ranges are not known"]
     ranges = {r.name: r.specifier for r in requirements if r.name in WATCHED and r.marker is None}
     installed = {name: metadata.version(name) for name in ranges}
     return [
@@ -152,10 +155,12 @@ def output_cache_field() -> str:
 
 def _cache_parameter(function: Callable[..., Any]) -> str | None:
     parameters = inspect.signature(function).parameters
-    known = next((name for name in CACHE_NAMES if name in parameters), None)
+    known = [name for name in CACHE_NAMES if name in parameters]
     # A name that nobody has heard of is a cache all the same if it is declared to be one.
     declared = [name for name, p in parameters.items() if re.search(r"\bCache\b", str(p.annotation))]
-    return known or (declared[0] if len(declared) == 1 else None)
+    if known:
+        return next((name for name in known if name in declared), known[0])
+    return declared[0] if len(declared) == 1 else None
 
 
 def generation_cache_argument(model: Any) -> str | None:
