@@ -15,7 +15,7 @@ each need. It is found by signature, type or trial, never by a version. What hap
     leaving a process group, to join another      accelerate's `PartialState._reset_state`   one training a process
     products of rows on a CPU by oneDNN           torch's `mkldnn._linear_pointwise`         torch's own product
     telling that no C++ compiler works            `torch._inductor.cpp_builder`              torch's own error, later
-    experts whose products are counted            `_experts_implementation` of a config      FLOPs of some may lack
+    experts whose products are counted            `_experts_implementation` of a config      RRError for fused experts
     estimating what scoring takes in memory       `_attn_implementation` of a config         a lower estimate
     hyper-parameters inside a run                 `torch.utils.tensorboard.summary.hparams`  they are not logged
     a GGUF model that can be saved                `hf_quantizer`, `quantization_config`      transformers' own error
@@ -333,11 +333,22 @@ def attention_is_eager(config: Any) -> bool:
 
 @contextmanager
 def countable_experts(model: Any, way: str) -> Iterator[None]:
-    """Let a mixture's experts compute in the given `way`, and no family look for padding among its tokens."""
+    """Let a mixture's experts compute in the given `way`, and no family look for padding among its tokens.
+
+    Raises:
+        RRError: experts are fused into one tensor, and how they compute cannot be chosen: some would not be counted.
+    """
     # Without an id for padding no family looks for it among the tokens, which on the meta device are not there.
     settings = {"_experts_implementation": way, "pad_token_id": None}
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     before = [(c, key, getattr(c, key)) for c in configs.values() for key in settings if hasattr(c, key)]
+    fused = any(parameter.dim() == 3 and ".experts." in name for name, parameter in model.named_parameters())
+    if fused and not any(key == "_experts_implementation" for _, key, _ in before):
+        raise RRError(
+            "the FLOPs of this mixture of experts cannot be counted: transformers' way to choose how they compute was "
+            "not found",
+            "Use --skip-performance, or install a version of transformers that rr was tested with.",
+        )
     try:
         for config, key, _ in before:
             setattr(config, key, settings[key])
