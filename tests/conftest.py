@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging as standard
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Two workers on two cores: one thread each, for this process and for the `rr` that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +18,22 @@ os.environ.pop("COLUMNS", None)
 import pytest
 import torch
 from transformers.utils import logging
+
+
+def _strict(log: standard.Logger, message: Any, *args: Any, **kwargs: Any) -> None:
+    """Log what transformers says once, unless it says that something is deprecated which `rrcli` itself uses."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("transformers", "functools"):
+        frame = frame.f_back
+    caller = frame.f_globals.get("__name__", "") if frame is not None else ""
+    if "deprecated" in str(message) and caller.split(".")[0] == "rrcli":
+        raise DeprecationWarning(f"{caller}: {message}")
+    _said_once(log, message, *args, **kwargs)
+
+
+# Some deprecations are logged, not warned about.
+_said_once = standard.Logger.warning_once  # type: ignore[attr-defined]
+standard.Logger.warning_once = _strict  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)

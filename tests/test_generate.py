@@ -58,6 +58,17 @@ def test_the_text_is_that_of_sequential_decoding(workspace: Path) -> None:
     assert 1 <= result.metrics["avg_chunk_length"] <= 16
 
 
+def test_where_chunks_cannot_be_the_text_and_its_passes_are_the_same(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rrcli.upstream.can_be_taken_back", lambda cache: False)
+    got: list[Piece] = []
+    result = generate(GenerateSettings(max_new_tokens=40), PROMPT, workspace, got.append)
+    assert result.text == stock_text(workspace, 40)
+    assert {(piece.passes, piece.changed) for piece in got} == {(2, False)}
+    assert result.metrics == {}, "no chunk was decoded, so none is counted"
+
+
 def test_a_stage_without_recursion_is_decoded_as_stock(workspace: Path) -> None:
     result = generate(GenerateSettings(max_new_tokens=20), PROMPT, workspace, lambda piece: None, stage="baseline")
     assert result.text == stock_text(None, 20)

@@ -305,6 +305,23 @@ def test_an_argument_that_is_no_cache_is_not_taken_for_one():
         upstream.cache_argument(Odd())
 
 
+def test_a_cache_layer_that_does_not_say_whether_it_is_empty_is_looked_into():
+    """As those that families have in place of layers without attention."""
+
+    class Quiet:
+        def __init__(self) -> None:
+            self.is_initialized, self.keys, self.states = True, None, torch.zeros(0)
+
+    layer = Quiet()
+    assert upstream.is_blank(layer)
+    layer.states = torch.zeros(1)
+    assert not upstream.is_blank(layer)
+    model, ids = build("nemotron_h"), tokens()
+    wake(attach(model, RecursionConfig(max_steps=2)))
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert torch.equal(text[:, 12:], uncached(model, text)[:, 11:-1].argmax(-1))
+
+
 # -- peft, accelerate, torch, tensorboard ------------------------------------------------------------------------------
 
 

@@ -113,7 +113,8 @@ class ChunkedDecoding:
             _say_once(model, obstacle)
             output = upstream.sample_one_by_one(
                 model, input_ids, logits_processor=logits_processor, stopping_criteria=stopping_criteria,
-                generation_config=generation_config, synced_gpus=synced_gpus, streamer=self.streamer, **model_kwargs,
+                generation_config=generation_config, synced_gpus=synced_gpus,
+                streamer=None if self.streamer is None else _Noting(self, model), **model_kwargs,
             )  # fmt: skip
             self._trace(model, output if isinstance(output, Tensor) else output.sequences, input_ids, stopping_criteria)
             return output
@@ -143,7 +144,8 @@ class ChunkedDecoding:
 
     def _trace(self, model: Any, sequences: Tensor, prompts: Tensor, criteria: Any) -> None:
         """Note what token by token gives: every token from all passes, none of them drafted."""
-        depth = model.recursion.depth if getattr(model, "recursion", None) is not None else 0
+        depth = _depth(model)
+        self.traces = [Trace() for _ in sequences]
         for trace, row in zip(self.traces, sequences, strict=True):
             for end in range(prompts.shape[1] + 1, len(row) + 1):
                 trace.passes.append(depth)
@@ -278,6 +280,27 @@ class ChunkedDecoding:
         for row, differs, count in zip(rows.active, changed, counts.tolist(), strict=True):
             self.traces[row].passes += [passes] * count
             self.traces[row].changed += differs[:count]
+
+
+class _Noting:
+    """A streamer that notes how each token of a single row came about before it hands it on."""
+
+    def __init__(self, decoding: ChunkedDecoding, model: Any) -> None:
+        self.decoding, self.depth = decoding, _depth(model)
+
+    def put(self, value: Tensor) -> None:
+        trace = self.decoding.traces[0]
+        trace.passes += [self.depth] * value.numel()
+        trace.changed += [False] * value.numel()
+        self.decoding.streamer.put(value)
+
+    def end(self) -> None:
+        self.decoding.streamer.end()
+
+
+def _depth(model: Any) -> int:
+    recursion = getattr(model, "recursion", None)
+    return 0 if recursion is None else int(recursion.depth)
 
 
 def _say_once(model: Any, obstacle: str) -> None:
