@@ -25,7 +25,7 @@ import torch
 from engine_overhead import smollm2_file
 
 import rrcli
-from rrcli.decoding import decode
+from rrcli.evaluation.decoding import decode
 from rrcli.heap import keep_freed_memory
 
 CLAIM = 1.2

@@ -37,9 +37,9 @@ from typing import Any
 
 from torch import Tensor
 
+from rrcli.evaluation.stats import mcnemar, wilson
+from rrcli.files import checkpoints, write_json
 from rrcli.recursion.cell import FeedbackCell
-from rrcli.stats import mcnemar, wilson
-from rrcli.store import checkpoints, write_json
 
 VANILLA, RECURSIVE, MATCHED = "finetuned_vanilla", "finetuned_recursive", "vanilla_equal_flops"
 LEAN = ("--skip-perplexity", "--skip-generation", "--skip-performance")
@@ -131,8 +131,8 @@ def adaptive(folder: Path, results: dict[str, Any], limit: int) -> Answers:
         found = json.loads(file.read_text(encoding="utf-8"))
         return Answers(found["correct"], found["passes"])
     import rrcli
-    from rrcli.judging import judge
-    from rrcli.problem_files import open_task
+    from rrcli.data.problem_files import open_task
+    from rrcli.evaluation.judging import judge
     from rrcli.recursion.chunked import ChunkedDecoding
 
     model, tokenizer = rrcli.load(checkpoints(folder / "checkpoints" / RECURSIVE)[-1])

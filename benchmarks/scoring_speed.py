@@ -37,11 +37,11 @@ from engine_overhead import smollm2_file
 
 import rrcli
 from rrcli import demo
+from rrcli.evaluation.performance import peak_resident_mb, reset_peak_resident
+from rrcli.evaluation.perplexity import score_documents
+from rrcli.evaluation.samples import SampleLog
 from rrcli.heap import keep_freed_memory
-from rrcli.performance import peak_resident_mb, reset_peak_resident
-from rrcli.perplexity import score_documents
 from rrcli.reporting import Silent
-from rrcli.samples import SampleLog
 from rrcli.settings import EvalSettings
 
 SPEED = {"SmolLM2-135M": 1.5, "large vocabulary": 2.0}

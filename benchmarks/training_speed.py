@@ -35,16 +35,16 @@ from engine_overhead import smollm2
 from torch.nn import functional as F
 
 import rrcli
-from rrcli import trainer as trainer_module
-from rrcli.batching import Batch
+from rrcli.data.batching import Batch
+from rrcli.evaluation.performance import peak_resident_mb, reset_peak_resident
 from rrcli.heap import keep_freed_memory
-from rrcli.optimization import BETAS
-from rrcli.performance import peak_resident_mb, reset_peak_resident
 from rrcli.recursion.losses import LossWeights, compute_losses, sample_windows
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Silent
 from rrcli.settings import TrainSettings
 from rrcli.tracker import MetricsTracker
+from rrcli.training import trainer as trainer_module
+from rrcli.training.optimizer import BETAS
 
 SPEED, RECURSION, MEMORY = 0.95, 1.15, 0.5
 DEPTHS = (1, 2)

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from rrcli import metrics
-from rrcli.comparison import Cell, Comparison
+from rrcli.comparison.results import Cell, Comparison
+from rrcli.evaluation import metrics
+from rrcli.files import finite, write_json
 from rrcli.services.compare import compare
 from rrcli.settings import CompareSettings
-from rrcli.store import finite, write_json
 
 DOCUMENTS, PROBLEMS = 80, 200
 

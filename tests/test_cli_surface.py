@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from comparing import stage_results
 from rrcli import __version__
 from rrcli.cli import app
+from rrcli.files import write_json
 from rrcli.settings import STAGES
-from rrcli.store import write_json
 
 ESCAPE = "\x1b"
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from browser import browser, errors, screen, visible_lines
 from commands import RR, rr, rr_process
-from rrcli.store import checkpoints
+from rrcli.files import checkpoints
 from rrcli.tracker import LAYOUT
 
 STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rrcli import store
+from rrcli import files
 from rrcli.errors import RRError, UsageError
 
 # A busy machine must not fail a property: no limit of time for an example.
@@ -34,18 +34,18 @@ def names(folder: Path) -> set[str]:
 
 def test_write_json_publishes_and_replaces(tmp_path: Path) -> None:
     file = tmp_path / "new" / "folder" / "results.json"
-    store.write_json(file, {"a": [1, 2.5, None, "é"]})
-    assert store.read_json(file, "rr eval") == {"a": [1, 2.5, None, "é"]}
-    store.write_json(file, {"b": 1})
-    assert store.read_json(file, "rr eval") == {"b": 1}
+    files.write_json(file, {"a": [1, 2.5, None, "é"]})
+    assert files.read_json(file, "rr eval") == {"a": [1, 2.5, None, "é"]}
+    files.write_json(file, {"b": 1})
+    assert files.read_json(file, "rr eval") == {"b": 1}
     assert names(file.parent) == {"results.json"}
 
 
 def test_a_reader_that_has_the_old_file_open_keeps_it(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    store.write_json(file, {"old": True})
+    files.write_json(file, {"old": True})
     with file.open() as reader:
-        store.write_json(file, {"new": True})
+        files.write_json(file, {"new": True})
         assert json.load(reader) == {"old": True}
     assert json.loads(file.read_text()) == {"new": True}
 
@@ -53,23 +53,23 @@ def test_a_reader_that_has_the_old_file_open_keeps_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, [1, {"deep": -math.inf}], object()])
 def test_write_json_refuses_what_json_cannot_say_and_keeps_the_old_file(tmp_path: Path, value: Any) -> None:
     file = tmp_path / "results.json"
-    store.write_json(file, {"good": True})
+    files.write_json(file, {"good": True})
     with pytest.raises((ValueError, TypeError)):
-        store.write_json(file, {"bad": value})
+        files.write_json(file, {"bad": value})
     assert json.loads(file.read_text()) == {"good": True}
     assert names(tmp_path) == {"results.json"}
 
 
 def test_a_failing_disk_keeps_the_old_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "results.json"
-    store.write_json(file, {"good": True})
+    files.write_json(file, {"good": True})
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(RRError, match="No space left"):
-        store.write_json(file, {"bad": True})
+        files.write_json(file, {"bad": True})
     assert json.loads(file.read_text()) == {"good": True}
     assert names(tmp_path) == {"results.json"}
 
@@ -77,10 +77,10 @@ def test_a_failing_disk_keeps_the_old_json(tmp_path: Path, monkeypatch: pytest.M
 def test_write_json_over_a_folder_or_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "taken.json").mkdir()
     with pytest.raises(RRError, match=r"taken\.json"):
-        store.write_json(tmp_path / "taken.json", {})
+        files.write_json(tmp_path / "taken.json", {})
     (tmp_path / "file").write_text("here")
     with pytest.raises(RRError, match="is a file, a folder was expected"):
-        store.write_json(tmp_path / "file" / "results.json", {})
+        files.write_json(tmp_path / "file" / "results.json", {})
     assert names(tmp_path) == {"taken.json", "file"}
 
 
@@ -97,7 +97,7 @@ def test_read_json_refuses(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "results.json"
     file.write_text(text)
     with pytest.raises(RRError, match=message) as caught:
-        store.read_json(file, "rr eval --stage baseline")
+        files.read_json(file, "rr eval --stage baseline")
     assert str(file) in caught.value.message
     assert caught.value.hint
 
@@ -105,12 +105,12 @@ def test_read_json_refuses(tmp_path: Path, text: str, message: str) -> None:
 def test_read_json_of_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_bytes(b"\xff\xfe\x00{}")
     with pytest.raises(RRError, match=r"results\.json"):
-        store.read_json(tmp_path / "results.json", "rr eval")
+        files.read_json(tmp_path / "results.json", "rr eval")
 
 
 def test_read_json_names_the_command_that_makes_the_file(tmp_path: Path) -> None:
     with pytest.raises(RRError, match="does not exist") as caught:
-        store.read_json(tmp_path / "absent.json", "rr eval --stage baseline")
+        files.read_json(tmp_path / "absent.json", "rr eval --stage baseline")
     assert "rr eval --stage baseline" in caught.value.hint
 
 
@@ -119,7 +119,7 @@ def test_read_json_names_the_command_that_makes_the_file(tmp_path: Path) -> None
 
 def test_publish_folder_appears_whole(tmp_path: Path) -> None:
     target = tmp_path / "runs" / "step-1"
-    with store.publish_folder(target) as folder:
+    with files.publish_folder(target) as folder:
         assert not target.exists()
         (folder / "inner").mkdir()
         (folder / "inner" / "file").write_text("content")
@@ -129,12 +129,12 @@ def test_publish_folder_appears_whole(tmp_path: Path) -> None:
 
 def test_publish_folder_replaces_only_when_asked(tmp_path: Path) -> None:
     target = tmp_path / "surgery"
-    with store.publish_folder(target) as folder:
+    with files.publish_folder(target) as folder:
         (folder / "old").touch()
-    with pytest.raises(RRError, match="exists already") as caught, store.publish_folder(target):
+    with pytest.raises(RRError, match="exists already") as caught, files.publish_folder(target):
         pytest.fail("the body must not run")
     assert "--overwrite" in caught.value.hint
-    with store.publish_folder(target, overwrite=True) as folder:
+    with files.publish_folder(target, overwrite=True) as folder:
         (folder / "new").touch()
     assert names(target) == {"new"}
     assert names(tmp_path) == {"surgery"}
@@ -150,7 +150,7 @@ def test_an_exception_inside_leaves_nothing_and_keeps_the_old(
         target.mkdir()
         (target / "old").write_text("kept")
     expected = RRError if isinstance(error, OSError) else type(error)
-    with pytest.raises(expected), store.publish_folder(target, overwrite=overwrite) as folder:  # noqa: PT012
+    with pytest.raises(expected), files.publish_folder(target, overwrite=overwrite) as folder:  # noqa: PT012
         (folder / "half").touch()
         raise error
     if overwrite:
@@ -170,7 +170,7 @@ def test_a_failing_rename_keeps_the_old_folder(tmp_path: Path, monkeypatch: pyte
         return rename(self, new)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(RRError, match="Input/output error"), store.publish_folder(target, overwrite=True):
+    with pytest.raises(RRError, match="Input/output error"), files.publish_folder(target, overwrite=True):
         pass
     assert (target / "old").read_text() == "kept"
 
@@ -180,7 +180,7 @@ def test_publish_folder_over_a_file_or_below_one(tmp_path: Path) -> None:
     file.write_text("kept")
     for target in (file, file / "step-1"):
         with pytest.raises(RRError, match="is a file, a folder was expected"):  # noqa: SIM117
-            with store.publish_folder(target, overwrite=True):
+            with files.publish_folder(target, overwrite=True):
                 pytest.fail("the body must not run")
     assert file.read_text() == "kept"
 
@@ -189,16 +189,16 @@ def test_publish_folder_over_a_file_or_below_one(tmp_path: Path) -> None:
 def test_a_read_only_parent_is_named(tmp_path: Path) -> None:
     parent = tmp_path / "locked"
     parent.mkdir(mode=0o555)
-    with pytest.raises(RRError, match="locked is not writable"), store.publish_folder(parent / "step-1"):
+    with pytest.raises(RRError, match="locked is not writable"), files.publish_folder(parent / "step-1"):
         pytest.fail("the body must not run")
     with pytest.raises(RRError, match="locked is not writable"):
-        store.write_json(parent / "results.json", {})
+        files.write_json(parent / "results.json", {})
 
 
 def test_a_dangling_link_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "logs").symlink_to(tmp_path / "unmounted" / "disk")
     with pytest.raises(RRError, match="logs"):
-        store.make_folder(tmp_path / "logs")
+        files.make_folder(tmp_path / "logs")
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -207,18 +207,18 @@ def test_a_dangling_link_in_the_way_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../a", "a\\b", "/a", "a\0b", " a", "a ", "a\n"])
 def test_safe_name_refuses(name: str) -> None:
     with pytest.raises(UsageError, match="is no plain name"):
-        store.safe_name(name, "run name")
+        files.safe_name(name, "run name")
 
 
 @pytest.mark.parametrize("name", ["finetuned_recursive", "run-1", "a..b", "a.b", "Läufe", "two words"])
 def test_safe_name_accepts(name: str) -> None:
-    assert store.safe_name(name, "run name") == name
+    assert files.safe_name(name, "run name") == name
 
 
 @given(st.text(alphabet=st.characters() | st.sampled_from("./\\ \0"), max_size=12))
 def test_a_safe_name_never_leaves_its_folder(name: str) -> None:
     try:
-        accepted = store.safe_name(name, "run name")
+        accepted = files.safe_name(name, "run name")
     except UsageError:
         return
     path = Path("/experiment/checkpoints") / accepted
@@ -233,9 +233,9 @@ def test_a_safe_name_never_leaves_its_folder(name: str) -> None:
 
 def test_finite_replaces_what_json_cannot_say() -> None:
     value = {"a": math.nan, "b": [math.inf, -math.inf, 1.5], "c": ({"d": math.nan}, "nan"), "e": 0, "f": None}
-    clean = store.finite(value)
+    clean = files.finite(value)
     assert clean == {"a": None, "b": [None, None, 1.5], "c": [{"d": None}, "nan"], "e": 0, "f": None}
-    assert store.finite({"x": np.float64("nan")}) == {"x": None}
+    assert files.finite({"x": np.float64("nan")}) == {"x": None}
     json.dumps(clean, allow_nan=False)
 
 
@@ -248,23 +248,23 @@ values = st.recursive(
 
 @given(values)
 def test_finite_always_gives_json(value: Any) -> None:
-    clean = store.finite(value)
+    clean = files.finite(value)
     assert json.loads(json.dumps(clean, allow_nan=False)) == clean
 
 
 def test_combine_depends_on_values_and_not_on_key_order() -> None:
-    assert store.combine("x", {"a": 1, "b": 2}) == store.combine("x", {"b": 2, "a": 1})
-    assert len({store.combine("ab"), store.combine("a", "b"), store.combine(["a", "b"]), store.combine("a", "c")}) == 4
+    assert files.combine("x", {"a": 1, "b": 2}) == files.combine("x", {"b": 2, "a": 1})
+    assert len({files.combine("ab"), files.combine("a", "b"), files.combine(["a", "b"]), files.combine("a", "c")}) == 4
 
 
 def test_checkpoints_counts_complete_folders_in_the_order_of_steps(tmp_path: Path) -> None:
     for name in ("step-1000", "step-50", "step-200", "best", "step-last", ".step-7.1234.tmp"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / store.MANIFEST).write_text("{}")
+        (tmp_path / name / files.MANIFEST).write_text("{}")
     (tmp_path / "step-3000").mkdir()
     (tmp_path / "step-4000").mkdir()
-    (tmp_path / "step-4000" / store.MANIFEST).mkdir()
-    found = store.checkpoints(tmp_path)
+    (tmp_path / "step-4000" / files.MANIFEST).mkdir()
+    found = files.checkpoints(tmp_path)
     assert [path.name for path in found] == ["step-50", "step-200", "step-1000"]
-    assert [store.step_of(path) for path in found] == [50, 200, 1000]
-    assert store.checkpoints(tmp_path / "absent") == []
+    assert [files.step_of(path) for path in found] == [50, 200, 1000]
+    assert files.checkpoints(tmp_path / "absent") == []

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from rrcli.evaluation import evaluate_model
-    from rrcli.models import load
+    from rrcli.evaluation.decoding import StopStrings
+    from rrcli.evaluation.evaluate import evaluate_model
+    from rrcli.models.loading import load
     from rrcli.recursion.chunked import ChunkedDecoding
     from rrcli.recursion.config import RecursionConfig
     from rrcli.recursion.engine import Recursion, attach
@@ -23,12 +24,22 @@ _HOMES = {
     "MetricsTracker": "rrcli.tracker",
     "Recursion": "rrcli.recursion.engine",
     "RecursionConfig": "rrcli.recursion.config",
+    "StopStrings": "rrcli.evaluation.decoding",
     "attach": "rrcli.recursion.engine",
-    "evaluate_model": "rrcli.evaluation",
-    "load": "rrcli.models",
+    "evaluate_model": "rrcli.evaluation.evaluate",
+    "load": "rrcli.models.loading",
 }
 
-__all__ = ["ChunkedDecoding", "MetricsTracker", "Recursion", "RecursionConfig", "attach", "evaluate_model", "load"]
+__all__ = [
+    "ChunkedDecoding",
+    "MetricsTracker",
+    "Recursion",
+    "RecursionConfig",
+    "StopStrings",
+    "attach",
+    "evaluate_model",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,9 +18,9 @@ from typer.core import TyperGroup
 
 from rrcli import __version__, settings, ui
 from rrcli.errors import CheckFailed, Interrupted, RRError, UsageError, suggest
-from rrcli.launching import speaks
+from rrcli.files import make_folder
 from rrcli.settings import STAGES
-from rrcli.store import make_folder
+from rrcli.training.launching import speaks
 
 FILES, OUTPUT = settings.FILES, settings.OUTPUT
 STAGE_HELP = f"Stage: {', '.join(STAGES)}."
@@ -265,7 +265,7 @@ def eval(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Measure a stage: perplexity, accuracy, reasoning, generations, speed."""
-    from rrcli.preservation import require
+    from rrcli.comparison.preservation import require
     from rrcli.services import eval as service
 
     result = service.evaluate(
@@ -349,7 +349,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Run the whole experiment: every stage that is missing or out of date, then the comparison."""
-    from rrcli.planning import plan
+    from rrcli.experiment.planning import plan
     from rrcli.services import compare as comparing
     from rrcli.services import run as service
 
@@ -383,8 +383,8 @@ def status(ctx: Context, json: Json = False) -> None:
 
 def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: Path, json: bool) -> None:
     """Show a comparison in the form that was asked for, or write it to a file; then fail if a gate does not hold."""
-    from rrcli.gates import require
-    from rrcli.store import write_text
+    from rrcli.comparison.gates import require
+    from rrcli.files import write_text
 
     form = "json" if json else chosen.format
     if form == "auto":
@@ -400,8 +400,8 @@ def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: P
     else:
         typer.echo(ui.comparison_text(result, form), nl=False)
     if chosen.report:
-        from rrcli.report import render
-        from rrcli.workspace import Workspace
+        from rrcli.comparison.report import render
+        from rrcli.experiment.workspace import Workspace
 
         page = directory / Path(chosen.report).expanduser()
         write_text(page, render(result, Workspace(directory, chosen).log_folder()))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rrcli.store import METRICS, finite, make_folder, write_json
+from rrcli.files import METRICS, finite, make_folder, write_json
 
 # TensorBoard's CUSTOM SCALARS tab: category -> chart -> regular expressions of the tags that it draws. Every run writes
 # it, and TensorBoard shows one chart of all runs, so vanilla and recursive lie over each other.

@@ -17,12 +17,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from rrcli import formats
+from rrcli.comparison import formats
 
 if TYPE_CHECKING:
-    from rrcli.comparison import Cell, Comparison, Row
+    from rrcli.comparison.results import Cell, Comparison, Row
     from rrcli.errors import RRError
-    from rrcli.planning import Step
+    from rrcli.experiment.planning import Step
     from rrcli.services.board import Board, Found
     from rrcli.services.eval import EvalResult
     from rrcli.services.generate import GenerateResult, Piece
@@ -158,7 +158,7 @@ def show_json(schema: str, value: dict[str, Any]) -> None:
 
 
 def _json(schema: str, value: dict[str, Any]) -> str:
-    from rrcli.store import finite
+    from rrcli.files import finite
 
     return json.dumps({"schema": f"rr.{schema}/1", **finite(value)}, allow_nan=False, default=str) + "\n"
 
@@ -218,7 +218,7 @@ def show_export(folder: Any) -> None:
 
 def show_eval(result: EvalResult) -> None:
     """Print a stage's metrics, and by depth where there is recursion."""
-    from rrcli.metrics import METRICS, stability_label
+    from rrcli.evaluation.metrics import METRICS, stability_label
 
     metrics = result.results["metrics"]
     table = Table(box=SIMPLE_HEAD, title=result.stage, title_justify="left")

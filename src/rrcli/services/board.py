@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from rrcli.errors import RRError
+from rrcli.experiment.workspace import Workspace
 from rrcli.reporting import Reporter
 from rrcli.settings import BoardSettings
-from rrcli.workspace import Workspace
 
 PORTS_TO_TRY = 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

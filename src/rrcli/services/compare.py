@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rrcli import gates, pairing, verdicts
-from rrcli.comparison import Cell, Comparison, Generation, Results, Row, generations_of
+from rrcli.comparison import gates, pairing, sentences
+from rrcli.comparison.preservation import Preservation, hold
+from rrcli.comparison.report import check_report_path
+from rrcli.comparison.results import Cell, Comparison, Generation, Results, Row, generations_of
 from rrcli.errors import RRError, UsageError, suggest
-from rrcli.metrics import Metric
-from rrcli.preservation import Preservation, hold
-from rrcli.report import check_report_path
+from rrcli.evaluation.metrics import Metric
+from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
+from rrcli.files import read_json
 from rrcli.settings import STAGES, CompareSettings
-from rrcli.store import read_json
-from rrcli.workspace import SURGERY_STAGE, Workspace
 
 TRAINING_ROWS = (
     ("tokens", "Training tokens", "k", 1e3),
@@ -48,7 +48,7 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
     stages = {r["stage"]: r for r in reversed(results)}  # of two files of one stage, the first speaks for it
     preserved = _preserved(stages, workspace)
     broken = preserved is not None and preserved.broken
-    told = verdicts.claims(stages, sound=not broken)
+    told = sentences.claims(stages, sound=not broken)
     told = [claim for claim in told if any(row.name == claim.name for row in rows)]
     pairing.correct(rows, told, results, settings.alpha)
     if broken:
@@ -57,7 +57,7 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
         names,
         rows + _training_rows(results),
         told,
-        verdicts.sentences(stages, told, settings.alpha, preserved),
+        sentences.sentences(stages, told, settings.alpha, preserved),
         warnings,
         _generations(results) if settings.generations else [],
         [gates.check(gate, labelled, settings.alpha, significant=settings.gate_significant) for gate in read],
@@ -115,13 +115,13 @@ def _rows(labels: list[str], results: list[Results]) -> tuple[list[Row], list[st
         row, pairs[name] = pairing.cells(name, metric, results)
         if any(cell.value is not None for cell in row):
             rows.append(Row(name, metric, row, _depths(name, results)))
-    warnings = verdicts.samples(labels, results)
+    warnings = sentences.samples(labels, results)
     for number, (label, result) in enumerate(zip(labels, results, strict=True)):
         if number:
-            warnings += verdicts.differences(label, labels[0], result, results[0])
+            warnings += sentences.differences(label, labels[0], result, results[0])
             paired = {name: column[number] for name, column in pairs.items() if column[number] is not None}
             same_tokenizer = result["model"]["tokenizer"] == results[0]["model"]["tokenizer"]
-            warnings += verdicts.overlaps(label, labels[0], paired, same_tokenizer)
+            warnings += sentences.overlaps(label, labels[0], paired, same_tokenizer)
     return rows, warnings
 
 

@@ -9,19 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rrcli.data import EvalData, held_out_data
+from rrcli.comparison.preservation import Preservation, hold
+from rrcli.data.problem_files import FileTask, trained_questions
+from rrcli.data.prompts import read_prompts, stop_strings
+from rrcli.data.training_data import EvalData, held_out_data
 from rrcli.errors import RRError, UsageError
-from rrcli.harness import harness_tasks, load_tasks
-from rrcli.models import ModelSource, base_of, load_for
-from rrcli.preservation import Preservation, hold
-from rrcli.problem_files import FileTask, trained_questions
-from rrcli.prompts import read_prompts, stop_strings
-from rrcli.reporting import Reporter
-from rrcli.samples import SampleLog
-from rrcli.settings import EvalSettings, SurgerySettings, load
-from rrcli.store import METRICS, SCHEMA, combine, finite, make_folder, read_json, write_json
-from rrcli.tracker import SUMMARY, MetricsTracker
-from rrcli.workspace import (
+from rrcli.evaluation.harness import harness_tasks, load_tasks
+from rrcli.evaluation.samples import SampleLog
+from rrcli.experiment.workspace import (
     MAKERS,
     SURGERY_STAGE,
     Workspace,
@@ -31,6 +26,11 @@ from rrcli.workspace import (
     model_fingerprint,
     provenance,
 )
+from rrcli.files import METRICS, SCHEMA, combine, finite, make_folder, read_json, write_json
+from rrcli.models.loading import ModelSource, base_of, load_for
+from rrcli.reporting import Reporter
+from rrcli.settings import EvalSettings, SurgerySettings, load
+from rrcli.tracker import SUMMARY, MetricsTracker
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def evaluate(
     _check_problems(data, settings, training, directory, reporter)
     _tell_about(data, settings, reporter)
 
-    from rrcli.evaluation import evaluate_model
+    from rrcli.evaluation.evaluate import evaluate_model
 
     loaded, tokenizer = load_for(settings, source, directory)
     if tokenizer.chat_template:
@@ -246,8 +246,8 @@ def _is_baseline(model: Any, source: ModelSource, workspace: Workspace) -> bool:
 
 
 def _add_relevance(measured: dict[str, Any], baseline: tuple[Any, Any], reporter: Reporter) -> None:
-    from rrcli.metrics import from_records
-    from rrcli.relevance import relevance
+    from rrcli.evaluation.metrics import from_records
+    from rrcli.evaluation.relevance import relevance
 
     generations = measured["records"].get("generations", [])
     for record, value in zip(generations, relevance(*baseline, generations, reporter), strict=True):

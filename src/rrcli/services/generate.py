@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rrcli.data.prompts import stop_strings
 from rrcli.errors import RRError, UsageError
-from rrcli.models import load_for
-from rrcli.prompts import stop_strings
+from rrcli.experiment.workspace import Workspace
+from rrcli.models.loading import load_for
 from rrcli.settings import STAGES, GenerateSettings
-from rrcli.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def generate(
 
     import torch
 
-    from rrcli.batching import context_length
-    from rrcli.decoding import GREEDY, StopStrings
-    from rrcli.rendering import encode_prompt
+    from rrcli.data.batching import context_length
+    from rrcli.data.rendering import encode_prompt
+    from rrcli.evaluation.decoding import GREEDY, StopStrings
 
     model, tokenizer = load_for(settings, source, directory)
     recursion = getattr(model, "recursion", None)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from rrcli.planning import DONE, Load, Step, judge, plan
-from rrcli.preservation import hold, require
+from rrcli.comparison.preservation import hold, require
+from rrcli.experiment.planning import DONE, Load, Step, judge, plan
+from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
+from rrcli.files import read_json
 from rrcli.reporting import Reporter
 from rrcli.settings import CommonSettings
-from rrcli.store import read_json
-from rrcli.workspace import SURGERY_STAGE, Workspace
 
 
 def run(

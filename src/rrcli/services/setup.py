@@ -14,14 +14,14 @@ from typing import Any
 import psutil
 
 from rrcli import demo
-from rrcli.data import held_out_data
+from rrcli.data.sources import refuse_stdin
+from rrcli.data.training_data import held_out_data
 from rrcli.errors import RRError
-from rrcli.models import load_config, load_tokenizer, pick_device
+from rrcli.experiment.workspace import Workspace
+from rrcli.files import make_folder
+from rrcli.models.loading import load_config, load_tokenizer, pick_device
 from rrcli.reporting import Reporter
 from rrcli.settings import SETTINGS_FILE, SetupSettings, load, read_file, write_file
-from rrcli.sources import refuse_stdin
-from rrcli.store import make_folder
-from rrcli.workspace import Workspace
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "tensorboard", "safetensors", "reasoning-gym")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError
-from rrcli.planning import DONE, Load, Step, plan
+from rrcli.experiment.planning import DONE, Load, Step, plan
+from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, TRAINED, Workspace
+from rrcli.files import METRICS, checkpoints, read_json, step_of
 from rrcli.settings import STAGES, CommonSettings
-from rrcli.store import METRICS, checkpoints, read_json, step_of
-from rrcli.workspace import MAKERS, SURGERY_STAGE, TRAINED, Workspace
 
 SHOWN = ("perplexity", "token_accuracy", "reasoning_accuracy")
 NOT_MADE = Step("", "", "")

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrcli.errors import CheckFailed, RRError
-from rrcli.export import check_target, fill
-from rrcli.inspection import inspect_weights
-from rrcli.models import ModelSource, load_for, load_tokenizer, save_folder
+from rrcli.experiment.workspace import Workspace, surgery_inputs
+from rrcli.files import METRICS, SCHEMA, publish_folder, sha256, sweep, write_json
+from rrcli.models.export import check_target, fill
+from rrcli.models.inspection import inspect_weights
+from rrcli.models.loading import ModelSource, load_for, load_tokenizer, save_folder
 from rrcli.recursion.config import RecursionConfig, parse_span
 from rrcli.reporting import Reporter
 from rrcli.settings import SurgerySettings
-from rrcli.store import METRICS, SCHEMA, publish_folder, sha256, sweep, write_json
-from rrcli.workspace import Workspace, surgery_inputs
 
 if TYPE_CHECKING:
-    from rrcli.costs import Costs
+    from rrcli.models.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def surgery(
     if verify:
         model, tokenizer = load_for(settings, base, directory)
     else:
-        from rrcli.skeleton import skeleton
+        from rrcli.models.skeleton import skeleton
 
         model = skeleton(settings, base, weights.dtype)
         tokenizer = load_tokenizer(base, trust_remote_code=settings.trust_remote_code)
@@ -162,9 +162,9 @@ def _hash(files: list[Path], reporter: Reporter) -> dict[str, str]:
 
 def _operate(model: Any, tokenizer: Any, config: RecursionConfig, reporter: Reporter, *, verify: bool) -> list[int]:
     """Attach the recursion, prove what can be proved, and return the depths that were compared with the base."""
+    from rrcli.models.verification import reference
+    from rrcli.models.verification import verify as compare
     from rrcli.recursion.engine import attach
-    from rrcli.verification import reference
-    from rrcli.verification import verify as compare
 
     before = reference(model, tokenizer) if verify else []
     recursion = attach(model, config)
@@ -174,7 +174,7 @@ def _operate(model: Any, tokenizer: Any, config: RecursionConfig, reporter: Repo
 
 
 def _costs(model: Any, reporter: Reporter) -> Costs | None:
-    from rrcli.costs import measure
+    from rrcli.models.costs import measure
 
     try:
         return measure(model)

@@ -14,15 +14,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrcli.callbacks import load_callback
-from rrcli.data import TrainingData, held_out_data, task_specs
+from rrcli.data.problem_files import FileTask
+from rrcli.data.training_data import TrainingData, held_out_data, task_specs
 from rrcli.errors import RRError, UsageError, suggest
-from rrcli.launching import launch, launched
-from rrcli.models import ModelSource, base_of, load_for, save_folder
-from rrcli.problem_files import FileTask
-from rrcli.reporting import Reporter, Silent
-from rrcli.settings import STAGES, TrainSettings, with_changes
-from rrcli.store import (
+from rrcli.experiment.workspace import (
+    MAKERS,
+    Workspace,
+    data_identity,
+    model_fingerprint,
+    recorded_inputs,
+    train_inputs,
+)
+from rrcli.files import (
     METRICS,
     TRAINER_STATE,
     checkpoints,
@@ -36,10 +39,14 @@ from rrcli.store import (
     unwritable,
     write_json,
 )
-from rrcli.workspace import MAKERS, Workspace, data_identity, model_fingerprint, recorded_inputs, train_inputs
+from rrcli.models.loading import ModelSource, base_of, load_for, save_folder
+from rrcli.reporting import Reporter, Silent
+from rrcli.settings import STAGES, TrainSettings, with_changes
+from rrcli.training.callbacks import load_callback
+from rrcli.training.launching import launch, launched
 
 if TYPE_CHECKING:
-    from rrcli.trainer import Trainer
+    from rrcli.training.trainer import Trainer
 
 MODES = ("vanilla", "recursive")
 MATCHED_RUN = "vanilla_equal_flops"
@@ -111,7 +118,7 @@ def train(
             train, settings, mode, directory, reporter, restart=restart, match_flops=match_flops,
         )  # fmt: skip
 
-    from rrcli.processes import join
+    from rrcli.training.processes import join
 
     processes = join(settings.device)
     _share_out(settings, processes.count)
@@ -142,10 +149,10 @@ def train(
             "Use --restart to replace it, or --run-name for another folder.",
         )
 
-    from rrcli.packing import check_packing
-    from rrcli.sharding import whole, whole_state
+    from rrcli.data.packing import check_packing
     from rrcli.tracker import SUMMARY, MetricsTracker
-    from rrcli.trainer import INTERVAL_TAG, Trainer
+    from rrcli.training.sharding import whole, whole_state
+    from rrcli.training.trainer import INTERVAL_TAG, Trainer
 
     placed = with_changes(settings, device=processes.device)
     model, tokenizer = load_for(placed, ModelSource(str(found[-1]), found[-1]) if found else start, directory)
@@ -161,7 +168,7 @@ def train(
         model.config.use_cache = False
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if settings.compile:
-        from rrcli.compiling import compile_layers
+        from rrcli.training.compiling import compile_layers
 
         compile_layers(model)
     samples = settings.eval_samples
@@ -220,7 +227,7 @@ def train(
 
 def _within_context(settings: TrainSettings, model: Any, reporter: Reporter) -> TrainSettings:
     """Lower the longest example to what the model can take."""
-    from rrcli.batching import context_length
+    from rrcli.data.batching import context_length
 
     context = context_length(model)
     if settings.max_length <= context:
@@ -305,7 +312,7 @@ def _save(
 def _resume(trainer: Trainer, checkpoint: Path, made_by: str) -> None:
     from safetensors.torch import load_file
 
-    from rrcli.trainer import Progress, Spent
+    from rrcli.training.trainer import Progress, Spent
 
     folder = checkpoint / TRAINER_STATE
     trainer.optimizer.load_state(load_file(folder / "optimizer.safetensors"))

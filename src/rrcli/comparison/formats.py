@@ -1,0 +1,142 @@
+"""A comparison as text: how its numbers are written, and the forms that other programs read (Markdown, CSV).
+
+`ui` draws the table of the terminal from the same cells and adds colour.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from rrcli.comparison.results import Cell, Comparison, Row
+
+CSV_COLUMNS = (
+    *("metric", "label", "unit", "better", "stage", "depth", "value", "low", "high"),
+    *("difference", "difference_low", "difference_high", "p_value", "p_adjusted", "verdict", "n"),
+)
+
+# Columns of a stage where four stages share 80 with the names of the metrics.
+NARROW_WIDTH = 15
+
+
+def number(value: float | None, *, percent: bool = False) -> str:
+    """Write a value with three or four digits; a percentage with one decimal."""
+    if value is None:
+        return "-"
+    size = abs(value)
+    if size >= 1000 or isinstance(value, int):
+        return f"{value:,.0f}"
+    if percent or size >= 100:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if size >= 1 else f"{value:.3f}"
+
+
+def signed(value: float, *, percent: bool = False) -> str:
+    """Write a difference with its sign."""
+    return f"{'+' if value >= 0 else '−'}{number(abs(value), percent=percent)}"
+
+
+def row_label(row: Row) -> str:
+    """Return a metric's name, unit, and the direction that is better."""
+    arrow = {"lower": " ↓", "higher": " ↑"}.get(row.metric.better, "")
+    unit = f", {row.metric.unit}" if row.metric.unit else ""
+    return f"{row.metric.label}{unit}{arrow}"
+
+
+def value_lines(cell: Cell, row: Row, *, wide: bool = True) -> list[str]:
+    """Return a cell's value and, where no difference follows, its interval."""
+    if cell.value is None:
+        return ["-"]
+    percent = row.metric.unit == "%"
+    value = number(cell.value, percent=percent)
+    if cell.low is None or cell.high is None or cell.verdict:
+        return [value]
+    return [value, _interval(number(cell.low, percent=percent), number(cell.high, percent=percent), wide)]
+
+
+def difference_lines(cell: Cell, row: Row, *, wide: bool = True) -> list[str]:
+    """Return a cell's difference to the first stage with its interval, and the verdict."""
+    if cell.verdict == "same" or cell.difference is None:
+        return [cell.verdict] if cell.verdict else []
+    percent = row.relative or row.metric.unit == "%"
+    lines = [signed(cell.difference, percent=percent) + (" %" if row.relative else "")]
+    if cell.difference_low is not None and cell.difference_high is not None:
+        low, high = (signed(bound, percent=percent) for bound in (cell.difference_low, cell.difference_high))
+        interval = _interval(low, high, wide)
+        lines = [f"{lines[0]} {interval}"] if wide else [*lines, interval]
+    return [*lines, cell.verdict] if cell.verdict else lines
+
+
+def _interval(low: str, high: str, wide: bool) -> str:
+    """Write an interval; in a narrow table one that is wider than a column breaks between its bounds."""
+    if wide:
+        return f"[{low}, {high}]"
+    fits = len(low) + len(high) + 3 <= NARROW_WIDTH and "," not in low + high  # one comma alone parts the bounds
+    return f"[{low},{high}]" if fits else f"[{low},\n{high}]"
+
+
+def depth_line(depths: list[float | None], row: Row, *, wide: bool = True) -> str:
+    """Return a stage's values at depth 0, 1, ... in one line, where it has more than one."""
+    if len(depths) < 2:
+        return ""
+    values = [number(value, percent=row.metric.unit == "%") for value in depths]
+    line = (" / " if wide else "/").join(values)
+    return line if wide or len(line) <= NARROW_WIDTH else "\n".join(values)
+
+
+def depth_label(row: Row) -> str:
+    """Return the label of a line of depths."""
+    indent = " " * (len(row.metric.label) - len(row.metric.label.lstrip()))
+    return f"{indent}  by depth"
+
+
+def note(comparison: Comparison) -> str:
+    """Say what the differences and the verdicts of the table mean."""
+    return (
+        f"Differences are to {comparison.stages[0]}, paired, with 95 % intervals; verdicts hold at "
+        f"{comparison.alpha:g} over the whole table (Holm). Speeds are medians with their range."
+    )
+
+
+def markdown(comparison: Comparison) -> str:
+    """Return the table, the sentences, the warnings, the gates and the generations as Markdown."""
+    rows = [["Metric", *comparison.stages], ["---", *["---:"] * len(comparison.stages)]]
+    for row in comparison.rows:
+        cells = ["<br>".join([*value_lines(cell, row), *difference_lines(cell, row)]) for cell in row.cells]
+        indent = "&nbsp;&nbsp;" if row.metric.label.startswith(" ") else ""
+        rows.append([indent + row_label(row).strip(), *cells])
+        if row.depths:
+            rows.append([f"&nbsp;&nbsp;{depth_label(row).strip()}", *[depth_line(d, row) for d in row.depths]])
+    first = [f"**{_escaped(comparison.broken_surgery)}**", ""] if comparison.broken_surgery else []
+    lines = [*first, *(f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in rows)]
+    lines += ["", note(comparison), ""]
+    lines += [f"- {_escaped(sentence)}" for sentence in comparison.sentences]
+    lines += [f"- **Warning:** {_escaped(warning)}" for warning in comparison.warnings]
+    lines += [f"- Gate `{gate.gate}` {'holds' if gate.holds else 'does **not** hold'}" for gate in comparison.gates]
+    for generation in comparison.generations:
+        lines += ["", f"### {_escaped(generation.prompt).strip()}", ""]
+        for stage, text in zip(comparison.stages, generation.texts, strict=True):
+            lines.append(f"- **{_escaped(stage)}**: {'(none)' if text is None else _escaped(text)}")
+    return "\n".join(lines) + "\n"
+
+
+def csv_text(comparison: Comparison) -> str:
+    """Return one line for each metric of each stage; lines with a `depth` hold the value at that depth alone."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in comparison.rows:
+        names = {"metric": row.name, "label": row.metric.label.strip(), "unit": row.metric.unit}
+        names["better"] = row.metric.better
+        for column, (stage, cell) in enumerate(zip(comparison.stages, row.cells, strict=True)):
+            if cell.value is not None:
+                writer.writerow(names | {"stage": stage} | vars(cell))
+            depths = row.depths[column] if row.depths else []
+            for depth, value in enumerate(depths if len(depths) > 1 else []):
+                writer.writerow(names | {"stage": stage, "depth": depth, "value": value})
+    return file.getvalue()
+
+
+def _escaped(text: str) -> str:
+    """Return text that stays one cell of a Markdown table, or one item of a list."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\r", "").replace("\n", "<br>")

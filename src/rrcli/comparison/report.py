@@ -1,0 +1,266 @@
+"""`rr compare --report`: a comparison as one HTML file that needs no network and no script. Loads no torch.
+
+The page is `report.html.j2`, which escapes every text; the charts are `charts`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rrcli.comparison import formats
+from rrcli.comparison.curves import Curves, read_curves
+from rrcli.comparison.results import Cell, Comparison, Results, Row, generations_of
+from rrcli.errors import RRError, UsageError
+from rrcli.evaluation.metrics import METRICS
+from rrcli.evaluation.stats import wilson
+
+CHARTED = ("perplexity", "token_accuracy", "reasoning_accuracy")
+# Tags of the training curves, and how they are called.
+CURVES = {
+    "train/loss/final_ce": "loss of the last pass, nats",
+    "train/loss/total": "total loss",
+    "evaluation/during_training/perplexity": "perplexity of held-out text",
+    "evaluation/during_training/reasoning_accuracy": "reasoning accuracy, %",
+}
+COSTS = {"flops_per_token": "MFLOP per token", "decode_tokens_per_sec": "tokens/s when decoding"}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing and what it shows; `svg` is an element to put into the page as it is."""
+
+    title: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """Charts of one kind; `missing` says why there are none."""
+
+    title: str
+    about: str
+    charts: list[Chart]
+    missing: str
+
+
+def check_report_path(path: str) -> None:
+    """Refuse, before anything is computed, a report that could not be written.
+
+    Raises:
+        UsageError: another form than HTML. RRError: the libraries are not installed.
+    """
+    from importlib.util import find_spec
+
+    if Path(path).suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--report is '{path}'", "Name an .html file; a browser prints it to PDF.")
+    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise RRError(f"a report needs {' and '.join(missing)}", "pip install 'rrcli[report]'")
+
+
+def render(comparison: Comparison, logs: Path) -> str:
+    """Return the report as HTML.
+
+    Args:
+        logs: TensorBoard's folder, for the training curves.
+    """
+    from importlib.resources import files
+
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    source = files("rrcli.comparison").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["svg"] = Markup  # ours, from `charts`: text that users gave is escaped in it
+    runs = [result["stage"] for result in comparison.results]
+    return environment.from_string(source).render(
+        stages=comparison.stages,
+        sentences=comparison.sentences,
+        warnings=comparison.warnings,
+        gates=comparison.gates,
+        note=formats.note(comparison),
+        rows=[_table_row(row, comparison.stages) for row in comparison.rows],
+        sections=_sections(comparison, read_curves(logs, dict.fromkeys(runs), CURVES)),
+        generations=[_marked(g.prompt, g.texts) for g in generations_of(comparison.results)],
+        provenance=_provenance(comparison.results),
+    )
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def _table_row(row: Row, stages: Sequence[str]) -> dict[str, Any]:
+    cells = [{"stage": stage} | _table_cell(cell, row) for stage, cell in zip(stages, row.cells, strict=True)]
+    for cell, depths in zip(cells, row.depths or [[]] * len(cells), strict=True):
+        cell["depths"] = formats.depth_line(depths, row)
+    label = formats.row_label(row)
+    return {"name": row.name, "label": label.strip(), "indented": label.startswith(" "), "cells": cells}
+
+
+def _table_cell(cell: Cell, row: Row) -> dict[str, Any]:
+    value, *interval = formats.value_lines(cell, row)
+    difference = formats.difference_lines(cell, row)
+    if cell.verdict:
+        difference = difference[:-1]
+    verdict = {"class": cell.verdict.replace(" ", "-"), "verdict": cell.verdict}
+    return {"raw": cell.value, "value": value, "lines": [*interval, *difference]} | verdict
+
+
+# -- the charts --------------------------------------------------------------------------------------------------------
+
+
+def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section]:
+    from rrcli.comparison import charts
+
+    stages, results = comparison.stages, comparison.results
+    labels = {name: ", ".join(filter(None, (METRICS[name].label, METRICS[name].unit))) for name in CHARTED}
+    named = dict(zip(stages, results, strict=True))
+
+    def stage_charts() -> Iterator[Chart]:
+        for name, label in labels.items():
+            points = [charts.point(result["metrics"].get(name)) for result in results]
+            if any(points):
+                yield Chart(label, charts.by_stage(points, stages, label))
+
+    def depth_charts() -> Iterator[Chart]:
+        for name, label in labels.items():
+            values = {stage: _depths(result, name) for stage, result in named.items()}
+            if any(len(line) > 1 for line in values.values()):
+                yield Chart(label, charts.against(values, stages, "passes after pass 0", label, whole=True))
+
+    def difficulty_charts() -> Iterator[Chart]:
+        levels = sorted({r["difficulty"] for result in results for r in _graded(result)}, key=_natural)
+        label = labels["reasoning_accuracy"]
+        # One chart for each task: a line from one task to another would mean nothing.
+        for words, group in groupby(levels, lambda level: _natural(level)[0]):
+            same = list(group)
+            values = {stage: _by_difficulty(result, same) for stage, result in named.items()}
+            ticks = [str(level).removeprefix(words).strip() or str(level) for level in same]
+            yield Chart(f"{label}: {words}" if words else label,
+                        charts.against(values, stages, words or "difficulty", label, ticks=ticks))  # fmt: skip
+
+    def cost_charts() -> Iterator[Chart]:
+        for cost, x_label in COSTS.items():
+            for name in ("reasoning_accuracy", "perplexity"):
+                values = {stage: _cost(result, cost, name) for stage, result in named.items()}
+                if any(values.values()):
+                    title = f"{labels[name]} against {x_label}"
+                    yield Chart(title, charts.against(values, stages, x_label, labels[name], joined=False))
+
+    def curve_charts() -> Iterator[Chart]:
+        runs = [result["stage"] for result in results]
+        for tag, label in CURVES.items():
+            if tag in curves:
+                yield Chart(label, charts.training(curves[tag], runs, label))
+
+    return [
+        Section("By stage", "With 95 % intervals; the dotted line is the first stage.", list(stage_charts()),
+                "No stage has perplexity or an accuracy."),
+        Section("By depth", "Every stage with a recursion, measured with 0, 1, ... passes after pass 0.",
+                list(depth_charts()), "No stage was measured at more than one depth."),
+        Section("By difficulty", "Reasoning accuracy with Wilson's 95 % intervals.", list(difficulty_charts()),
+                "No problem in these results states its difficulty."),
+        Section("Quality against cost", "Cheap is left for FLOPs, and right for speed on this machine.",
+                list(cost_charts()), "No stage has both a quality and a cost ('rr eval' without --skip-performance)."),
+        Section("Training", "Thin: every step. Strong: their moving average.", list(curve_charts()),
+                "The log folder holds no training curves of these stages."),
+    ]  # fmt: skip
+
+
+def _depths(result: Results, name: str) -> list[tuple[float, Any]]:
+    from rrcli.comparison.charts import point
+
+    points = [point(entry) for entry in result.get("by_depth", {}).get(name, ())]
+    return [(float(depth), found) for depth, found in enumerate(points) if found is not None]
+
+
+def _cost(result: Results, cost: str, name: str) -> list[tuple[float, Any]]:
+    from rrcli.comparison.charts import point
+
+    x, y = point(result["metrics"].get(cost)), point(result["metrics"].get(name))
+    return [(x.value, y)] if x is not None and y is not None else []
+
+
+def _graded(result: Results) -> list[dict[str, Any]]:
+    return [r for r in result["records"].get("problems", ()) if r.get("difficulty") is not None]
+
+
+def _natural(level: Any) -> tuple[str, float]:
+    """Sort by the words and then by the number at the end of `chain_sum, num_terms 10`; bare numbers come first."""
+    words, _, number = str(level).rpartition(" ")
+    return (words, float(number)) if number.replace(".", "", 1).isdigit() else (str(level), 0.0)
+
+
+def _by_difficulty(result: Results, levels: Sequence[Any]) -> list[tuple[float, Any]]:
+    from rrcli.comparison.charts import Point
+
+    line = []
+    for number, level in enumerate(levels):
+        hits = [bool(r["correct"][-1]) for r in _graded(result) if r["difficulty"] == level]
+        if hits:
+            share = wilson(sum(hits), len(hits))
+            line.append((float(number), Point(100 * share.value, 100 * share.low, 100 * share.high)))
+    return line
+
+
+# -- generations and provenance ----------------------------------------------------------------------------------------
+
+
+def _marked(prompt: str, texts: Sequence[str | None]) -> dict[str, Any]:
+    """Return what the stages wrote, each as (text, whether it differs from the first stage's) pieces."""
+    first = _tokens(texts[0] or "")
+    marked: list[list[tuple[str, bool]] | None] = []
+    for text in texts:
+        if text is None:
+            marked.append(None)
+            continue
+        tokens = _tokens(text)
+        pieces = list[tuple[str, bool]]()
+        for kind, _, _, begin, end in SequenceMatcher(None, first, tokens, autojunk=False).get_opcodes():
+            if begin < end:
+                pieces.append(("".join(tokens[begin:end]), kind != "equal" and texts[0] is not None))
+        marked.append(pieces)
+    return {"prompt": prompt, "texts": marked}
+
+
+def _tokens(text: str) -> list[str]:
+    """Cut a text into words with the space before them, and marks; together they are the text."""
+    return re.findall(r"\s*\w+|\s*[^\w\s]|\s+", text)
+
+
+def _provenance(results: Sequence[Results]) -> list[tuple[str, list[str]]]:
+    """Return what each stage was measured from: (what, a text for each stage)."""
+    columns = [_origin(result) for result in results]
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [(name, [column.get(name, "-") for column in columns]) for name in names]
+
+
+def _origin(result: Results) -> dict[str, str]:
+    model, data, made = result["model"], result["data"], result["provenance"]
+    recursion, training = model.get("recursion"), result.get("training") or {}
+    found = {
+        "Stage": result["stage"],
+        "Measured": result.get("created"),
+        "Model": model.get("source"),
+        "Fingerprint": model.get("fingerprint"),
+        "Parameters": f"{model['parameters']:,}" if "parameters" in model else None,
+        "Recursion": ", ".join(f"{k} {v}" for k, v in recursion.items() if v is not None) if recursion else "none",
+        "Depth": model.get("depth"),
+        "Data": data.get("source"),
+        "Data fingerprint": data.get("fingerprint"),
+        "Documents": f"{data['documents']:,} of {data['held_out']:,}" if "documents" in data else None,
+        "Tasks": ", ".join(data.get("tasks", ())) or None,
+        "Training": ", ".join(f"{k} {formats.number(v)}" for k, v in training.items() if isinstance(v, (int, float))),
+        "Seed": made.get("seed"),
+        "Device": " ".join(str(made[key]) for key in ("device", "dtype") if key in made),
+        "Hardware": made.get("hardware"),
+        "Versions": ", ".join(f"{k} {v}" for k, v in ({"rr": made.get("rr", "?")} | made.get("versions", {})).items()),
+        "Git commit": made.get("git_commit"),
+    }
+    return {name: str(value) for name, value in found.items() if value not in (None, "")}

@@ -1,0 +1,191 @@
+"""A comparison in words: what surgery, fine-tuning and recursion are shown to have done, and what to be careful about.
+
+Four sentences answer the four questions of an experiment; every one names its numbers, its interval and its n. Warnings
+name what else differs between two stages than the model, and how many records they share.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rrcli.comparison.pairing import Pair, backed, direction, pair, scale_of, tested_metrics
+from rrcli.comparison.preservation import REACHING, Preservation
+from rrcli.comparison.results import Claim, Results
+from rrcli.evaluation import stats
+
+NOUNS = {"documents": "documents", "problems": "problems", "generations": "prompts"}
+PROVENANCE = ("seed", "dtype", "device", "machine", "hardware", "rr", "python")
+
+
+# -- what to be careful about ------------------------------------------------------------------------------------------
+
+
+def differences(label: str, first: str, result: Results, reference: Results) -> list[str]:
+    """Return a warning that names everything beside the model in which two measurements differ, if anything does."""
+    a, b = reference, result
+    found = [f"{name} ({_data(a)} and {_data(b)})" for name in ("data",) if _data(a) != _data(b)]
+    for place, names in (("provenance", PROVENANCE), ("settings", REACHING)):
+        for name in names:
+            before, after = (r.get(place, {}).get(name) for r in (a, b))
+            # What an older version did not record is not known to differ.
+            if before != after and None not in (before, after):
+                found.append(f"{name} ({before} and {after})")
+    if a["model"]["tokenizer"] != b["model"]["tokenizer"]:
+        found.append("tokenizer (metrics per token do not compare, bits per byte do)")
+    versions = [r["provenance"]["versions"] for r in (a, b)]
+    for package in sorted(versions[0].keys() | versions[1].keys()):
+        before, after = (v.get(package, "none") for v in versions)
+        if before != after:
+            found.append(f"{package} ({before} and {after})")
+    return [f"{first} and {label} were measured with different {', '.join(found)}"] if found else []
+
+
+def samples(labels: list[str], results: list[Results]) -> list[str]:
+    """Return a warning if a stage was measured on a sample of its documents."""
+    counts = [
+        (label, r["data"].get("documents"), r["data"].get("held_out")) for label, r in zip(labels, results, strict=True)
+    ]
+    told = [f"{label} ({n:,} of {held_out:,})" for label, n, held_out in counts if held_out and n < held_out]
+    if not told:
+        return []
+    return [f"only a sample of the documents was scored (--max-samples), which is for trying out: {', '.join(told)}"]
+
+
+def overlaps(label: str, first: str, pairs: dict[str, Pair], same_tokenizer: bool) -> list[str]:
+    """Return a warning for each kind of record that two stages share in part, not at all, or under false keys.
+
+    Args:
+        pairs: how each metric was paired, by the metric's name.
+    """
+    told: dict[str, str] = {}
+    for name, found in pairs.items():
+        noun = f"samples of {name.split('/')[1]}" if found.part == "harness" else NOUNS[found.part]
+        if noun in told or name.startswith("reasoning_accuracy/"):
+            continue
+        if not found.common:
+            told[noun] = f"{first} and {label} share none of their {noun} ({found.of} and {found.others})"
+        elif found.conflicts and (same_tokenizer or found.part != "documents"):
+            told[noun] = (
+                f"{first} and {label}: {found.conflicts} of {found.common} common {noun} differ in what they hold "
+                f"({_held(found.part)}), so these are not compared"
+            )
+        elif found.common < max(found.of, found.others):
+            told[noun] = (
+                f"{first} and {label}: {noun} are compared on {found.common} common of {found.of} "
+                f"(and {found.others}); the values shown are each stage's own"
+            )
+    return list(told.values())
+
+
+def _held(part: str) -> str:
+    return {"documents": "tokens or bytes", "problems": "question or answer"}.get(part, "prompt or target")
+
+
+def _data(result: Results) -> str:
+    return f"{result['data'].get('source', 'data')} {result['data']['fingerprint']}"
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def claims(stages: dict[str, Results], *, sound: bool = True) -> list[Claim]:
+    """Return the differences that the sentences speak about: fine-tuning, and recursion beyond it.
+
+    Args:
+        sound: whether surgery preserved the baseline; if not, nothing is claimed about recursion.
+    """
+    found = [("Fine-tuning without recursion", "finetuned_vanilla", "baseline", "the baseline")]
+    if not sound:
+        pass
+    elif {"finetuned_vanilla", "finetuned_recursive"} <= stages.keys():
+        words = ("Recursion, beyond fine-tuning", "vanilla fine-tuning")
+        found.append((words[0], "finetuned_recursive", "finetuned_vanilla", words[1]))
+    else:
+        found.append(("Recursive fine-tuning", "finetuned_recursive", "baseline", "the baseline"))
+    return [
+        claim
+        for what, stage, reference, against in found
+        if {stage, reference} <= stages.keys()
+        for claim in _claims(what, against, stages[stage], stages[reference])
+    ]
+
+
+def _claims(what: str, against: str, result: Results, reference: Results) -> list[Claim]:
+    same_tokens = result["model"]["tokenizer"] == reference["model"]["tokenizer"]
+    told = []
+    for name, metric in tested_metrics([result, reference]).items():
+        spoken = name in ("reasoning_accuracy", "perplexity" if same_tokens else "bits_per_byte")
+        # A value that was not finite stands as null in the results.
+        known = all(r["metrics"].get(name, {}).get("value") is not None for r in (result, reference))
+        if (spoken or metric.kind == "harness") and known:
+            estimate = pair(name, metric, result, reference).estimate
+            if estimate is not None:
+                told.append(Claim(what, against, name, metric, estimate, result, reference))
+    return sorted(told, key=lambda claim: claim.metric.kind == "documents")  # answers first, then text
+
+
+def sentences(
+    stages: dict[str, Results], told: list[Claim], alpha: float, preserved: Preservation | None = None
+) -> list[str]:
+    """Answer: did surgery preserve the baseline, did fine-tuning help, did recursion help beyond it, at what cost."""
+    said = [preserved.sentence()] if preserved is not None else []
+    said += [_tell(claim, alpha) for claim in told]
+    if preserved is not None and preserved.broken:
+        return [*said, "Nothing is said about recursion: what rests on a broken surgery shows nothing of it."]
+    if {"finetuned_vanilla", "finetuned_recursive"} <= stages.keys():
+        said += _cost(stages["finetuned_recursive"], stages["finetuned_vanilla"])
+    elif {"baseline", "finetuned_recursive"} <= stages.keys():
+        said.append("What recursion adds to fine-tuning needs stage finetuned_vanilla beside it.")
+    return said
+
+
+def _tell(claim: Claim, alpha: float) -> str:
+    metric, estimate = claim.metric, claim.estimate
+    scale, label = scale_of(claim.name, metric), metric.label.strip()
+    label = label if metric.kind == "harness" else label.lower()
+    unit = "%" if claim.name == "perplexity" else "points" if metric.unit == "%" else metric.unit
+    digits = 1 if unit in ("%", "points") else 3
+    before, after = (r["metrics"][claim.name]["value"] for r in (claim.reference, claim.result))
+    values = f"{before:.4g} -> {after:.4g}{f' {metric.unit}' if metric.unit else ''}"
+    change, low, high = (
+        f"{scale(x):+.{digits}f}" if math.isfinite(x) else "?" for x in (estimate.value, estimate.low, estimate.high)
+    )
+    facts = f"{values}, {change}{f' {unit}' if unit else ''} [{low}, {high}], {_p(claim.p_adjusted)}"
+    if backed(claim.p_adjusted, estimate.low, estimate.high, alpha):
+        found = direction(metric, estimate.value)
+        verb = "differs from" if found == "differs" else f"is {found} than"
+        return f"{claim.what}: {label} {verb} {claim.against}'s, {facts}, n = {estimate.n}."
+    text = f"{claim.what}: no effect on {label} is shown with n = {estimate.n}, {facts}"
+    needed = _needed(claim, alpha)
+    if needed is None or needed <= estimate.n:  # enough alone, but not among all the metrics of the table
+        return f"{text}."
+    noun = "documents" if metric.kind == "documents" else "problems"
+    return f"{text}; about {needed:,} {noun} would be needed to show a difference of this size."
+
+
+def _needed(claim: Claim, alpha: float) -> int | None:
+    found = pair(claim.name, claim.metric, claim.result, claim.reference)
+    if found.discordant:
+        return stats.problems_needed(claim.estimate.value, found.discordant, alpha)
+    return stats.units_needed(claim.estimate, alpha)
+
+
+def _cost(result: Results, reference: Results) -> list[str]:
+    factors = []
+    for name, label in (
+        ("flops_per_token", "FLOPs per token"),
+        ("time_per_output_token", "time per output token"),
+        ("memory_mb", "peak memory"),
+    ):
+        before, after = ((r["metrics"].get(name) or {}).get("value") for r in (reference, result))
+        if before and after is not None:
+            factors.append(f"{after / before:.2f} x the {label}")
+    for key, label in (("flops", "training FLOPs"), ("seconds", "training time")):
+        before, after = ((r.get("training") or {}).get(key) for r in (reference, result))
+        if before and after is not None:
+            factors.append(f"{after / before:.2f} x the {label}")
+    return [f"What recursion costs against vanilla: {', '.join(factors)}."] if factors else []
+
+
+def _p(p: float) -> str:
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"

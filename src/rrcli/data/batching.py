@@ -1,0 +1,123 @@
+"""Lists of token ids as tensors: padded, masked, and cut into batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from rrcli.data.training_data import IGNORED
+from rrcli.errors import RRError
+from rrcli.reporting import Reporter
+
+# What a batch on a CPU is good for, in tokens: beyond it, activations leave the caches and nothing is gained.
+CPU_TOKENS = 512
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Batch:
+    """One step's examples, padded on the right; `labels[t]` is what position t should predict next, -100 = no loss.
+
+    Where rows hold several examples (see `packing`), `position_ids` begin anew with each, and `examples` are their
+    numbers in the batch.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    position_ids: Tensor | None = None
+    examples: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Loss-bearing tokens."""
+        return int(self.labels.ne(IGNORED).sum())
+
+
+def collate(examples: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
+    """Pad (ids, labels) pairs on the right into one batch."""
+    width = max(len(ids) for ids, _ in examples)
+    return Batch(
+        torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in examples]),
+        torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in examples]),
+        torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in examples]),
+    )
+
+
+def padded(rows: Sequence[list[int]], device: Any, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Return `[row, position]` ids and mask (1 = a real token), padded on the right or on the left."""
+    width = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        gap = width - len(row)
+        ids.append([0] * gap + row if left else row + [0] * gap)
+        mask.append([0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap)
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def batches(items: Sequence[Any], budget: int, length: Any) -> Iterator[list[Any]]:
+    """Cut items, longest first, into batches whose padded size stays within `budget` tokens (at least one item)."""
+    begin = 0
+    while begin < len(items):
+        rows = max(1, budget // max(1, length(items[begin])))
+        yield list(items[begin : begin + rows])
+        begin += rows
+
+
+def halving(
+    run: Callable[[list[Item]], Result], batch: list[Item], too_large: Callable[[Item], RRError]
+) -> list[Result]:
+    """Run a batch, in halves (and halves of halves) if the device's memory does not hold it whole.
+
+    Args:
+        too_large: the error to raise where a single item does not fit.
+
+    Returns:
+        The results of the parts, in their order.
+
+    Raises:
+        RRError: `too_large` of that item.
+    """
+    try:
+        return [run(batch)]
+    except torch.OutOfMemoryError as error:
+        if len(batch) == 1:
+            raise too_large(batch[0]) from error
+    # Behind the handler, whose traceback keeps the failed run's tensors.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = (len(batch) + 1) // 2
+    return halving(run, batch[:middle], too_large) + halving(run, batch[middle:], too_large)
+
+
+def affordable(model: Any, budget: int, bytes_per_token: int, reporter: Reporter) -> int:
+    """Lower a budget of tokens to what a CPU is good for and then, by halves, to half of its available memory.
+
+    A GPU says when it is out of memory; of a CPU's, the kernel kills who takes too much.
+    """
+    if model.device.type != "cpu":
+        return budget
+    budget = min(budget, CPU_TOKENS)
+    available = psutil.virtual_memory().available
+    lowered = budget
+    while lowered > 1 and lowered * bytes_per_token > available // 2:
+        lowered //= 2
+    if lowered < budget:
+        reporter.warn(
+            f"batches have {lowered} tokens, not {budget}: {available / 2**30:.1f} GiB of memory are available and a "
+            f"token takes about {bytes_per_token / 2**20:.2g} MiB"
+        )
+    return lowered
+
+
+def context_length(model: Any) -> int:
+    """Return the longest input the model's configuration allows, in tokens."""
+    config = model.config.get_text_config()
+    return next((v for n in ("max_position_embeddings", "n_positions") if (v := getattr(config, n, None))), 2048)

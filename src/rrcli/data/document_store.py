@@ -1,0 +1,75 @@
+"""Documents by number, in a temporary file if they are many, and the order in which an epoch shows them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from array import array
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from tempfile import SpooledTemporaryFile
+from typing import Any
+
+from rrcli.data.conversations import Document
+from rrcli.files import unwritable
+
+# Documents up to this many bytes stay in memory.
+MEMORY_BYTES = 2**24
+
+
+class DocumentStore(Sequence[Document]):
+    """Documents by number: eight bytes of memory for each, and eight more for each where they are shuffled.
+
+    Beyond MEMORY_BYTES they lie in a file without a name, which ends with the process, however that ends.
+
+    Args:
+        directory: where the file is, on whose disk they must fit once more; not the system's folder for temporary
+            files, which is often in memory itself.
+
+    Raises:
+        RRError: the disk is full.
+    """
+
+    def __init__(self, documents: Iterable[Document], directory: Path) -> None:
+        self._file = SpooledTemporaryFile(max_size=MEMORY_BYTES, dir=str(directory))  # noqa: SIM115 (it lives as long)
+        self._ends = array("Q", [0])
+        for document in documents:
+            self._write(json.dumps(document, ensure_ascii=False).encode(), directory)
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        self._file.seek(self._ends[index])
+        return json.loads(self._file.read(self._ends[index + 1] - self._ends[index]))
+
+    def in_order(self, place: int, seed: int) -> Document:
+        """Return what stands at `place`, from 0, of an endless row of epochs.
+
+        Each epoch shows every document once, in an order that follows from the seed and its own number.
+        """
+        epoch, number = divmod(place, len(self))
+        document: Document = self[self._order(seed, epoch)[number]]
+        return document
+
+    def _write(self, data: bytes, directory: Path) -> None:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            with suppress(OSError):  # what is still to be written cannot be written either
+                self._file.close()
+            raise unwritable(directory / "documents", error) from error
+        self._ends.append(self._ends[-1] + len(data))
+
+    def _shuffled(self, seed: int, epoch: int) -> array[int]:
+        order = array("Q", range(len(self)))
+        Random(f"documents/{seed}/{epoch}").shuffle(order)
+        return order

@@ -1,0 +1,201 @@
+"""Reasoning problems from a file: JSON lines with a `question` and an `answer`.
+
+Such a task is written `FILE.jsonl`, and is split like everything else: questions that `splits.is_held_out` picks are
+evaluated, the others are trained on and give the solved examples. A test set is written `FILE.jsonl:held_out=all`: all
+of it is evaluated, nothing of it is trained on, and a question of it that also stands in another file of the same
+settings is left out of training; its solved examples come from `examples=OTHER.jsonl`.
+
+An answer is a number or a text. Of a text that ends in `#### 42`, as in GSM8K, 42 is the answer and the whole text the
+solution that training and solved examples show.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from rrcli.data.lines import file_lines, json_objects
+from rrcli.data.splits import is_held_out
+from rrcli.data.tasks import Problem, Task, parse_spec, tagged
+from rrcli.errors import RRError, UsageError, suggest
+
+SUFFIX = ".jsonl"
+OPTIONS = ("held_out", "examples")
+MARK = "####"
+LINE_HINT = 'Write {"question": "...", "answer": "..."} on each line.'
+
+
+class FileTask:
+    """The problems of one file.
+
+    Raises:
+        UsageError: no such file, or an option that there is not. RRError: a line that is no problem.
+    """
+
+    def __init__(self, spec: str, directory: Path) -> None:
+        self.spec = spec.strip()
+        name, options = parse_spec(self.spec)
+        self.name = Path(name).name
+        self.path = task_file(self.spec, directory)
+        for key in options:
+            if key not in OPTIONS:
+                raise UsageError(f"task '{self.name}' has no option '{key}'", suggest(key, OPTIONS))
+        if options.get("held_out", "all") != "all":
+            raise UsageError(
+                f"held_out is '{options['held_out']}' in '{spec}'",
+                "Write held_out=all to evaluate all of the file, or leave it out to evaluate the held-out tenth.",
+            )
+        self.whole = "held_out" in options
+        self.all = read_problems(self.path, self.spec)
+        held_out = [self.whole or is_held_out(p.question) for p in self.all]
+        self._sides = {
+            side: [p for p, out in zip(self.all, held_out, strict=True) if out == side] for side in (True, False)
+        }
+        other = options.get("examples")
+        self.others = read_problems(task_file(str(other), directory), self.spec) if other else None
+
+    def side(self, *, held_out: bool) -> list[Problem]:
+        """Return the problems of one side of the split, in the file's order."""
+        return self._sides[held_out]
+
+    def problems(self, count: int, seed: int, *, held_out: bool) -> list[Problem]:
+        """Return `count` problems of one side, drawn by `seed`; all of them if there are no more.
+
+        Raises:
+            UsageError: there is none.
+        """
+        side = self.side(held_out=held_out)
+        if not side:
+            whole = f"{self.spec}:held_out=all"
+            raise UsageError(
+                f"none of the {len(self.all)} problems of {self.path} is on the {_SIDES[held_out]} side of the split",
+                f"Give more problems (about 50 or more), or evaluate all of them with --task {whole}."
+                if held_out
+                else "Name a file for solved examples: --task FILE.jsonl:held_out=all,examples=OTHER.jsonl.",
+            )
+        return Random(seed).sample(side, len(side))[:count]
+
+    def examples(self, count: int, seed: int) -> list[Problem]:
+        """Return `count` problems to show solved, none of which is evaluated.
+
+        Raises:
+            UsageError: there are not so many.
+        """
+        if self.others is None:
+            pool = self.problems(len(self.all), seed, held_out=False)
+        else:
+            evaluated = {p.question for p in self.side(held_out=True)}
+            pool = [p for p in self.others if p.question not in evaluated]
+            pool = Random(seed).sample(pool, len(pool))
+        if len(pool) < count:
+            raise UsageError(f"--num-fewshot is {count}, but task '{self.spec}' has {len(pool)} solved examples")
+        return pool[:count]
+
+    def stream(self, seed: int, limit: int, *, held_out: bool) -> Iterator[Problem]:
+        """Yield `limit` problems of one side, drawn by `seed`; they repeat. Nothing where the side is empty."""
+        side, random = self.side(held_out=held_out), Random(seed)
+        for _ in range(limit if side else 0):
+            yield random.choice(side)
+
+    def score(self, answer: str, problem: Problem) -> float:
+        """Return 1 for the expected answer, else 0: equal as a number, or as words whatever their case."""
+        expected = number(problem.answer)
+        same = _folded(answer) == _folded(problem.answer) if expected is None else number(answer) == expected
+        return float(same)
+
+    def extract(self, output: str) -> str:
+        """Return the part of an output that is the answer: behind `####`, between answer tags, else all of it."""
+        return tagged(output.rpartition(MARK)[2])
+
+
+_SIDES = {True: "held-out", False: "training"}
+
+
+def is_file_task(spec: str) -> bool:
+    """Tell whether a task is a file of problems rather than a generator's name."""
+    return parse_spec(spec)[0].endswith(SUFFIX)
+
+
+def task_file(spec: str, directory: Path) -> Path:
+    """Return the file behind a task.
+
+    Raises:
+        UsageError: it does not exist.
+    """
+    path = (directory / parse_spec(spec)[0]).expanduser()
+    if not path.is_file():
+        raise UsageError(f"the task file {path} does not exist", f"Name a {SUFFIX} file, or a reasoning-gym generator.")
+    return path
+
+
+def open_task(spec: str, directory: Path) -> Task | FileTask:
+    """Return the task that `spec` names: a file of problems, or a generator."""
+    return FileTask(spec, directory) if is_file_task(spec) else Task(spec)
+
+
+def evaluated_whole(tasks: Sequence[Task | FileTask]) -> set[str]:
+    """Return the questions that no training may see, beyond those that the split holds out."""
+    return {p.question for task in tasks if isinstance(task, FileTask) and task.whole for p in task.all}
+
+
+def trained_questions(specs: Sequence[str], directory: Path) -> set[str]:
+    """Return the questions of files that a training with these tasks drew from.
+
+    Raises:
+        RRError: a file is no longer there, or cannot be read.
+    """
+    tasks = [FileTask(spec, directory) for spec in specs if is_file_task(spec)]
+    seen = {p.question for task in tasks if not task.whole for p in task.side(held_out=False)}
+    return seen - evaluated_whole(tasks)
+
+
+def read_problems(path: Path, task: str) -> list[Problem]:
+    """Return every problem of a file, in its order.
+
+    Raises:
+        RRError: not UTF-8, empty, or a line that is no problem; names the line.
+    """
+    problems, seen = [], Counter[str]()
+    for place, value in json_objects(file_lines(path), str(path)):
+        question = value.get("question")
+        if not isinstance(question, str) or not question.strip():
+            raise RRError(f"{place}: no 'question'", LINE_HINT)
+        question = question.strip()
+        answer, solution = _answer(value.get("answer"), place)
+        problems.append(Problem(task, question, answer, {}, solution, seen[question]))
+        seen[question] += 1
+    if not problems:
+        raise RRError(f"{path} is empty", LINE_HINT)
+    return problems
+
+
+def number(text: str) -> Decimal | None:
+    """Return the number that a text is ('1,000', '$5', '42.', '7.50 %'), or None for any other text."""
+    found = re.fullmatch(r"([-+]?)\s*\$?\s*(\d[\d,]*(?:\.\d*)?|\.\d+)\s*[%.]?", text.strip())
+    try:
+        return Decimal(found.group(1) + found.group(2).replace(",", "")) if found else None
+    except InvalidOperation:  # digits of other scripts that Decimal does not take
+        return None
+
+
+def _answer(value: Any, place: str) -> tuple[str, str]:
+    """Return (answer, solution); the solution is empty where it is the answer itself."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return format(Decimal(repr(value)), "f"), ""
+    if isinstance(value, str) and value.strip():
+        solution = value.strip()
+        answer = solution.rpartition(MARK)[2].strip()
+        if answer:
+            return answer, solution if MARK in solution else ""
+        raise RRError(f"{place}: no answer behind '{MARK}'", LINE_HINT)
+    raise RRError(f"{place}: no 'answer' that is a text or a number", LINE_HINT)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".")

@@ -1,0 +1,195 @@
+"""Readers: each turns one kind of file, or the hub, into a stream of documents (see `conversations`), piece by piece.
+
+Whatever cannot be read is an error that names the file and the line or row. The readers of lines take the decoded lines
+of a file, the name that errors should bear, and the field that holds the text.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rrcli.data.conversations import FIELDS, MESSAGES, TEXT, Document, conversation, kind_of
+from rrcli.data.lines import json_objects
+from rrcli.errors import RRError, UsageError
+
+HUB = "hf://"
+PARQUET_ROWS = 1024
+
+
+def paragraphs(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
+    """Yield what stands between blank lines; `field` means nothing here."""
+    held: list[str] = []
+    for line in lines:
+        line = line.removesuffix("\n").removesuffix("\r")
+        if line.strip(" \t"):
+            held.append(line)
+        elif held:
+            yield "\n".join(held)
+            held = []
+    if held:
+        yield "\n".join(held)
+
+
+def json_lines(lines: Iterable[str], name: str, field: str) -> Iterator[Document]:
+    """Yield the field of the object on each line, or the conversation in it; the first line says which."""
+    kind = ""
+    for place, value in json_objects(lines, name):
+        kind = kind or kind_of(value, field)
+        if kind != TEXT:
+            yield conversation(value, kind, place)
+            continue
+        if field not in value:
+            texts = [key for key, entry in value.items() if isinstance(entry, str)]
+            raise RRError(f"{place}: no object with a '{field}' (it has {_listed(value)})", _other(texts))
+        if not isinstance(value[field], str):
+            kind = type(value[field]).__name__
+            raise RRError(f"{place}: no object with a '{field}' that is text (it is {kind})", "Texts stand in quotes.")
+        yield _encodable(value[field], place)
+
+
+def csv_rows(lines: Iterable[str], name: str, field: str) -> Iterator[Document]:
+    """Yield the column of each record, or its prompt and completion.
+
+    The first line names the columns; texts may hold line breaks in quotes.
+    """
+    csv.field_size_limit(2**31 - 1)  # a document may be longer than the module's 128 KiB
+    rows = csv.reader(lines, strict=True)
+    begins = 1
+    try:
+        header = next(rows, None)
+        if not header:
+            raise RRError(f"{name}, line 1: no header", "The first line names the columns.")
+        kind = kind_of(header, field)
+        if kind == MESSAGES:
+            raise RRError(f"{name}, line 1: a table has no messages", "Write them to a .jsonl or .parquet file.")
+        if kind == TEXT and header.count(field) != 1:
+            wrong = "two columns" if field in header else "no column"
+            raise RRError(f"{name}, line 1: {wrong} '{field}' (it has {_listed(header)})", _other(header))
+        while True:
+            begins = rows.line_num + 1
+            row = next(rows, None)
+            if row is None:
+                return
+            if row and len(row) != len(header):
+                raise RRError(
+                    f"{name}, line {begins}: {len(row)} columns, the header has {len(header)}",
+                    "Put texts with commas or line breaks in double quotes.",
+                )
+            if row:
+                values = dict(zip(header, row, strict=True))
+                yield values[field] if kind == TEXT else conversation(values, kind, f"{name}, line {begins}")
+    except csv.Error as error:
+        raise RRError(
+            f"{name}: the record that begins in line {begins} is torn ({error})",
+            'A quoted text ends with a double quote; one inside it is written "".',
+        ) from error
+
+
+def parquet_rows(path: Path, field: str) -> Iterator[Document]:
+    """Yield the column of each row, or its conversation, reading some rows at a time; a null text is empty."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise _missing(str(path), "parquet") from None
+    row = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            texts = [item.name for item in schema if _is_text(item.type, pyarrow)]
+            kind = kind_of(schema.names, field)
+            if kind == TEXT and field not in schema.names:
+                raise RRError(f"{path}: no column '{field}' (it has {_listed(schema.names)})", _other(texts))
+            if kind == TEXT and field not in texts:
+                raise RRError(f"{path}: column '{field}' holds {schema.field(field).type}, no text", _other(texts))
+            for batch in file.iter_batches(PARQUET_ROWS, columns=list(FIELDS.get(kind, (field,)))):
+                for values in batch.to_pylist():
+                    row += 1
+                    yield values[field] or "" if kind == TEXT else conversation(values, kind, f"{path}, row {row}")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        where = f"{path}, row {row}" if row else str(path)
+        raise RRError(f"cannot read {where}: {_first_line(error)}", "Is the file whole? Make or fetch it again.") from (
+            error
+        )
+
+
+def hub_rows(spec: str, directory: Path, field: str) -> Iterator[Document]:
+    """Yield the column of each row of a data set, or its conversation, streamed; a null text is empty."""
+    name, _, rest = spec.removeprefix(HUB).partition(":")
+    config, _, split = rest.partition(":")
+    if not name or ":" in split:
+        raise UsageError(f"the data {spec} cannot be read", f"Write {HUB}NAME[:CONFIG[:SPLIT]].")
+    try:
+        import datasets
+    except ImportError:
+        raise _missing(spec, "datasets") from None
+    if name.startswith((".", "/")):
+        name = str((directory / name).resolve())
+    row, kind = 0, ""
+    try:
+        for entry in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
+            kind = kind or kind_of(entry, field)
+            if kind != TEXT:
+                row += 1
+                yield conversation(entry, kind, f"{spec}, row {row}")
+                continue
+            if field not in entry:
+                texts = [key for key, value in entry.items() if isinstance(value, str)]
+                raise RRError(f"{spec}: no column '{field}' (it has {_listed(entry)})", _other(texts))
+            row += 1
+            if not isinstance(entry[field], str | None):
+                raise RRError(f"{spec}, row {row}: '{field}' holds {type(entry[field]).__name__}, no text")
+            yield _encodable(entry[field] or "", f"{spec}, row {row}")
+    except RRError:
+        raise
+    except Exception as error:  # the library raises dozens of kinds: its own, httpx's, pyarrow's, fsspec's
+        where = f"{spec}, row {row + 1}" if row else spec
+        hint = "Check the name, the configuration and the split, and the connection (HF_HUB_OFFLINE forbids it)."
+        raise RRError(f"cannot read {where}: {_first_line(error)}", hint) from error
+
+
+def _encodable(text: str, place: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RRError(f"{place}: half of a surrogate pair, which is no character", "Write the character whole.") from (
+            error
+        )
+    return text
+
+
+def is_json_object(line: bytes) -> bool:
+    """Tell whether a line is a JSON object, as the first line of a .jsonl file is."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_text(kind: Any, pyarrow: Any) -> bool:
+    types = pyarrow.types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_string_view))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(str, names)) or "none"
+
+
+def _other(names: list[str]) -> str:
+    if not names:
+        return "No field holds text."
+    named = f"--text-field {names[0]}" if len(names) == 1 else f"--text-field with one of {', '.join(names)}"
+    return f"Name the field that holds the text: {named}."
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _missing(what: str, extra: str) -> UsageError:
+    return UsageError(f"{what} needs the extra '{extra}'", f"pip install 'rrcli[{extra}]'")

@@ -1,0 +1,231 @@
+"""What a model is shown: problems and documents as token ids, each with a mark whether it is learned.
+
+Evaluation and training ask a question by the same function. It goes through the tokenizer's chat template if it has
+one, unless that is turned off, else as plain text:
+
+    Question: ...
+    Answer: ...
+
+Each learned part is tokenised on its own, behind the ids of its prompt, as a model meets it when it answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rrcli.data.conversations import ASSISTANT, Document
+from rrcli.data.tasks import Problem, prompt_of
+from rrcli.errors import RRError
+from rrcli.settings import EvalSettings, TrainSettings
+
+# Token ids, and for each whether a model learns to predict it.
+Example = tuple[list[int], list[bool]]
+# A text, and whether it is learned.
+Piece = tuple[str, bool]
+Messages = Sequence[dict[str, Any]]
+
+
+def chats(tokenizer: Any, settings: EvalSettings | TrainSettings) -> bool:
+    """Tell whether questions and conversations go through a chat template."""
+    return settings.chat_template and bool(getattr(tokenizer, "chat_template", None))
+
+
+# -- problems ----------------------------------------------------------------------------------------------------------
+
+
+def question_text(
+    tokenizer: Any, question: str, examples: Sequence[Problem], settings: EvalSettings | TrainSettings
+) -> str:
+    """Return the prompt of a question behind solved examples: turns of the chat template if there is one, else text."""
+    if not chats(tokenizer, settings):
+        solved = "".join(f"{prompt_of(example.question)} {example.target}\n\n" for example in examples)
+        return solved + prompt_of(question)
+    turns = []
+    for example in examples:
+        turns += [_user(example.question), _assistant(example.target)]
+    return _through_template(tokenizer, [*turns, _user(question)], answer=True)
+
+
+def encode_question(tokenizer: Any, text: str, settings: EvalSettings | TrainSettings) -> list[int]:
+    """Return the ids of what `question_text` returned."""
+    # A chat template writes the start token itself.
+    return _ids(tokenizer, text) if chats(tokenizer, settings) else encode_prompt(tokenizer, text)
+
+
+def solved_problem(tokenizer: Any, problem: Problem, settings: TrainSettings) -> Example:
+    """Return a problem as evaluation asks it, with its answer, which is learned, and the end behind it."""
+    text = question_text(tokenizer, problem.question, (), settings)
+    answer = " " + problem.target
+    if chats(tokenizer, settings):
+        whole = _through_template(tokenizer, [_user(problem.question), _assistant(problem.target)])
+        answer = whole.removeprefix(text) if whole.startswith(text) else problem.target
+    prompt = encode_question(tokenizer, text, settings)
+    return _joined(prompt, [(_ids(tokenizer, answer) + _end_behind(tokenizer, answer, problem.target), True)])
+
+
+# -- documents ---------------------------------------------------------------------------------------------------------
+
+
+def example_of(tokenizer: Any, document: Document, settings: TrainSettings) -> Example:
+    """Return the ids of a document and what of it is learned: see `conversations`.
+
+    Raises:
+        RRError: the chat template cannot render it, or not so that the turns of the assistant can be told.
+    """
+    if isinstance(document, str):
+        return _joined(_start(tokenizer), [(_ids(tokenizer, document) + _end(tokenizer), True)])
+    if "prompt" in document:
+        completion = _ids(tokenizer, document["completion"]) + _end(tokenizer)
+        return _joined(encode_prompt(tokenizer, document["prompt"]), [(completion, True)])
+    messages = document["messages"]
+    if not chats(tokenizer, settings):
+        pieces = _plain(messages)
+        parts = [(_ids(tokenizer, text) + (_end(tokenizer) if own else []), own) for text, own in pieces]
+        return _joined(_start(tokenizer), parts)
+    if "{% generation" in tokenizer.get_chat_template().replace("{%-", "{%"):
+        return _marked(tokenizer, messages)
+    pieces = _turns(tokenizer, messages)
+    last = next(m["content"] for m in reversed(messages) if m["role"] == ASSISTANT)
+    parts = [(_ids(tokenizer, text), own) for text, own in pieces]
+    return _joined([], [*parts, (_end_behind(tokenizer, pieces[-1][0], last), True)])
+
+
+def text_of(tokenizer: Any, document: Document, settings: EvalSettings) -> str:
+    """Return a document as the text that its perplexity is measured on, without the start token, which scoring adds."""
+    if isinstance(document, str):
+        return document
+    if "prompt" in document:
+        return str(document["prompt"] + document["completion"])
+    if not chats(tokenizer, settings):
+        return "".join(text for text, _ in _plain(document["messages"]))
+    return _through_template(tokenizer, document["messages"]).removeprefix(tokenizer.bos_token or "")
+
+
+def _plain(messages: Messages) -> list[Piece]:
+    """Return a conversation in the plain form, turns apart by a blank line; what the system says stands as it is.
+
+    Raises:
+        RRError: a role that the plain form has no words for.
+    """
+    pieces, text = [], ""
+    for message in messages:
+        content = message["content"].strip()
+        if message["role"] == ASSISTANT:
+            pieces += [(f"{text}Answer:", False), (f" {content}", True)]
+            text = "\n\n"
+        elif message["role"] in ("user", "system"):
+            text += prompt_of(content).removesuffix("Answer:") if message["role"] == "user" else f"{content}\n\n"
+        else:
+            raise RRError(
+                f"the conversation '{_begin(messages)}' has a role '{message['role']}' and there is no template",
+                "Train a model whose tokenizer has one, or leave such conversations out.",
+            )
+    return pieces
+
+
+def _turns(tokenizer: Any, messages: Messages) -> list[Piece]:
+    """Return a conversation through the chat template, cut where turns of the assistant begin and end.
+
+    A turn is what the template adds for it behind the prompt for an answer, with the mark of its end.
+
+    Raises:
+        RRError: the template writes a turn in another way when others follow, so that none of this is true.
+    """
+    pieces, done = [], 0
+    whole = _through_template(tokenizer, messages)
+    for number, message in enumerate(messages):
+        if message["role"] != ASSISTANT:
+            continue
+        begin = _through_template(tokenizer, messages[:number], answer=True) if number else ""
+        end = _through_template(tokenizer, messages[: number + 1])
+        content = message["content"].strip()
+        if content and not whole.startswith(end):
+            # Some templates open the last turn with an empty thought, which is gone when other turns follow.
+            end = begin + content + end.rpartition(content)[2]
+        if not (whole.startswith(end) and end.startswith(begin)):
+            raise RRError(
+                f"the chat template writes turn {number + 1} of '{_begin(messages)}' in another way when others follow",
+                "Give it {% generation %} marks around what the assistant says, or cut conversations to one answer.",
+            )
+        pieces += [(whole[done : len(begin)], False), (whole[len(begin) : len(end)], True)]
+        done = len(end)
+    return pieces
+
+
+def _marked(tokenizer: Any, messages: Messages) -> Example:
+    """Return a conversation through a template that marks what the assistant says."""
+    try:
+        found = tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+    except Exception as error:
+        raise _refused(messages, error) from error
+    return list(found["input_ids"]), [bool(own) for own in found["assistant_masks"]]
+
+
+def _through_template(tokenizer: Any, messages: Messages, *, answer: bool = False) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=answer, tokenize=False))
+    except Exception as error:  # templates raise what they like: jinja's errors, TypeErrors, their own
+        raise _refused(messages, error) from error
+
+
+def _refused(messages: Messages, error: Exception) -> RRError:
+    return RRError(
+        f"the chat template refuses the conversation '{_begin(messages)}': {error}",
+        "Correct it, or leave the template out with --no-chat-template.",
+    )
+
+
+def _begin(messages: Messages) -> str:
+    text = " ".join(messages[0]["content"].split())
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the ids of a prompt, with the start token that the tokenizer itself would put before it."""
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """Return the token that scoring starts from: BOS, or EOS where there is none (as lm-eval does)."""
+    found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return None if found is None else int(found)
+
+
+def _joined(prompt: list[int], parts: Sequence[tuple[list[int], bool]]) -> Example:
+    ids, learned = list(prompt), [False] * len(prompt)
+    for part, own in parts:
+        ids += part
+        learned += [own] * len(part)
+    return ids, learned
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _start(tokenizer: Any) -> list[int]:
+    token = start_token(tokenizer)
+    return [] if token is None else [token]
+
+
+def _end(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _end_behind(tokenizer: Any, text: str, answer: str) -> list[int]:
+    """Return the end token unless a chat template has put a mark of its own behind the answer."""
+    return _end(tokenizer) if text.rstrip().endswith(answer.strip()) else []
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> dict[str, str]:
+    return {"role": ASSISTANT, "content": content}

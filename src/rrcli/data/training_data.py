@@ -1,0 +1,227 @@
+"""Text and problems: which side of the split they are on, and how they become batches.
+
+Documents come from `sources`. A source that is shared by training and evaluation is split by `splits.is_held_out`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from rrcli import demo
+from rrcli.data.conversations import Document, question_of
+from rrcli.data.document_store import DocumentStore
+from rrcli.data.problem_files import FileTask, evaluated_whole, is_file_task, open_task
+from rrcli.data.rendering import Example, example_of, solved_problem, text_of
+from rrcli.data.sources import Dropped, fingerprint, read_documents
+from rrcli.data.splits import is_held_out
+from rrcli.data.tasks import MAX_DRAWS_PER_PROBLEM, Problem, Task
+from rrcli.errors import RRError, UsageError
+from rrcli.files import combine
+from rrcli.settings import CommonSettings, EvalSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from rrcli.data.batching import Batch
+    from rrcli.evaluation.harness import HarnessTask
+
+# Training draws problems from the seeds that begin here, evaluation and pretraining from those below.
+TRAINING_SEEDS = 2**30
+# How many documents or problems are tried for an example before giving up.
+CANDIDATES = 64
+# Labels with this value bear no loss.
+IGNORED = -100
+# Built-in prompts of the sample generations: plain openings that a story model and a large model can both go on from.
+PROMPTS = (
+    "Once upon a time",
+    "Tom has a red ball and",
+    "The capital of France is",
+    "Question: State the final answer to the following arithmetic problem: 3 + 4 - 2 =\nAnswer:",
+)
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """What a model is evaluated on.
+
+    Attributes:
+        documents: held-out texts and conversations. tasks, problems: reasoning tasks and the problems of each.
+        prompts: to continue.
+        harness: tasks of lm-evaluation-harness.
+        source: what `--data` named. notice: what was left out of it, for people; '' if nothing was.
+        held_out: how many documents are held out, of which `documents` may be a sample.
+    """
+
+    documents: tuple[Document, ...] = ()
+    tasks: tuple[Task | FileTask, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    prompts: tuple[str, ...] = ()
+    source: str = "given"
+    notice: str = ""
+    held_out: int = 0
+    harness: tuple[HarnessTask, ...] = ()
+
+    def texts(self, tokenizer: Any, settings: EvalSettings) -> tuple[str, ...]:
+        """Return every document as the text that a model with this tokenizer is shown."""
+        return tuple(text_of(tokenizer, document, settings) for document in self.documents)
+
+
+def source_fingerprint(settings: CommonSettings, directory: Path) -> str:
+    """Return a hash of the text source and of the task names: "the same data" for `rr run`."""
+    return combine(task_specs(settings), fingerprint(settings.data, directory, settings.text_field))
+
+
+def task_specs(settings: CommonSettings) -> tuple[str, ...]:
+    """Return the reasoning tasks in use: those that were asked for, else the embedded ones."""
+    return settings.task or demo.TASKS
+
+
+def held_out_data(
+    settings: CommonSettings, directory: Path, problems_per_task: int, max_samples: int = 0, *, reasoning: bool = True
+) -> EvalData:
+    """Return the evaluation side of the split.
+
+    Raises:
+        RRError: no document of the source is held out. UsageError: the seed reaches into those of training.
+    """
+    if settings.seed + problems_per_task * MAX_DRAWS_PER_PROBLEM > TRAINING_SEEDS:
+        raise UsageError(
+            f"--seed {settings.seed} with {problems_per_task} problems per task reaches into the seeds of training, "
+            f"which begin at {TRAINING_SEEDS}",
+            "Take a smaller --seed, or fewer problems.",
+        )
+    dropped = Dropped()
+    read = read_documents(settings.data, directory, settings.text_field, dropped)
+    documents: Sequence[Document] = DocumentStore((d for d in read if is_held_out(question_of(d))), directory)
+    if not documents:
+        raise RRError(
+            f"no document of {settings.data} falls into the held-out tenth", "Give more documents (about 50 or more)."
+        )
+    held_out = len(documents)
+    if 0 < max_samples < held_out:
+        documents = Random(settings.seed).sample(documents, max_samples)
+    tasks = tuple(open_task(spec, directory) for spec in task_specs(settings)) if reasoning else ()
+    problems = [problem for task in tasks for problem in task.problems(problems_per_task, settings.seed, held_out=True)]
+    notice = dropped.notice(settings.data)
+    return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data, notice=notice, held_out=held_out)
+
+
+class TrainingData:
+    """The training side of the split as an endless row of examples; example n depends on the seed and n alone.
+
+    So resuming needs no position, and every run with the same seed sees the same batches in the same order. Problems
+    are mixed in evenly, `task_share` of the row; documents come in epochs, in a new order in each.
+
+    Attributes:
+        cut, skipped: examples longer than `max_length`, which are cut, and those of which nothing that is learned would
+            be left, in whose place another one is drawn; of `drawn` so far.
+    """
+
+    def __init__(self, settings: TrainSettings, directory: Path, tokenizer: Any) -> None:
+        self.settings, self.tokenizer = settings, tokenizer
+        share = settings.task_share
+        tasks = [open_task(spec, directory) for spec in task_specs(settings) if share > 0 or is_file_task(spec)]
+        self.evaluated = evaluated_whole(tasks)
+        self.tasks = [task for task in tasks if share > 0 and not (isinstance(task, FileTask) and task.whole)]
+        if share > 0 and not self.tasks:
+            raise UsageError(
+                "every task is evaluated whole (held_out=all): there is no problem to train on",
+                "Add a task to train on, or train on text alone with --task-share 0.",
+            )
+        dropped = Dropped()
+        documents = read_documents(settings.data, directory, settings.text_field, dropped)
+        self.documents = DocumentStore((d for d in documents if self._may_train(question_of(d))), directory)
+        self.notice = dropped.notice(settings.data)
+        if not self.documents and share < 1:
+            raise RRError(f"every document of {settings.data} is held out", "Give more documents (about 50 or more).")
+        self.drawn = self.cut = self.skipped = 0
+
+    def batch(self, step: int) -> Batch:
+        """Return the examples of one optimiser step (`batch_size` of them).
+
+        Raises:
+            RRError: nothing can be learned from the data within `max_length`.
+        """
+        from rrcli.data.batching import collate
+        from rrcli.data.packing import pack
+
+        first = step * self.settings.batch_size
+        examples = [self.example(first + position) for position in range(self.settings.batch_size)]
+        pad = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
+        return pack(examples, self.settings.max_length, pad) if self.settings.packing else collate(examples, pad)
+
+    def example(self, number: int) -> tuple[list[int], list[int]]:
+        """Return the token ids of example `number`, from 0, and what each position should predict.
+
+        Raises:
+            RRError: see `batch`.
+        """
+        longest = self.settings.max_length
+        share = self.settings.task_share if self.tasks else 0.0
+        before = math.floor(number * share)
+        asked = math.floor((number + 1) * share) > before
+        task = Random(f"tasks/{self.settings.seed}/{number}").choice(self.tasks) if asked else None
+        for ids, learned in self._documents(number - before) if task is None else self._problems(task, number):
+            if any(learned[1:longest]):
+                self.drawn += 1
+                self.cut += len(ids) > longest
+                ids = ids[:longest]
+                after = zip(ids[1:], learned[1:], strict=False)
+                return ids, [token if own else IGNORED for token, own in after] + [IGNORED]
+            self.skipped += 1
+        raise RRError(
+            f"{CANDIDATES} examples in a row of {self.settings.data if task is None else task.spec} leave nothing to "
+            f"learn in {longest} tokens: their prompts alone fill them",
+            "Raise --max-length, or leave this source out.",
+        )
+
+    def warning(self) -> str:
+        """Say how many examples were cut or left out for their length; '' if none was."""
+        if not self.cut + self.skipped:
+            return ""
+        skipped = f"; {self.skipped:,} more had nothing to learn within it and were left out" if self.skipped else ""
+        length = self.settings.max_length
+        return f"{self.cut:,} of {self.drawn:,} examples were longer than {length} tokens and were cut{skipped}"
+
+    def _documents(self, place: int) -> Iterator[Example]:
+        """Yield the document at a place of the row of epochs, and those behind it that may stand in for it."""
+        for other in range(CANDIDATES):
+            yield example_of(self.tokenizer, self.documents.in_order(place + other, self.settings.seed), self.settings)
+
+    def _problems(self, task: Task | FileTask, number: int) -> Iterator[Example]:
+        """Yield the problem of example `number`, and others that may stand in for it.
+
+        Raises:
+            UsageError: the task has none. RRError: one is kept for evaluation.
+        """
+        found = 0
+        for problem in task.stream(training_seed(self.settings.seed, number), limit=4096, held_out=False):
+            if problem.question in self.evaluated:
+                continue
+            if not self._may_train(problem.question):
+                raise RRError(
+                    f"a problem of task '{task.spec}' that is kept for evaluation turned up in training: "
+                    f"{problem.question[:80]!r}",
+                    "Training was stopped, as its evaluation would mean nothing. This is a fault of rr: report it.",
+                )
+            yield solved_problem(self.tokenizer, problem, self.settings)
+            found += 1
+            if found == CANDIDATES:
+                return
+        if not found:
+            raise UsageError(f"task '{task.spec}' has no problems with a text answer to train on", "Leave it out.")
+
+    def _may_train(self, question: str) -> bool:
+        """Tell whether no evaluation may ask this question."""
+        return not is_held_out(question) and question not in self.evaluated
+
+
+def training_seed(seed: int, number: int) -> int:
+    """Return the generators' seed of a run's example `number`, far from those of evaluation.
+
+    Generators seed problem i with seed + i: leave room between the seeds, so that examples don't repeat.
+    """
+    return TRAINING_SEEDS + (seed * 1_000_003 + number * CANDIDATES) % TRAINING_SEEDS

@@ -1,0 +1,169 @@
+"""Answers to reasoning problems and continuations of prompts, logged batch by batch, so that both can go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rrcli.data.batching import context_length
+from rrcli.data.prompts import stop_strings
+from rrcli.data.rendering import encode_prompt, encode_question, question_text
+from rrcli.data.splits import content_hash
+from rrcli.data.tasks import Problem
+from rrcli.data.training_data import EvalData
+from rrcli.errors import CheckFailed, UsageError
+from rrcli.evaluation import metrics
+from rrcli.evaluation.decoding import decode
+from rrcli.evaluation.judging import judge
+from rrcli.evaluation.samples import SampleLog
+from rrcli.reporting import Reporter
+from rrcli.settings import EvalSettings
+
+GENERATED_TOKENS = 48
+# What an answer is recorded with, for each depth.
+ANSWER = ("output", "extracted", "strict", "correct", "score", "length", "ended")
+
+
+def solve_problems(
+    model: Any,
+    tokenizer: Any,
+    data: EvalData,
+    settings: EvalSettings,
+    depth: int,
+    reporter: Reporter,
+    log: SampleLog | None = None,
+) -> list[dict[str, Any]]:
+    """Answer every problem greedily at every depth and let its task score the answer.
+
+    Returns:
+        Records with the problem and its prompt, and lists with an entry per depth: `outputs`, `extracted` (what was
+        scored), `strict` (the whole answer is right), `correct` (it is right, or for numeric answers the last number
+        in it is), `score` (the task's own), `length` (new tokens) and `ended` (by itself, not at the cap).
+
+    Raises:
+        UsageError: a stop string is empty, or solved examples are asked of a task that has none to give.
+        CheckFailed: every answer is empty.
+    """
+    log = log or SampleLog()
+    stop = stop_strings(settings.stop)
+    examples = {
+        task.spec: task.examples(settings.num_fewshot, settings.seed) if settings.num_fewshot > 0 else []
+        for task in data.tasks
+    }
+    texts = [question_text(tokenizer, p.question, examples[p.task], settings) for p in data.problems]
+    prompts = [encode_question(tokenizer, text, settings) for text in texts]
+    prompts = _within_context(model, prompts, settings.max_new_tokens, reporter)
+    recursion = getattr(model, "recursion", None)
+    depths = range(depth + 1) if recursion is not None else (0,)
+    entries = log.done("problems")
+    tasks = {task.spec: task for task in data.tasks}
+    with reporter.progress("reasoning", len(prompts) * len(depths), "problems") as progress:
+        progress.advance(len(entries))
+        for index, current in enumerate(depths):
+            skip = min(len(prompts), max(0, len(entries) - index * len(prompts)))
+            if recursion is not None:
+                recursion.depth = current
+            for batch in decode(
+                model, tokenizer, prompts, settings.max_new_tokens, settings.batch_tokens, stop=stop, skip=skip
+            ):
+                new = []
+                for answer in batch:
+                    problem = data.problems[answer.number]
+                    new.append(
+                        {"number": answer.number, "depth": current, "key": problem.key, "output": answer.text}
+                        | vars(judge(tasks[problem.task], problem, answer.text))
+                        | {"length": len(answer.tokens), "ended": answer.ended}
+                    )
+                log.append("problems", new)
+                entries += new
+                progress.advance(len(new))
+    records = _problem_records(data.problems, texts, entries)
+    _refuse_silence(records)
+    return records
+
+
+def _refuse_silence(records: Sequence[dict[str, Any]]) -> None:
+    """Refuse a score for answers of which there are none.
+
+    Raises:
+        CheckFailed: every answer is empty, at some depth.
+    """
+    for depth, answers in enumerate(zip(*(record["outputs"] for record in records), strict=True)):
+        if not any(answer.strip() for answer in answers):
+            raise CheckFailed(
+                f"all {len(answers)} answers are empty at depth {depth}: this is no score",
+                "Look at one with 'rr generate'; a stop string or end token may come first. 'rr setup' checks the "
+                "installation.",
+            )
+
+
+def _problem_records(
+    problems: Sequence[Problem], texts: Sequence[str], entries: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = [
+        {"key": p.key, "task": p.task, "question": p.question, "prompt": text, "answer": p.answer}
+        | ({} if p.difficulty is None else {"difficulty": p.difficulty})
+        | {name: [] for name in ("outputs", *ANSWER[1:])}
+        for p, text in zip(problems, texts, strict=True)
+    ]
+    for entry in entries:
+        for name in ANSWER:
+            records[entry["number"]]["outputs" if name == "output" else name].append(entry[name])
+    return records
+
+
+def _within_context(model: Any, prompts: list[list[int]], new_tokens: int, reporter: Reporter) -> list[list[int]]:
+    """Cut prompts on the left, as lm-eval does, where they and the new tokens don't fit into the model's context.
+
+    Raises:
+        UsageError: not even the new tokens fit.
+    """
+    room = context_length(model) - new_tokens
+    if room < 1:
+        raise UsageError(f"{new_tokens} new tokens do not fit into the model's context of {context_length(model)}")
+    long = sum(len(prompt) > room for prompt in prompts)
+    if long:
+        reporter.warn(f"{long} of {len(prompts)} prompts were cut on the left to {room} tokens, to fit the context")
+    return [prompt[-room:] for prompt in prompts]
+
+
+def continue_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    settings: EvalSettings,
+    reporter: Reporter,
+    log: SampleLog | None = None,
+) -> list[dict[str, Any]]:
+    """Continue each prompt greedily, without stop strings.
+
+    Returns:
+        Records with `prompt`, `text`, `length` (tokens), `finished` (it ended by itself), `distinct_2` and `rep_4`.
+    """
+    log = log or SampleLog()
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    encoded = _within_context(model, encoded, GENERATED_TOKENS, reporter)
+    entries = log.done("generations")
+    with reporter.progress("generation", len(prompts), "prompts") as progress:
+        progress.advance(len(entries))
+        for batch in decode(model, tokenizer, encoded, GENERATED_TOKENS, settings.batch_tokens, skip=len(entries)):
+            new = [
+                {
+                    "number": found.number,
+                    "key": content_hash(prompts[found.number]),
+                    "prompt": prompts[found.number],
+                    "text": found.text,
+                    "length": len(found.tokens),
+                    "finished": found.ended,
+                    "distinct_2": metrics.distinct_n(found.tokens, 2),
+                    "rep_4": metrics.rep_n(found.tokens, 4),
+                }
+                for found in batch
+            ]
+            log.append("generations", new)
+            entries += new
+            progress.advance(len(new))
+    return [
+        {key: value for key, value in entry.items() if key not in ("number", "part")}
+        for entry in sorted(entries, key=lambda entry: entry["number"])
+    ]

@@ -1,0 +1,214 @@
+"""Greedy decoding of many prompts: batches of similar length, stop strings, and rows that leave when they have ended.
+
+Decoding is stock `model.generate`, so every family and every depth of a recursion decodes as a user's own call would.
+Once a part of a batch's rows has ended, `generate` is left, the other rows are selected from the cache that it returns
+(the caches of a recursion's passes follow), and it goes on with those.
+
+Behind pass 0 a recursion in fp32 decodes in chunks, which gives the same tokens sooner. In fewer digits logits are
+often equal, and a chunk may choose another of equals than a token alone: there every token runs all passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from rrcli.data.batching import batches, halving, padded
+from rrcli.errors import RRError
+from rrcli.recursion.chunked import ChunkedDecoding, continues_in_blocks
+from rrcli.recursion.products import through_onednn
+from rrcli.upstream import cache_of, generation_cache_argument, goes_on
+
+# A batch is cut down to its unfinished rows when this share of it has ended. Leaving and entering `generate` and
+# copying the cache cost well below one token of SmolLM2-135M on a CPU; an eighth was faster than a quarter there.
+LEAVING_SHARE = 0.125
+# For `generate`: no sampling, whatever the model's own configuration of it says.
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What was generated for one prompt.
+
+    Attributes:
+        number: which prompt. tokens: the new ids, without the end token. text: without a stop string and what follows.
+        ended: by the end token or a stop string, rather than at the cap.
+    """
+
+    number: int
+    tokens: list[int]
+    text: str
+    ended: bool
+
+
+def decode(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    batch_tokens: int,
+    *,
+    stop: Sequence[str] = (),
+    skip: int = 0,
+) -> Iterator[list[Decoded]]:
+    """Decode greedily, longest prompts first; yield a list for each batch, in an order that depends on lengths alone.
+
+    Args:
+        prompts: token ids. new_tokens: the most to generate for each.
+        batch_tokens: bounds rows x (prompt + new tokens) of a batch; where memory runs out, that batch is halved.
+        stop: texts that end an answer. skip: leave out this many of the first answers: they are known already.
+
+    Raises:
+        RRError: memory runs out for a single prompt.
+    """
+    ends = _Ends(tokenizer, _end_tokens(model, tokenizer), stop)
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    for batch in batches(order[skip:], batch_tokens, lambda number: len(prompts[number]) + new_tokens):
+        with through_onednn(model):
+            parts = halving(
+                lambda rows: _decode_batch(model, rows, new_tokens, ends),
+                [prompts[number] for number in batch],
+                lambda row: RRError(
+                    f"memory runs out for a single prompt of {len(row)} tokens and {new_tokens} new ones",
+                    "Lower --max-new-tokens, or use a smaller --dtype.",
+                ),
+            )
+        found = []
+        for number, tokens in zip(batch, chain(*parts), strict=True):
+            text, stopped = ends.cut(tokenizer.decode(tokens, skip_special_tokens=True))
+            kept = tokens[:-1] if tokens and tokens[-1] in ends.tokens else tokens
+            found.append(Decoded(number, kept, text, stopped or len(kept) < len(tokens)))
+        yield found
+
+
+def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _Ends) -> list[list[int]]:
+    """Return the new ids of each row, the end token included where there is one."""
+    ids, mask = padded(rows, model.device, left=True)
+    start, limit = ids.shape[1], ids.shape[1] + new_tokens
+    options = GREEDY | {
+        "eos_token_id": sorted(ends.tokens) or None,
+        "pad_token_id": min(ends.tokens, default=0),
+    }
+    if _in_chunks(model):
+        chunked = ChunkedDecoding()
+        stops = [StopStrings(ends.tokenizer, ends.stop, start)] if ends.stop else []
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **options,
+            stopping_criteria=stops, custom_generate=chunked,
+        )  # fmt: skip
+        found = [
+            row[start : start + len(trace.passes)] for row, trace in zip(output.tolist(), chunked.traces, strict=True)
+        ]
+        assert all(found), "every row has at least one new token"
+        return found
+    # Where `generate` cannot be given its cache back, leaving it early is for nothing.
+    name = generation_cache_argument(model)
+    leaving = 1.0 if name is None else LEAVING_SHARE
+    found: list[list[int]] = [[] for _ in rows]
+    present = list(range(len(rows)))
+    cache = None
+    while present:
+        watch = _Watch(ends, start, leaving)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=limit - ids.shape[1],
+            **options,
+            stopping_criteria=[watch],
+            return_dict_in_generate=True,
+            **({} if cache is None else {name: cache}),
+        )
+        ids = output.sequences
+        # Where `generate` looks at stopping a token late (on MPS), it took that token back.
+        ended = {row: end for row, end in watch.ended.items() if end <= ids.shape[1]}
+        staying = [] if ids.shape[1] >= limit else [row for row in range(len(present)) if row not in ended]
+        for row in set(range(len(present))).difference(staying):
+            found[present[row]] = ids[row, start : ended.get(row, limit)].tolist()
+        selected = torch.tensor(staying, dtype=torch.long, device=ids.device)
+        present = [present[row] for row in staying]
+        cache = cache_of(output)
+        if present and name is not None and goes_on(cache):
+            cache.reorder_cache(selected)  # transformers' way to select rows that every kind of layer has
+        else:
+            # What is left goes through the model once more, as a longer prompt: worth it for fewer, larger cuts.
+            cache, leaving = None, max(leaving, 0.5)
+        mask = torch.cat([mask[selected], mask.new_ones(len(present), ids.shape[1] - mask.shape[1])], 1)
+        ids = ids[selected]
+    return found
+
+
+def _in_chunks(model: Any) -> bool:
+    """Tell whether chunks give the tokens of all passes for every token, and the model can take its cache back."""
+    recursion = getattr(model, "recursion", None)
+    if recursion is None or recursion.depth == 0 or model.dtype != torch.float32:
+        return False
+    return continues_in_blocks(recursion)
+
+
+class _Ends:
+    """What ends an answer: the end tokens and the stop strings."""
+
+    def __init__(self, tokenizer: Any, tokens: set[int], stop: Sequence[str]) -> None:
+        self.tokenizer, self.tokens, self.stop = tokenizer, tokens, tuple(stop)
+        # A token holds at least one byte; two more, since the first of a text may lose its space.
+        self.reach = max((len(text.encode()) for text in stop), default=0) + 2
+
+    def cut(self, text: str) -> tuple[str, bool]:
+        """Return `text` up to the first stop string, and whether there was one."""
+        end = min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=-1)
+        return (text, False) if end < 0 else (text[:end], True)
+
+    def stopped(self, rows: list[list[int]]) -> list[bool]:
+        """Tell for each row of new ids whether its last token completed a stop string."""
+        if not self.stop:
+            return [False] * len(rows)
+        tails = self.tokenizer.batch_decode([row[-self.reach :] for row in rows], skip_special_tokens=True)
+        # The tail's text may differ from the whole's where it is cut; the whole text decides.
+        return [
+            self.cut(tail)[1] and self.cut(self.tokenizer.decode(row, skip_special_tokens=True))[1]
+            for row, tail in zip(rows, tails, strict=True)
+        ]
+
+
+class StopStrings(StoppingCriteria):
+    """Ends a row where its last token completes one of the `stop` strings in the text behind position `start`.
+
+    Looks at nothing but the ids it is given, so any decoding method may ask it about any row. (transformers' own
+    `StopStringCriteria` goes by the texts of single tokens, and `generate` keeps `stop_strings` from custom methods.)
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], start: int) -> None:
+        self.ends, self.start = _Ends(tokenizer, set(), stop), start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.tensor(self.ends.stopped(input_ids[:, self.start :].tolist()), device=input_ids.device)
+
+
+class _Watch(StoppingCriteria):
+    """Notes where rows end, and ends the call of `generate` once `leaving` of them have."""
+
+    def __init__(self, ends: _Ends, start: int, leaving: float) -> None:
+        self.ends, self.start, self.leaving = ends, start, leaving
+        self.ended: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        rows = input_ids[:, self.start :].tolist()
+        open_rows = [row for row in range(len(rows)) if row not in self.ended]
+        for row, stopped in zip(open_rows, self.ends.stopped([rows[row] for row in open_rows]), strict=True):
+            if stopped or rows[row][-1] in self.ends.tokens:
+                self.ended[row] = input_ids.shape[1]
+        leave = len(self.ended) >= self.leaving * len(rows) and self.ended
+        done = [bool(leave) or row in self.ended for row in range(len(rows))]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return {token for token in (*configured, tokenizer.eos_token_id) if token is not None}

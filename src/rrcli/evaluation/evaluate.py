@@ -1,0 +1,147 @@
+"""Measuring a model: the one evaluation path of `rr eval`, of evaluations during training, and of the public API.
+
+Each part returns records (per document, problem, prompt); `metrics` turns records into numbers with intervals. A model
+with a recursion is measured at every depth up to the one asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rrcli.data.training_data import EvalData, held_out_data
+from rrcli.errors import RRError, UsageError
+from rrcli.evaluation import metrics
+from rrcli.evaluation.answers import continue_prompts, solve_problems
+from rrcli.evaluation.harness import run_harness
+from rrcli.evaluation.performance import measure_performance
+from rrcli.evaluation.perplexity import score_documents
+from rrcli.evaluation.pictures import Token, draw, generate_traced
+from rrcli.evaluation.samples import SampleLog
+from rrcli.recursion.calibration import table
+from rrcli.reporting import Reporter, Silent
+from rrcli.settings import EvalSettings, with_changes
+from rrcli.tracker import MetricsTracker
+
+# How many prompts TensorBoard's picture of generations shows, and how far.
+PICTURED_PROMPTS, PICTURED_TOKENS = 4, 48
+
+
+@torch.no_grad()
+def evaluate_model(
+    model: Any,
+    tokenizer: Any,
+    eval_data: EvalData | Sequence[str] | str | Path,
+    metrics_tracker: MetricsTracker | None = None,
+    step: int | None = None,
+    *,
+    stage: str = "model",
+    settings: EvalSettings | None = None,
+    reporter: Reporter | None = None,
+    log: SampleLog | None = None,
+) -> dict[str, Any]:
+    """Measure a model and return its metrics and the records behind them.
+
+    Args:
+        model: a causal language model of transformers, with or without a recursion attached.
+        eval_data: an `EvalData`, a list of texts, or the name of a text source (its held-out part is used).
+        metrics_tracker: where scalars `evaluation/<stage>/<metric>` and generations are logged.
+        step: the training step that they are logged at.
+        settings: lengths, limits and what to leave out; the defaults of `rr eval` if not given.
+        log: where entries are kept as they are measured; what it holds already is not measured again.
+
+    Returns:
+        `metrics` (name -> value, low, high, n), `by_depth`, `calibration` (of the boundary head, by bins of its
+        probability), `records`, `depth`.
+
+    Raises:
+        RRError: nothing to measure, or logits that are not finite.
+    """
+    settings = settings or EvalSettings()
+    reporter = reporter or Silent()
+    log = log or SampleLog()
+    data = _eval_data(eval_data, settings)
+    texts = data.texts(tokenizer, settings)
+    depth = _depth(model, settings)
+    training = model.training
+    model.eval()
+    recursion = getattr(model, "recursion", None)
+    before = recursion.depth if recursion is not None else 0
+    torch.manual_seed(settings.seed)
+    records: dict[str, list[dict[str, Any]]] = {}
+    values: dict[str, dict[str, Any]] = {}
+    pictured: list[tuple[str, list[Token]]] = []
+    calibration: list[dict[str, Any]] = []
+    try:
+        if recursion is not None:
+            recursion.depth = depth
+        if texts and not settings.skip_perplexity:
+            records["documents"], chunks = score_documents(model, tokenizer, texts, settings, reporter, log)
+            values |= {name: {"value": value} for name, value in chunks.metrics().items()}
+            calibration = table(chunks.reliability)
+        if data.problems and not settings.skip_reasoning:
+            records["problems"] = solve_problems(model, tokenizer, data, settings, depth, reporter, log)
+        if data.prompts and not settings.skip_generation:
+            records["generations"] = continue_prompts(model, tokenizer, data.prompts, settings, reporter, log)
+            if metrics_tracker is not None:
+                prompts = data.prompts[:PICTURED_PROMPTS]
+                pictured = [(p, generate_traced(model, tokenizer, p, PICTURED_TOKENS)) for p in prompts]
+        if data.harness:
+            scores, records["harness"] = run_harness(model, tokenizer, data.harness, settings, reporter, log)
+            values |= scores
+        if texts and not settings.skip_performance:
+            values |= measure_performance(model, tokenizer, texts, reporter)
+    finally:
+        if recursion is not None:
+            recursion.depth = before
+        model.train(training)
+    if not records:
+        raise RRError("there is nothing to evaluate", "Give documents or problems, and do not skip every part.")
+    values = metrics.from_records(records) | values
+    if metrics_tracker is not None:
+        log_evaluation(metrics_tracker, values, records, stage, step or 0, pictured)
+    found = {"metrics": values, "by_depth": metrics.by_depth(records), "calibration": calibration}
+    return found | {"records": records, "depth": depth}
+
+
+def log_evaluation(
+    tracker: MetricsTracker,
+    values: dict[str, Any],
+    records: dict[str, Any],
+    stage: str,
+    step: int,
+    pictured: Sequence[tuple[str, Sequence[Token]]] = (),
+) -> None:
+    """Log metrics as scalars, generations as text and `pictured` ones as a picture, under `evaluation/<stage>/`."""
+    for name, entry in values.items():
+        tracker.log_scalar(f"evaluation/{stage}/{name}", entry["value"], step)
+    lines = [f"**{r['prompt']}**{r['text']}" for r in records.get("generations", ())]
+    if lines:
+        tracker.log_text(f"evaluation/{stage}/generations", "\n\n---\n\n".join(lines), step)
+    if pictured:
+        tracker.log_image(f"evaluation/{stage}/generations", draw(pictured, f"{stage}, step {step}"), step)
+    tracker.flush()
+
+
+def _eval_data(eval_data: EvalData | Sequence[str] | str | Path, settings: EvalSettings) -> EvalData:
+    if isinstance(eval_data, EvalData):
+        return eval_data
+    if isinstance(eval_data, (str, Path)):
+        return held_out_data(
+            with_changes(settings, data=str(eval_data)), Path.cwd(), settings.problems, settings.max_samples
+        )
+    return EvalData(documents=tuple(eval_data))
+
+
+def _depth(model: Any, settings: EvalSettings) -> int:
+    recursion = getattr(model, "recursion", None)
+    if recursion is None:
+        if settings.depth > 0:
+            raise UsageError(f"depth is {settings.depth}, but the model has no recursion", "Leave --depth out.")
+        return 0
+    if settings.depth > recursion.config.max_steps:
+        raise UsageError(f"depth is {settings.depth}", f"This recursion has at most {recursion.config.max_steps}.")
+    return recursion.config.max_steps if settings.depth < 0 else settings.depth

@@ -1,0 +1,274 @@
+"""Tasks of lm-evaluation-harness (the extra `harness`), run on the very model object, at the depth that it is set to.
+
+Prompts, few-shot examples, filters, metrics and seeds are lm-eval's own, so the numbers are those that its command line
+gives for the same model. Loads lm-eval and torch only when it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rrcli.errors import RRError, UsageError, suggest
+from rrcli.evaluation.samples import SampleLog
+from rrcli.evaluation.stats import normal_quantile
+from rrcli.files import finite
+from rrcli.reporting import Reporter
+from rrcli.settings import EvalSettings
+
+SUFFIXES = (".yaml", ".yml")
+# Rows of a batch for this many tokens of --batch-tokens; requests of lm-eval's tasks are seldom longer.
+TOKENS_PER_ROW = 1024
+# Resamplings behind the standard errors that have no formula.
+BOOTSTRAP_DRAWS = 1000
+# The seed that lm-eval's command line draws few-shot examples with.
+FEWSHOT_SEED = 1234
+
+
+def harness_tasks(names: Sequence[str], directory: Path) -> tuple[str, ...]:
+    """Return the tasks that `--harness` names: names as they are, files and folders as absolute paths.
+
+    Raises:
+        UsageError: a file or folder that does not exist, or an empty name.
+    """
+    found = []
+    for name in (part.strip() for text in names for part in text.split(",")):
+        path = (directory / name).expanduser()
+        if not name:
+            raise UsageError("--harness has an empty name", "Write NAME,NAME or a .yaml file.")
+        if name.endswith(SUFFIXES) or "/" in name or path.is_dir():
+            if not path.exists():
+                raise UsageError(f"the --harness task {path} does not exist", "Name a .yaml file or a folder of them.")
+            found.append(str(path.resolve()))
+        else:
+            found.append(name)
+    return tuple(dict.fromkeys(found))
+
+
+def task_files(names: Sequence[str], directory: Path) -> list[Path]:
+    """Return the local files behind `--harness`, of which results depend."""
+    paths = [Path(name) for name in harness_tasks(names, directory) if Path(name).is_absolute()]
+    files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
+    return sorted(files)
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """What one name of `--harness` stands for: lm-eval's loaded tasks and groups (its own `TaskDict`)."""
+
+    name: str
+    loaded: Any
+
+
+def load_tasks(names: Sequence[str]) -> tuple[HarnessTask, ...]:
+    """Load tasks and their data; those of a folder one by one.
+
+    Args:
+        names: as `harness_tasks` returns them.
+
+    Raises:
+        UsageError: lm-eval is not installed, or has no task of a name. RRError: a task or its data cannot be had.
+    """
+    if not names:
+        return ()
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UsageError("--harness needs lm-eval", "pip install 'rrcli[harness]'") from error
+    import datasets
+
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    local = [name for name in names if Path(name).is_absolute()]
+    folders = [name for name in local if Path(name).is_dir()]
+    # The index of lm-eval's own tasks takes seconds: it is only read where a name is looked up in it.
+    manager = TaskManager(include_path=folders, include_defaults=len(local) < len(names))
+    tasks: list[str] = []
+    for name in names:
+        if name not in local and name not in manager.all_tasks:
+            raise UsageError(f"lm-eval has no task '{name}'", _similar(name, manager.all_tasks))
+        inside = TaskManager(include_path=name, include_defaults=False).all_subtasks if name in folders else [name]
+        if not inside:
+            raise UsageError(f"the folder {name} holds no task of lm-eval", "Name a .yaml file or a folder of them.")
+        tasks += inside
+    return tuple(HarnessTask(name, _load(manager, name)) for name in dict.fromkeys(tasks))
+
+
+def run_harness(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[HarnessTask],
+    settings: EvalSettings,
+    reporter: Reporter,
+    log: SampleLog | None = None,
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Run tasks one after the other; each is logged when it is complete.
+
+    Returns:
+        The metrics `harness/<task>/<metric>` (value, n, and low and high where lm-eval gives a standard error; the
+        metric's name has the filter behind it where the task names one), in lm-eval's own units, and for each sample
+        and metric a record `key` and `target` (hashes of lm-eval's), `task`, `metric`, `score` and `output`.
+
+    Raises:
+        RRError: a task cannot be run.
+    """
+    log = log or SampleLog()
+    entries = log.done("harness")
+    harness = _model(model, tokenizer, settings)
+    with reporter.progress("harness", len(tasks), "tasks") as progress:
+        progress.advance(len(entries))
+        for task in tasks[len(entries) :]:
+            results = _evaluate(harness, task, settings, reporter)
+            entry = {"name": task.name, "metrics": _metrics(results), "samples": _samples(results)}
+            log.append("harness", [finite(entry)])
+            entries.append(entry)
+            progress.advance(note=task.name)
+    metrics = {key: value for entry in entries for key, value in entry["metrics"].items()}
+    return metrics, [record for entry in entries for record in entry["samples"]]
+
+
+def _similar(name: str, known: Sequence[str]) -> str:
+    hint = suggest(name, known)
+    return (
+        hint if hint.startswith("Did") else "'lm-eval ls tasks' lists them; local tasks are named by their .yaml file."
+    )
+
+
+def _load(manager: Any, name: str) -> Any:
+    try:
+        return manager.load([name])
+    except Exception as error:
+        raise RRError(
+            f"the --harness task '{name}' cannot be loaded: {_first_line(error)}",
+            "Its data comes from the Hugging Face hub or from the files that its .yaml names: check the connection, "
+            "HF_HUB_OFFLINE and the paths.",
+        ) from error
+
+
+def _model(model: Any, tokenizer: Any, settings: EvalSettings) -> Any:
+    """Return lm-eval's view of the model: the same object, left as it is."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Harness(HFLM):
+        """HFLM without its bars, and with one start token in front of rolling windows where it would put two."""
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().generate_until(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            before, self.add_bos_token = self.add_bos_token, False
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            finally:
+                self.add_bos_token = before
+
+    # HFLM ties the weights of what it is given: a head that was trained apart from the embedding would be lost.
+    model.tie_weights = lambda *_, **__: None
+    try:
+        return Harness(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),  # it sets a padding token on it
+            backend="causal",
+            batch_size=max(1, settings.batch_tokens // TOKENS_PER_ROW),  # simple_evaluate's own is ignored
+            softmax_dtype="float32",  # in bfloat16 sums would tie
+        )
+    finally:
+        del model.tie_weights
+
+
+def _evaluate(harness: Any, task: HarnessTask, settings: EvalSettings, reporter: Reporter) -> Any:
+    import torch
+    from lm_eval.api.task import Task
+    from lm_eval.evaluator import evaluate
+
+    tasks: list[Task] = list(task.loaded["tasks"].values())
+    # As `simple_evaluate` does it: a task that says 0 examples means it.
+    for one in tasks:
+        own = one.get_config("num_fewshot")
+        if own is None or (settings.num_fewshot >= 0 and own != 0):
+            one.set_config(key="num_fewshot", value=max(0, settings.num_fewshot))
+        one.set_fewshot_seed(seed=FEWSHOT_SEED)
+    chat = settings.chat_template and bool(getattr(harness.tokenizer, "chat_template", None))
+    while True:
+        try:
+            return evaluate(
+                harness,
+                task.loaded,
+                limit=settings.max_samples or None,
+                bootstrap_iters=BOOTSTRAP_DRAWS,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
+            )
+        except torch.OutOfMemoryError as error:
+            if harness.batch_size_per_gpu == 1:
+                raise RRError(f"memory runs out for one request of '{task.name}'", "Use a smaller --dtype.") from error
+        except Exception as error:
+            raise RRError(f"lm-eval cannot run '{task.name}': {_first_line(error)}") from error
+        harness.batch_size_per_gpu //= 2
+        reporter.warn(f"memory ran out: '{task.name}' begins again in batches of {harness.batch_size_per_gpu}")
+
+
+def _metrics(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, comma, kind = key.partition(",")
+            if (
+                not comma
+                or metric.endswith("_stderr")
+                or isinstance(value, bool)
+                or not isinstance(value, (int, float))
+            ):
+                continue
+            entry: dict[str, Any] = {"value": float(value)}
+            error = values.get(f"{metric}_stderr,{kind}")
+            if isinstance(error, (int, float)):
+                reach = normal_quantile() * float(error)
+                entry |= {"low": float(value) - reach, "high": float(value) + reach}
+            if task in results["n-samples"]:
+                entry["n"] = results["n-samples"][task]["effective"]
+            higher = results["higher_is_better"].get(task, {}).get(metric)
+            entry["better"] = {True: "higher", False: "lower"}.get(higher, "")
+            found[f"harness/{task}/{_named(metric, kind)}"] = entry
+    return found
+
+
+def _samples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a record for each sample and metric that is one number for each sample."""
+    records = []
+    for task, samples in results["samples"].items():
+        seen: Counter[tuple[str, str]] = Counter()
+        for sample in sorted(samples, key=lambda sample: (sample["filter"], sample["doc_id"])):
+            copies = seen[sample["filter"], sample["doc_hash"]]
+            seen[sample["filter"], sample["doc_hash"]] += 1
+            answer = sample["filtered_resps"][0]
+            for metric in sample["metrics"]:
+                if isinstance(sample[metric], (bool, int, float)):
+                    records.append(
+                        {
+                            "key": sample["doc_hash"] + (f"/{copies}" if copies else ""),
+                            "target": sample["target_hash"],
+                            "task": task,
+                            "metric": _named(metric, sample["filter"]),
+                            "score": float(sample[metric]),
+                            "output": answer if isinstance(answer, str) else "",
+                        }
+                    )
+    return records
+
+
+def _named(metric: str, kind: str) -> str:
+    return metric if kind == "none" else f"{metric}/{kind}"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

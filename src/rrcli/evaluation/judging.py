@@ -1,0 +1,41 @@
+"""Judging an answer: strictly (the answer and nothing else), and flexibly (the last number in it)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from rrcli.data.problem_files import FileTask, number
+from rrcli.data.tasks import Problem, Task
+
+# A sign belongs to a number unless it stands between two: in '10-4' there is no -4.
+NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an output was judged.
+
+    Attributes:
+        extracted: the text that was scored. strict: the whole answer is right. correct: it is, or for an expected
+            number the last number in it is. score: the scorer's own, in [0, 1].
+    """
+
+    extracted: str
+    strict: bool
+    correct: bool
+    score: float
+
+
+def judge(task: Task | FileTask, problem: Problem, output: str) -> Verdict:
+    """Judge one output, which was cut at its stop string already."""
+    answer = task.extract(output)
+    score = task.score(answer, problem)
+    if score >= 1:
+        return Verdict(answer, True, True, score)
+    if number(problem.answer) is not None:
+        numbers = NUMBER.findall(answer)
+        last = numbers[-1].replace(",", "") if numbers else ""
+        if last and (flexible := task.score(last, problem)) >= 1:
+            return Verdict(last, False, True, flexible)
+    return Verdict(answer, False, False, score)

@@ -1,0 +1,175 @@
+"""Speed, memory and FLOPs of a model on real text. Shown beside the metrics, never tested."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rrcli.data.batching import context_length
+from rrcli.errors import RRError
+from rrcli.evaluation.decoding import GREEDY
+from rrcli.heap import return_freed_memory
+from rrcli.models.costs import countable, held_bytes
+from rrcli.recursion.chunked import ChunkedDecoding
+from rrcli.recursion.chunks import ChunkTotals
+from rrcli.recursion.readout import Readout
+from rrcli.reporting import Reporter
+from rrcli.upstream import cache_argument, cache_of, takes_cache
+
+PREFILL_TOKENS = 128
+DECODE_TOKENS = 32
+REPEATS = 5
+# Texts that the chunk metrics of decoding are taken on, and how much of each is the prompt.
+SAMPLES, SAMPLE_TOKENS = 4, 64
+# How a recursion may decode, beside chunks: the ends of the metrics' names.
+SEQUENTIAL, PASS_0 = "/sequential", "/pass_0"
+
+
+def measure_performance(
+    model: Any, tokenizer: Any, documents: Sequence[str], reporter: Reporter
+) -> dict[str, dict[str, Any]]:
+    """Time prefill and decoding of real text, one row, after a warm-up; count memory and FLOPs.
+
+    A recursion decodes in chunks, and beside it, in the same rounds, token by token: with all passes, and with pass 0
+    alone, which is the bare model.
+
+    Returns:
+        Medians with the range of `REPEATS` runs: `prefill_tokens_per_sec`, `decode_tokens_per_sec`,
+        `time_per_output_token` (ms; with a recursion also `.../sequential` and `.../pass_0`), `memory_mb` (peak: CUDA's
+        counter on a GPU, the process's resident set on a CPU), `cache_bytes_per_token` (what the caches of all passes
+        grow by), `flops_per_token` (MFLOP, counted by torch over the prefill); and with a recursion `decode/<metric>`,
+        the chunk metrics of `SAMPLES` texts as they are decoded.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    recursion = getattr(model, "recursion", None)
+    depth = recursion.depth if recursion is not None else 0
+    texts = _prompts(model, tokenizer, documents)
+    ids = texts[0]
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        reset_peak_resident()
+
+    def run(way: str, new_tokens: int) -> float:
+        decoding = ChunkedDecoding() if depth and not way else None
+        with recursion.at_depth(0 if way == PASS_0 else depth) if recursion is not None else nullcontext():
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            _generate(model, ids, new_tokens, decoding)
+            if cuda:
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+    prefill, decode = [], {way: [] for way in (("", SEQUENTIAL, PASS_0) if depth else ("",))}
+    with reporter.progress("performance", REPEATS + 1, "runs") as progress:
+        for repeat in range(REPEATS + 1):
+            for way, found in decode.items():
+                short, long = run(way, 1), run(way, 1 + DECODE_TOKENS)
+                if repeat:
+                    found.append(max(long - short, 1e-9) / DECODE_TOKENS)
+                    prefill += [] if way else [short]
+            progress.advance()
+    memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_resident_mb()
+    with countable(model), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    times = {f"time_per_output_token{way}": _median([1000 * s for s in found]) for way, found in decode.items()}
+    return {
+        "prefill_tokens_per_sec": _median([ids.shape[1] / seconds for seconds in prefill]),
+        "decode_tokens_per_sec": _median([1 / seconds for seconds in decode[""]]),
+        **times,
+        "memory_mb": {"value": memory},
+        **({"cache_bytes_per_token": {"value": cache_bytes_per_token(model, ids)}} if takes_cache(model) else {}),
+        "flops_per_token": {"value": counter.get_total_flops() / ids.shape[1] / 1e6},
+        **({f"decode/{k}": {"value": v} for k, v in _chunk_metrics(model, texts).items()} if depth else {}),
+    }
+
+
+def _prompts(model: Any, tokenizer: Any, documents: Sequence[str]) -> list[torch.Tensor]:
+    """Return `[1, position]` ids: one long text, and behind it the beginnings of some documents."""
+    room = context_length(model) - DECODE_TOKENS
+    long: list[int] = []
+    short = []
+    for text in documents:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        long += tokens
+        if tokens:
+            short.append(tokens[: min(SAMPLE_TOKENS, room)])
+        if len(long) >= PREFILL_TOKENS and len(short) >= SAMPLES:
+            break
+    return [torch.tensor([row], device=model.device) for row in (long[: min(PREFILL_TOKENS, room)], *short[:SAMPLES])]
+
+
+def _generate(model: Any, ids: torch.Tensor, new_tokens: int, decoding: Any) -> torch.Tensor:
+    """Return `[1, position]` prompt and exactly so many new tokens."""
+    return model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+        custom_generate=decoding,
+        **GREEDY,
+    )
+
+
+def _chunk_metrics(model: Any, texts: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Decode texts in chunks, and look at what each pass says of what was written."""
+    decoding, readout = ChunkedDecoding(), Readout(model)
+    stable = ChunkTotals()
+    for ids in texts:
+        text = _generate(model, ids, DECODE_TOKENS, decoding)
+        inputs, scored = text[:, :-1], torch.zeros_like(text[:, :-1], dtype=torch.bool)
+        scored[:, ids.shape[1] - 1 :] = True
+        predictions = readout.score(inputs, torch.ones_like(inputs), scored, text[:, 1:][scored]).predictions
+        same = predictions[1:].eq(predictions[:-1]).sum(1).tolist()
+        stable.add(ChunkTotals(chunks=1, positions=predictions.shape[1], stable=same))
+    # Both are means over the same tokens, one over chunks and one over positions.
+    stability = {name: value for name, value in stable.metrics().items() if name.startswith("stability@")}
+    return decoding.totals.metrics() | stability
+
+
+def cache_bytes_per_token(model: Any, ids: torch.Tensor) -> int:
+    """Return how many bytes the caches of all passes grow by when the last of `[1, position]` ids is read.
+
+    Raises:
+        RRError: the model returns no cache.
+    """
+    cache = cache_of(model(input_ids=ids[:, :-1], use_cache=True))
+    if cache is None:
+        raise RRError(f"this '{model.config.model_type}' model returns no cache, so decoding cannot be measured")
+    before = held_bytes(cache, set())
+    after = cache_of(model(input_ids=ids[:, -1:], use_cache=True, **{cache_argument(model): cache}))
+    return held_bytes(after, set()) - before
+
+
+def reset_peak_resident() -> None:
+    """Forget the peak so far, so that a stage is not charged for what ran before it in this process (Linux only)."""
+    return_freed_memory()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_resident_mb() -> float:
+    """Return the peak resident set size in MB: since the last reset on Linux, of the whole process elsewhere."""
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _median(values: list[float]) -> dict[str, Any]:
+    return {"value": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}

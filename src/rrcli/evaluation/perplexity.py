@@ -1,0 +1,230 @@
+"""Scoring text: every token of every document once, at every depth, in one streaming pass."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rrcli.data.batching import affordable, batches, context_length, halving, padded
+from rrcli.data.rendering import start_token
+from rrcli.data.splits import content_hash
+from rrcli.errors import CheckFailed, RRError
+from rrcli.evaluation.samples import SampleLog
+from rrcli.recursion.calibration import reliability
+from rrcli.recursion.chunks import ChunkTotals, teacher_forced_chunks
+from rrcli.recursion.readout import Readout, Scores
+from rrcli.reporting import Reporter
+from rrcli.settings import EvalSettings
+
+DEFAULT_WINDOW = 1024
+# The name of this part of an evaluation in its log.
+PART = "documents"
+
+
+def rolling_windows(tokens: list[int], prefix: int, length: int, stride: int) -> list[tuple[list[int], int]]:
+    """Cut a document into windows so that every token is scored exactly once.
+
+    The first window scores up to `length` tokens from the prefix token on; each later one moves on by `stride` tokens,
+    scores those, and sees the `length - stride` before them. The last one reaches back to a full window. These are the
+    windows of lm-eval's `loglikelihood_rolling` when `stride == length`.
+
+    Returns:
+        (input ids, how many of the last positions are scored) for each window.
+    """
+    stream = [prefix, *tokens]
+    first = min(length, len(tokens))
+    windows = [(stream[:first], first)]
+    done = first
+    while done < len(tokens):
+        scored = min(stride, len(tokens) - done)
+        done += scored
+        windows.append((stream[max(0, done - length) : done], scored))
+    return windows
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A row of a batch: what it sees, and which tokens of which document its last positions are scored on."""
+
+    ids: list[int]
+    targets: list[int]
+    document: int
+
+
+def score_documents(
+    model: Any, tokenizer: Any, documents: Sequence[str], settings: EvalSettings, reporter: Reporter, log: SampleLog
+) -> tuple[list[dict[str, Any]], ChunkTotals]:
+    """Score every token of every document once, at every depth, and return per-document records.
+
+    Windows of all documents are sorted by length together and run without a cache; the head sees scored rows only.
+    Log-probabilities are reduced in fp32 and summed in fp64. Batches are cut and summed in a fixed order, and each is
+    logged as one entry: a scoring that goes on with a log gives the bytes of one that never stopped.
+
+    Returns:
+        Records with `key`, `tokens`, `words`, `bytes`, and per depth `nll` (nats) and `correct` (top-1 hits); and the
+        totals of the chunk metrics. A document without tokens has no record; a warning names it.
+
+    Raises:
+        RRError: a log-probability is not finite; names the document. CheckFailed: all of them are equal.
+    """
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
+    empty = [f"{number + 1} ({documents[number][:40]!r})" for number, ids in enumerate(encoded) if not ids]
+    if empty:
+        reporter.warn(f"left out, without a single token: document {', '.join(empty)}")
+    windows = _windows(model, tokenizer, encoded, settings)
+    entries = log.done(PART)
+    done = sum(len(entry["windows"]) for entry in entries)
+    readout = Readout(model)
+    total = sum(len(window.targets) for window in windows)
+    with reporter.progress("perplexity", total, "tokens") as progress:
+        progress.advance(sum(len(window.targets) for window in windows[:done]))
+        budget = _budget(readout, windows, settings, entries, reporter) if done < len(windows) else 1
+        for batch in batches(windows[done:], budget, lambda window: len(window.ids)):
+            entry = {"batch_tokens": budget, **_joined(halving(partial(_score, readout), batch, _too_large))}
+            for (number, _), nll in zip(entry["windows"], entry["nll"], strict=True):
+                if not all(map(math.isfinite, nll)):
+                    raise RRError(
+                        f"the model gives no finite probability to document {number + 1} ({documents[number][:40]!r})",
+                        "Its weights or its dtype are broken; try --dtype float32.",
+                    )
+            log.append(PART, [entry])
+            entries.append(entry)
+            progress.advance(sum(len(window.targets) for window in batch))
+    _refuse_flat(entries)
+    return _records(documents, encoded, entries), _chunk_totals(entries)
+
+
+def _windows(model: Any, tokenizer: Any, encoded: list[list[int]], settings: EvalSettings) -> list[_Window]:
+    """Return the windows of all documents, the longest first."""
+    prefix = start_token(tokenizer)
+    if prefix is None:
+        prefix = next((ids[0] for ids in encoded if ids), 0)
+    length = settings.max_length or min(DEFAULT_WINDOW, context_length(model))
+    stride = min(settings.stride or length, length)
+    windows = []
+    for number, ids in enumerate(encoded):
+        begin = 0
+        for window, scored in rolling_windows(ids, prefix, length, stride) if ids else ():
+            windows.append(_Window(window, ids[begin : begin + scored], number))
+            begin += scored
+    return sorted(windows, key=lambda window: -len(window.ids))
+
+
+def _budget(
+    readout: Readout, windows: list[_Window], settings: EvalSettings, entries: list[dict[str, Any]], reporter: Reporter
+) -> int:
+    """Check the first batch against the model's plain forward, and return the tokens of a batch that memory allows."""
+    first = next(batches(windows, settings.batch_tokens, lambda window: len(window.ids)))
+    warning = readout.choose_way(*padded([window.ids for window in first], readout.model.device))
+    if warning is not None:
+        reporter.warn(warning)
+    if entries:  # other cuts would round otherwise
+        return int(entries[0]["batch_tokens"])
+    return affordable(readout.model, settings.batch_tokens, readout.bytes_per_token(len(first[0].ids)), reporter)
+
+
+def _score(readout: Readout, batch: list[_Window]) -> dict[str, Any]:
+    """Score one batch: for each window its document and number of tokens, and per depth its nats and its hits."""
+    ids, mask = padded([window.ids for window in batch], readout.model.device)
+    scored = torch.zeros_like(mask, dtype=torch.bool)
+    for row, window in enumerate(batch):
+        scored[row, len(window.ids) - len(window.targets) : len(window.ids)] = True
+    targets = torch.tensor([token for window in batch for token in window.targets], device=ids.device)
+    scores = readout.score(ids, mask, scored, targets)
+    lengths = [len(window.targets) for window in batch]
+    return {
+        "windows": [[window.document, len(window.targets)] for window in batch],
+        "nll": _sums(scores.losses.cpu().double(), lengths),
+        "correct": _sums(scores.predictions.eq(targets).long().cpu(), lengths),
+        "range": [[float(losses.min()), float(losses.max())] for losses in scores.losses],
+        "chunks": asdict(_chunks(readout, scores, targets, lengths)),
+    }
+
+
+def _too_large(window: _Window) -> RRError:
+    return RRError(
+        f"the device is out of memory for a single row of {len(window.ids)} tokens",
+        "Take a shorter --max-length, or --device cpu.",
+    )
+
+
+def _sums(values: Tensor, lengths: list[int]) -> list[list[Any]]:
+    """Sum `[passes, n]` values over each window's positions; one list per window."""
+    return torch.stack([part.sum(1) for part in values.split(lengths, dim=1)]).tolist()
+
+
+def _chunks(readout: Readout, scores: Scores, targets: Tensor, lengths: list[int]) -> ChunkTotals:
+    recursion = readout.recursion
+    if recursion is None or len(scores.predictions) < 2:
+        return ChunkTotals()
+    commit = torch.stack([recursion.head(state).float().sigmoid() for state in scores.states[:-1]])
+    width, number, chunks = recursion.config.chunk_width, 0, []
+    for length in lengths:
+        chunks += [number + position // width for position in range(length)]
+        number = chunks[-1] + 1
+    totals = teacher_forced_chunks(scores.predictions, commit, targets, torch.tensor(chunks, device=targets.device))
+    totals.reliability = reliability(commit, scores.losses)
+    return totals
+
+
+def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one entry for the parts that a batch had to be cut into."""
+    lists = {name: [row for part in parts for row in part[name]] for name in ("windows", "nll", "correct")}
+    return {**lists, "range": _ranges(parts), "chunks": asdict(_chunk_totals(parts))}
+
+
+def _ranges(parts: list[dict[str, Any]]) -> list[list[float]]:
+    """Return the lowest and the highest nats of a token at every depth."""
+    depths = zip(*(part["range"] for part in parts), strict=True)
+    return [[min(low for low, _ in depth), max(high for _, high in depth)] for depth in map(list, depths)]
+
+
+def _refuse_flat(entries: list[dict[str, Any]]) -> None:
+    """Refuse scores that no model gives: every token of every document equally likely.
+
+    Raises:
+        CheckFailed: so it is, at some depth.
+    """
+    if sum(scored for entry in entries for _, scored in entry["windows"]) < 2:
+        return
+    for depth, (low, high) in enumerate(_ranges(entries)):
+        if low == high:
+            raise CheckFailed(
+                f"every token has the same log-probability at depth {depth}, -{low:.6g} nats: this is no score",
+                "The model's weights are empty or its head is not what it seems; 'rr setup' checks the installation.",
+            )
+
+
+def _chunk_totals(entries: list[dict[str, Any]]) -> ChunkTotals:
+    totals = ChunkTotals()
+    for entry in entries:
+        totals.add(ChunkTotals(**entry["chunks"]))
+    return totals
+
+
+def _records(documents: Sequence[str], encoded: list[list[int]], entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    nll: dict[int, list[list[float]]] = {}
+    correct: dict[int, list[list[int]]] = {}
+    for entry in entries:
+        for (number, _), nats, hits in zip(entry["windows"], entry["nll"], entry["correct"], strict=True):
+            nll.setdefault(number, []).append(nats)
+            correct.setdefault(number, []).append(hits)
+    return [
+        {
+            "key": content_hash(text),
+            "tokens": len(ids),
+            "words": len(re.split(r"\s+", text)),  # as lm-eval counts them
+            "bytes": len(text.encode()),
+            "nll": [math.fsum(depth) for depth in zip(*nll[number], strict=True)],
+            "correct": [sum(depth) for depth in zip(*correct[number], strict=True)],
+        }
+        for number, (text, ids) in enumerate(zip(documents, encoded, strict=True))
+        if ids
+    ]

@@ -1,0 +1,138 @@
+"""Sample generations as pictures for TensorBoard's IMAGES tab: each token on the colour of the passes that it took."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+WIDTH, MARGIN, SIZE, LEADING = 900, 16, 18, 28
+INK, FAINT, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
+# Light tints of the Okabe-Ito colours, which colour-blind readers tell apart; by passes after pass 0.
+TINTS = ((255, 255, 255), (198, 227, 243), (250, 220, 170), (190, 230, 214), (240, 205, 224), (248, 242, 170))
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a generation: its text, the passes after pass 0 behind it, and whether they replaced pass 0's."""
+
+    text: str
+    passes: int = 0
+    changed: bool = False
+
+
+def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> list[Token]:
+    """Continue a prompt greedily in chunks, refining each until the boundary head is content.
+
+    Args:
+        model: with a recursion, at the depth that refining may reach; without one every token took pass 0 alone.
+
+    Returns:
+        The new tokens, special ones left out.
+    """
+    import torch
+
+    from rrcli.data.batching import context_length
+    from rrcli.data.rendering import encode_prompt
+    from rrcli.evaluation.decoding import GREEDY
+
+    ids = encode_prompt(tokenizer, prompt)[-max(1, context_length(model) - new_tokens) :]
+    inputs = torch.tensor([ids], device=model.device)
+    recursion = getattr(model, "recursion", None)
+    decoding = None
+    if recursion is not None and recursion.depth:
+        from rrcli.recursion.chunked import ChunkedDecoding
+
+        decoding = ChunkedDecoding(adaptive=True)
+    sequence = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=new_tokens,
+        pad_token_id=tokenizer.eos_token_id or 0,
+        custom_generate=decoding,
+        **GREEDY,
+    )[0, len(ids) :].tolist()
+    trace = decoding.traces[0] if decoding is not None else None
+    if trace is None or len(trace.passes) < len(sequence):  # no recursion, or one that was decoded token by token
+        passes, changed = [recursion.depth if recursion is not None else 0] * len(sequence), [False] * len(sequence)
+    else:
+        passes, changed = trace.passes, trace.changed
+    tokens, shown = [], ""
+    for place in range(len(sequence)):
+        text = tokenizer.decode(sequence[: place + 1], skip_special_tokens=True)
+        if text.endswith("\ufffd") and place + 1 < len(sequence):  # the rest of this character is still to come
+            continue
+        if len(text) > len(shown):
+            tokens.append(Token(text[len(shown) :], passes[place], changed[place]))
+            shown = text
+    return tokens
+
+
+def draw(samples: Sequence[tuple[str, Sequence[Token]]], title: str) -> Any:
+    """Draw prompts, grey, and what was written after them.
+
+    Returns:
+        A `uint8` array `[height, width, 3]`.
+    """
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    try:
+        font: Any = ImageFont.truetype("DejaVuSans.ttf", SIZE)  # more characters than Pillow's own
+    except OSError:
+        font = ImageFont.load_default(SIZE)
+    # Laid out first, to know the height: (x, y, text, ink, tint, underlined).
+    marks: list[tuple[float, int, str, Any, Any, bool]] = []
+    x, y = float(MARGIN), MARGIN
+
+    def put(text: str, ink: Any, tint: Any = PAPER, changed: bool = False) -> None:
+        nonlocal x, y
+        for number, line in enumerate(text.split("\n")):
+            if number:
+                x, y = float(MARGIN), y + LEADING
+            for part in _pieces(line, font):
+                length = font.getlength(part)
+                if x + length > WIDTH - MARGIN and x > MARGIN:
+                    x, y = float(MARGIN), y + LEADING
+                marks.append((x, y, part, ink, tint, changed))
+                x += length
+
+    put(title + "   passes after pass 0:", FAINT)
+    for passes in sorted({token.passes for _, tokens in samples for token in tokens} or {0}):
+        put("  ", FAINT)
+        put(f" {passes} ", INK, _tint(passes))
+    put("   underlined: changed by refining", FAINT)
+    for prompt, tokens in samples:
+        x, y = float(MARGIN), y + LEADING * 3 // 2
+        put(prompt, FAINT)
+        for token in tokens:
+            put(token.text, INK, _tint(token.passes), token.changed)
+    image = Image.new("RGB", (WIDTH, y + LEADING + MARGIN), PAPER)
+    canvas = ImageDraw.Draw(image)
+    for left, top, text, ink, tint, changed in marks:
+        right = left + font.getlength(text)
+        if tint != PAPER:
+            canvas.rectangle((left, top, right, top + LEADING - 3), fill=tint)
+        canvas.text((left, top + 2), text, font=font, fill=ink)
+        if changed and text.strip():
+            canvas.line((left, top + LEADING - 5, right, top + LEADING - 5), fill=ink, width=2)
+    return np.asarray(image)
+
+
+def _tint(passes: int) -> tuple[int, int, int]:
+    return TINTS[min(passes, len(TINTS) - 1)]
+
+
+def _pieces(line: str, font: Any) -> list[str]:
+    """Cut a line behind its spaces, and a word that is wider than the picture wherever it must be."""
+    words = line.split(" ")
+    pieces = [word + " " for word in words[:-1]] + ([words[-1]] if words[-1] else [])
+    room = WIDTH - 2 * MARGIN
+    cut: list[str] = []
+    for piece in pieces:
+        while font.getlength(piece) > room:
+            fits = next(n for n in range(len(piece), 0, -1) if font.getlength(piece[:n]) <= room)
+            cut.append(piece[:fits])
+            piece = piece[fits:]
+        cut.append(piece)
+    return cut

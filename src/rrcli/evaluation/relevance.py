@@ -1,0 +1,64 @@
+"""Relevance of a generation: how much likelier the prompt makes it, under the baseline model."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from rrcli.data.batching import context_length
+from rrcli.data.rendering import encode_prompt, start_token
+from rrcli.errors import RRError
+from rrcli.reporting import Reporter
+
+
+@torch.no_grad()
+def relevance(model: Any, tokenizer: Any, generations: Sequence[Mapping[str, Any]], reporter: Reporter) -> list[float]:
+    """Return the pointwise mutual information of each continuation and its prompt, in nats per token.
+
+    The mean over the continuation's tokens of ln p(token | prompt, tokens before) - ln p(token | tokens before), both
+    under `model`: the mutual information that Li et al. (2016) rank responses by, per token. Without a prompt the text
+    follows the start token. A continuation without tokens has 0: it says nothing about its prompt.
+
+    Args:
+        model, tokenizer: the baseline's, whatever model wrote the texts; a recursion on it is left out (depth 0).
+        generations: records with `prompt` and `text`.
+
+    Raises:
+        RRError: a log-probability is not finite.
+    """
+    recursion = getattr(model, "recursion", None)
+    values = []
+    with (
+        recursion.at_depth(0) if recursion else nullcontext(),
+        reporter.progress("relevance", len(generations), "prompts") as progress,
+    ):
+        for record in generations:
+            text = tokenizer(record["text"], add_special_tokens=False)["input_ids"]
+            start = start_token(tokenizer)
+            # Without a start token nothing predicts a text's first token: it is left out of both terms.
+            alone, scored = ([start], text) if start is not None else (text[:1], text[1:])
+            prompt = encode_prompt(tokenizer, record["prompt"]) + (text[:1] if start is None else [])
+            gain = _log_likelihood(model, prompt, scored) - _log_likelihood(model, alone, scored) if scored else 0.0
+            values.append(gain / max(1, len(scored)))
+            progress.advance()
+    return values
+
+
+def _log_likelihood(model: Any, context: list[int], tokens: list[int]) -> float:
+    """Return the sum of ln p over `tokens` behind `context`, reduced in fp32 and summed in fp64."""
+    room = context_length(model) - len(tokens)
+    ids = torch.tensor([[*context[-max(1, room) :], *tokens]], device=model.device)
+    n = len(tokens)
+    # The head is spared the prompt where the model knows how.
+    short = {"logits_to_keep": n + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits = model(input_ids=ids, use_cache=False, **short).logits[0, -n - 1 : -1].float()
+    chosen = logits.log_softmax(-1).gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+    total = float(chosen.double().sum())
+    if not math.isfinite(total):
+        raise RRError("the baseline model gives no finite probability to a generation", "Try --dtype float32.")
+    return total

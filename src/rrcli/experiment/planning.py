@@ -1,0 +1,141 @@
+"""What `rr run` would do: every step of the experiment with its status, from what is on disk. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rrcli.data.sources import refuse_stdin
+from rrcli.experiment.workspace import (
+    SURGERY_STAGE,
+    Workspace,
+    data_identity,
+    eval_inputs,
+    model_fingerprint,
+    recorded_inputs,
+    surgery_inputs,
+    train_inputs,
+)
+from rrcli.files import checkpoints, step_of
+from rrcli.settings import SETTINGS_FILE, CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings
+
+DONE = "done"
+
+
+class Load(Protocol):
+    """How settings are made: from `rr.toml`, the environment and the flags."""
+
+    def __call__(self, cls: type[S]) -> S: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the experiment.
+
+    Attributes:
+        kind: setup, eval, surgery or train. target: the stage, or the training mode.
+        status: done, missing, stale (made from other inputs) or unfinished; detail: why, in a few words.
+    """
+
+    kind: str
+    target: str
+    status: str
+    detail: str = ""
+
+    @property
+    def command(self) -> str:
+        """The command that a user would type for it."""
+        flag = {"eval": " --stage ", "train": " --mode "}.get(self.kind)
+        return f"rr {self.kind}{flag}{self.target}" if flag else f"rr {self.kind}"
+
+
+ORDER = (
+    ("setup", ""),
+    ("eval", "baseline"),
+    ("surgery", ""),
+    ("eval", "after_surgery"),
+    ("train", "vanilla"),
+    ("eval", "finetuned_vanilla"),
+    ("train", "recursive"),
+    ("eval", "finetuned_recursive"),
+)
+# What each step is made from: if any of these has to be done, so has the step.
+NEEDS = {
+    ("eval", "baseline"): (("setup", ""),),
+    ("surgery", ""): (("setup", ""),),
+    ("eval", "after_surgery"): (("surgery", ""),),
+    ("train", "vanilla"): (("setup", ""),),
+    ("eval", "finetuned_vanilla"): (("train", "vanilla"),),
+    ("train", "recursive"): (("surgery", ""),),
+    ("eval", "finetuned_recursive"): (("train", "recursive"),),
+}
+
+
+def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step]:
+    """Look at the workspace and return every step with its status; changes nothing and loads no torch.
+
+    Args:
+        load: makes the settings of a class, as the command line would.
+        new_options: options stand on the command line that `rr.toml` does not hold yet.
+    """
+    refuse_stdin(load(CommonSettings).data, "run")
+    steps: dict[tuple[str, str], Step] = {}
+    needs = NEEDS
+    if load(TrainSettings).phase == "b":  # vanilla adapts the layers of surgery's span
+        needs = NEEDS | {("train", "vanilla"): (("surgery", ""),)}
+    for kind, target in ORDER:
+        waiting = [steps[need] for need in needs.get((kind, target), ()) if steps[need].status != DONE]
+        # A missing rr.toml means the defaults and flags are at hand, so the rest can be judged without it.
+        waiting = [step for step in waiting if step.kind != "setup"]
+        if waiting:
+            there = _exists(kind, target, directory, load)
+            steps[kind, target] = Step(kind, target, "stale" if there else "missing", f"after {waiting[0].command}")
+        else:
+            steps[kind, target] = judge(kind, target, directory, load)
+        if kind == "setup" and new_options and steps[kind, target].status == DONE:
+            steps[kind, target] = Step(kind, target, "stale", "new options")
+    return list(steps.values())
+
+
+def judge(kind: str, target: str, directory: Path, load: Load) -> Step:
+    """Return one step with its status; what it is made from must be there."""
+    if kind == "setup":
+        there = (directory / SETTINGS_FILE).is_file()
+        return Step(kind, target, DONE if there else "missing", "" if there else f"no {SETTINGS_FILE} yet")
+    workspace = Workspace(directory, load(CommonSettings))
+    if kind == "eval":
+        settings = load(EvalSettings)
+        source = workspace.stage_model(target)
+        identity = data_identity(settings, directory)
+        expected = eval_inputs(settings, target, model_fingerprint(source, directory), identity)
+        return _status(kind, target, recorded_inputs(workspace.results_file(target)), expected)
+    if kind == "surgery":
+        shape = load(SurgerySettings)
+        expected = surgery_inputs(shape, workspace.base().fingerprint())
+        return _status(kind, target, recorded_inputs(workspace.surgery_folder), expected)
+    training = load(TrainSettings)
+    start = workspace.base() if target == "vanilla" else workspace.stage_model(SURGERY_STAGE)
+    identity = data_identity(training, directory)
+    span = workspace.vanilla_span(training) if target == "vanilla" else None
+    expected = train_inputs(training, target, model_fingerprint(start, directory), identity, span)
+    found = checkpoints(workspace.run_folder(f"finetuned_{target}"))
+    step = _status(kind, target, recorded_inputs(found[-1]) if found else None, expected)
+    if step.status == DONE and step_of(found[-1]) < training.steps:
+        return Step(kind, target, "unfinished", f"goes on from step {step_of(found[-1])} of {training.steps}")
+    return step
+
+
+def _status(kind: str, target: str, recorded: str | None, expected: str) -> Step:
+    if recorded is None:
+        return Step(kind, target, "missing")
+    if recorded != expected:
+        return Step(kind, target, "stale", "its inputs changed")
+    return Step(kind, target, DONE)
+
+
+def _exists(kind: str, target: str, directory: Path, load: Load) -> bool:
+    workspace = Workspace(directory, load(CommonSettings))
+    if kind == "eval":
+        return workspace.results_file(target).is_file()
+    return bool(checkpoints(workspace.run_folder(f"finetuned_{target}")))

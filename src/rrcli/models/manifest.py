@@ -1,0 +1,77 @@
+"""`recursion.json`, the manifest that makes a folder one of ours: what it must hold, and reading it strictly. No torch.
+
+key        value
+schema     the version of this table
+base       source (path, hub id or `default`), fingerprint; sha256 (file -> digest) where `rr surgery --hash` wrote it
+weights    "base": the folder refers to its base model; "own": it carries all weights itself
+recursion  the recursion's configuration, or null
+lora       whether adapters of peft lie beside it; false where the key is missing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rrcli.errors import RRError, UsageError, suggest
+from rrcli.files import MANIFEST, read_json, sha256, weight_files
+from rrcli.recursion.config import RecursionConfig
+
+REQUIRED, OPTIONAL = ("schema", "base", "weights", "recursion"), ("lora",)
+BASE_REQUIRED, BASE_OPTIONAL = ("source", "fingerprint"), ("sha256",)
+WEIGHTS = ("base", "own")
+HINT = "Make the folder anew with 'rr surgery' or 'rr train', or read it with the rr that wrote it."
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check the manifest of a folder.
+
+    Raises:
+        RRError: it is missing, cut off, lacks a key, holds an unknown one, or a value that means nothing.
+    """
+    path = folder / MANIFEST
+    manifest = read_json(path, "rr surgery")
+    _keys(path, "", manifest, REQUIRED, OPTIONAL)
+    _keys(path, "base", manifest["base"], BASE_REQUIRED, BASE_OPTIONAL)
+    if manifest["weights"] not in WEIGHTS:
+        raise RRError(f"{path} says that its weights are {manifest['weights']!r}", f"Known: {', '.join(WEIGHTS)}.")
+    if manifest["recursion"] is not None:
+        _keys(path, "recursion", manifest["recursion"], [field.name for field in fields(RecursionConfig)])
+        try:
+            RecursionConfig.from_dict(manifest["recursion"])
+        except (UsageError, TypeError, ValueError, LookupError) as error:
+            raise RRError(f"{path} holds no recursion: {error}", HINT) from error
+    return manifest
+
+
+def compare_hashes(folder: Path, base: Path) -> None:
+    """Read the weight files of `base` whole and compare them with the hashes in the manifest of `folder`.
+
+    Raises:
+        RRError: no hashes were recorded, or a file is another than the one that was hashed.
+    """
+    recorded = read_manifest(folder)["base"].get("sha256") if (folder / MANIFEST).is_file() else None
+    if not recorded:
+        raise RRError(f"{folder} records no hashes of its base", "'rr surgery --hash' records them.")
+    for file in weight_files(base):
+        found = sha256(file, lambda _: None)
+        if found != recorded.get(file.name):
+            raise RRError(
+                f"{file} changed: its SHA-256 was {recorded.get(file.name)}, found {found}",
+                "Run 'rr surgery --overwrite' for the changed model, or bring the old one back.",
+            )
+
+
+def _keys(path: Path, place: str, value: Any, required: Iterable[str], optional: Iterable[str] = ()) -> None:
+    where = f"{path}, under '{place}'," if place else f"{path}"
+    if not isinstance(value, dict):
+        raise RRError(f"{where} holds no JSON object", HINT)
+    known = [*required, *optional]
+    for key in value:
+        if key not in known:
+            raise RRError(f"{where} holds the unknown key '{key}'", f"{suggest(key, known)} {HINT}")
+    for key in required:
+        if key not in value:
+            raise RRError(f"{where} lacks the key '{key}'", HINT)

@@ -1,0 +1,174 @@
+"""The optimiser of a training: which parameters learn how fast, and its state as plain tensors that can be saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rrcli.errors import RRError
+from rrcli.settings import TrainSettings
+from rrcli.training.sharding import cut_like
+
+BETAS = (0.9, 0.95)
+FINAL_SHARE = 0.1
+
+
+def learning_rate_factor(step: int, settings: TrainSettings) -> float:
+    """Return the share of the peak learning rate at a step: linear warm-up, then the schedule, down to a tenth."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return 1.0
+    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    done = min(1.0, done)
+    left = 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return FINAL_SHARE + (1 - FINAL_SHARE) * left
+
+
+def _trained(model: Any, settings: TrainSettings) -> list[tuple[str, torch.nn.Parameter, float]]:
+    """Return name, parameter and peak learning rate of all that trains; tied parameters once."""
+    named = [(f"model.{n}", p, settings.lr) for n, p in model.named_parameters() if p.requires_grad]
+    recursion = getattr(model, "recursion", None)
+    if recursion is not None:
+        named += [(f"recursion.{n}", p, settings.sidecar_lr) for n, p in recursion.named_parameters()]
+    return named
+
+
+class Optimizer:
+    """AdamW over what the phase trains of the model (nothing, its adapters, everything) and the sidecar.
+
+    Each has its own learning rate; adapters learn at the model's.
+
+    What trains is held in fp32, whatever the model was loaded in: a step of 1e-5 of a bfloat16 weight is lost in its
+    rounding. The forward then computes in the model's own format under autocast. With `--ema` an average of the weights
+    goes along. `published` puts the weights into the model that are evaluated and saved: averaged, and in the model's
+    format.
+
+    Weight decay applies to matrices only. The schedule is a function of the step, so it has no state to save.
+    """
+
+    def __init__(self, model: Any, settings: TrainSettings, shard: Callable[[], None] | None = None) -> None:
+        """`shard` cuts the parameters among processes, once they are those that train."""
+        self.settings, self.sharded = settings, shard is not None
+        model.requires_grad_(settings.phase == "c")
+        for parameter in model.lora.parameters() if settings.phase == "b" else ():
+            parameter.requires_grad_(True)
+        named = _trained(model, settings)
+        self.formats = [p.dtype for _, p, _ in named]
+        self.dtype = model.dtype
+        for _, parameter, _ in named:
+            parameter.data = parameter.data.float()
+        if shard is not None:
+            shard()
+            named = _trained(model, settings)
+        groups: dict[tuple[float, float], dict[str, Any]] = {}
+        names: dict[tuple[float, float], list[str]] = {}
+        for name, parameter, lr in named:
+            decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
+            group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "peak_lr": lr, "weight_decay": decay})
+            group["params"].append(parameter)
+            names.setdefault((lr, decay), []).append(name)
+        self.names = [name for group in names.values() for name in group]
+        self.trained = {name: parameter for name, parameter, _ in named}
+        self.average = {n: p.detach().clone() for n, p in self.trained.items()} if settings.ema else {}
+        # Fused: one pass over memory in place of a dozen.
+        self.adamw = torch.optim.AdamW(list(groups.values()), betas=BETAS, fused=True)
+
+    def set_step(self, step: int) -> float:
+        """Set every group's learning rate for `step`; return the base model's."""
+        factor = learning_rate_factor(step, self.settings)
+        for group in self.adamw.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        return self.settings.lr * factor
+
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters that have a gradient."""
+        return [p for group in self.adamw.param_groups for p in group["params"] if p.grad is not None]
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        """Take optimiser step `step` (from 0), drop the gradients, and let the average follow.
+
+        The average's decay warms up, min(decay, (1 + t) / (10 + t)), so that it does not stick to the start.
+        """
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        decay = min(self.settings.ema, (1 + step) / (10 + step))
+        for name, average in self.average.items():
+            average.lerp_(self.trained[name].detach(), 1 - decay)
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """Let the model hold the weights to evaluate and save; the ones in training come back afterwards."""
+        if self.sharded:  # a shard's memory is known to others: change what is in it
+            with self._published_in_place():
+                yield
+            return
+        before = [parameter.data for parameter in self.trained.values()]
+        try:
+            for (name, parameter), dtype in zip(self.trained.items(), self.formats, strict=True):
+                parameter.data = self.average.get(name, parameter.data).to(dtype)
+            yield
+        finally:
+            for parameter, data in zip(self.trained.values(), before, strict=True):
+                parameter.data = data
+
+    @contextmanager
+    def _published_in_place(self) -> Iterator[None]:
+        before = {name: tensor.clone() for name, tensor in self.weights().items() if name.startswith("raw/")}
+        with torch.no_grad():
+            for (name, parameter), dtype in zip(self.trained.items(), self.formats, strict=True):
+                if before:
+                    parameter.copy_(self.average.get(name, parameter).to(dtype))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in before.items():
+                    self.trained[name.removeprefix("raw/")].copy_(tensor)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return what `published` hides: the fp32 weights in training and their average; nothing where they are equal.
+
+        Tied parameters occur once: a parameter is named once.
+        """
+        if not self.average and all(dtype == torch.float32 for dtype in self.formats):
+            return {}
+        raw = {f"raw/{name}": p.detach().contiguous() for name, p in self.trained.items()}
+        return raw | {f"average/{name}": t for name, t in self.average.items()}
+
+    @torch.no_grad()
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Bring back what `weights` returned."""
+        for name, parameter in self.trained.items():
+            parameter.copy_(cut_like(tensors[f"raw/{name}"], parameter))
+        for name, average in self.average.items():
+            average.copy_(cut_like(tensors[f"average/{name}"], average))
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the optimiser's state, one tensor for each parameter and entry: `<parameter>/exp_avg`, ..."""
+        return {
+            f"{self.names[index]}/{entry}": torch.as_tensor(value).contiguous()
+            for index, entries in self.adamw.state_dict()["state"].items()
+            for entry, value in entries.items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Bring back what `state` returned.
+
+        Raises:
+            RRError: it belongs to other parameters.
+        """
+        index = {name: number for number, name in enumerate(self.names)}
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, entry = key.rpartition("/")
+            if name not in index:
+                raise RRError(f"the saved optimiser state knows a parameter '{name}', the model does not", "--restart")
+            state.setdefault(index[name], {})[entry] = cut_like(tensor, self.trained[name])
+        self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})

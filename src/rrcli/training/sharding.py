@@ -1,0 +1,74 @@
+"""Weights, gradients and optimiser state cut into shards, one for each process: torch's `fully_shard` (FSDP2).
+
+An accelerate configuration asks for it (`fsdp_config: fsdp_version: 2`). torch's own function does it here, not
+accelerate's `prepare`, which ignores it on a CPU and wants one forward of one model: so tests on a CPU run what a GPU
+runs. Every decoder layer is a unit, gathered whenever the recursion calls it; embeddings, head and sidecar are another.
+Gradients are summed, as the losses are divided by global counts. Every process must run the same number of forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rrcli.recursion.families import find_layout
+from rrcli.training.processes import Processes
+
+
+def shard(root: nn.Module, model: Any, processes: Processes) -> None:
+    """Cut the parameters of `root`, which holds the model and its sidecar, into shards, in place."""
+    mesh = init_device_mesh(torch.device(processes.device).type, (processes.count,))
+    for layer in model.get_submodule(find_layout(model)[0].layers):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(root, mesh=mesh)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+@contextmanager
+def gathered(root: nn.Module) -> Iterator[None]:
+    """Hold what is outside of the layers whole: for forwards that do not go through `root`'s own."""
+    if not isinstance(root, FSDPModule):
+        yield
+        return
+    root.unshard()
+    try:
+        yield
+    finally:
+        root.reshard()
+
+
+def whole(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Gather tensors one by one into the main process's own memory; the others keep nothing."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        if processes.main:
+            found[name] = full
+    return found
+
+
+def whole_state(module: nn.Module, dtype: torch.dtype, processes: Processes) -> dict[str, Tensor]:
+    """Return a module's state dictionary like `whole`, parameters as `dtype`; tied parameters share memory."""
+    keys = {name: id(parameter) for name, parameter in module.named_parameters(remove_duplicate=False)}
+    state = module.state_dict()
+    first = {key: name for name, key in reversed(keys.items())}
+    found = whole({name: t for name, t in state.items() if first.get(keys.get(name, 0), name) == name}, processes)
+    found = {name: t.to(dtype) if name in keys else t for name, t in found.items()}
+    return {name: found[first.get(keys.get(name, 0), name)] for name in state} if processes.main else {}
+
+
+def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return a whole tensor cut as a parameter is; as it is, where that is whole."""
+    if not isinstance(parameter, DTensor) or not tensor.ndim:
+        return tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -1,0 +1,166 @@
+"""A comparison as a table, Markdown, CSV and JSON: the same numbers everywhere, and text that stays in its cell."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from comparing import four_stages, publish, results
+from rrcli.comparison import formats
+from rrcli.comparison.results import Comparison
+from rrcli.evaluation import metrics
+from rrcli.services.compare import compare
+from rrcli.settings import STAGES, CompareSettings
+from test_cli_surface import rr
+
+
+def recursive_stages() -> list[dict]:
+    """Return four stages, the last one measured at two depths."""
+    stages = four_stages()
+    for row in stages[3]["records"]["documents"]:
+        row["nll"] = [row["nll"][0] + 5, row["nll"][0]]
+        row["correct"] = row["correct"] * 2
+    stages[3]["by_depth"] = metrics.by_depth({"documents": stages[3]["records"]["documents"]})
+    stages[3]["records"]["generations"][1]["text"] = "a | b\nand [bold]c[/bold]"
+    for stage in stages:
+        for row in stage["records"]["generations"]:
+            row["prompt"] = f"Once, {row['key']}"
+    return stages
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    publish(tmp_path, *recursive_stages())
+    return tmp_path
+
+
+@pytest.fixture
+def comparison(directory: Path) -> Comparison:
+    return compare(CompareSettings(generations=True), [], directory)
+
+
+def test_markdown_is_a_table_of_every_row_and_stage(comparison: Comparison) -> None:
+    text = formats.markdown(comparison)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert table[0] == f"| Metric | {' | '.join(STAGES)} |"
+    deeper = sum(bool(row.depths) for row in comparison.rows)
+    assert deeper == 2
+    assert len(table) == 2 + len(comparison.rows) + deeper
+    assert all(line.replace("\\|", "").count("|") == len(STAGES) + 2 for line in table)
+    perplexity = next(line for line in table if line.startswith("| Perplexity"))
+    assert f"{comparison.rows[0].cells[3].value:.2f}<br>−" in perplexity
+    assert perplexity.count("better") == 2
+    assert all(f"- {sentence}" in text for sentence in comparison.sentences)
+
+
+def test_markdown_keeps_a_generation_in_its_place(comparison: Comparison) -> None:
+    text = formats.markdown(comparison)
+    assert text.count("### Once, g") == 4
+    assert "- **finetuned_recursive**: a \\| b<br>and [bold]c[/bold]" in text
+
+
+def test_csv_has_one_line_for_each_value(comparison: Comparison) -> None:
+    lines = list(csv.DictReader(io.StringIO(formats.csv_text(comparison))))
+    own = [line for line in lines if line["depth"] == ""]
+    assert len(own) == sum(cell.value is not None for row in comparison.rows for cell in row.cells)
+    for row in comparison.rows:
+        for stage, cell in zip(comparison.stages, row.cells, strict=True):
+            if cell.value is not None:
+                (line,) = [x for x in own if (x["metric"], x["stage"]) == (row.name, stage)]
+                assert float(line["value"]) == cell.value
+                assert (line["p_value"] or "None", line["verdict"]) == (str(cell.p_value), cell.verdict)
+    depths = [line for line in lines if line["metric"] == "perplexity" and line["depth"]]
+    assert [(line["stage"], line["depth"]) for line in depths] == [("finetuned_recursive", d) for d in "01"]
+    assert float(depths[1]["value"]) == comparison.rows[0].cells[3].value
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "-"), (3, "3"), (12345.6, "12,346"), (0.12345, "0.123")])
+def test_numbers_have_few_digits(value: float | None, text: str) -> None:
+    assert formats.number(value) == text
+
+
+# -- at the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_table_has_depths_and_generations(directory: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = rr("compare", "--generations", directory=directory)
+    assert shown.exit_code == 0, shown.stderr
+    assert max(map(len, shown.stdout.splitlines())) <= width
+    assert re.search(r"by depth .* 7\.02 ?/ ?6\.71", shown.stdout)
+    bounds = r"[+−]?[\d.,]*\d"
+    broken = re.sub(rf"\[{bounds}, ?{bounds}\]|\[{bounds},(?= )|(?<= ){bounds}\](?= )", "", shown.stdout)
+    assert not re.search(r"\[[+−\d]|\d\]", broken.partition("Differences")[0])  # no interval breaks inside a bound
+    assert "[bold]c[/bold]" in shown.stdout
+    assert "Once, g3" in " ".join(shown.stdout.split())
+    assert "…" not in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "begins"),
+    [
+        ("a.txt", (), "\n  Metric"),
+        ("a.md", (), "| Metric |"),
+        ("a.csv", (), "metric,label,"),
+        ("a.json", (), '{"schema": "rr.comparison/1"'),
+        ("a.md", ("--format", "csv"), "metric,label,"),
+        ("a.txt", ("--json",), '{"schema": "rr.comparison/1"'),
+        ("new/folder/a.md", (), "| Metric |"),
+    ],
+)
+def test_out_takes_the_place_of_the_screen(directory: Path, name: str, flags: tuple[str, ...], begins: str) -> None:
+    shown = rr("compare", "--out", name, *flags, directory=directory)
+    assert (shown.exit_code, shown.stdout) == (0, "")
+    assert "Comparison: " in shown.stderr
+    assert name in shown.stderr.replace("\n", "")
+    text = (directory / name).read_text(encoding="utf-8")
+    assert text.lstrip().startswith(begins.strip())
+    assert [file.name for file in (directory / name).parent.iterdir() if file.name.endswith(".tmp")] == []
+
+
+def test_formats_on_the_screen_are_those_of_the_file(directory: Path) -> None:
+    for form in ("json", "csv", "markdown"):
+        rr("compare", "--format", form, "--out", f"x.{form}", directory=directory)
+        shown = rr("compare", "--format", form, directory=directory)
+        assert shown.stdout == (directory / f"x.{form}").read_text(encoding="utf-8")
+    assert rr("compare", "--json", directory=directory).stdout == (directory / "x.json").read_text(encoding="utf-8")
+
+
+def test_generations_and_csv_do_not_go_together(directory: Path) -> None:
+    failed = rr("compare", "--generations", "--format", "csv", directory=directory)
+    assert failed.exit_code == 2
+    assert "do not go together" in failed.stderr
+
+
+def test_an_out_that_cannot_be_written(directory: Path) -> None:
+    (directory / "file").touch()
+    failed = rr("compare", "--out", "file/x.md", directory=directory)
+    assert failed.exit_code == 1
+    assert "file" in failed.stderr
+
+
+def test_a_failed_gate_ends_with_3_after_the_table(directory: Path) -> None:
+    gates = ("--gate", "baseline.perplexity < finetuned_vanilla.perplexity", "--gate", "baseline.perplexity > 1")
+    failed = rr("compare", *gates, directory=directory)
+    assert failed.exit_code == 3
+    assert "Perplexity" in failed.stdout
+    assert "does not hold" in failed.stdout
+    assert "error: the gate does not hold: 'baseline.perplexity < finetuned_vanilla.perplexity'" in failed.stderr
+    value = json.loads(rr("compare", "--json", *gates, directory=directory).stdout)
+    assert [gate["holds"] for gate in value["gates"]] == [False, True]
+    assert rr("compare", *gates[2:], directory=directory).exit_code == 0
+
+
+def test_without_generations_there_is_nothing_to_show(tmp_path: Path) -> None:
+    value = results("baseline")
+    del value["records"]["generations"]
+    publish(tmp_path, value)
+    failed = rr("compare", "--generations", directory=tmp_path)
+    assert failed.exit_code == 1
+    assert "hold no generations" in failed.stderr

@@ -1,0 +1,248 @@
+"""Problems from files: what is read, what is refused by file and line, and which side of the split it is on."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+import rrcli
+from rrcli.data.problem_files import FileTask, number, open_task, read_problems, trained_questions
+from rrcli.data.splits import is_held_out
+from rrcli.data.tasks import Problem, Task
+from rrcli.data.training_data import TrainingData, held_out_data
+from rrcli.errors import RRError, UsageError
+from rrcli.evaluation.judging import Verdict, judge
+from rrcli.evaluation.metrics import task_labels
+from rrcli.settings import EvalSettings, TrainSettings
+
+
+def write(path: Path, count: int = 200, start: int = 0) -> Path:
+    lines = [{"question": f"What is {i} + {i}?", "answer": 2 * i} for i in range(start, start + count)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "solution"),
+    [
+        (42, "42", ""),
+        (-0.5, "-0.5", ""),
+        (1e22, "10000000000000000000000", ""),
+        (" Paris ", "Paris", ""),
+        ("1,000", "1,000", ""),
+        ("He has 3 + 4 = <<3+4=7>>7.\n#### 7", "7", "He has 3 + 4 = <<3+4=7>>7.\n#### 7"),
+    ],
+)
+def test_answers_are_numbers_or_texts(tmp_path, answer, expected, solution):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": " q\u2028 ", "answer": answer, "more": [1]}) + "\r\n\n")
+    [problem] = read_problems(path, "a.jsonl")
+    assert (problem.question, problem.answer, problem.solution) == ("q", expected, solution)
+    assert problem.target == (solution or expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[1, 2]", "line 3: no JSON object"),
+        (b'"text"', "line 3: no JSON object"),
+        (b'{"question": "q"', "line 3: no JSON "),
+        (b'{"answer": "a"}', "line 3: no 'question'"),
+        (b'{"question": 3, "answer": "a"}', "line 3: no 'question'"),
+        (b'{"question": "  ", "answer": "a"}', "line 3: no 'question'"),
+        (b'{"question": "q"}', "line 3: no 'answer'"),
+        (b'{"question": "q", "answer": null}', "line 3: no 'answer'"),
+        (b'{"question": "q", "answer": true}', "line 3: no 'answer'"),
+        (b'{"question": "q", "answer": NaN}', "line 3: no 'answer'"),
+        (b'{"question": "q", "answer": ["a"]}', "line 3: no 'answer'"),
+        (b'{"question": "q", "answer": " "}', "line 3: no 'answer'"),
+        (b'{"question": "q", "answer": "so ####"}', "line 3: no answer behind '####'"),
+        (b'{"question": "\xff", "answer": 1}', "line 3: byte 0xff is not UTF-8"),
+    ],
+)
+def test_a_line_that_is_no_problem_is_named(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": 1}\n\n' + line + b'\n{"question": "r", "answer": 1}\n')
+    with pytest.raises(RRError, match=message) as caught:
+        read_problems(path, "a.jsonl")
+    assert str(path) in caught.value.message
+    assert caught.value.hint
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n \n")
+    with pytest.raises(RRError, match=r"a\.jsonl is empty"):
+        FileTask("a.jsonl", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("absent.jsonl", r"absent\.jsonl does not exist"),
+        ("a.jsonl:held_out=some", "held_out is 'some'"),
+        ("a.jsonl:heldout=all", "has no option 'heldout'"),
+        ("a.jsonl:examples=absent.jsonl", r"absent\.jsonl does not exist"),
+        ("a.jsonl:held_out", "has no value"),
+    ],
+)
+def test_a_task_that_means_nothing_is_a_usage_error(tmp_path, spec, message):
+    write(tmp_path / "a.jsonl")
+    with pytest.raises(UsageError, match=message):
+        open_task(spec, tmp_path)
+
+
+def test_questions_that_repeat_are_kept_apart(tmp_path):
+    line = json.dumps({"question": "q", "answer": 1})
+    (tmp_path / "a.jsonl").write_text("\n".join([line] * 3))
+    problems = read_problems(tmp_path / "a.jsonl", "a.jsonl")
+    assert len({problem.key for problem in problems}) == 3
+
+
+def test_names_of_files_are_shown_without_their_folders():
+    assert task_labels(["data/a.jsonl:held_out=all", "chain_sum:x=1"]) == {
+        "data/a.jsonl:held_out=all": "a.jsonl",
+        "chain_sum:x=1": "chain_sum",
+    }
+
+
+# -- the split ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_split_like_everything_else(tmp_path):
+    write(tmp_path / "a.jsonl")
+    task = FileTask("a.jsonl", tmp_path)
+    evaluated, trained = task.side(held_out=True), task.side(held_out=False)
+    assert len(evaluated) + len(trained) == 200
+    assert all(is_held_out(problem.question) for problem in evaluated)
+    assert 5 < len(evaluated) < 60
+    assert {p.question for p in task.stream(0, 3000, held_out=False)} == {p.question for p in trained}
+    assert task.problems(1000, 0, held_out=True) == task.problems(1000, 0, held_out=True)
+    assert task.problems(1000, 0, held_out=True)[:4] == task.problems(4, 0, held_out=True)
+    assert {p.key for p in task.problems(1000, 1, held_out=True)} == {p.key for p in evaluated}
+    assert not {p.key for p in task.examples(20, 0)} & {p.key for p in evaluated}
+
+
+def test_a_test_set_is_evaluated_whole_and_never_trained_on(tmp_path):
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "test.jsonl", 60, start=100)  # 60 questions of train.jsonl stand in it too
+    specs = ("train.jsonl", "test.jsonl:held_out=all")
+    data = held_out_data(EvalSettings(task=specs), tmp_path, 1000)
+    tested = {p.question for p in data.problems if p.task == specs[1]}
+    assert len(tested) == 60
+
+    tokenizer = rrcli.load("default")[1]
+    settings = TrainSettings(task=specs, task_share=1.0, batch_size=100, max_length=64)
+    training = TrainingData(settings, tmp_path, tokenizer)
+    seen = {
+        tokenizer.decode(row[mask.bool()]).partition("\n")[0].removeprefix("Question: ")
+        for step in range(12)
+        for batch in [training.batch(step)]
+        for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    }
+    everything = {p.question for p in read_problems(tmp_path / "train.jsonl", "")}
+    expected = {question for question in everything - tested if not is_held_out(question)}
+    assert {question.removeprefix(tokenizer.bos_token or "") for question in seen} == expected
+    assert trained_questions(specs, tmp_path) == expected
+
+
+def test_training_on_test_sets_alone_is_refused(tmp_path):
+    write(tmp_path / "test.jsonl")
+    tokenizer = rrcli.load("default")[1]
+    settings = TrainSettings(task=("test.jsonl:held_out=all",))
+    with pytest.raises(UsageError, match="no problem to train on") as caught:
+        TrainingData(settings, tmp_path, tokenizer)
+    assert "--task-share 0" in caught.value.hint
+
+
+def test_training_shows_the_solution_where_there_is_one(tmp_path):
+    lines = [json.dumps({"question": f"q{i}", "answer": f"It is {i}. #### {i}"}) for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    tokenizer = rrcli.load("default")[1]
+    settings = TrainSettings(task=("a.jsonl",), task_share=1.0, batch_size=4, max_length=64)
+    batch = TrainingData(settings, tmp_path, tokenizer).batch(0)
+    assert all("It is" in tokenizer.decode(row) for row in batch.input_ids)
+
+
+def test_solved_examples_of_a_test_set_come_from_another_file(tmp_path):
+    write(tmp_path / "train.jsonl", 50)
+    write(tmp_path / "test.jsonl", 40, start=20)
+    task = FileTask("test.jsonl:held_out=all,examples=train.jsonl", tmp_path)
+    tested = {p.question for p in task.all}
+    examples = task.examples(20, 0)
+    assert len(examples) == 20
+    assert not {p.question for p in examples} & tested
+    assert examples == task.examples(20, 0) != task.examples(20, 1)
+    with pytest.raises(UsageError, match=r"--num-fewshot is 21, but .* has 20 solved examples"):
+        task.examples(21, 0)
+    with pytest.raises(UsageError, match=r"none of the 40 problems .* training side") as caught:
+        FileTask("test.jsonl:held_out=all", tmp_path).examples(1, 0)
+    assert "examples=" in caught.value.hint
+
+
+def test_a_file_without_held_out_problems_says_how_to_evaluate_it(tmp_path):
+    trained = [i for i in range(99) if not is_held_out(f"What is {i} + {i}?")][:3]
+    lines = [json.dumps({"question": f"What is {i} + {i}?", "answer": i}) for i in trained]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UsageError, match=r"none of the 3 problems .* held-out side") as caught:
+        FileTask("a.jsonl", tmp_path).problems(5, 0, held_out=True)
+    assert "a.jsonl:held_out=all" in caught.value.hint
+
+
+# -- judging -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("42", 42), ("1,000", 1000), ("$5", 5), ("-$5.50", -5.5), ("42.", 42), (".5", 0.5), ("7.50 %", 7.5),
+        (" +3 ", 3),
+        ("", None), ("x", None), ("3 apples", None), ("1/2", None), ("1e5", None), ("-", None), (",", None),
+    ],
+)  # fmt: skip
+def test_what_a_number_is(text, value):
+    assert number(text) == (None if value is None else Decimal(str(value)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "output", "verdict"),
+    [
+        ("7", " 7", Verdict("7", True, True, 1.0)),
+        ("7", "7.0", Verdict("7.0", True, True, 1.0)),
+        ("1,000", "1000", Verdict("1000", True, True, 1.0)),
+        ("7", "3 + 4 = 7\n#### 7", Verdict("7", True, True, 1.0)),
+        ("7", "so <answer>7</answer> or 8", Verdict("7", True, True, 1.0)),
+        ("7", "There are 3 and 4, that is 7.", Verdict("7", False, True, 1.0)),
+        ("1000", "It is $1,000.", Verdict("1000", False, True, 1.0)),
+        ("4", "10-4", Verdict("4", False, True, 1.0)),
+        ("-4", "It is -4", Verdict("-4", False, True, 1.0)),
+        ("7", "7 or 8", Verdict("7 or 8", False, False, 0.0)),
+        ("7", "", Verdict("", False, False, 0.0)),
+        ("Paris", " paris.", Verdict("paris.", True, True, 1.0)),
+        ("Paris", "It is Paris", Verdict("It is Paris", False, False, 0.0)),
+        ("New  York", "new york", Verdict("new york", True, True, 1.0)),
+    ],
+)
+def test_answers_of_files_are_judged(tmp_path, answer, output, verdict):
+    write(tmp_path / "a.jsonl")
+    assert judge(FileTask("a.jsonl", tmp_path), Problem("a.jsonl", "q", answer), output) == verdict
+
+
+def test_answers_of_generators_are_judged_by_their_own_scorer():
+    task = Task("chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1")
+    [problem] = task.problems(1, 0, held_out=True)
+    right, wrong = problem.answer, int(problem.answer) + 1
+    for output, expected in (
+        (f" {right}", (True, True)),
+        (f"The answer is {right}.", (False, True)),
+        (f"<answer>{right}</answer>", (True, True)),
+        (f" {wrong}", (False, False)),
+        ("", (False, False)),
+    ):
+        verdict = judge(task, problem, output)
+        assert (verdict.strict, verdict.correct) == expected

@@ -1,0 +1,192 @@
+"""From records to numbers: the definitions of the metrics, written out once more by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rrcli.evaluation import metrics, stats
+
+# A busy machine must not fail a property: no limit of time for an example.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+
+
+def document(
+    key: str, nll: list[float], correct: list[int], tokens: int, size: int = 0, words: int = 0
+) -> dict[str, Any]:
+    size, words = size or 4 * tokens, words or max(1, tokens // 2)
+    return {"key": key, "tokens": tokens, "words": words, "bytes": size, "nll": nll, "correct": correct}
+
+
+def problem(key: str, correct: list[bool], task: str = "chain_sum", strict: list[bool] | None = None) -> dict[str, Any]:
+    return {"key": key, "task": task, "correct": correct, "strict": strict or correct, "outputs": ["x"] * len(correct)}
+
+
+# Very different lengths and levels: a mean of perplexities would be far off.
+DOCUMENTS = [
+    document("a", [40.0, 30.0], [3, 4], tokens=10, size=47, words=7),
+    document("b", [100.0, 90.0], [60, 61], tokens=100, size=391, words=80),
+    document("c", [6.0, 8.0], [0, 0], tokens=2, size=9, words=1),
+]
+PROBLEMS = [
+    problem("p", [True, True]),
+    problem("q", [False, True], strict=[False, False]),
+    problem("r", [False, False], task="leg_counting:max_animals=2"),
+    problem("s", [True, False], task="leg_counting:max_animals=2"),
+]
+
+
+def test_perplexity_is_the_exponential_of_nats_per_token() -> None:
+    found = metrics.from_records({"documents": DOCUMENTS})
+    assert found["perplexity"]["value"] == pytest.approx(math.exp(128 / 112))
+    mean_of_perplexities = sum(math.exp(d["nll"][-1] / d["tokens"]) for d in DOCUMENTS) / 3
+    assert abs(found["perplexity"]["value"] - mean_of_perplexities) > 1
+    assert found["perplexity"]["n"] == 3
+    assert found["tokens"]["value"] == 112
+
+
+def test_perplexity_interval_is_the_ratio_interval_in_nats() -> None:
+    found = metrics.from_records({"documents": DOCUMENTS})["perplexity"]
+    expected = stats.ratio([30.0, 90.0, 8.0], [10, 100, 2])
+    assert (found["low"], found["high"]) == pytest.approx((math.exp(expected.low), math.exp(expected.high)))
+    assert found["low"] < found["value"] < found["high"]
+
+
+def test_bits_word_and_byte_perplexity() -> None:
+    found = metrics.from_records({"documents": DOCUMENTS})
+    assert found["bits_per_byte"]["value"] == pytest.approx(128 / (47 + 391 + 9) / math.log(2))
+    assert found["byte_perplexity"]["value"] == pytest.approx(math.exp(128 / 447))
+    assert found["byte_perplexity"]["value"] == pytest.approx(2 ** found["bits_per_byte"]["value"])
+    assert found["word_perplexity"]["value"] == pytest.approx(math.exp(128 / 88))
+
+
+def test_token_accuracy_is_a_share_of_tokens() -> None:
+    found = metrics.from_records({"documents": DOCUMENTS})["token_accuracy"]
+    assert found["value"] == pytest.approx(100 * 65 / 112)
+    expected = stats.ratio([4, 61, 0], [10, 100, 2])
+    assert (found["low"], found["high"]) == pytest.approx((100 * expected.low, 100 * expected.high))
+
+
+def test_reasoning_accuracy_overall_strict_and_by_task() -> None:
+    found = metrics.from_records({"problems": PROBLEMS})
+    wilson = stats.wilson(2, 4)
+    assert found["reasoning_accuracy"] == {
+        "value": 50.0,
+        "low": pytest.approx(100 * wilson.low),
+        "high": pytest.approx(100 * wilson.high),
+        "n": 4,
+    }
+    assert found["reasoning_accuracy_strict"]["value"] == 25
+    assert found["reasoning_accuracy/chain_sum"]["value"] == 100
+    assert found["reasoning_accuracy/leg_counting"]["value"] == 0
+    assert found["reasoning_accuracy/leg_counting"]["n"] == 2
+
+
+def test_two_settings_of_one_generator_are_not_lost() -> None:
+    easy = [problem(f"e{i}", [True], task="chain_sum:max_terms=2") for i in range(3)]
+    hard = [problem(f"h{i}", [False], task="chain_sum:max_terms=9") for i in range(3)]
+    found = metrics.from_records({"problems": easy + hard})
+    by_task = [entry for name, entry in found.items() if name.startswith("reasoning_accuracy/")]
+    assert sum(entry["n"] for entry in by_task) == 6
+
+
+def test_by_depth_lists_every_pass_and_ends_with_the_metric_itself() -> None:
+    records = {"documents": DOCUMENTS, "problems": PROBLEMS}
+    table, final = metrics.by_depth(records), metrics.from_records(records)
+    assert {name: len(values) for name, values in table.items()} == {
+        "perplexity": 2,
+        "token_accuracy": 2,
+        "reasoning_accuracy": 2,
+    }
+    assert table["perplexity"][0]["value"] == pytest.approx(math.exp(146 / 112))
+    assert table["token_accuracy"][0]["value"] == pytest.approx(100 * 63 / 112)
+    assert table["reasoning_accuracy"][0]["value"] == 50
+    for name, values in table.items():
+        assert values[-1] == final[name]
+
+
+def test_by_depth_of_one_kind_of_record() -> None:
+    assert set(metrics.by_depth({"documents": DOCUMENTS})) == {"perplexity", "token_accuracy"}
+    assert set(metrics.by_depth({"problems": PROBLEMS})) == {"reasoning_accuracy"}
+
+
+@pytest.mark.parametrize("records", [{}, {"documents": []}, {"documents": [], "problems": [], "generations": []}])
+def test_no_records_no_metrics(records: dict[str, list[Any]]) -> None:
+    assert metrics.from_records(records) == {}
+    assert metrics.by_depth(records) == {}
+
+
+def test_one_document_has_no_finite_interval() -> None:
+    found = metrics.from_records({"documents": DOCUMENTS[:1]})["perplexity"]
+    assert found["value"] == pytest.approx(math.exp(3))
+    assert found["high"] == math.inf
+
+
+def test_an_absurd_loss_does_not_overflow() -> None:
+    worst = [document("a", [1e6], [0], tokens=10), document("b", [2e6], [0], tokens=10)]
+    assert metrics.from_records({"documents": worst})["perplexity"]["value"] == math.inf
+
+
+def test_document_totals_take_the_asked_depth() -> None:
+    records = {"documents": DOCUMENTS}
+    assert metrics.document_totals(records, "perplexity") == {"a": (30.0, 10), "b": (90.0, 100), "c": (8.0, 2)}
+    assert metrics.document_totals(records, "bits_per_byte", 0)["a"] == (40.0, 47)
+    assert metrics.document_totals(records, "token_accuracy")["b"] == (61, 100)
+
+
+def test_generation_scores_are_means_over_prompts() -> None:
+    rows = [
+        {"key": "1", "text": "", "distinct_2": 1.0, "rep_4": 0.0, "length": 10, "finished": True},
+        {"key": "2", "text": "", "distinct_2": 0.5, "rep_4": 0.5, "length": 30, "finished": False},
+    ]
+    found = metrics.from_records({"generations": rows})
+    assert {name: entry["value"] for name, entry in found.items()} == {
+        "distinct_2": 0.75,
+        "rep_4": 0.25,
+        "length": 20,
+        "finished": 0.5,
+    }
+
+
+def naive_distinct(tokens: list[int], n: int) -> float:
+    seen: list[list[int]] = []
+    count = 0
+    for start in range(len(tokens)):
+        gram = tokens[start : start + n]
+        if len(gram) == n:
+            count += 1
+            if gram not in seen:
+                seen.append(gram)
+    return len(seen) / count if count else 1.0
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 5))
+def test_distinct_and_rep_agree_with_counting(tokens: list[int], n: int) -> None:
+    assert metrics.distinct_n(tokens, n) == pytest.approx(naive_distinct(tokens, n))
+    repeats = sum(
+        any(tokens[i : i + n] == tokens[j : j + n] for j in range(i)) for i in range(max(0, len(tokens) - n + 1))
+    )
+    grams = max(0, len(tokens) - n + 1)
+    assert metrics.rep_n(tokens, n) == pytest.approx(repeats / grams if grams else 0.0)
+
+
+def test_a_loop_repeats_and_a_short_text_does_not() -> None:
+    assert metrics.rep_n([1, 2] * 20) > 0.9
+    assert metrics.rep_n([1, 2, 3]) == 0
+    assert metrics.distinct_n([7]) == 1
+
+
+def test_every_metric_says_how_it_is_compared() -> None:
+    for metric in metrics.METRICS.values():
+        assert metric.kind in {"documents", "problems", "prompts", "cost", "shown"}
+        assert metric.better in {"lower", "higher", ""}
+
+
+def test_stability_is_named_by_its_pass() -> None:
+    assert metrics.stability_label("stability@1") == "Stability at pass 1"
+    assert metrics.stability_label("decode/stability@12") == "Stability at pass 12, decoding"

@@ -1,0 +1,77 @@
+"""Why `rr compare` pairs: two separate measurements cannot tell a model from its own rounding to 4 bits."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rrcli
+from rrcli.comparison.pairing import pair
+from rrcli.data.training_data import held_out_data
+from rrcli.evaluation import stats
+from rrcli.evaluation.evaluate import evaluate_model
+from rrcli.evaluation.metrics import METRICS, document_totals
+from rrcli.settings import EvalSettings
+
+GROUP = 64
+DOCUMENTS, PROBLEMS = 120, 20
+SETTINGS = EvalSettings(
+    max_samples=DOCUMENTS, problems=PROBLEMS, max_new_tokens=12, skip_generation=True, skip_performance=True
+)
+
+
+@torch.no_grad()
+def rounded_to_4_bits(model: Any) -> Any:
+    """Return a copy whose matrices have 16 levels in every group of `GROUP` weights."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            groups = parameter.view(-1, GROUP)
+            step = groups.abs().amax(1, keepdim=True) / 7
+            parameter.copy_(((groups / step).round().clamp(-8, 7) * step).view_as(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the model and its rounding give, as `rr compare` reads it."""
+    model, tokenizer = rrcli.load("default")
+    data = held_out_data(SETTINGS, Path.cwd(), PROBLEMS, DOCUMENTS)
+    assert len(data.documents) == DOCUMENTS
+    a, b = (evaluate_model(m, tokenizer, data, settings=SETTINGS) for m in (model, rounded_to_4_bits(model)))
+    return a | {"model": {"tokenizer": "same"}}, b | {"model": {"tokenizer": "same"}}
+
+
+def test_apart_they_look_the_same(measured):
+    full, rounded = (
+        stats.ratio(*zip(*document_totals(result["records"], "perplexity").values(), strict=True))
+        for result in measured
+    )
+    errors = [(e.high - e.value) / stats.normal_quantile() for e in (full, rounded)]
+    assert abs(rounded.value - full.value) / math.hypot(*errors) < 1
+    a, b = (result["metrics"]["perplexity"] for result in measured)
+    assert a["low"] < b["value"] < a["high"]
+    assert b["low"] < a["value"] < b["high"]
+
+
+def test_paired_the_rounding_is_seen(measured):
+    full, rounded = measured
+    found = pair("perplexity", METRICS["perplexity"], rounded, full)
+    assert not found.same
+    assert found.estimate.n == DOCUMENTS
+    assert found.estimate.p_value < 1e-3
+    assert 0 < found.estimate.low < found.estimate.value < 0.05
+
+
+def test_answers_to_a_few_problems_do_not_show_it(measured):
+    full, rounded = measured
+    found = pair("reasoning_accuracy", METRICS["reasoning_accuracy"], rounded, full)
+    assert not found.same, "no answer changed"
+    assert found.estimate.n == 3 * PROBLEMS
+    assert found.estimate.p_value > 0.05
+    assert found.estimate.low < 0 < found.estimate.high

@@ -1,0 +1,88 @@
+"""Red flags: raised by curves that are wrong, once, and not by curves that are well."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+import pytest
+
+from rrcli.training import red_flags
+from rrcli.training.red_flags import RedFlags
+
+
+def raised(losses, steps=None, refine=None, feedback=0.1, memory=0.3, depth=2, guessing=math.inf) -> list[str]:
+    flags, found = RedFlags(steps or len(losses), guessing=guessing), []
+    for step, loss in enumerate(losses, start=1):
+        scalars = {"train/loss/final_ce": loss, "train/feedback_norm": feedback if step > 1 else 0.0}
+        scalars["train/generation/avg_refine_steps"] = refine if refine is not None else 1.4
+        found += flags.observe(step, scalars, depth, memory)
+    return [message.split(":")[0] for message in found]
+
+
+def noisy(curve, spread=0.3):
+    random = Random(0)
+    return [value + random.gauss(0, spread) for value in curve]
+
+
+FALLING = noisy([1.5 + 2 * math.exp(-step / 40) for step in range(200)])
+
+
+def test_a_loss_that_falls_with_noise_raises_nothing():
+    assert raised(FALLING) == []
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.002])
+def test_a_loss_that_does_not_fall_is_said_once(drift):
+    assert raised([2.0 + drift * step for step in range(300)]) == [red_flags.NOT_FALLING]
+
+
+def test_a_loss_that_explodes_is_said_once():
+    curve = FALLING + noisy([1.5 + step * 0.2 for step in range(60)])
+    assert raised(curve, steps=400) == [red_flags.EXPLODING]
+
+
+def test_a_model_ruined_in_its_first_steps_is_said_to_explode_and_not_to_learn_too_slowly():
+    curve = [1.2, 2.5, 6.6, *noisy([12.7 + step / 50 for step in range(97)])]
+    assert raised(curve, guessing=math.log(1024)) == [red_flags.EXPLODING]
+    assert raised(noisy([6.95 - step / 200 for step in range(100)]), guessing=math.log(1024)) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_of_either_text_or_answers_are_no_explosion(seed):
+    random = Random(seed)
+    kinds = [random.choice((0.5, 3.0)) for _ in range(300)]
+    assert red_flags.EXPLODING not in raised([max(0.1, random.gauss(kind, 0.5)) for kind in kinds])
+
+
+def test_a_single_outlier_is_no_explosion():
+    assert raised([*FALLING[:100], 9.0, *FALLING[100:]]) == []
+
+
+def test_refining_to_the_end_always_is_said_in_the_second_half_only():
+    assert raised(FALLING, refine=2.0) == [red_flags.ALWAYS_MAX]
+    assert raised(FALLING[:90], steps=200, refine=2.0) == []
+    assert raised(FALLING, refine=2.0, depth=3) == []
+
+
+def test_no_feedback_after_the_first_steps_is_said():
+    assert raised(FALLING, feedback=0.0) == [red_flags.SILENTLY_OFF]
+    assert raised(FALLING[: red_flags.FEEDBACK_STEP - 1], feedback=0.0) == []
+
+
+def test_little_memory_left_is_said_once():
+    assert raised(FALLING, memory=0.97) == [red_flags.MEMORY]
+
+
+def test_what_was_raised_before_a_resume_is_not_raised_again():
+    flags = RedFlags(100, [red_flags.MEMORY])
+    assert flags.observe(1, {"train/loss/final_ce": 2.0}, 0, 0.99) == []
+
+
+def test_every_warning_says_what_to_try():
+    flags = RedFlags(100)
+    for step in range(1, 101):
+        scalars = {"train/loss/final_ce": 2.0, "train/feedback_norm": 0.0, "train/generation/avg_refine_steps": 2.0}
+        for message in flags.observe(step, scalars, 2, 0.99):
+            assert "--" in message
+    assert len(flags.raised) == 4

@@ -1,0 +1,161 @@
+"""Training: runs that should be equivalent give the same losses, and what must not change does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import rrcli
+from rrcli.data.training_data import TrainingData
+from rrcli.errors import RRError, UsageError
+from rrcli.files import checkpoints
+from rrcli.reporting import Silent
+from rrcli.services import train as service
+from rrcli.services.surgery import surgery
+from rrcli.settings import SurgerySettings, TrainSettings
+from rrcli.training import trainer
+from rrcli.training.optimizer import learning_rate_factor
+
+SETTINGS = TrainSettings(
+    steps=4, batch_size=4, lr=1e-3, sidecar_lr=1e-3, warmup_steps=2, save_interval=4, eval_interval=0, max_length=96
+)
+
+
+def changed(**values) -> TrainSettings:
+    return TrainSettings(**(vars(SETTINGS) | values))
+
+
+def losses(folder: Path, run: str, tag: str = "train/loss/total") -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [event.value for event in EventAccumulator(str(folder / "logs" / run)).Reload().Scalars(tag)]
+
+
+@pytest.fixture
+def operated(tmp_path: Path) -> Path:
+    surgery(SurgerySettings(), tmp_path, Silent())
+    return tmp_path
+
+
+def test_vanilla_equals_a_plain_loop(tmp_path):
+    service.train(SETTINGS, "vanilla", tmp_path, Silent())
+    model, tokenizer = rrcli.load("default")
+    data = TrainingData(SETTINGS, tmp_path, tokenizer)
+    model.train()
+    matrices = list(model.parameters())
+    optimizer = torch.optim.AdamW(matrices, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    expected = []
+    for step in range(SETTINGS.steps):
+        optimizer.param_groups[0]["lr"] = SETTINGS.lr * learning_rate_factor(step, SETTINGS)
+        batch = data.batch(step)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    found = losses(tmp_path, "finetuned_vanilla")
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_recursive_at_depth_0_equals_vanilla(operated, monkeypatch):
+    service.train(SETTINGS, "vanilla", operated, Silent())
+    monkeypatch.setattr(trainer, "sampled_depth", lambda *_: 0)
+    service.train(SETTINGS, "recursive", operated, Silent())
+    assert losses(operated, "finetuned_recursive") == pytest.approx(losses(operated, "finetuned_vanilla"), rel=1e-6)
+
+
+def test_parts_of_a_batch_weigh_as_the_whole(tmp_path):
+    service.train(changed(run_name="whole"), "vanilla", tmp_path, Silent())
+    service.train(changed(run_name="parts", gradient_accumulation=4), "vanilla", tmp_path, Silent())
+    whole, parts = losses(tmp_path, "whole"), losses(tmp_path, "parts")
+    assert parts[0] == pytest.approx(whole[0], rel=1e-6)
+    # Adam divides a gradient by its own size, so rounding grows with every step.
+    assert parts == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("phase", ["a", "b"])
+def test_a_frozen_base_stays_the_base_at_depth_0(operated, phase):
+    result = service.train(changed(phase=phase, steps=6), "recursive", operated, Silent())
+    assert not (result.checkpoint / "model.safetensors").exists()
+    model, tokenizer = rrcli.load(result.checkpoint)
+    base, _ = rrcli.load("default")
+    ids = torch.tensor([tokenizer("Tom has a red ball.")["input_ids"]])
+    with torch.no_grad():
+        model.recursion.depth = 0
+        assert torch.equal(model(ids).logits, base(ids).logits)
+        model.recursion.depth = 1
+        assert not torch.equal(model(ids).logits, base(ids).logits)
+    norms = losses(operated, "finetuned_recursive", "train/feedback_norm")
+    assert norms[0] == 0 < norms[1] < norms[-1]
+
+
+def test_every_parameter_moves_in_phase_c(operated):
+    result = service.train(SETTINGS, "recursive", operated, Silent())
+    trained, _ = rrcli.load(result.checkpoint)
+    before, _ = rrcli.load(operated / "checkpoints" / "after_surgery")
+    for part in ("model", "recursion"):
+        a = trained if part == "model" else trained.recursion
+        b = before if part == "model" else before.recursion
+        for (name, new), (_, old) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+            if name != "step.weight":
+                assert not torch.equal(new, old), name
+
+
+def test_depth_is_the_same_for_everyone_who_asks():
+    drawn = [trainer.sampled_depth(0, step, 3) for step in range(300)]
+    assert drawn == [trainer.sampled_depth(0, step, 3) for step in range(300)]
+    assert set(drawn) == {1, 2, 3}
+    assert drawn != [trainer.sampled_depth(1, step, 3) for step in range(300)]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoint(tmp_path):
+    service.train(changed(steps=2, save_interval=1), "vanilla", tmp_path, Silent())
+    [last] = checkpoints(tmp_path / "checkpoints" / "finetuned_vanilla")[-1:]
+    model, tokenizer = rrcli.load(last)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken)
+    tokenizer.save_pretrained(broken)
+    with pytest.raises(RRError, match=r"in step 1 \(batch 0 of seed 0\); no weight was changed"):
+        service.train(changed(model=str(broken), run_name="broken_run"), "vanilla", tmp_path, Silent())
+    assert checkpoints(tmp_path / "checkpoints" / "broken_run") == []
+    assert checkpoints(tmp_path / "checkpoints" / "finetuned_vanilla")[-1] == last
+
+
+def test_a_run_of_other_settings_is_not_continued(tmp_path):
+    service.train(changed(steps=2), "vanilla", tmp_path, Silent())
+    with pytest.raises(RRError, match="other settings") as error:
+        service.train(changed(steps=2, lr=5e-4), "vanilla", tmp_path, Silent())
+    assert "--restart" in error.value.hint
+    service.train(changed(steps=2, lr=5e-4), "vanilla", tmp_path, Silent(), restart=True)
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    first = service.train(changed(steps=2), "vanilla", tmp_path, Silent())
+    stamp = (first.checkpoint / "model.safetensors").stat().st_mtime_ns
+    again = service.train(changed(steps=2), "vanilla", tmp_path, Silent())
+    assert again.first_step == 2
+    assert (again.checkpoint / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    service.train(changed(steps=5, save_interval=1, keep=2), "vanilla", tmp_path, Silent())
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints" / "finetuned_vanilla")] == [
+        "step-000004",
+        "step-000005",
+    ]
+    saved = json.loads((tmp_path / "checkpoints" / "finetuned_vanilla" / "step-000005" / "metrics.json").read_text())
+    assert saved["training"]["steps"] == 5
+    assert saved["scalars"]["train/loss/total"]["step"] == 5
+
+
+def test_vanilla_has_no_phase_a(tmp_path):
+    with pytest.raises(UsageError, match="nothing to train"):
+        service.train(changed(phase="a"), "vanilla", tmp_path, Silent())
