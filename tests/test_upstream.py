@@ -22,9 +22,9 @@ import rrcli
 from commands import rr
 from families import build, cache_name, tokens, uncached, wake
 from rrcli import ChunkedDecoding, RecursionConfig, attach, upstream
-from rrcli.data.training_data import held_out_data
 from rrcli.errors import CheckFailed, RRError
 from rrcli.evaluation.evaluate import evaluate_model
+from rrcli.evaluation.held_out import held_out_data
 from rrcli.recursion.lora import add_lora
 from rrcli.recursion.selftest import self_test
 from rrcli.settings import EvalSettings

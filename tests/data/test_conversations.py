@@ -11,8 +11,8 @@ import pytest
 from rrcli.data.conversations import question_of
 from rrcli.data.sources import Dropped, read_documents
 from rrcli.data.splits import is_held_out
-from rrcli.data.training_data import held_out_data
 from rrcli.errors import RRError
+from rrcli.evaluation.held_out import held_out_data
 from rrcli.settings import EvalSettings
 
 PAIR = {"prompt": "How many?", "completion": " Two."}

@@ -10,7 +10,7 @@ import torch
 from families import build, wake
 from rrcli.data.batching import Batch, collate
 from rrcli.data.packing import check_packing, pack
-from rrcli.data.training_data import IGNORED
+from rrcli.data.rendering import IGNORED
 from rrcli.errors import UsageError
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach

@@ -12,8 +12,9 @@ import rrcli
 from rrcli.data.problem_files import FileTask, number, open_task, read_problems, trained_questions
 from rrcli.data.splits import is_held_out
 from rrcli.data.tasks import Problem, Task
-from rrcli.data.training_data import TrainingData, held_out_data
+from rrcli.data.training_data import TrainingData
 from rrcli.errors import RRError, UsageError
+from rrcli.evaluation.held_out import held_out_data
 from rrcli.evaluation.judging import Verdict, judge
 from rrcli.evaluation.metrics import task_labels
 from rrcli.settings import EvalSettings, TrainSettings

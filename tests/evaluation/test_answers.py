@@ -14,10 +14,10 @@ from rrcli.data.problem_files import FileTask
 from rrcli.data.prompts import read_prompts, stop_strings
 from rrcli.data.rendering import question_text
 from rrcli.data.tasks import Problem, Task
-from rrcli.data.training_data import EvalData
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation import answers
 from rrcli.evaluation.answers import continue_prompts, solve_problems
+from rrcli.evaluation.held_out import EvalData
 from rrcli.evaluation.samples import SampleLog
 from rrcli.reporting import Silent
 from rrcli.settings import EvalSettings

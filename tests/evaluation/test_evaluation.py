@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import rrcli
-from rrcli.data.training_data import EvalData, held_out_data
 from rrcli.errors import RRError
 from rrcli.evaluation.evaluate import evaluate_model
+from rrcli.evaluation.held_out import EvalData, held_out_data
 from rrcli.evaluation.perplexity import rolling_windows, score_documents
 from rrcli.evaluation.samples import SampleLog
 from rrcli.reporting import Silent

@@ -13,11 +13,11 @@ import rrcli
 from rrcli import demo
 from rrcli.data.problem_files import FileTask
 from rrcli.data.tasks import Task
-from rrcli.data.training_data import EvalData
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.answers import solve_problems
 from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.harness import HarnessTask, harness_tasks, load_tasks, run_harness, task_files
+from rrcli.evaluation.held_out import EvalData
 from rrcli.evaluation.samples import SampleLog
 from rrcli.reporting import Silent
 from rrcli.settings import EvalSettings

@@ -12,9 +12,9 @@ import torch
 
 import rrcli
 from rrcli.comparison.pairing import pair
-from rrcli.data.training_data import held_out_data
 from rrcli.evaluation import stats
 from rrcli.evaluation.evaluate import evaluate_model
+from rrcli.evaluation.held_out import held_out_data
 from rrcli.evaluation.metrics import METRICS, document_totals
 from rrcli.settings import EvalSettings
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from rrcli.data.training_data import IGNORED
+from rrcli.data.rendering import IGNORED
 from rrcli.errors import RRError
 from rrcli.reporting import Reporter
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rrcli.data.batching import Batch
-from rrcli.data.training_data import IGNORED
+from rrcli.data.rendering import IGNORED
 from rrcli.errors import UsageError
 from rrcli.recursion.readout import Readout
 

@@ -10,10 +10,10 @@ from rrcli.data.prompts import stop_strings
 from rrcli.data.rendering import encode_prompt, encode_question, question_text
 from rrcli.data.splits import content_hash
 from rrcli.data.tasks import Problem
-from rrcli.data.training_data import EvalData
 from rrcli.errors import CheckFailed, UsageError
 from rrcli.evaluation import metrics
 from rrcli.evaluation.decoding import decode
+from rrcli.evaluation.held_out import EvalData
 from rrcli.evaluation.judging import judge
 from rrcli.evaluation.samples import SampleLog
 from rrcli.reporting import Reporter

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from rrcli.data.training_data import EvalData, held_out_data
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation import metrics
 from rrcli.evaluation.answers import continue_prompts, solve_problems
 from rrcli.evaluation.harness import run_harness
+from rrcli.evaluation.held_out import EvalData, held_out_data
 from rrcli.evaluation.performance import measure_performance
 from rrcli.evaluation.perplexity import score_documents
 from rrcli.evaluation.pictures import Token, draw, generate_traced

@@ -12,9 +12,9 @@ from typing import Any
 from rrcli.comparison.preservation import Preservation, hold
 from rrcli.data.problem_files import FileTask, trained_questions
 from rrcli.data.prompts import read_prompts, stop_strings
-from rrcli.data.training_data import EvalData, held_out_data
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.harness import harness_tasks, load_tasks
+from rrcli.evaluation.held_out import EvalData, held_out_data
 from rrcli.evaluation.samples import SampleLog
 from rrcli.experiment.workspace import (
     MAKERS,

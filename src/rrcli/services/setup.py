@@ -15,8 +15,8 @@ import psutil
 
 from rrcli import demo
 from rrcli.data.sources import refuse_stdin
-from rrcli.data.training_data import held_out_data
 from rrcli.errors import RRError
+from rrcli.evaluation.held_out import held_out_data
 from rrcli.experiment.workspace import Workspace
 from rrcli.files import make_folder
 from rrcli.models.loading import load_config, load_tokenizer, pick_device

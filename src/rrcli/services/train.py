@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrcli.data.problem_files import FileTask
-from rrcli.data.training_data import TrainingData, held_out_data, task_specs
+from rrcli.data.training_data import TrainingData, task_specs
 from rrcli.errors import RRError, UsageError, suggest
+from rrcli.evaluation.held_out import held_out_data
 from rrcli.experiment.workspace import (
     MAKERS,
     Workspace,

@@ -26,9 +26,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from rrcli.data.batching import Batch
-from rrcli.data.training_data import EvalData, TrainingData
+from rrcli.data.training_data import TrainingData
 from rrcli.errors import Interrupted, RRError
 from rrcli.evaluation.evaluate import evaluate_model
+from rrcli.evaluation.held_out import EvalData
 from rrcli.recursion.chunks import ChunkTotals
 from rrcli.recursion.losses import LossTerms, LossWeights, compute_losses, sample_windows
 from rrcli.recursion.products import FLOPS, through_onednn
