@@ -86,7 +86,7 @@ def test_setup_says_what_was_not_tested_and_what_the_self_test_found(tmp_path, m
 def test_only_one_module_knows_private_names_of_others(path):
     if path.name == "upstream.py":
         return
-    own = {"_replace", "_get_kwargs", "_asdict"}
+    own = {"_exit"}  # documented, in spite of its name
     tree = ast.parse(path.read_text())
     found = [
         f"{node.lineno}: {ast.unparse(node)}"

@@ -108,3 +108,8 @@ def _work(
     except RRError as error:
         outcomes.put((rank, error))
         sys.exit(1)  # so that processes that wait for this one are ended
+    # All is written. Taking down what libraries have in their threads once aborted a process that had succeeded; as a
+    # forked process does, this one ends without.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
