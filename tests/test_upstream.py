@@ -245,14 +245,11 @@ def _evaluate(data: Any, settings: EvalSettings) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES, ids=lambda f: f.__name__.strip("_"))
-def test_an_evaluation_refuses_or_gives_the_same_numbers(monkeypatch, breakage):
+def test_an_evaluation_gives_the_same_numbers(monkeypatch, breakage):
     data, expected = _measured()
     settings = EvalSettings(task=("chain_sum",), max_new_tokens=8, skip_performance=True, max_samples=6)
     breakage(monkeypatch)
-    try:
-        found = _evaluate(data, settings)
-    except RRError:
-        return
+    found = _evaluate(data, settings)
     for part in ("problems", "generations"):
         assert found["records"][part] == expected["records"][part]
     for a, b in zip(found["records"]["documents"], expected["records"]["documents"], strict=True):
@@ -286,11 +283,12 @@ def test_a_transformers_without_its_recorder_is_imported_all_the_same():
     code = (
         "import transformers.utils.output_capturing as module\ndel module._active_collector\n"
         "from rrcli import upstream\nfrom rrcli.recursion.selftest import self_test\n"
-        "assert upstream.RECORDER is None\nprint(self_test())"
+        "assert upstream.RECORDER is None\nprint('imported')\nprint(self_test())"
     )
     # Models import the recorder's functions, not its variable, so they load; they record nothing.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert "chunked = sequential" in done.stdout or "Error" in done.stderr
+    assert done.stdout.startswith("imported")
+    assert "chunked = sequential" in done.stdout or done.returncode != 0
 
 
 def test_an_argument_that_is_no_cache_is_not_taken_for_one():

@@ -82,6 +82,16 @@ def test_what_was_measured_otherwise_is_not_held_against_surgery():
     assert "measured with different dtype" in error.value.hint
 
 
+def test_records_that_are_not_the_same_ones_prove_nothing():
+    """Not even by the other kinds of records, which are identical."""
+    after = by_depth()
+    after["records"]["documents"][0]["tokens"] += 1
+    found = preservation.hold(after, results("baseline"))
+    assert not found.exact
+    assert not found.broken
+    assert "measured with different documents" in found.sentence()
+
+
 def test_samples_of_lm_eval_count_too():
     after, base = by_depth(), results("baseline")
     for stage, score in ((after, 0.0), (base, 1.0)):

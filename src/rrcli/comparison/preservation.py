@@ -49,7 +49,7 @@ class Preservation:
         same, changed: kinds of records, with their number, that are identical and that are not.
         worst: the largest change of a document's mean log-probability, in nats per token.
         causes: what else differs between the two measurements, and may have changed digits.
-        unlike: settings in which they differ, so that nothing can be told from their records.
+        unlike: settings, or kinds of records, in which they differ, so that nothing can be told from their records.
     """
 
     same: tuple[str, ...] = ()
@@ -108,13 +108,16 @@ class Preservation:
 
 def hold(after: Results, base: Results) -> Preservation:
     """Compare every record of a stage after surgery, at every depth, with the baseline's record of the same key."""
-    unlike = tuple(name for name in REACHING if _differ(after.get("settings", {}), base.get("settings", {}), name))
+    unlike = [name for name in REACHING if _differ(after.get("settings", {}), base.get("settings", {}), name)]
     causes = tuple(name for name in ROUNDING_CAUSES if _differ(after["provenance"], base["provenance"], name))
     same, changed, worst = [], [], 0.0
     for part in PARTS:
         before = {row["key"]: row for row in base["records"].get(part.name, ())}
         pairs = [(row, before[row["key"]]) for row in after["records"].get(part.name, ()) if row["key"] in before]
-        if not pairs or any(a.get(field) != b.get(field) for a, b in pairs for field in IDENTITY[part.name]):
+        if not pairs:
+            continue
+        if any(a.get(field) != b.get(field) for a, b in pairs for field in IDENTITY[part.name]):
+            unlike.append(part.name)  # another tokenizer, or other problems under the same keys
             continue
         equal = [all(value == part.said(b)[-1] for value in part.said(a)) for a, b in pairs]
         if all(equal):
@@ -123,7 +126,7 @@ def hold(after: Results, base: Results) -> Preservation:
         changed.append(f"{equal.count(False)} of {len(pairs)} {part.noun}")
         if part.name == "documents":
             worst = max(abs(nats - b["nll"][-1]) / max(1, b["tokens"]) for a, b in pairs for nats in a["nll"])
-    return Preservation(tuple(same), tuple(changed), worst, causes, unlike)
+    return Preservation(tuple(same), tuple(changed), worst, causes, tuple(unlike))
 
 
 def require(found: Preservation | None) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from rrcli.data.batching import batches, halving, padded
-from rrcli.errors import RRError
+from rrcli.errors import CheckFailed, RRError
 from rrcli.recursion.chunked import ChunkedDecoding, continues_in_blocks
 from rrcli.recursion.products import through_onednn
 from rrcli.upstream import cache_of, generation_cache_argument, goes_on
@@ -65,7 +65,7 @@ def decode(
         stop: texts that end an answer. skip: leave out this many of the first answers: they are known already.
 
     Raises:
-        RRError: memory runs out for a single prompt.
+        RRError: memory runs out for a single prompt. CheckFailed: decoding gave not even one token.
     """
     ends = _Ends(tokenizer, _end_tokens(model, tokenizer), stop)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
@@ -105,7 +105,8 @@ def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _End
         found = [
             row[start : start + len(trace.passes)] for row, trace in zip(output.tolist(), chunked.traces, strict=True)
         ]
-        assert all(found), "every row has at least one new token"
+        if not all(found):
+            raise CheckFailed("a row was decoded to no token at all", "'rr setup' checks the installation.")
         return found
     # Where `generate` cannot be given its cache back, leaving it early is for nothing.
     name = generation_cache_argument(model)
