@@ -28,7 +28,7 @@ import torch
 from engine_overhead import smollm2_file
 
 import rrcli
-from rrcli.recursion.chunked import ChunkedDecoding
+from rrcli.recursion.chunked_decoding import ChunkedDecoding
 
 SEQUENTIAL, STOCK = {2: 2.2}, {1: 1.3, 2: 1.45}
 PROMPT = (

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from rrcli.evaluation.stats import mcnemar, wilson
 from rrcli.files import checkpoints, write_json
-from rrcli.recursion.cell import FeedbackCell
+from rrcli.recursion.feedback_cell import FeedbackCell
 
 VANILLA, RECURSIVE, MATCHED = "finetuned_vanilla", "finetuned_recursive", "vanilla_equal_flops"
 LEAN = ("--skip-perplexity", "--skip-generation", "--skip-performance")
@@ -133,7 +133,7 @@ def adaptive(folder: Path, results: dict[str, Any], limit: int) -> Answers:
     import rrcli
     from rrcli.data.problem_files import open_task
     from rrcli.evaluation.judging import judge
-    from rrcli.recursion.chunked import ChunkedDecoding
+    from rrcli.recursion.chunked_decoding import ChunkedDecoding
 
     model, tokenizer = rrcli.load(checkpoints(folder / "checkpoints" / RECURSIVE)[-1])
     tasks = {spec: open_task(spec, folder) for spec in results["data"]["tasks"]}

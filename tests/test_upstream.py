@@ -127,13 +127,14 @@ def test_the_self_test_finds_what_is_broken(monkeypatch, what, told):
     if what == "one cache for all passes":
         monkeypatch.setattr("rrcli.recursion.caches.of_pass", lambda cache, step: cache)
     elif what == "feedback at zero-init":
-        forward = rrcli.recursion.cell.FeedbackCell.forward
+        forward = rrcli.recursion.feedback_cell.FeedbackCell.forward
         monkeypatch.setattr(
-            "rrcli.recursion.cell.FeedbackCell.forward", lambda self, hidden, step: forward(self, hidden, step) + 0.1
+            "rrcli.recursion.feedback_cell.FeedbackCell.forward",
+            lambda self, hidden, step: forward(self, hidden, step) + 0.1,
         )
     elif what == "drafts are taken as they are":
         monkeypatch.setattr(
-            "rrcli.recursion.rows.Chooser.judge",
+            "rrcli.recursion.rows.Chooser.accept",
             lambda self, draft, drawn_from, refined: (torch.full_like(draft[:, 0], draft.shape[1]), draft[:, -1]),
         )
     else:

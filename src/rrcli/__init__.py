@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from rrcli.evaluation.decoding import StopStrings
     from rrcli.evaluation.evaluate import evaluate_model
     from rrcli.models.loading import load
-    from rrcli.recursion.chunked import ChunkedDecoding
+    from rrcli.recursion.chunked_decoding import ChunkedDecoding
     from rrcli.recursion.config import RecursionConfig
     from rrcli.recursion.engine import Recursion, attach
     from rrcli.tracker import MetricsTracker
 
 _HOMES = {
-    "ChunkedDecoding": "rrcli.recursion.chunked",
+    "ChunkedDecoding": "rrcli.recursion.chunked_decoding",
     "MetricsTracker": "rrcli.tracker",
     "Recursion": "rrcli.recursion.engine",
     "RecursionConfig": "rrcli.recursion.config",

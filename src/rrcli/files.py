@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from rrcli.errors import RRError, UsageError
 
 MANIFEST = "recursion.json"
-METRICS = "metrics.json"
+METRICS_FILE = "metrics.json"
 SIDECAR = "recursion.safetensors"
 INDEX = "model.safetensors.index.json"
 TRAINER_STATE = "trainer_state"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rrcli.files import METRICS, finite, make_folder, write_json
+from rrcli.files import METRICS_FILE, finite, make_folder, write_json
 
 # TensorBoard's CUSTOM SCALARS tab: category -> chart -> regular expressions of the tags that it draws. Every run writes
 # it, and TensorBoard shows one chart of all runs, so vanilla and recursive lie over each other.
@@ -96,7 +96,7 @@ class MetricsTracker:
         Returns:
             The file's path.
         """
-        file = Path(path) / METRICS
+        file = Path(path) / METRICS_FILE
         write_json(file, finite({"schema": 1, **more, "scalars": self._last}))
         return file
 

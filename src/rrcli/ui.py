@@ -20,7 +20,7 @@ from rich.text import Text
 from rrcli.comparison import formats
 
 if TYPE_CHECKING:
-    from rrcli.comparison.results import Cell, Comparison, Row
+    from rrcli.comparison.results import Cell, Comparison, MetricRow
     from rrcli.errors import RRError
     from rrcli.experiment.planning import Step
     from rrcli.services.board import Board, Found
@@ -407,7 +407,7 @@ def _stage_table(first: str, stages: list[str], wide: bool, *, justify: Any, lin
     return table
 
 
-def _cell(cell: Cell, row: Row, wide: bool) -> str:
+def _cell(cell: Cell, row: MetricRow, wide: bool) -> str:
     value, *interval = formats.value_lines(cell, row, wide=wide)
     lines = [value if cell.value is not None else f"[dim]{value}[/dim]", *[f"[dim]{escape(x)}[/dim]" for x in interval]]
     style = VERDICT_STYLES.get(cell.verdict, "dim")

@@ -15,7 +15,7 @@ from rrcli.data.tasks import Problem, Task
 from rrcli.data.training_data import TrainingData
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.held_out import held_out_data
-from rrcli.evaluation.judging import Verdict, judge
+from rrcli.evaluation.judging import Judgement, judge
 from rrcli.evaluation.metrics import task_labels
 from rrcli.settings import EvalSettings, TrainSettings
 
@@ -213,20 +213,20 @@ def test_what_a_number_is(text, value):
 @pytest.mark.parametrize(
     ("answer", "output", "verdict"),
     [
-        ("7", " 7", Verdict("7", True, True, 1.0)),
-        ("7", "7.0", Verdict("7.0", True, True, 1.0)),
-        ("1,000", "1000", Verdict("1000", True, True, 1.0)),
-        ("7", "3 + 4 = 7\n#### 7", Verdict("7", True, True, 1.0)),
-        ("7", "so <answer>7</answer> or 8", Verdict("7", True, True, 1.0)),
-        ("7", "There are 3 and 4, that is 7.", Verdict("7", False, True, 1.0)),
-        ("1000", "It is $1,000.", Verdict("1000", False, True, 1.0)),
-        ("4", "10-4", Verdict("4", False, True, 1.0)),
-        ("-4", "It is -4", Verdict("-4", False, True, 1.0)),
-        ("7", "7 or 8", Verdict("7 or 8", False, False, 0.0)),
-        ("7", "", Verdict("", False, False, 0.0)),
-        ("Paris", " paris.", Verdict("paris.", True, True, 1.0)),
-        ("Paris", "It is Paris", Verdict("It is Paris", False, False, 0.0)),
-        ("New  York", "new york", Verdict("new york", True, True, 1.0)),
+        ("7", " 7", Judgement("7", True, True, 1.0)),
+        ("7", "7.0", Judgement("7.0", True, True, 1.0)),
+        ("1,000", "1000", Judgement("1000", True, True, 1.0)),
+        ("7", "3 + 4 = 7\n#### 7", Judgement("7", True, True, 1.0)),
+        ("7", "so <answer>7</answer> or 8", Judgement("7", True, True, 1.0)),
+        ("7", "There are 3 and 4, that is 7.", Judgement("7", False, True, 1.0)),
+        ("1000", "It is $1,000.", Judgement("1000", False, True, 1.0)),
+        ("4", "10-4", Judgement("4", False, True, 1.0)),
+        ("-4", "It is -4", Judgement("-4", False, True, 1.0)),
+        ("7", "7 or 8", Judgement("7 or 8", False, False, 0.0)),
+        ("7", "", Judgement("", False, False, 0.0)),
+        ("Paris", " paris.", Judgement("paris.", True, True, 1.0)),
+        ("Paris", "It is Paris", Judgement("It is Paris", False, False, 0.0)),
+        ("New  York", "new york", Judgement("new york", True, True, 1.0)),
     ],
 )
 def test_answers_of_files_are_judged(tmp_path, answer, output, verdict):

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from families import build, far, tokens, uncached, wake
 from rrcli.recursion import readout as readout_module
-from rrcli.recursion.cell import BoundaryHead
-from rrcli.recursion.chunks import teacher_forced_chunks
+from rrcli.recursion.boundary_head import BoundaryHead
+from rrcli.recursion.chunk_metrics import teacher_forced_chunks
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
 from rrcli.recursion.losses import LossWeights, compute_losses, sample_windows

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from families import build, wake
 from rrcli.evaluation.decoding import decode
 from rrcli.recursion import products
-from rrcli.recursion.chunked import ChunkedDecoding
+from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
 from rrcli.recursion.products import FLOPS, linear, through_onednn, usable

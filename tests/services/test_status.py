@@ -12,7 +12,7 @@ from rich.console import Console
 from comparing import publish, results
 from rrcli import settings, ui
 from rrcli.errors import RRError
-from rrcli.files import MANIFEST, METRICS, write_json
+from rrcli.files import MANIFEST, METRICS_FILE, write_json
 from rrcli.services.status import Status, status
 
 
@@ -24,7 +24,7 @@ def checkpoint(run: Path, step: int, steps: int, **scalars: float) -> Path:
     """Make what `rr train` leaves at a step, as far as `rr status` reads it."""
     folder = run / f"step-{step:06d}"
     logged = {f"evaluation/during_training/{name}": {"value": value, "step": step} for name, value in scalars.items()}
-    write_json(folder / METRICS, {"schema": 1, "inputs": "x", "step": step, "steps": steps, "scalars": logged})
+    write_json(folder / METRICS_FILE, {"schema": 1, "inputs": "x", "step": step, "steps": steps, "scalars": logged})
     recursion = {"max_steps": 2, "span": None, "cell_width": None, "chunk_width": 16, "seed": 0}
     base = {"source": "default", "fingerprint": "f"}
     write_json(folder / MANIFEST, {"schema": 1, "base": base, "weights": "own", "recursion": recursion})

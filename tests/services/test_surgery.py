@@ -43,12 +43,12 @@ def test_every_depth_is_compared_uncached_and_cached(tmp_path: Path) -> None:
 
 
 def test_a_change_is_found_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rrcli.recursion import cell
+    from rrcli.recursion.feedback_cell import FeedbackCell
 
     def nudged(self: Any, hidden: torch.Tensor, step: int) -> torch.Tensor:
         return torch.full_like(hidden, 1e-3) if step == 2 else torch.zeros_like(hidden)
 
-    monkeypatch.setattr(cell.FeedbackCell, "forward", nudged)
+    monkeypatch.setattr(FeedbackCell, "forward", nudged)
     failed = CliRunner().invoke(app, ["surgery", "--dir", str(tmp_path), "--export", "alone"])
     assert failed.exit_code == 3
     assert "at depth 2, uncached, logits differ" in failed.stderr

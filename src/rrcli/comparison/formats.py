@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 
-from rrcli.comparison.results import Cell, Comparison, Row
+from rrcli.comparison.results import Cell, Comparison, MetricRow
 
 CSV_COLUMNS = (
     *("metric", "label", "unit", "better", "stage", "depth", "value", "low", "high"),
@@ -36,14 +36,14 @@ def signed(value: float, *, percent: bool = False) -> str:
     return f"{'+' if value >= 0 else '−'}{number(abs(value), percent=percent)}"
 
 
-def row_label(row: Row) -> str:
+def row_label(row: MetricRow) -> str:
     """Return a metric's name, unit, and the direction that is better."""
     arrow = {"lower": " ↓", "higher": " ↑"}.get(row.metric.better, "")
     unit = f", {row.metric.unit}" if row.metric.unit else ""
     return f"{row.metric.label}{unit}{arrow}"
 
 
-def value_lines(cell: Cell, row: Row, *, wide: bool = True) -> list[str]:
+def value_lines(cell: Cell, row: MetricRow, *, wide: bool = True) -> list[str]:
     """Return a cell's value and, where no difference follows, its interval."""
     if cell.value is None:
         return ["-"]
@@ -54,7 +54,7 @@ def value_lines(cell: Cell, row: Row, *, wide: bool = True) -> list[str]:
     return [value, _interval(number(cell.low, percent=percent), number(cell.high, percent=percent), wide)]
 
 
-def difference_lines(cell: Cell, row: Row, *, wide: bool = True) -> list[str]:
+def difference_lines(cell: Cell, row: MetricRow, *, wide: bool = True) -> list[str]:
     """Return a cell's difference to the first stage with its interval, and the verdict."""
     if cell.verdict == "same" or cell.difference is None:
         return [cell.verdict] if cell.verdict else []
@@ -75,7 +75,7 @@ def _interval(low: str, high: str, wide: bool) -> str:
     return f"[{low},{high}]" if fits else f"[{low},\n{high}]"
 
 
-def depth_line(depths: list[float | None], row: Row, *, wide: bool = True) -> str:
+def depth_line(depths: list[float | None], row: MetricRow, *, wide: bool = True) -> str:
     """Return a stage's values at depth 0, 1, ... in one line, where it has more than one."""
     if len(depths) < 2:
         return ""
@@ -84,7 +84,7 @@ def depth_line(depths: list[float | None], row: Row, *, wide: bool = True) -> st
     return line if wide or len(line) <= NARROW_WIDTH else "\n".join(values)
 
 
-def depth_label(row: Row) -> str:
+def depth_label(row: MetricRow) -> str:
     """Return the label of a line of depths."""
     indent = " " * (len(row.metric.label) - len(row.metric.label.lstrip()))
     return f"{indent}  by depth"

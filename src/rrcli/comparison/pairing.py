@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rrcli.comparison.results import Cell, Claim, Results, Row
+from rrcli.comparison.results import Cell, Claim, MetricRow, Results
 from rrcli.evaluation import stats
 from rrcli.evaluation.metrics import METRICS, Metric, document_totals, from_ratio, stability_label, task_labels
 
@@ -109,7 +109,7 @@ def direction(metric: Metric, difference: float) -> str:
     return "better" if (difference < 0) == (metric.better == "lower") else "worse"
 
 
-def correct(rows: list[Row], claims: list[Claim], results: list[Results], alpha: float) -> None:
+def correct(rows: list[MetricRow], claims: list[Claim], results: list[Results], alpha: float) -> None:
     """Adjust all p-values together (Holm), and call noise what does not survive or whose interval holds zero.
 
     A claim against the first stage is a cell of the table and shares its value; other claims join the family. Records

@@ -21,7 +21,7 @@ REACHING = ("max_length", "stride", "max_new_tokens", "chat_template", "num_fews
 # What may change the last digits of what is measured.
 ROUNDING_CAUSES = ("dtype", "device", "hardware", "machine", "versions")
 
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Part:
 
     name: str
     noun: str
-    said: Callable[[Row], list[Any]]
+    said: Callable[[Record], list[Any]]
 
 
 PARTS = (

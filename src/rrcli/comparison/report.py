@@ -15,7 +15,7 @@ from typing import Any
 
 from rrcli.comparison import formats
 from rrcli.comparison.curves import Curves, read_curves
-from rrcli.comparison.results import Cell, Comparison, Results, Row, generations_of
+from rrcli.comparison.results import Cell, Comparison, MetricRow, Results, generations_of
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.metrics import METRICS
 from rrcli.evaluation.stats import wilson
@@ -95,7 +95,7 @@ def render(comparison: Comparison, logs: Path) -> str:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def _table_row(row: Row, stages: Sequence[str]) -> dict[str, Any]:
+def _table_row(row: MetricRow, stages: Sequence[str]) -> dict[str, Any]:
     cells = [{"stage": stage} | _table_cell(cell, row) for stage, cell in zip(stages, row.cells, strict=True)]
     for cell, depths in zip(cells, row.depths or [[]] * len(cells), strict=True):
         cell["depths"] = formats.depth_line(depths, row)
@@ -103,7 +103,7 @@ def _table_row(row: Row, stages: Sequence[str]) -> dict[str, Any]:
     return {"name": row.name, "label": label.strip(), "indented": label.startswith(" "), "cells": cells}
 
 
-def _table_cell(cell: Cell, row: Row) -> dict[str, Any]:
+def _table_cell(cell: Cell, row: MetricRow) -> dict[str, Any]:
     value, *interval = formats.value_lines(cell, row)
     difference = formats.difference_lines(cell, row)
     if cell.verdict:

@@ -37,7 +37,7 @@ class Cell:
 
 
 @dataclass
-class Row:
+class MetricRow:
     """One metric over all stages; `depths` has each stage's values at depth 0, 1, ..., where it was measured so."""
 
     name: str
@@ -92,7 +92,7 @@ class Comparison:
     """
 
     stages: list[str]
-    rows: list[Row]
+    rows: list[MetricRow]
     claims: list[Claim] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

@@ -21,7 +21,7 @@ from transformers import StoppingCriteria
 
 from rrcli.data.batching import batches, halving, padded
 from rrcli.errors import CheckFailed, RRError
-from rrcli.recursion.chunked import ChunkedDecoding, continues_in_blocks
+from rrcli.recursion.chunked_decoding import ChunkedDecoding, continues_in_blocks
 from rrcli.recursion.products import through_onednn
 from rrcli.upstream import cache_of, generation_cache_argument, goes_on
 

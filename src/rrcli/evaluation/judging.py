@@ -13,7 +13,7 @@ NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """How an output was judged.
 
     Attributes:
@@ -27,15 +27,15 @@ class Verdict:
     score: float
 
 
-def judge(task: Task | FileTask, problem: Problem, output: str) -> Verdict:
+def judge(task: Task | FileTask, problem: Problem, output: str) -> Judgement:
     """Judge one output, which was cut at its stop string already."""
     answer = task.extract(output)
     score = task.score(answer, problem)
     if score >= 1:
-        return Verdict(answer, True, True, score)
+        return Judgement(answer, True, True, score)
     if number(problem.answer) is not None:
         numbers = NUMBER.findall(answer)
         last = numbers[-1].replace(",", "") if numbers else ""
         if last and (flexible := task.score(last, problem)) >= 1:
-            return Verdict(last, False, True, flexible)
-    return Verdict(answer, False, False, score)
+            return Judgement(last, False, True, flexible)
+    return Judgement(answer, False, False, score)

@@ -20,8 +20,8 @@ from rrcli.errors import RRError
 from rrcli.evaluation.decoding import GREEDY
 from rrcli.heap import return_freed_memory
 from rrcli.models.costs import countable, held_bytes
-from rrcli.recursion.chunked import ChunkedDecoding
-from rrcli.recursion.chunks import ChunkTotals
+from rrcli.recursion.chunk_metrics import ChunkTotals
+from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Reporter
 from rrcli.upstream import cache_argument, cache_of, takes_cache

@@ -18,7 +18,7 @@ from rrcli.data.splits import content_hash
 from rrcli.errors import CheckFailed, RRError
 from rrcli.evaluation.samples import SampleLog
 from rrcli.recursion.calibration import reliability
-from rrcli.recursion.chunks import ChunkTotals, teacher_forced_chunks
+from rrcli.recursion.chunk_metrics import ChunkTotals, teacher_forced_chunks
 from rrcli.recursion.readout import Readout, Scores
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings

@@ -41,7 +41,7 @@ def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) ->
     recursion = getattr(model, "recursion", None)
     decoding = None
     if recursion is not None and recursion.depth:
-        from rrcli.recursion.chunked import ChunkedDecoding
+        from rrcli.recursion.chunked_decoding import ChunkedDecoding
 
         decoding = ChunkedDecoding(adaptive=True)
     sequence = model.generate(

@@ -92,13 +92,13 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
             there = _exists(kind, target, directory, load)
             steps[kind, target] = Step(kind, target, "stale" if there else "missing", f"after {waiting[0].command}")
         else:
-            steps[kind, target] = judge(kind, target, directory, load)
+            steps[kind, target] = status_of(kind, target, directory, load)
         if kind == "setup" and new_options and steps[kind, target].status == DONE:
             steps[kind, target] = Step(kind, target, "stale", "new options")
     return list(steps.values())
 
 
-def judge(kind: str, target: str, directory: Path, load: Load) -> Step:
+def status_of(kind: str, target: str, directory: Path, load: Load) -> Step:
     """Return one step with its status; what it is made from must be there."""
     if kind == "setup":
         there = (directory / SETTINGS_FILE).is_file()

@@ -13,7 +13,7 @@ from rrcli.data.prompts import prompts_file
 from rrcli.data.training_data import source_fingerprint, task_specs
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.evaluation.harness import task_files as harness_files
-from rrcli.files import METRICS, checkpoints, combine, read_json, safe_name
+from rrcli.files import METRICS_FILE, checkpoints, combine, read_json, safe_name
 from rrcli.models.loading import ModelSource, base_of, resolve
 from rrcli.settings import STAGES, CommonSettings, EvalSettings, SurgerySettings, TrainSettings
 
@@ -172,7 +172,7 @@ def model_fingerprint(source: ModelSource, directory: Path) -> str:
 
 def recorded_inputs(path: Path) -> str | None:
     """Return the inputs that a results file or a checkpoint folder was made from, or None if it is not there."""
-    file = path / METRICS if path.is_dir() else path
+    file = path / METRICS_FILE if path.is_dir() else path
     if not file.is_file():
         return None
     try:

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from rrcli.errors import RRError, UsageError
-from rrcli.files import MANIFEST, METRICS, SIDECAR, link, read_json, write_json
+from rrcli.files import MANIFEST, METRICS_FILE, SIDECAR, link, read_json, write_json
 from rrcli.models.loading import ModelSource
 
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
@@ -50,10 +50,10 @@ def fill(folder: Path, base: ModelSource, weights: list[Path], sidecar: Path) ->
     """
     copied = sum(not link(file, folder / file.name) for file in weights)
     for file in sorted(base.path.iterdir()):
-        ours = file.name in (MANIFEST, METRICS, SIDECAR)
+        ours = file.name in (MANIFEST, METRICS_FILE, SIDECAR)
         if file.is_file() and file.suffix not in WEIGHTS and not ours and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
-    for name in (SIDECAR, METRICS):
+    for name in (SIDECAR, METRICS_FILE):
         shutil.copyfile(sidecar / name, folder / name)
     write_json(folder / MANIFEST, read_json(sidecar / MANIFEST, "rr surgery") | {"weights": "own"})
     return copied

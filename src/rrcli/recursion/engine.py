@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from rrcli import upstream
 from rrcli.errors import RRError, UsageError
 from rrcli.recursion import caches
-from rrcli.recursion.cell import BoundaryHead, FeedbackCell
+from rrcli.recursion.boundary_head import BoundaryHead
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.families import find_layout, home_of
+from rrcli.recursion.feedback_cell import FeedbackCell
 from rrcli.recursion.proof import prove, self_check
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -188,16 +189,22 @@ class Recursion(nn.Module):
                 lora.remove()
 
     def passes(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        depth: int | None = None,
     ) -> Passes:
         """Run the backbone once, without a cache, and return what every pass 0..depth produced.
 
         Args:
             input_ids: `[batch, position]`; attention_mask: the same shape, 1 = a real token. position_ids: the same
                 shape; the model counts them itself if not given.
+            depth: how many passes follow pass 0; the recursion's own depth if not given.
         """
         record = Record()
-        frame = _Frame(self.depth, record=record)
+        frame = _Frame(self.depth if depth is None else depth, record=record)
         with self._forced(frame):
             told = {} if position_ids is None else {"position_ids": position_ids}
             output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **told)

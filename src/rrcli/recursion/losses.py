@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rrcli.recursion.calibration import MARGIN
-from rrcli.recursion.chunks import ChunkTotals, teacher_forced_chunks
+from rrcli.recursion.chunk_metrics import ChunkTotals, teacher_forced_chunks
 from rrcli.recursion.readout import Readout
 
 

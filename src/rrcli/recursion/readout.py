@@ -39,7 +39,7 @@ WAYS = ("tiles", "rows", "plain")
 
 
 @dataclass
-class _Rows(ModelOutput):
+class _BackboneOutput(ModelOutput):
     """A backbone's output that holds hidden states and nothing else."""
 
     last_hidden_state: Tensor | None = None
@@ -78,7 +78,14 @@ class Readout:
         self.vocabulary = self.projection.weight.shape[0]
         self.way = "tiles" if tiles.can_be_tiled(self.projection) else "rows"
 
-    def passes(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Passes:
+    def passes(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
+        *,
+        depth: int | None = None,
+    ) -> Passes:
         """Return the hidden states of every pass; a model without recursion has pass 0 only. See `Recursion.passes`.
 
         What stands behind a position has no part in it, so padding on the right needs no mask: attention is told that
@@ -87,7 +94,7 @@ class Readout:
         if attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
             attention_mask = None
         if self.recursion is not None:
-            return self.recursion.passes(input_ids, attention_mask, position_ids)
+            return self.recursion.passes(input_ids, attention_mask, position_ids, depth=depth)
         told = {} if position_ids is None else {"position_ids": position_ids}
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **told)
         hidden = output.last_hidden_state
@@ -242,7 +249,7 @@ class Readout:
         if self.recursion is not None:
             self.recursion.depth = 0
         try:
-            with shadowed(self.backbone, lambda *args, **kwargs: _Rows(last_hidden_state=hidden)):
+            with shadowed(self.backbone, lambda *args, **kwargs: _BackboneOutput(last_hidden_state=hidden)):
                 yield
         finally:
             if self.recursion is not None:

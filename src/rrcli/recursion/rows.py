@@ -169,7 +169,7 @@ class Chooser:
         """Return `[row, 1]` tokens from `[row, 1, vocabulary]` scores."""
         return scores[:, 0].softmax(-1).multinomial(1) if self.sample else scores.argmax(-1)
 
-    def judge(self, draft: Tensor, drawn_from: list[Tensor], refined: Tensor) -> tuple[Tensor, Tensor]:
+    def accept(self, draft: Tensor, drawn_from: list[Tensor], refined: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many drafted tokens of each row are accepted, and what stands in place of the next, both `[row]`.
 
         Args:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rrcli.errors import CheckFailed
-from rrcli.recursion.chunked import ChunkedDecoding
+from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import Recursion, attach
 from rrcli.recursion.proof import self_check

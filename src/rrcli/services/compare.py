@@ -8,7 +8,7 @@ from pathlib import Path
 from rrcli.comparison import gates, pairing, sentences
 from rrcli.comparison.preservation import Preservation, hold
 from rrcli.comparison.report import check_report_path
-from rrcli.comparison.results import Cell, Comparison, Generation, Results, Row, generations_of
+from rrcli.comparison.results import Cell, Comparison, Generation, MetricRow, Results, generations_of
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.evaluation.metrics import Metric
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
@@ -82,7 +82,7 @@ def _preserved(stages: dict[str, Results], workspace: Workspace) -> Preservation
     return found if found.broken else None
 
 
-def _withdraw(rows: list[Row], results: list[Results]) -> None:
+def _withdraw(rows: list[MetricRow], results: list[Results]) -> None:
     """Take back what the table says about recursion."""
     for row in rows:
         for cell, result in zip(row.cells, results, strict=True):
@@ -108,13 +108,13 @@ def _read(workspace: Workspace, name: str) -> Results:
     return results
 
 
-def _rows(labels: list[str], results: list[Results]) -> tuple[list[Row], list[str]]:
+def _rows(labels: list[str], results: list[Results]) -> tuple[list[MetricRow], list[str]]:
     """Return the tested and the cost rows, and what is to be said about how the stages were measured and paired."""
     rows, pairs = [], {}
     for name, metric in pairing.tested_metrics(results).items():
         row, pairs[name] = pairing.cells(name, metric, results)
         if any(cell.value is not None for cell in row):
-            rows.append(Row(name, metric, row, _depths(name, results)))
+            rows.append(MetricRow(name, metric, row, _depths(name, results)))
     warnings = sentences.samples(labels, results)
     for number, (label, result) in enumerate(zip(labels, results, strict=True)):
         if number:
@@ -131,12 +131,12 @@ def _depths(name: str, results: list[Results]) -> list[list[float | None]]:
     return values if max(map(len, values)) > 1 else []
 
 
-def _training_rows(results: list[Results]) -> list[Row]:
+def _training_rows(results: list[Results]) -> list[MetricRow]:
     rows = []
     for key, label, unit, scale in TRAINING_ROWS:
         cells = [Cell(value=r["training"][key] / scale if r.get("training") else None) for r in results]
         if any(cell.value is not None for cell in cells):
-            rows.append(Row(f"training_{key}", Metric(label, unit, "", "cost"), cells))
+            rows.append(MetricRow(f"training_{key}", Metric(label, unit, "", "cost"), cells))
     return rows
 
 

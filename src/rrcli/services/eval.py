@@ -26,7 +26,7 @@ from rrcli.experiment.workspace import (
     model_fingerprint,
     provenance,
 )
-from rrcli.files import METRICS, SCHEMA, combine, finite, make_folder, read_json, write_json
+from rrcli.files import METRICS_FILE, SCHEMA, combine, finite, make_folder, read_json, write_json
 from rrcli.models.loading import ModelSource, base_of, load_for
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings, SurgerySettings, load
@@ -257,6 +257,6 @@ def _add_relevance(measured: dict[str, Any], baseline: tuple[Any, Any], reporter
 
 def _training(source: ModelSource) -> dict[str, Any] | None:
     """Return what the training behind a checkpoint cost, if there was one."""
-    if source.manifest is None or not (source.path / METRICS).is_file():
+    if source.manifest is None or not (source.path / METRICS_FILE).is_file():
         return None
-    return read_json(source.path / METRICS, "rr train").get("training")
+    return read_json(source.path / METRICS_FILE, "rr train").get("training")

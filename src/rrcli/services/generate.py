@@ -132,7 +132,7 @@ def _depth(settings: GenerateSettings, recursion: Any, stage: str) -> int:
 def _decoding(settings: GenerateSettings, recursion: Any, stream: _Stream) -> Any:
     if recursion is None or recursion.depth == 0:
         return None
-    from rrcli.recursion.chunked import ChunkedDecoding
+    from rrcli.recursion.chunked_decoding import ChunkedDecoding
 
     decoding = ChunkedDecoding(settings.chunk_width or None, streamer=stream)
     stream.traces = decoding

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rrcli.comparison.preservation import hold, require
-from rrcli.experiment.planning import DONE, Load, Step, judge, plan
+from rrcli.experiment.planning import DONE, Load, Step, plan, status_of
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import read_json
 from rrcli.reporting import Reporter
@@ -27,7 +27,7 @@ def run(
     planned = plan(directory, load, new_options=new_options)
     for number, step in enumerate(planned, start=1):
         # Judged again: what came before may have changed what this one is made from.
-        now = step if step.kind == "setup" else judge(step.kind, step.target, directory, load)
+        now = step if step.kind == "setup" else status_of(step.kind, step.target, directory, load)
         if now.status == DONE:
             reporter.note(f"[{number}/{len(planned)}] {now.command}: done already")
         else:

@@ -10,7 +10,7 @@ from typing import Any
 from rrcli.errors import RRError
 from rrcli.experiment.planning import DONE, Load, Step, plan
 from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, TRAINED, Workspace
-from rrcli.files import METRICS, checkpoints, read_json, step_of
+from rrcli.files import METRICS_FILE, checkpoints, read_json, step_of
 from rrcli.settings import STAGES, CommonSettings
 
 SHOWN = ("perplexity", "token_accuracy", "reasoning_accuracy")
@@ -101,7 +101,7 @@ def _checkpoints(folder: Path) -> dict[str, Any]:
     if not found:
         return {}
     last = found[-1]
-    about = _read(last / METRICS)
+    about = _read(last / METRICS_FILE)
     scalars = about.get("scalars", {})
     tags = {name: scalars.get(f"evaluation/during_training/{name}", {}).get("value") for name in SHOWN}
     return {

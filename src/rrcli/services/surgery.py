@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrcli.errors import CheckFailed, RRError
 from rrcli.experiment.workspace import Workspace, surgery_inputs
-from rrcli.files import METRICS, SCHEMA, publish_folder, sha256, sweep, write_json
+from rrcli.files import METRICS_FILE, SCHEMA, publish_folder, sha256, sweep, write_json
 from rrcli.models.export import check_target, fill
 from rrcli.models.inspection import inspect_weights
 from rrcli.models.loading import ModelSource, load_for, load_tokenizer, save_folder
@@ -106,7 +106,7 @@ def surgery(
             target = stack.enter_context(publish_folder(folder, overwrite=overwrite))
             save_folder(target, model, tokenizer, base, base_fingerprint, own_weights=False, hashes=hashes)
             inputs = surgery_inputs(settings, base_fingerprint)
-            write_json(target / METRICS, {"schema": SCHEMA, "inputs": inputs, "verified_depths": depths})
+            write_json(target / METRICS_FILE, {"schema": SCHEMA, "inputs": inputs, "verified_depths": depths})
             written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
             if export is not None:
                 alone = stack.enter_context(publish_folder(export, overwrite=overwrite))

@@ -27,7 +27,7 @@ from rrcli.experiment.workspace import (
     train_inputs,
 )
 from rrcli.files import (
-    METRICS,
+    METRICS_FILE,
     TRAINER_STATE,
     checkpoints,
     combine,
@@ -266,7 +266,7 @@ def _spent_flops(workspace: Workspace, run: str) -> float:
     found = checkpoints(workspace.run_folder(run))
     if not found:
         raise RRError(f"--match-flops: the run '{run}' has no checkpoint", "Train it first.")
-    return read_json(found[-1] / METRICS, MAKERS.get(run, "rr train"))["training"]["flops"]
+    return read_json(found[-1] / METRICS_FILE, MAKERS.get(run, "rr train"))["training"]["flops"]
 
 
 # -- saving and resuming -----------------------------------------------------------------------------------------------
@@ -305,9 +305,9 @@ def _save(
         if step_of(old) != best_step:
             remove_folder(old)
     for other in checkpoints(folder):
-        metrics = read_json(other / METRICS, "rr train")
+        metrics = read_json(other / METRICS_FILE, "rr train")
         if metrics.get("best") and step_of(other) != best_step:
-            write_json(other / METRICS, metrics | {"best": False})
+            write_json(other / METRICS_FILE, metrics | {"best": False})
 
 
 def _resume(trainer: Trainer, checkpoint: Path, made_by: str) -> None:

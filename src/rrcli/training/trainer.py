@@ -30,7 +30,7 @@ from rrcli.data.training_data import TrainingData
 from rrcli.errors import Interrupted, RRError
 from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import EvalData
-from rrcli.recursion.chunks import ChunkTotals
+from rrcli.recursion.chunk_metrics import ChunkTotals
 from rrcli.recursion.losses import LossTerms, LossWeights, compute_losses, sample_windows
 from rrcli.recursion.products import FLOPS, through_onednn
 from rrcli.recursion.readout import Readout

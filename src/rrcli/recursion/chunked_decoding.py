@@ -34,7 +34,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from rrcli import upstream
 from rrcli.errors import UsageError
 from rrcli.recursion import caches
-from rrcli.recursion.chunks import COMMIT_THRESHOLD, ChunkTotals
+from rrcli.recursion.chunk_metrics import COMMIT_THRESHOLD, ChunkTotals
 from rrcli.recursion.engine import Record
 from rrcli.recursion.products import through_onednn
 from rrcli.recursion.proof import LOW_PRECISION, TOLERANCE
@@ -173,7 +173,7 @@ class ChunkedDecoding:
             logits, passes = self._refine_until_content(rows, chunk)
         accepted, last = torch.full_like(draft[:, 0], draft.shape[1]), draft[:, -1]
         if logits is not None:
-            accepted, last = chooser.judge(draft, drawn_from, chooser.scores(logits, draft))
+            accepted, last = chooser.accept(draft, drawn_from, chooser.scores(logits, draft))
         counts = (accepted + 1).clamp_max(draft.shape[1])
         if recurs or rows.pending is not None or not caches.is_alignable(cache):
             counts = counts.min().expand_as(counts)

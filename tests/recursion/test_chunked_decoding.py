@@ -10,7 +10,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, T
 from families import build, cache_name, tokens, wake
 from rrcli import ChunkedDecoding, RecursionConfig, attach, upstream
 from rrcli.errors import UsageError
-from rrcli.recursion.chunked import continues_in_blocks
+from rrcli.recursion.chunked_decoding import continues_in_blocks
 
 # Dense, grouped and biased attention, sliding windows, latent attention, mixtures, convolutions, recurrent states.
 FAMILIES = (

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rrcli.recursion.chunks import COMMIT_THRESHOLD, ChunkTotals, teacher_forced_chunks
+from rrcli.recursion.chunk_metrics import COMMIT_THRESHOLD, ChunkTotals, teacher_forced_chunks
 
 COUNTS = ("chunks", "positions", "whole", "committed", "stable", "wrong", "fixed", "right", "broken")
 

@@ -1,4 +1,4 @@
-"""The modules that a recursion adds to a model: the feedback cell and the boundary head.
+"""The feedback cell: what a recursion adds to the span's input before each pass after pass 0.
 
 parameter        shape                 init
 norm.weight      [hidden]              ones
@@ -6,8 +6,6 @@ w_in.weight      [width, hidden]       normal, std 1/sqrt(hidden)
 step.weight      [max_steps, width]    normal, std 0.02
 w_out.weight     [hidden, width]       ZERO, and the only thing that is: a zero gate times a zero projection
                                        would have no gradient
-head.norm        [hidden]              ones
-head.score       [1, hidden] + [1]     normal, std 0.02/sqrt(hidden); bias logit(0.05): start by going on
 """
 
 from __future__ import annotations
@@ -17,8 +15,6 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-INITIAL_COMMIT_PROBABILITY = 0.05
 
 
 class FeedbackCell(nn.Module):
@@ -41,19 +37,3 @@ class FeedbackCell(nn.Module):
     def forward(self, hidden: Tensor, step: int) -> Tensor:
         """Return the feedback of pass `step` (1-based) from `h(step-1)`, both `[batch, position, hidden]`."""
         return self.w_out(F.silu(self.w_in(self.norm(hidden.to(self.w_in.weight.dtype))) + self.step.weight[step - 1]))
-
-
-class BoundaryHead(nn.Module):
-    """The logit of "commit here": the next pass would not lower this position's cross-entropy by more than a margin."""
-
-    def __init__(self, hidden: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(hidden, eps=1e-6)
-        self.score = nn.Linear(hidden, 1)
-        with torch.no_grad():
-            self.score.weight.normal_(std=0.02 / math.sqrt(hidden), generator=generator)
-            self.score.bias.fill_(math.log(INITIAL_COMMIT_PROBABILITY / (1 - INITIAL_COMMIT_PROBABILITY)))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return `[..., ]` logits from `[..., hidden]` span outputs of one pass."""
-        return self.score(self.norm(hidden.to(self.score.weight.dtype))).squeeze(-1)
