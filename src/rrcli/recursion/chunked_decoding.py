@@ -206,7 +206,7 @@ class ChunkedDecoding:
         draft, drawn_from = rows.tokens[:, :0], []
         ended = torch.zeros(len(rows.active), dtype=torch.bool, device=draft.device)
         doubted = ended
-        with recursion.recording(draft=True) as record:
+        with recursion.drafting() as record:
             while draft.shape[1] < width and not bool(ended.all()):
                 token = torch.cat([rows.tokens[:, -1:], draft], 1)[:, -1:]
                 logits = rows.forward(token, behind=draft.shape[1])
@@ -232,7 +232,7 @@ class ChunkedDecoding:
         if not record.entries:
             return rows.forward(chunk)
         known = torch.cat(record.entries, 1), torch.cat(record.states, 1)
-        with recursion.recording(drafted=known):
+        with recursion.refining(known):
             logits = rows.forward(chunk)
         drafted.restore(rows.cache, layers=recursion.end)
         return logits
@@ -254,7 +254,7 @@ class ChunkedDecoding:
             deepest = next((k for k in range(ran, len(rows.pending)) if rows.pending[k] != lag), len(rows.pending))
             caches.forget(rows.cache, [lag + width] * (ran + 1))
             ids = torch.cat([rows.tokens[:, rows.tokens.shape[1] - 1 - lag : -1], chunk], 1)
-            with recursion.recording(depth=deepest, enough=content) as record:
+            with recursion.refining_until(content, depth=deepest) as record:
                 logits = rows.forward(ids, behind=-lag)
             ran = len(record.states) - 1
             rows.pending = [0 if k < ran else behind for k, behind in enumerate(rows.pending)]

@@ -40,12 +40,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Record:
-    """What forwards left behind, one after the other.
+    """What the passes of one or more forwards computed, in the order in which they ran.
 
     Attributes:
         states: the span's output of every pass that was run, `[batch, position, hidden]`.
-        entries: the span's input of each forward; none where layers give more than a hidden state, which pass 0 cannot
-            be left out of.
+        entries: the span's input of each forward, `[batch, position, hidden]`. Empty where layers return more than a
+            hidden state: there the forwards cannot be refined without running pass 0 again.
         feedback: root mean square of each pass's feedback relative to the span's input.
     """
 
@@ -56,23 +56,26 @@ class Record:
 
 @dataclass
 class _Frame:
-    """One forward under way: its depth, how each layer was called, and what is being recorded.
+    """One forward that is running: its depth, how each layer was called, and what is recorded of it.
 
     Attributes:
-        partial: leave the caches of the passes that are not run as they are: they catch up in a later forward over the
-            same tokens.
-        enough: looks at h(k) before pass k + 1 is run, and may end the refining there.
-        drafted: the span's input and h(0), where pass 0 was run already; skipping: until it would have ended, holds the
-            layers up to there in place of which h(0) is given.
+        depth: how many passes follow pass 0.
+        record: where states are recorded; None if nobody asked for them.
+        prepares_caches: make the cache carry one copy for each pass up to `depth`, and no other. If not, it keeps the
+            copies that it has: passes that this forward does not run see its tokens in a later one.
+        enough: is given h(k) before pass k + 1 is run, for k >= 1; True ends the forward's passes there.
+        drafted: the span's input and h(0), where pass 0 was run in an earlier forward.
+        stubs: while set, the layers before the span's end are stubs that return h(0). Closing it puts the layers back.
+        calls: the arguments of each layer from the span's first on.
     """
 
     depth: int
-    partial: bool = False
+    record: Record | None = None
+    prepares_caches: bool = True
     enough: Callable[[Tensor], bool] | None = None
     drafted: tuple[Tensor, Tensor] | None = None
-    skipping: ExitStack | None = None
+    stubs: ExitStack | None = None
     calls: dict[int, Call] = field(default_factory=dict)
-    record: Record | None = None
 
 
 @dataclass
@@ -148,32 +151,42 @@ class Recursion(nn.Module):
             self.depth = before
 
     @contextmanager
-    def recording(
-        self,
-        *,
-        draft: bool = False,
-        depth: int | None = None,
-        enough: Callable[[Tensor], bool] | None = None,
-        drafted: tuple[Tensor, Tensor] | None = None,
-    ) -> Iterator[Record]:
-        """Record the forwards inside: h(0), h(1), ... of one after the other.
+    def drafting(self) -> Iterator[Record]:
+        """Run pass 0 alone in the forwards inside, and record them.
 
-        The caches of passes that a forward does not run stay as they are: whoever uses this looks after them.
+        The caches of the passes after pass 0 do not see these tokens; `refining` or `refining_until` adds them.
+        """
+        record = Record()
+        with self._forced(_Frame(0, record, prepares_caches=False)):
+            yield record
+
+    @contextmanager
+    def refining(self, drafted: tuple[Tensor, Tensor]) -> Iterator[Record]:
+        """Run the passes after pass 0 in the one forward inside, over tokens that were drafted, and record them.
+
+        Pass 0 is not run again: the layers before the span's end return h(0) and leave pass 0's cache alone.
 
         Args:
-            draft: run pass 0 alone.
-            depth: the passes to run at most; the recursion's own depth if not given.
-            enough: looks at h(k), `[batch, position, hidden]`, from k = 1 on; True ends the forward's refining.
-            drafted: the span's input and h(0) of the tokens of one forward, both `[batch, position, hidden]`, from
-                having drafted them: the layers up to the span's end are not run again, and leave pass 0's cache alone.
+            drafted: the span's input and h(0) of the forward's tokens, both `[batch, position, hidden]`, as `drafting`
+                recorded them.
         """
-        steps = 0 if draft else self._depth if depth is None else depth
-        partial = draft or depth is not None or enough is not None
         record = Record()
-        with ExitStack() as skipping, self._forced(_Frame(steps, partial, enough, drafted, skipping, record=record)):
-            # Layers that are skipped give h(0) as it is known; their hooks are called all the same.
-            for layer in self.layers[: self.end] if drafted is not None else ():
-                skipping.enter_context(shadowed(layer, lambda *_, **__: drafted[1]))
+        with ExitStack() as stubs, self._forced(_Frame(self._depth, record, drafted=drafted, stubs=stubs)):
+            for layer in self.layers[: self.end]:
+                stubs.enter_context(shadowed(layer, lambda *_, **__: drafted[1]))
+            yield record
+
+    @contextmanager
+    def refining_until(self, enough: Callable[[Tensor], bool], *, depth: int) -> Iterator[Record]:
+        """Run pass 0 and up to `depth` more in the forwards inside, ending each where `enough` says so; record them.
+
+        The caches of passes that are not run do not see a forward's tokens: the caller has to run them later.
+
+        Args:
+            enough: is given h(k), `[batch, position, hidden]`, for k >= 1; True means that pass k + 1 is not run.
+        """
+        record = Record()
+        with self._forced(_Frame(depth, record, prepares_caches=False, enough=enough)):
             yield record
 
     def detach(self) -> None:
@@ -204,7 +217,7 @@ class Recursion(nn.Module):
             depth: how many passes follow pass 0; the recursion's own depth if not given.
         """
         record = Record()
-        frame = _Frame(self.depth if depth is None else depth, record=record)
+        frame = _Frame(self.depth if depth is None else depth, record)
         with self._forced(frame):
             told = {} if position_ids is None else {"position_ids": position_ids}
             output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **told)
@@ -245,7 +258,7 @@ class Recursion(nn.Module):
             self._frame = None
 
     def _prepare_caches(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._frame is not None and self._frame.partial:
+        if self._frame is not None and not self._frame.prepares_caches:
             return
         depth = self._frame.depth if self._frame else 0
         for value in (*args, *kwargs.values()):
@@ -263,8 +276,8 @@ class Recursion(nn.Module):
         frame = self._frame
         if frame is None:
             return None
-        if frame.skipping is not None:
-            frame.skipping.close()
+        if frame.stubs is not None:
+            frame.stubs.close()
         span = range(self.start, self.end)
         entry = _hidden(frame.calls[self.start]) if frame.drafted is None else frame.drafted[0]
         if frame.record is not None and isinstance(output, Tensor):
