@@ -45,6 +45,27 @@ from rrcli.errors import RRError
 WATCHED = ("transformers", "peft", "accelerate", "torch", "tensorboard")
 
 
+# -- other people's objects --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def patched(target: Any, **attributes: Any) -> Iterator[None]:
+    """While it is entered, `target` has these attributes of its own, which hide those of its class.
+
+    So a module's `forward` is replaced for a while. Other packages put a `forward` on an instance too (accelerate,
+    torch.compile): what was there is put back at the end, and where nothing was, nothing is left.
+    """
+    own = vars(target)
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            own.pop(name, None)
+        own.update(before)
+
+
 # -- versions ----------------------------------------------------------------------------------------------------------
 
 
@@ -402,11 +423,8 @@ def checkpointed_with(layer: Any, around: Callable[[Callable[..., Any]], Callabl
             )
         yield
         return
-    setattr(layer, name, lambda run, *inputs, **options: checkpoint(around(run), *inputs, **options))
-    try:
+    with patched(layer, **{name: lambda run, *inputs, **options: checkpoint(around(run), *inputs, **options)}):
         yield
-    finally:
-        setattr(layer, name, checkpoint)
 
 
 # -- accelerate, torch, tensorboard ------------------------------------------------------------------------------------

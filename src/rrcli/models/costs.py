@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rrcli.errors import RRError
-from rrcli.upstream import cache_argument, cache_of, countable_experts
+from rrcli.upstream import cache_argument, cache_of, countable_experts, patched
 
 PROMPT_TOKENS = 8
 # Implementations of experts whose products are counted. On meta no shape may depend on data; that one copies the
@@ -121,7 +121,6 @@ def _twins(model: Any, layers: list[Any]) -> list[int]:
 def _run_once(layers: list[Any], twins: list[int]) -> Iterator[None]:
     """Let a layer that has an earlier twin return what the twin returned, without running."""
     outputs: dict[int, Any] = {}
-    hooks = []
 
     def keep(index: int, _: Any, __: Any, output: Any) -> None:
         outputs[index] = output
@@ -129,19 +128,14 @@ def _run_once(layers: list[Any], twins: list[int]) -> Iterator[None]:
     def repeat(twin: int, *_: Any, **__: Any) -> Any:
         return outputs[twin]
 
-    for index, twin in enumerate(twins):
-        if index == twin:
-            hooks.append(layers[index].register_forward_hook(functools.partial(keep, index)))
-        else:
-            layers[index].forward = functools.partial(repeat, twin)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as patches:
         for index, twin in enumerate(twins):
-            if index != twin:
-                del layers[index].forward
+            if index == twin:
+                hook = layers[index].register_forward_hook(functools.partial(keep, index))
+                patches.callback(hook.remove)
+            else:
+                patches.enter_context(patched(layers[index], forward=functools.partial(repeat, twin)))
+        yield
 
 
 @contextmanager

@@ -173,7 +173,7 @@ class Recursion(nn.Module):
         record = Record()
         with ExitStack() as stubs, self._forced(_Frame(self._depth, record, drafted=drafted, stubs=stubs)):
             for layer in self.layers[: self.end]:
-                stubs.enter_context(shadowed(layer, lambda *_, **__: drafted[1]))
+                stubs.enter_context(upstream.patched(layer, forward=lambda *_, **__: drafted[1]))
             yield record
 
     @contextmanager
@@ -351,21 +351,6 @@ def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
                 raise
             raise RRError(f"'{model.config.model_type}' models cannot be supported: {error}") from error
     return recursion
-
-
-@contextmanager
-def shadowed(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module do something else for a while."""
-    # An instance attribute shadows the class's forward; accelerate puts one there too, so keep what was there.
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 def _hidden(call: Call) -> Tensor:

@@ -12,14 +12,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rrcli.upstream import onednn_operator, onednn_product
+from rrcli.upstream import onednn_operator, onednn_product, patched
 
 # One row is bound by reading the weights, and any library is as good.
 FEWEST_ROWS = 2
@@ -35,13 +35,10 @@ def through_onednn(model: nn.Module) -> Iterator[None]:
     """
     parts = [part for part in (model, getattr(model, "recursion", None)) if part is not None]
     layers = [layer for part in parts for layer in part.modules() if _gains(layer)] if usable() else []
-    for layer in layers:
-        layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
+    with ExitStack() as patches:
         for layer in layers:
-            del layer.forward
+            patches.enter_context(patched(layer, forward=functools.partial(_forward, layer)))
+        yield
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -26,10 +26,10 @@ from transformers.utils import ModelOutput
 
 from rrcli.errors import RRError
 from rrcli.recursion import tiles
-from rrcli.recursion.engine import Passes, shadowed
+from rrcli.recursion.engine import Passes
 from rrcli.recursion.families import find_layout
 from rrcli.recursion.products import through_onednn
-from rrcli.upstream import attention_is_eager
+from rrcli.upstream import attention_is_eager, patched
 
 # Logits that exist at a time, in elements: 64 MiB in fp32.
 LOGITS_AT_A_TIME = 2**24
@@ -107,7 +107,7 @@ class Readout:
             return self.model(input_ids=ids, use_cache=False).logits[0]
 
     def _logits_by(self, rows: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
-        with shadowed(self.projection, projection):
+        with patched(self.projection, forward=projection):
             return self.logits(rows)
 
     def token_losses(self, rows: Tensor, targets: Tensor, *, predict: bool = True) -> tuple[Tensor, Tensor]:
@@ -249,7 +249,7 @@ class Readout:
         if self.recursion is not None:
             self.recursion.depth = 0
         try:
-            with shadowed(self.backbone, lambda *args, **kwargs: _BackboneOutput(last_hidden_state=hidden)):
+            with patched(self.backbone, forward=lambda *args, **kwargs: _BackboneOutput(last_hidden_state=hidden)):
                 yield
         finally:
             if self.recursion is not None:

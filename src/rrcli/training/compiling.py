@@ -16,7 +16,7 @@ from rrcli.upstream import has_cpp_compiler
 
 
 def compile_layers(model: Any) -> None:
-    """Let every decoder layer compile itself when it first runs.
+    """Let every decoder layer compile itself when it first runs, and stay so for the rest of the model's life.
 
     Raises:
         RRError: the model is on a CPU and there is no C++ compiler.
