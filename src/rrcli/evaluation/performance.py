@@ -22,9 +22,10 @@ from rrcli.heap import return_freed_memory
 from rrcli.models.costs import countable, held_bytes
 from rrcli.recursion.chunk_metrics import ChunkTotals
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
+from rrcli.recursion.probing import in_pieces
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Reporter
-from rrcli.upstream import cache_argument, cache_of, takes_cache
+from rrcli.upstream import cache_of, takes_cache
 
 PREFILL_TOKENS = 128
 DECODE_TOKENS = 32
@@ -147,12 +148,13 @@ def cache_bytes_per_token(model: Any, ids: torch.Tensor) -> int:
     Raises:
         RRError: the model returns no cache.
     """
-    cache = cache_of(model(input_ids=ids[:, :-1], use_cache=True))
-    if cache is None:
-        raise RRError(f"this '{model.config.model_type}' model returns no cache, so decoding cannot be measured")
-    before = held_bytes(cache, set())
-    after = cache_of(model(input_ids=ids[:, -1:], use_cache=True, **{cache_argument(model): cache}))
-    return held_bytes(after, set()) - before
+    held = []
+    for output in in_pieces(model, ids, [ids.shape[1] - 1, 1]):
+        cache = cache_of(output)
+        if cache is None:
+            raise RRError(f"this '{model.config.model_type}' model returns no cache, so decoding cannot be measured")
+        held.append(held_bytes(cache, set()))
+    return held[1] - held[0]
 
 
 def reset_peak_resident() -> None:

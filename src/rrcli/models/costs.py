@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from rrcli.errors import RRError
-from rrcli.upstream import cache_argument, cache_of, countable_experts, patched
+from rrcli.recursion.probing import in_pieces
+from rrcli.upstream import cache_of, countable_experts, patched
 
 PROMPT_TOKENS = 8
 # Implementations of experts whose products are counted. On meta no shape may depend on data; that one copies the
@@ -60,18 +61,19 @@ def measure(model: Any) -> Costs:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    recursion, name = model.recursion, cache_argument(model)
+    recursion = model.recursion
     layers, span = recursion.layers, range(recursion.start, recursion.end)
     twins = _twins(model, layers)
     ids = (torch.arange(PROMPT_TOKENS + 1, device=model.device)[None] * 37 + 11) % _vocabulary(model)
     counter = FlopCounterMode(display=False)
     with recursion.at_depth(0), countable(model), _run_once(layers, twins):
-        cache = cache_of(model(input_ids=ids[:, :-1], use_cache=True))
+        outputs = in_pieces(model, ids, [PROMPT_TOKENS, 1])
+        cache = cache_of(next(outputs))
         if cache is None:
             raise RRError("the model returns no cache")
         before = _sizes(cache, twins)
         with _marks(layers, counter) as layer_flops, counter:
-            cache = cache_of(model(input_ids=ids[:, -1:], use_cache=True, **{name: cache}))
+            cache = cache_of(next(outputs))
         after = _sizes(cache, twins)
     growth = [new - old for old, new in zip(before, after, strict=True)]
     constant = [new - rate * ids.shape[1] for new, rate in zip(after, growth, strict=True)]

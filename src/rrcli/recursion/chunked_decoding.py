@@ -22,7 +22,6 @@ of them commits, whereas otherwise every row goes its own way.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +35,7 @@ from rrcli.errors import UsageError
 from rrcli.recursion import caches
 from rrcli.recursion.chunk_metrics import COMMIT_THRESHOLD, ChunkTotals
 from rrcli.recursion.engine import Record
+from rrcli.recursion.probing import in_pieces
 from rrcli.recursion.products import through_onednn
 from rrcli.recursion.proof import LOW_PRECISION, TOLERANCE
 from rrcli.recursion.rows import Chooser, Rows
@@ -342,20 +342,12 @@ def continues_in_blocks(recursion: Any) -> bool:
 def _block_is_its_tokens(model: Any) -> bool:
     if not upstream.takes_cache(model):
         return False
-    name = upstream.cache_argument(model)
     ids = torch.arange(7, device=model.device)[None] * 37 % model.get_input_embeddings().num_embeddings
-    rows = []
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    found = []
     for pieces in ([3], [1] * 3):
         cache = upstream.DynamicCache(config=model.config.get_text_config(decoder=True))
-        model(input_ids=ids[:, :4], use_cache=True, **{name: cache})
-        parts, seen = [], 4
-        for piece in pieces:
-            options = {name: cache, "use_cache": True}
-            if takes_positions:
-                options["position_ids"] = torch.arange(seen, seen + piece, device=ids.device)[None]
-            parts.append(model(input_ids=ids[:, seen : seen + piece], **options).logits)
-            seen += piece
-        rows.append(torch.cat(parts, 1).float())
+        _, *outputs = in_pieces(model, ids, [4, *pieces], cache=cache, told=("position_ids",))
+        found.append(torch.cat([output.logits for output in outputs], 1).float())
+    together, alone = found
     limit = TOLERANCE.get(model.dtype, LOW_PRECISION)
-    return bool((rows[0] - rows[1]).abs().max() <= limit * rows[1].abs().max())
+    return bool((together - alone).abs().max() <= limit * alone.abs().max())

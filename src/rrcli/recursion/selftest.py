@@ -19,8 +19,9 @@ from rrcli.errors import CheckFailed
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import Recursion, attach
+from rrcli.recursion.probing import in_pieces
 from rrcli.recursion.proof import self_check
-from rrcli.upstream import cache_argument, cache_of
+from rrcli.upstream import cache_of
 
 WIDTH, LAYERS, VOCABULARY = 32, 3, 97
 PROMPT, NEW = 7, 16
@@ -89,12 +90,10 @@ def _written(model: Any, ids: Tensor, mask: Tensor, decoding: Any = None) -> Ten
 
 def _cached_differs(model: Any, ids: Tensor) -> float:
     """Return how far logits by a cache, token by token, are from those without, relative to the largest."""
-    plain, parts, past = model(input_ids=ids, use_cache=False).logits, [], {}
-    for token in ids.split(1, 1):
-        output = model(input_ids=token, use_cache=True, **past)
-        cache = cache_of(output)
-        if cache is None:
+    parts = []
+    for output in in_pieces(model, ids, [1] * ids.shape[1]):
+        if cache_of(output) is None:
             raise CheckFailed("the model returns no cache, or one that is not known as a cache", HINT)
-        past = {cache_argument(model): cache}
         parts.append(output.logits)
+    plain = model(input_ids=ids, use_cache=False).logits
     return float((torch.cat(parts, 1) - plain).abs().max() / plain.abs().max())
