@@ -11,8 +11,9 @@ import rrcli
 from rrcli.errors import RRError
 from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import EvalData, held_out_data
-from rrcli.evaluation.perplexity import rolling_windows, score_documents
+from rrcli.evaluation.perplexity import score_documents
 from rrcli.evaluation.samples import SampleLog
+from rrcli.evaluation.windows import rolling_windows
 from rrcli.reporting import Silent
 from rrcli.settings import EvalSettings
 

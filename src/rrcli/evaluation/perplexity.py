@@ -5,57 +5,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rrcli.data.batching import affordable, batches, context_length, halving, padded
-from rrcli.data.rendering import start_token
+from rrcli.data.batching import affordable, batches, halving, padded
 from rrcli.data.splits import content_hash
 from rrcli.errors import CheckFailed, RRError
 from rrcli.evaluation.samples import SampleLog
+from rrcli.evaluation.windows import Window, windows_of
 from rrcli.recursion.calibration import reliability
 from rrcli.recursion.chunk_metrics import ChunkTotals, teacher_forced_chunks
 from rrcli.recursion.readout import Readout, Scores
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
 
-DEFAULT_WINDOW = 1024
 # The name of this part of an evaluation in its log.
 PART = "documents"
-
-
-def rolling_windows(tokens: list[int], prefix: int, length: int, stride: int) -> list[tuple[list[int], int]]:
-    """Cut a document into windows so that every token is scored exactly once.
-
-    The first window scores up to `length` tokens from the prefix token on; each later one moves on by `stride` tokens,
-    scores those, and sees the `length - stride` before them. The last one reaches back to a full window. These are the
-    windows of lm-eval's `loglikelihood_rolling` when `stride == length`.
-
-    Returns:
-        (input ids, how many of the last positions are scored) for each window.
-    """
-    stream = [prefix, *tokens]
-    first = min(length, len(tokens))
-    windows = [(stream[:first], first)]
-    done = first
-    while done < len(tokens):
-        scored = min(stride, len(tokens) - done)
-        done += scored
-        windows.append((stream[max(0, done - length) : done], scored))
-    return windows
-
-
-@dataclass(frozen=True)
-class _Window:
-    """A row of a batch: what it sees, and which tokens of which document its last positions are scored on."""
-
-    ids: list[int]
-    targets: list[int]
-    document: int
 
 
 def score_documents(
@@ -78,7 +47,7 @@ def score_documents(
     empty = [f"{number + 1} ({documents[number][:40]!r})" for number, ids in enumerate(encoded) if not ids]
     if empty:
         reporter.warn(f"left out, without a single token: document {', '.join(empty)}")
-    windows = _windows(model, tokenizer, encoded, settings)
+    windows = windows_of(model, tokenizer, encoded, settings=settings)
     entries = log.done(PART)
     done = sum(len(entry["windows"]) for entry in entries)
     readout = Readout(model)
@@ -101,24 +70,8 @@ def score_documents(
     return _records(documents, encoded, entries), _chunk_totals(entries)
 
 
-def _windows(model: Any, tokenizer: Any, encoded: list[list[int]], settings: EvalSettings) -> list[_Window]:
-    """Return the windows of all documents, the longest first."""
-    prefix = start_token(tokenizer)
-    if prefix is None:
-        prefix = next((ids[0] for ids in encoded if ids), 0)
-    length = settings.max_length or min(DEFAULT_WINDOW, context_length(model))
-    stride = min(settings.stride or length, length)
-    windows = []
-    for number, ids in enumerate(encoded):
-        begin = 0
-        for window, scored in rolling_windows(ids, prefix, length, stride) if ids else ():
-            windows.append(_Window(window, ids[begin : begin + scored], number))
-            begin += scored
-    return sorted(windows, key=lambda window: -len(window.ids))
-
-
 def _budget(
-    readout: Readout, windows: list[_Window], settings: EvalSettings, entries: list[dict[str, Any]], reporter: Reporter
+    readout: Readout, windows: list[Window], settings: EvalSettings, entries: list[dict[str, Any]], reporter: Reporter
 ) -> int:
     """Check the first batch against the model's plain forward, and return the tokens of a batch that memory allows."""
     first = next(batches(windows, settings.batch_tokens, lambda window: len(window.ids)))
@@ -130,7 +83,7 @@ def _budget(
     return affordable(readout.model, settings.batch_tokens, readout.bytes_per_token(len(first[0].ids)), reporter)
 
 
-def _score(readout: Readout, batch: list[_Window]) -> dict[str, Any]:
+def _score(readout: Readout, batch: list[Window]) -> dict[str, Any]:
     """Score one batch: for each window its document and number of tokens, and per depth its nats and its hits."""
     ids, mask = padded([window.ids for window in batch], readout.model.device)
     scored = torch.zeros_like(mask, dtype=torch.bool)
@@ -148,7 +101,7 @@ def _score(readout: Readout, batch: list[_Window]) -> dict[str, Any]:
     }
 
 
-def _too_large(window: _Window) -> RRError:
+def _too_large(window: Window) -> RRError:
     return RRError(
         f"the device is out of memory for a single row of {len(window.ids)} tokens",
         "Take a shorter --max-length, or --device cpu.",
