@@ -44,8 +44,12 @@ def default():
 
 
 def scored(default, *, texts=TEXTS, settings=SETTINGS, log=None, reporter=None):
+    recursion = getattr(default[0], "recursion", None)
+    depth = 0 if recursion is None else recursion.depth
     with torch.no_grad():
-        records, chunks = score_documents(*default, texts, settings, reporter or Silent(), log or SampleLog())
+        records, chunks = score_documents(
+            *default, texts, depth=depth, settings=settings, reporter=reporter or Silent(), log=log
+        )
     return json.dumps(records), chunks
 
 
@@ -53,11 +57,11 @@ def count_batches(monkeypatch, fail_after=None):
     """Return a list that grows by the rows of every forward; optionally raise at one."""
     rows, score = [], Readout.score
 
-    def counted(self, ids, mask, where, targets):
+    def counted(self, ids, mask, where, targets, **options):
         rows.append(len(ids))
         if fail_after is not None and len(rows) > fail_after:
             raise KeyboardInterrupt
-        return score(self, ids, mask, where, targets)
+        return score(self, ids, mask, where, targets, **options)
 
     monkeypatch.setattr(Readout, "score", counted)
     return rows
@@ -131,7 +135,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_only_that_batch(default, most, 
         shapes.append(tuple(input_ids.shape))
         return forward(*args, input_ids=input_ids, **kwargs)
 
-    monkeypatch.setattr(Readout, "choose_way", lambda *_: None)
+    monkeypatch.setattr(Readout, "choose_way", lambda *_, **__: None)
     monkeypatch.setattr(default[0].model, "forward", limited)
     whole, chunks = scored(default)
     before, limit = shapes.copy(), most
@@ -238,7 +242,7 @@ def test_a_document_that_the_model_breaks_on_is_named_and_not_logged(default, wa
         lambda _, args, states: states.masked_fill((args[0] == token)[..., None], torch.nan)
     )
 
-    def choose(self, *_):
+    def choose(self, *_, **__):
         self.way = way
 
     monkeypatch.setattr(Readout, "choose_way", choose)

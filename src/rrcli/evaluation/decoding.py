@@ -22,6 +22,7 @@ from transformers import StoppingCriteria
 from rrcli.data.batching import batches, halving, padded
 from rrcli.errors import CheckFailed, RRError
 from rrcli.recursion.chunked_decoding import ChunkedDecoding, continues_in_blocks
+from rrcli.recursion.engine import at_depth
 from rrcli.recursion.products import through_onednn
 from rrcli.upstream import cache_of, generation_cache_argument, goes_on
 
@@ -51,9 +52,10 @@ def decode(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
+    *,
+    depth: int,
     new_tokens: int,
     batch_tokens: int,
-    *,
     stop: Sequence[str] = (),
     skip: int = 0,
 ) -> Iterator[list[Decoded]]:
@@ -61,6 +63,7 @@ def decode(
 
     Args:
         prompts: token ids. new_tokens: the most to generate for each.
+        depth: how many passes follow pass 0; a model without a recursion has pass 0 alone.
         batch_tokens: bounds rows x (prompt + new tokens) of a batch; where memory runs out, that batch is halved.
         stop: texts that end an answer. skip: leave out this many of the first answers: they are known already.
 
@@ -72,7 +75,7 @@ def decode(
     for batch in batches(order[skip:], batch_tokens, lambda number: len(prompts[number]) + new_tokens):
         with through_onednn(model):
             parts = halving(
-                lambda rows: _decode_batch(model, rows, new_tokens, ends),
+                lambda rows: _decode_batch(model, rows, ends, depth=depth, new_tokens=new_tokens),
                 [prompts[number] for number in batch],
                 lambda row: RRError(
                     f"memory runs out for a single prompt of {len(row)} tokens and {new_tokens} new ones",
@@ -87,7 +90,7 @@ def decode(
         yield found
 
 
-def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _Ends) -> list[list[int]]:
+def _decode_batch(model: Any, rows: list[list[int]], ends: _Ends, *, depth: int, new_tokens: int) -> list[list[int]]:
     """Return the new ids of each row, the end token included where there is one."""
     ids, mask = padded(rows, model.device, left=True)
     start, limit = ids.shape[1], ids.shape[1] + new_tokens
@@ -95,13 +98,14 @@ def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _End
         "eos_token_id": sorted(ends.tokens) or None,
         "pad_token_id": min(ends.tokens, default=0),
     }
-    if _in_chunks(model):
+    if _in_chunks(model, depth):
         chunked = ChunkedDecoding()
         stops = [StopStrings(ends.tokenizer, ends.stop, start)] if ends.stop else []
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **options,
-            stopping_criteria=stops, custom_generate=chunked,
-        )  # fmt: skip
+        with at_depth(model, depth):
+            output = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **options,
+                stopping_criteria=stops, custom_generate=chunked,
+            )  # fmt: skip
         found = [
             row[start : start + len(trace.passes)] for row, trace in zip(output.tolist(), chunked.traces, strict=True)
         ]
@@ -116,15 +120,16 @@ def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _End
     cache = None
     while present:
         watch = _Watch(ends, start, leaving)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=limit - ids.shape[1],
-            **options,
-            stopping_criteria=[watch],
-            return_dict_in_generate=True,
-            **({} if cache is None else {name: cache}),
-        )
+        with at_depth(model, depth):
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=limit - ids.shape[1],
+                **options,
+                stopping_criteria=[watch],
+                return_dict_in_generate=True,
+                **({} if cache is None else {name: cache}),
+            )
         ids = output.sequences
         # Where `generate` looks at stopping a token late (on MPS), it took that token back.
         ended = {row: end for row, end in watch.ended.items() if end <= ids.shape[1]}
@@ -144,10 +149,10 @@ def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _End
     return found
 
 
-def _in_chunks(model: Any) -> bool:
+def _in_chunks(model: Any, depth: int) -> bool:
     """Tell whether chunks give the tokens of all passes for every token, and the model can take its cache back."""
     recursion = getattr(model, "recursion", None)
-    if recursion is None or recursion.depth == 0 or model.dtype != torch.float32:
+    if recursion is None or depth == 0 or model.dtype != torch.float32:
         return False
     return continues_in_blocks(recursion)
 

@@ -22,6 +22,7 @@ from rrcli.evaluation.perplexity import score_documents
 from rrcli.evaluation.pictures import Token, draw, generate_traced
 from rrcli.evaluation.samples import SampleLog
 from rrcli.recursion.calibration import table
+from rrcli.recursion.engine import at_depth
 from rrcli.reporting import Reporter, Silent
 from rrcli.settings import EvalSettings, with_changes
 from rrcli.tracker import MetricsTracker
@@ -68,35 +69,37 @@ def evaluate_model(
     depth = _depth(model, settings)
     training = model.training
     model.eval()
-    recursion = getattr(model, "recursion", None)
-    before = recursion.depth if recursion is not None else 0
     torch.manual_seed(settings.seed)
     records: dict[str, list[dict[str, Any]]] = {}
     values: dict[str, dict[str, Any]] = {}
     pictured: list[tuple[str, list[Token]]] = []
     calibration: list[dict[str, Any]] = []
     try:
-        if recursion is not None:
-            recursion.depth = depth
         if texts and not settings.skip_perplexity:
-            records["documents"], chunks = score_documents(model, tokenizer, texts, settings, reporter, log)
+            records["documents"], chunks = score_documents(
+                model, tokenizer, texts, depth=depth, settings=settings, reporter=reporter, log=log
+            )
             values |= {name: {"value": value} for name, value in chunks.metrics().items()}
             calibration = table(chunks.reliability)
         if data.problems and not settings.skip_reasoning:
-            records["problems"] = solve_problems(model, tokenizer, data, settings, depth, reporter, log)
+            records["problems"] = solve_problems(
+                model, tokenizer, data, depth=depth, settings=settings, reporter=reporter, log=log
+            )
         if data.prompts and not settings.skip_generation:
-            records["generations"] = continue_prompts(model, tokenizer, data.prompts, settings, reporter, log)
+            records["generations"] = continue_prompts(
+                model, tokenizer, data.prompts, depth=depth, settings=settings, reporter=reporter, log=log
+            )
             if metrics_tracker is not None:
                 prompts = data.prompts[:PICTURED_PROMPTS]
-                pictured = [(p, generate_traced(model, tokenizer, p, PICTURED_TOKENS)) for p in prompts]
+                with at_depth(model, depth):
+                    pictured = [(p, generate_traced(model, tokenizer, p, PICTURED_TOKENS)) for p in prompts]
         if data.harness:
-            scores, records["harness"] = run_harness(model, tokenizer, data.harness, settings, reporter, log)
+            with at_depth(model, depth):
+                scores, records["harness"] = run_harness(model, tokenizer, data.harness, settings, reporter, log)
             values |= scores
         if texts and not settings.skip_performance:
-            values |= measure_performance(model, tokenizer, texts, reporter)
+            values |= measure_performance(model, tokenizer, texts, depth=depth, reporter=reporter)
     finally:
-        if recursion is not None:
-            recursion.depth = before
         model.train(training)
     if not records:
         raise RRError("there is nothing to evaluate", "Give documents or problems, and do not skip every part.")

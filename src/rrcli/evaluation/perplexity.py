@@ -28,9 +28,16 @@ PART = "documents"
 
 
 def score_documents(
-    model: Any, tokenizer: Any, documents: Sequence[str], settings: EvalSettings, reporter: Reporter, log: SampleLog
+    model: Any,
+    tokenizer: Any,
+    documents: Sequence[str],
+    *,
+    depth: int,
+    settings: EvalSettings,
+    reporter: Reporter,
+    log: SampleLog | None = None,
 ) -> tuple[list[dict[str, Any]], ChunkTotals]:
-    """Score every token of every document once, at every depth, and return per-document records.
+    """Score every token of every document once, at every depth up to `depth`, and return per-document records.
 
     Windows of all documents are sorted by length together and run without a cache; the head sees scored rows only.
     Log-probabilities are reduced in fp32 and summed in fp64. Batches are cut and summed in a fixed order, and each is
@@ -43,6 +50,7 @@ def score_documents(
     Raises:
         RRError: a log-probability is not finite; names the document. CheckFailed: all of them are equal.
     """
+    log = log or SampleLog()
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
     empty = [f"{number + 1} ({documents[number][:40]!r})" for number, ids in enumerate(encoded) if not ids]
     if empty:
@@ -54,9 +62,12 @@ def score_documents(
     total = sum(len(window.targets) for window in windows)
     with reporter.progress("perplexity", total, "tokens") as progress:
         progress.advance(sum(len(window.targets) for window in windows[:done]))
-        budget = _budget(readout, windows, settings, entries, reporter) if done < len(windows) else 1
+        budget = 1
+        if done < len(windows):
+            budget = _budget(readout, windows, entries, depth=depth, settings=settings, reporter=reporter)
         for batch in batches(windows[done:], budget, lambda window: len(window.ids)):
-            entry = {"batch_tokens": budget, **_joined(halving(partial(_score, readout), batch, _too_large))}
+            parts = halving(partial(_score, readout, depth=depth), batch, _too_large)
+            entry = {"batch_tokens": budget, **_joined(parts)}
             for (number, _), nll in zip(entry["windows"], entry["nll"], strict=True):
                 if not all(map(math.isfinite, nll)):
                     raise RRError(
@@ -71,26 +82,33 @@ def score_documents(
 
 
 def _budget(
-    readout: Readout, windows: list[Window], settings: EvalSettings, entries: list[dict[str, Any]], reporter: Reporter
+    readout: Readout,
+    windows: list[Window],
+    entries: list[dict[str, Any]],
+    *,
+    depth: int,
+    settings: EvalSettings,
+    reporter: Reporter,
 ) -> int:
     """Check the first batch against the model's plain forward, and return the tokens of a batch that memory allows."""
     first = next(batches(windows, settings.batch_tokens, lambda window: len(window.ids)))
-    warning = readout.choose_way(*padded([window.ids for window in first], readout.model.device))
+    warning = readout.choose_way(*padded([window.ids for window in first], readout.model.device), depth=depth)
     if warning is not None:
         reporter.warn(warning)
     if entries:  # other cuts would round otherwise
         return int(entries[0]["batch_tokens"])
-    return affordable(readout.model, settings.batch_tokens, readout.bytes_per_token(len(first[0].ids)), reporter)
+    token_bytes = readout.bytes_per_token(len(first[0].ids), depth=depth)
+    return affordable(readout.model, settings.batch_tokens, token_bytes, reporter)
 
 
-def _score(readout: Readout, batch: list[Window]) -> dict[str, Any]:
+def _score(readout: Readout, batch: list[Window], *, depth: int) -> dict[str, Any]:
     """Score one batch: for each window its document and number of tokens, and per depth its nats and its hits."""
     ids, mask = padded([window.ids for window in batch], readout.model.device)
     scored = torch.zeros_like(mask, dtype=torch.bool)
     for row, window in enumerate(batch):
         scored[row, len(window.ids) - len(window.targets) : len(window.ids)] = True
     targets = torch.tensor([token for window in batch for token in window.targets], device=ids.device)
-    scores = readout.score(ids, mask, scored, targets)
+    scores = readout.score(ids, mask, scored, targets, depth=depth)
     lengths = [len(window.targets) for window in batch]
     return {
         "windows": [[window.document, len(window.targets)] for window in batch],

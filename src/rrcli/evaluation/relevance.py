@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from rrcli.data.batching import context_length
 from rrcli.data.rendering import encode_prompt, start_token
 from rrcli.errors import RRError
+from rrcli.recursion.engine import at_depth
 from rrcli.reporting import Reporter
 
 
@@ -31,10 +31,9 @@ def relevance(model: Any, tokenizer: Any, generations: Sequence[Mapping[str, Any
     Raises:
         RRError: a log-probability is not finite.
     """
-    recursion = getattr(model, "recursion", None)
     values = []
     with (
-        recursion.at_depth(0) if recursion else nullcontext(),
+        at_depth(model, 0),
         reporter.progress("relevance", len(generations), "prompts") as progress,
     ):
         for record in generations:

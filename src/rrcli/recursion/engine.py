@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -351,6 +351,12 @@ def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
                 raise
             raise RRError(f"'{model.config.model_type}' models cannot be supported: {error}") from error
     return recursion
+
+
+def at_depth(model: Any, depth: int) -> AbstractContextManager[None]:
+    """Let a model run at a depth for a while; one without a recursion has pass 0 alone, and runs as it is."""
+    recursion = getattr(model, "recursion", None)
+    return nullcontext() if recursion is None else recursion.at_depth(depth)
 
 
 def _hidden(call: Call) -> Tensor:

@@ -14,7 +14,7 @@ Scoring text goes one of three ways, the first that gives what the model's plain
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 
 from rrcli.errors import RRError
 from rrcli.recursion import tiles
-from rrcli.recursion.engine import Passes
+from rrcli.recursion.engine import Passes, at_depth
 from rrcli.recursion.families import find_layout
 from rrcli.recursion.products import through_onednn
 from rrcli.upstream import attention_is_eager, patched
@@ -137,20 +137,33 @@ class Readout:
         return torch.cat(losses), torch.cat(predictions) if predict else targets[:0]
 
     @torch.no_grad()
-    def score(self, input_ids: Tensor, attention_mask: Tensor, scored: Tensor, targets: Tensor) -> Scores:
-        """Score chosen positions of a batch at every depth up to the current one, the way `way` says.
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        scored: Tensor,
+        targets: Tensor,
+        *,
+        depth: int | None = None,
+    ) -> Scores:
+        """Score chosen positions of a batch at every depth up to `depth`, the way `way` says.
 
         Args:
             input_ids, attention_mask: `[batch, position]`; scored: the same shape, True at n positions.
             targets: `[n]` the token that follows each of them.
+            depth: how many passes follow pass 0; the recursion's own depth if not given.
         """
+        score = self._score_plain if self.way == "plain" else self._score_apart
         with through_onednn(self.model):
-            return self._score(input_ids, attention_mask, scored, targets)
+            return score(input_ids, attention_mask, scored, targets, depth=self._depth(depth))
 
-    def _score(self, input_ids: Tensor, attention_mask: Tensor, scored: Tensor, targets: Tensor) -> Scores:
-        if self.way == "plain":
-            return self._plain(input_ids, attention_mask, scored, targets)
-        passes = self.passes(input_ids, attention_mask)
+    def _depth(self, depth: int | None) -> int:
+        if self.recursion is None:
+            return 0
+        return self.recursion.depth if depth is None else depth
+
+    def _score_apart(self, ids: Tensor, mask: Tensor, scored: Tensor, targets: Tensor, *, depth: int) -> Scores:
+        passes = self.passes(ids, mask, depth=depth)
         losses, predictions = [], []
         for hidden in passes.hidden:
             if self.way == "tiles":
@@ -162,10 +175,14 @@ class Readout:
         return Scores(torch.stack(losses), torch.stack(predictions), [state[scored] for state in passes.states])
 
     @torch.no_grad()
-    def choose_way(self, input_ids: Tensor, attention_mask: Tensor) -> str | None:
+    def choose_way(self, input_ids: Tensor, attention_mask: Tensor, *, depth: int | None = None) -> str | None:
         """Choose the first way that agrees with the model's plain forward on a batch, at every depth, up to rounding.
 
         Of a large batch, its first rows and positions are compared: enough to tell a head that is not what it seems.
+
+        Args:
+            input_ids, attention_mask: `[batch, position]`.
+            depth: the last depth that is compared; the recursion's own depth if not given.
 
         Returns:
             What to tell the user if a faster way had to be given up.
@@ -176,7 +193,7 @@ class Readout:
         height, width = CHECKED
         ids, mask = input_ids[:height, :width], attention_mask[:height, :width]
         first = self.way
-        while self.way != "plain" and not self._agrees(ids, mask):
+        while self.way != "plain" and not self._agrees(ids, mask, depth):
             self.way = WAYS[WAYS.index(self.way) + 1]
         if self.way == first:
             return None
@@ -184,7 +201,7 @@ class Readout:
         family = self.model.config.model_type
         return f"the logits of this '{family}' model differ when they are taken apart: it is scored by {slower}"
 
-    def bytes_per_token(self, length: int) -> int:
+    def bytes_per_token(self, length: int, *, depth: int | None = None) -> int:
         """Estimate what a token of a batch takes while it is scored, in bytes; rows have `length` positions.
 
         The activations of one layer, the residual stream that each pass leaves behind, a row of the attention mask and,
@@ -194,27 +211,26 @@ class Readout:
         hidden = self.model.get_input_embeddings().weight.shape[1]
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
         inner = inner if isinstance(inner, int) else max(inner)
-        kept = 0
-        if self.recursion is not None and self.recursion.depth:
-            # Every pass has its state and its readout.
-            kept = 2 * (self.recursion.depth + 1)
+        depth = self._depth(depth)
+        # Every pass has its state and its readout.
+        kept = 2 * (depth + 1) if depth else 0
         eager = attention_is_eager(config)
         scores = 3 * getattr(config, "num_attention_heads", 0) if eager else 1
         logits = 3 * self.vocabulary if self.way == "plain" else 0
         return size * (12 * hidden + 4 * inner + kept * hidden + scores * length + logits)
 
-    def _agrees(self, ids: Tensor, mask: Tensor) -> bool:
+    def _agrees(self, ids: Tensor, mask: Tensor, depth: int | None) -> bool:
         scored = mask.bool()
         # What follows the last position is not known; any token will do.
         targets = ids.roll(-1, 1)[scored]
         try:
-            found = self.score(ids, mask, scored, targets)
+            found = self.score(ids, mask, scored, targets, depth=depth)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever a family's forward makes of a head that is not the one it knows
             return False
-        for depth, (losses, predictions) in enumerate(zip(found.losses, found.predictions, strict=True)):
-            logits = self._plain_logits(ids, mask, depth)[scored].float()
+        for k, (losses, predictions) in enumerate(zip(found.losses, found.predictions, strict=True)):
+            logits = self._plain_logits(ids, mask, k)[scored].float()
             normalizer = logits.logsumexp(1)
             if not torch.isfinite(normalizer).all():
                 family = self.model.config.model_type
@@ -227,9 +243,8 @@ class Readout:
                 return False
         return True
 
-    def _plain(self, ids: Tensor, mask: Tensor, scored: Tensor, targets: Tensor) -> Scores:
-        depth = self.recursion.depth if self.recursion is not None else 0
-        states = self.recursion.passes(ids, mask).states if depth else []
+    def _score_plain(self, ids: Tensor, mask: Tensor, scored: Tensor, targets: Tensor, *, depth: int) -> Scores:
+        states = self.recursion.passes(ids, mask, depth=depth).states if depth else []
         size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
         losses, predictions = [], []
         for k in range(depth + 1):
@@ -240,20 +255,14 @@ class Readout:
         return Scores(torch.stack(losses), torch.stack(predictions), [state[scored] for state in states])
 
     def _plain_logits(self, ids: Tensor, mask: Tensor, depth: int) -> Tensor:
-        with self.recursion.at_depth(depth) if self.recursion is not None else nullcontext():
+        with at_depth(self.model, depth):
             return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
     @contextmanager
     def _backbone_returning(self, hidden: Tensor) -> Iterator[None]:
-        depth = self.recursion.depth if self.recursion is not None else 0
-        if self.recursion is not None:
-            self.recursion.depth = 0
-        try:
-            with patched(self.backbone, forward=lambda *args, **kwargs: _BackboneOutput(last_hidden_state=hidden)):
-                yield
-        finally:
-            if self.recursion is not None:
-                self.recursion.depth = depth
+        output = _BackboneOutput(last_hidden_state=hidden)
+        with at_depth(self.model, 0), patched(self.backbone, forward=lambda *_, **__: output):
+            yield
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
