@@ -1,23 +1,8 @@
-"""Draft, refine, commit: the tokens of running every pass for every token, at nearly the price of pass 0 alone.
+"""Chunked decoding as a decoding method of `generate`: the tokens of all passes, at nearly the price of pass 0 alone.
 
-    draft    pass 0 alone proposes up to `width` tokens, one by one; it ends early where the boundary head expects
-             that the token will not survive
-    refine   one forward of the other passes over the whole draft, in parallel; what pass 0 gave is kept from drafting
-    commit   the longest prefix of the draft that the last pass agrees with, plus its correction behind it; every cache
-             is taken back to there
-
-Greedy decoding commits what argmax decoding of the last pass would. Sampling accepts a drafted token x with
-probability min(1, p(x)/q(x)) and draws a rejected one from max(0, p - q), normalised, where q is pass 0 and p the last
-pass, both after the logits processors: every token is distributed as p (Leviathan et al. 2023, algorithm 1).
-
-Adaptive refining ends at the first pass with which the boundary head is content at every position of the chunk; even
-pass 0 may do. Deeper passes then have no cache for these tokens. Before a later chunk runs such a pass, the pending
-tokens go through it together with the chunk, in one forward, so that what a pass computes never depends on where chunks
-stopped.
-
-Taking back: attention and convolution states are cropped. Recurrent states cannot be, so a snapshot from before the
-draft is restored and the committed tokens run again; there the rows of a batch advance together, by what the slowest
-of them commits, whereas otherwise every row goes its own way.
+`drafting` decodes one chunk after the other. Here is what belongs to `generate`: its arguments and what it returns, how
+each token came about, and what stands in the way of chunks. A model or a cache that cannot be taken back is decoded
+token by token, with every pass.
 """
 
 from __future__ import annotations
@@ -32,9 +17,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from rrcli import upstream
 from rrcli.errors import UsageError
-from rrcli.recursion import caches
 from rrcli.recursion.chunk_metrics import COMMIT_THRESHOLD, ChunkTotals
-from rrcli.recursion.engine import Record
+from rrcli.recursion.drafting import Chunk, can_lag, commit, draft_and_refine
 from rrcli.recursion.probing import in_pieces
 from rrcli.recursion.products import through_onednn
 from rrcli.recursion.proof import LOW_PRECISION, TOLERANCE
@@ -121,18 +105,23 @@ class ChunkedDecoding:
         rows = Rows(model, input_ids, model_kwargs.get("attention_mask"), cache, stopping_criteria, self.streamer)
         chooser = Chooser(rows, logits_processor, sample=bool(generation_config.do_sample))
         first = chooser.choose(chooser.scores(rows.prefill()[:, -1:]))
-        self._note(rows, first, first, model.recursion.depth, torch.ones_like(first[:, 0]))
+        one = torch.ones_like(first[:, 0])
+        self._note(Chunk(rows.active, first, first, one, one, model.recursion.depth))
         rows.commit(first.tolist())
         if cache.is_croppable:
             cache.activate_past_recording()
-        rows.pending = [0] * model.recursion.depth if self.adaptive and _can_lag(model.recursion, cache) else None
+        rows.pending = [0] * model.recursion.depth if self.adaptive and can_lag(model.recursion, cache) else None
         width = self.width or model.recursion.config.chunk_width
         committed = width
         with through_onednn(model):
             while rows.active:
                 # Where drafts fail early, a long one is for nothing: at most twice what the last chunk committed.
                 room = rows.room(stopping_criteria.max_length, width)
-                committed = self._chunk(rows, chooser, min(width, 2 * committed, room))
+                chunk = draft_and_refine(rows, chooser, min(width, 2 * committed, room), boundary=self.boundary)
+                committed = int(chunk.commit_length.max())
+                self.totals.add(chunk.totals())
+                self._note(chunk)  # before a streamer gets the tokens: it may look at the traces
+                commit(rows, chunk)
         if self.streamer is not None:
             self.streamer.end()
         for trace, new in zip(self.traces, rows.new, strict=True):
@@ -153,133 +142,12 @@ class ChunkedDecoding:
                 if bool(criteria(row[None, :end], None)[0]):
                     break
 
-    def _chunk(self, rows: Rows, chooser: Chooser, width: int) -> int:
-        """Draft, refine and commit once for every row that goes on; return the most tokens that a row committed."""
-        cache, recurs = rows.cache, not rows.cache.is_croppable
-        before = caches.Snapshot(cache) if recurs else None
-        draft, drawn_from, content, record = self._draft(rows, chooser, width)
-        chunk = torch.cat([rows.tokens[:, -1:], draft[:, :-1]], 1)
-        passes = rows.model.recursion.depth
-        drafted = caches.Snapshot(cache, draft=True)
-        if before is not None:
-            before.restore(cache, draft=True)
-            logits = self._refine(rows, chunk, record, drafted)
-        elif rows.pending is None:
-            caches.forget(cache, [draft.shape[1]])
-            logits = self._refine(rows, chunk, record, drafted)
-        elif content:
-            logits, passes = None, 0
-        else:
-            logits, passes = self._refine_until_content(rows, chunk)
-        accepted, last = torch.full_like(draft[:, 0], draft.shape[1]), draft[:, -1]
-        if logits is not None:
-            accepted, last = chooser.accept(draft, drawn_from, chooser.scores(logits, draft))
-        counts = (accepted + 1).clamp_max(draft.shape[1])
-        if recurs or rows.pending is not None or not caches.is_alignable(cache):
-            counts = counts.min().expand_as(counts)
-        committed = draft.clone()
-        corrected = accepted < counts
-        committed[corrected, accepted[corrected]] = last[corrected]
-        self._count(draft, accepted, counts, passes)
-        self._note(rows, draft, committed, passes, counts)
-        new = [row[:count] for row, count in zip(committed.tolist(), counts.tolist(), strict=True)]
-        dropped: Tensor | None = draft.shape[1] - counts
-        if before is not None and int(dropped[0]):
-            before.restore(cache)
-            rows.forward(chunk[:, : int(counts[0])])
-            dropped = torch.zeros_like(dropped)
-        if rows.pending is not None:
-            caches.forget(cache, [int(dropped[0])] * (passes + 1))
-            rows.pending = [0 if k < passes else lag + int(counts[0]) for k, lag in enumerate(rows.pending)]
-            dropped = None
-        rows.commit(new, dropped)
-        return int(counts.max())
-
-    def _draft(self, rows: Rows, chooser: Chooser, width: int) -> tuple[Tensor, list[Tensor], bool, Record]:
-        """Draft with pass 0.
-
-        Returns:
-            `[row, position]` drafted tokens; when sampling, the `[row, 1, vocabulary]` scores of each; whether the
-            boundary head was content with all of them; and what pass 0 left behind.
-        """
-        recursion = rows.model.recursion
-        draft, drawn_from = rows.tokens[:, :0], []
-        ended = torch.zeros(len(rows.active), dtype=torch.bool, device=draft.device)
-        doubted = ended
-        with recursion.drafting() as record:
-            while draft.shape[1] < width and not bool(ended.all()):
-                token = torch.cat([rows.tokens[:, -1:], draft], 1)[:, -1:]
-                logits = rows.forward(token, behind=draft.shape[1])
-                scores = chooser.scores(logits, draft, last_only=True)
-                if chooser.sample:
-                    drawn_from.append(scores)
-                draft = torch.cat([draft, chooser.choose(scores)], 1)
-                if self.boundary is not None:
-                    doubted = doubted | ~self._content(recursion, record.states[-1][:, -1]).to(doubted.device)
-                ended = ended | rows.ended(draft) | doubted
-        return draft, drawn_from, not bool(doubted.any()), record
-
-    def _refine(self, rows: Rows, chunk: Tensor, record: Record, drafted: caches.Snapshot) -> Tensor:
-        """Run the passes behind pass 0 over a chunk; pass 0's cache comes without it and gets it back.
-
-        Args:
-            chunk: `[row, position]` ids; record, drafted: what drafting them gave, and pass 0's cache behind them.
-
-        Returns:
-            `[row, position, vocabulary]` logits of the last pass.
-        """
-        recursion = rows.model.recursion
-        if not record.entries:
-            return rows.forward(chunk)
-        known = torch.cat(record.entries, 1), torch.cat(record.states, 1)
-        with recursion.refining(known):
-            logits = rows.forward(chunk)
-        drafted.restore(rows.cache, layers=recursion.end)
-        return logits
-
-    def _refine_until_content(self, rows: Rows, chunk: Tensor) -> tuple[Tensor, int]:
-        """Run passes over a chunk until the boundary head is content with all of it.
-
-        Returns:
-            `[row, position, vocabulary]` logits of the last pass that was run, and which it was.
-        """
-        recursion, width, ran = rows.model.recursion, chunk.shape[1], 0
-
-        def content(state: Tensor) -> bool:
-            return bool(self._content(recursion, state[:, -width:]).all())
-
-        while True:
-            # Passes that are equally far behind go in one forward; those before them are run again from there.
-            lag = rows.pending[ran]
-            deepest = next((k for k in range(ran, len(rows.pending)) if rows.pending[k] != lag), len(rows.pending))
-            caches.forget(rows.cache, [lag + width] * (ran + 1))
-            ids = torch.cat([rows.tokens[:, rows.tokens.shape[1] - 1 - lag : -1], chunk], 1)
-            with recursion.refining_until(content, depth=deepest) as record:
-                logits = rows.forward(ids, behind=-lag)
-            ran = len(record.states) - 1
-            rows.pending = [0 if k < ran else behind for k, behind in enumerate(rows.pending)]
-            if ran == len(rows.pending) or content(record.states[-1]):
-                return logits[:, -width:], ran
-
-    def _content(self, recursion: Any, states: Tensor) -> Tensor:
-        return recursion.head(states).sigmoid() >= self.boundary
-
-    def _count(self, draft: Tensor, accepted: Tensor, counts: Tensor, passes: int) -> None:
-        self.totals.add(
-            ChunkTotals(
-                chunks=len(draft),
-                positions=draft.numel(),
-                refine_steps=passes * len(draft),
-                whole=int(accepted.eq(draft.shape[1]).sum()),
-                committed=int(counts.sum()),
-            )
-        )
-
-    def _note(self, rows: Rows, draft: Tensor, committed: Tensor, passes: int, counts: Tensor) -> None:
-        changed = draft.ne(committed).tolist()
-        for row, differs, count in zip(rows.active, changed, counts.tolist(), strict=True):
-            self.traces[row].passes += [passes] * count
-            self.traces[row].changed += differs[:count]
+    def _note(self, chunk: Chunk) -> None:
+        """Note how each token of a chunk came about."""
+        changed = chunk.draft.ne(chunk.tokens).tolist()
+        for row, differs, length in zip(chunk.rows, changed, chunk.commit_length.tolist(), strict=True):
+            self.traces[row].passes += [chunk.passes] * length
+            self.traces[row].changed += differs[:length]
 
 
 class _Noting:
@@ -323,11 +191,6 @@ def _obstacle(model: Any, cache: Any, mask: Tensor | None) -> str:
     if not continues_in_blocks(recursion):
         return f"'{model.config.model_type}' models cannot take several tokens at once behind a cache"
     return ""
-
-
-def _can_lag(recursion: Any, cache: Any) -> bool:
-    """Tell whether passes can be taken back any way and caught up: not where windows or states forget."""
-    return recursion.end == len(recursion.layers) and all(map(upstream.remembers_all, cache.layers))
 
 
 def continues_in_blocks(recursion: Any) -> bool:

@@ -43,9 +43,9 @@ class Rows:
         ids = self.tokens if caches.is_empty(self.cache) else self.tokens[:, int(self.cache.get_seq_length()) :]
         return self._run(ids, self.tokens.shape[1], {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {})
 
-    def forward(self, ids: Tensor, behind: int = 0) -> Tensor:
-        """Run `ids` `[row, position]`, which begin `behind` tokens after the first unprocessed one; return logits."""
-        return self._run(ids, self.tokens.shape[1] - 1 + behind + ids.shape[1], {})
+    def forward(self, ids: Tensor, offset: int = 0) -> Tensor:
+        """Run `[row, position]` ids, which begin `offset` tokens after the first unprocessed one; return logits."""
+        return self._run(ids, self.tokens.shape[1] - 1 + offset + ids.shape[1], {})
 
     def _run(self, ids: Tensor, total: int, options: dict[str, Any]) -> Tensor:
         # Columns in front of the first real one are padding, however many tokens were drafted behind.
@@ -169,23 +169,23 @@ class Chooser:
         """Return `[row, 1]` tokens from `[row, 1, vocabulary]` scores."""
         return scores[:, 0].softmax(-1).multinomial(1) if self.sample else scores.argmax(-1)
 
-    def accept(self, draft: Tensor, drawn_from: list[Tensor], refined: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how many drafted tokens of each row are accepted, and what stands in place of the next, both `[row]`.
+    def accept(self, draft: Tensor, draft_scores: list[Tensor], target_scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many drafted tokens of each row are accepted, and what replaces the next one, both `[row]`.
 
         Args:
-            draft: `[row, position]`; drawn_from: pass 0's scores, one `[row, 1, vocabulary]` per position.
-            refined: `[row, position, vocabulary]` the last pass's scores.
+            draft: `[row, position]`; draft_scores: pass 0's scores, one `[row, 1, vocabulary]` per position.
+            target_scores: `[row, position, vocabulary]` the last pass's scores.
         """
         width = draft.shape[1]
         if not self.sample:
-            best = refined.argmax(-1)
-            accepted = best.eq(draft).long().cumprod(1).sum(1)
-            return accepted, best.gather(1, accepted.clamp_max(width - 1)[:, None])[:, 0]
-        target, guess = refined.softmax(-1), torch.cat(drawn_from, 1).softmax(-1)
-        ratio = target.gather(2, draft[..., None])[..., 0] / guess.gather(2, draft[..., None])[..., 0]
-        accepted = (torch.rand_like(ratio) < ratio).long().cumprod(1).sum(1)
-        rows, place = torch.arange(len(draft), device=draft.device), accepted.clamp_max(width - 1)
-        rest = (target[rows, place] - guess[rows, place]).clamp_min(0)
+            best = target_scores.argmax(-1)
+            accept_length = best.eq(draft).long().cumprod(1).sum(1)
+            return accept_length, best.gather(1, accept_length.clamp_max(width - 1)[:, None])[:, 0]
+        target_probs, draft_probs = target_scores.softmax(-1), torch.cat(draft_scores, 1).softmax(-1)
+        ratio = target_probs.gather(2, draft[..., None])[..., 0] / draft_probs.gather(2, draft[..., None])[..., 0]
+        accept_length = (torch.rand_like(ratio) < ratio).long().cumprod(1).sum(1)
+        rows, place = torch.arange(len(draft), device=draft.device), accept_length.clamp_max(width - 1)
+        rest = (target_probs[rows, place] - draft_probs[rows, place]).clamp_min(0)
         # Nothing is left where the two agree; then nothing was rejected either, but for rounding.
-        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, target[rows, place])
-        return accepted, rest.multinomial(1)[:, 0]
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, target_probs[rows, place])
+        return accept_length, rest.multinomial(1)[:, 0]
