@@ -174,7 +174,7 @@ def test_solved_examples_are_put_in_front(folder):
     assert prompts[1].count("Question:") == 3
 
 
-def test_an_interrupted_run_goes_on_behind_its_complete_tasks(folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_after_its_complete_tasks(folder, tmp_path, monkeypatch):
     model, tokenizer = rrcli.load("default")
     names = harness_tasks(["choice.yaml,generate.yaml"], folder)
     settings = EvalSettings(max_samples=5)

@@ -211,7 +211,7 @@ def test_a_document_longer_than_the_context_is_scored_once_and_whole(default, st
     ids = tokenizer(STORY * 5, add_special_tokens=False)["input_ids"]
     assert len(ids) > 4 * 32
     assert records[0]["tokens"] == len(ids)
-    # Token by token, each behind as much context as its window gives it.
+    # Token by token, each after as much context as its window has.
     expected, stream, begin = 0.0, [tokenizer.bos_token_id, *ids], 0
     while begin < len(ids):
         end = min(begin + (32 if begin == 0 else stride or 32), len(ids))

@@ -1,4 +1,4 @@
-"""Answers to reasoning problems and continuations of prompts, logged batch by batch, so that both can go on."""
+"""Answers to reasoning problems and continuations of prompts, logged batch by batch, so that both can be resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
 
 GENERATED_TOKENS = 48
-# What an answer is recorded with, for each depth.
+# What is recorded of an answer, for each depth.
 ANSWER = ("output", "extracted", "strict", "correct", "score", "length", "ended")
 
 
@@ -88,10 +88,10 @@ def solve_problems(
 
 
 def _refuse_silence(records: Sequence[dict[str, Any]]) -> None:
-    """Refuse a score for answers of which there are none.
+    """Refuse to score answers that are all empty.
 
     Raises:
-        CheckFailed: every answer is empty, at some depth.
+        CheckFailed: every answer is empty at some depth.
     """
     for depth, answers in enumerate(zip(*(record["outputs"] for record in records), strict=True)):
         if not any(answer.strip() for answer in answers):

@@ -1,11 +1,12 @@
-"""Greedy decoding of many prompts: batches of similar length, stop strings, and rows that leave when they have ended.
+"""Greedy decoding of many prompts, in batches of similar length, with stop strings.
 
 Decoding is stock `model.generate`, so every family and every depth of a recursion decodes as a user's own call would.
-Once a part of a batch's rows has ended, `generate` is left, the other rows are selected from the cache that it returns
-(the caches of a recursion's passes follow), and it goes on with those.
+Once some rows of a batch have ended, `generate` is left, the other rows are selected from the cache that it returns
+(the caches of a recursion's passes follow), and `generate` is called again with those.
 
-Behind pass 0 a recursion in fp32 decodes in chunks, which gives the same tokens sooner. In fewer digits logits are
-often equal, and a chunk may choose another of equals than a token alone: there every token runs all passes.
+At a depth above 0 a model in fp32 decodes in chunks, which finds the same tokens sooner. In fewer digits the largest
+logits are often equal, and a chunk may then choose another of them than a single token does: there all passes run for
+every token.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rrcli.upstream import cache_of, generation_cache_argument, goes_on
 # A batch is cut down to its unfinished rows when this share of it has ended. Leaving and entering `generate` and
 # copying the cache cost well below one token of SmolLM2-135M on a CPU; an eighth was faster than a quarter there.
 LEAVING_SHARE = 0.125
-# For `generate`: no sampling, whatever the model's own configuration of it says.
+# Options of `generate`: no sampling, even if the model's own generation config asks for it.
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
@@ -38,8 +39,9 @@ class Decoded:
     """What was generated for one prompt.
 
     Attributes:
-        number: which prompt. tokens: the new ids, without the end token. text: without a stop string and what follows.
-        ended: by the end token or a stop string, rather than at the cap.
+        number: the prompt's place in the list. tokens: the new ids, without the end token.
+        text: up to the first stop string.
+        ended: True if an end token or a stop string ended it, False if it reached the most new tokens.
     """
 
     number: int
@@ -112,7 +114,7 @@ def _decode_batch(model: Any, rows: list[list[int]], ends: _Ends, *, depth: int,
         if not all(found):
             raise CheckFailed("a row was decoded to no token at all", "'rr setup' checks the installation.")
         return found
-    # Where `generate` cannot be given its cache back, leaving it early is for nothing.
+    # Where `generate` cannot be given its cache back, leaving it early saves nothing.
     name = generation_cache_argument(model)
     leaving = 1.0 if name is None else LEAVING_SHARE
     found: list[list[int]] = [[] for _ in rows]
@@ -142,7 +144,7 @@ def _decode_batch(model: Any, rows: list[list[int]], ends: _Ends, *, depth: int,
         if present and name is not None and goes_on(cache):
             cache.reorder_cache(selected)  # transformers' way to select rows that every kind of layer has
         else:
-            # What is left goes through the model once more, as a longer prompt: worth it for fewer, larger cuts.
+            # The remaining rows go through the model once more, as longer prompts: it pays where more of them leave.
             cache, leaving = None, max(leaving, 0.5)
         mask = torch.cat([mask[selected], mask.new_ones(len(present), ids.shape[1] - mask.shape[1])], 1)
         ids = ids[selected]
@@ -150,7 +152,7 @@ def _decode_batch(model: Any, rows: list[list[int]], ends: _Ends, *, depth: int,
 
 
 def _in_chunks(model: Any, depth: int) -> bool:
-    """Tell whether chunks give the tokens of all passes for every token, and the model can take its cache back."""
+    """Tell whether chunked decoding finds the same tokens as all passes for every token, and works with the model."""
     recursion = getattr(model, "recursion", None)
     if recursion is None or depth == 0 or model.dtype != torch.float32:
         return False
@@ -183,10 +185,11 @@ class _Ends:
 
 
 class StopStrings(StoppingCriteria):
-    """Ends a row where its last token completes one of the `stop` strings in the text behind position `start`.
+    """Ends a row where its last token completes one of the `stop` strings in the text after position `start`.
 
-    Looks at nothing but the ids it is given, so any decoding method may ask it about any row. (transformers' own
-    `StopStringCriteria` goes by the texts of single tokens, and `generate` keeps `stop_strings` from custom methods.)
+    It looks at nothing but the ids it is given, so that any decoding method may ask it about any row. (transformers'
+    own `StopStringCriteria` goes by the texts of single tokens, and `generate` does not hand `stop_strings` on to
+    custom methods.)
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], start: int) -> None:
@@ -197,7 +200,7 @@ class StopStrings(StoppingCriteria):
 
 
 class _Watch(StoppingCriteria):
-    """Notes where rows end, and ends the call of `generate` once `leaving` of them have."""
+    """Notes where rows end, and ends the call of `generate` once a share of them, `leaving`, has ended."""
 
     def __init__(self, ends: _Ends, start: int, leaving: float) -> None:
         self.ends, self.start, self.leaving = ends, start, leaving

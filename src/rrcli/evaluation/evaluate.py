@@ -1,4 +1,4 @@
-"""Measuring a model: the one evaluation path of `rr eval`, of evaluations during training, and of the public API.
+"""Measuring a model, for `rr eval`, for evaluations during training, and for the public API.
 
 Each part returns records (per document, problem, prompt); `metrics` turns records into numbers with intervals. A model
 with a recursion is measured at every depth up to the one asked for.
@@ -27,7 +27,7 @@ from rrcli.reporting import Reporter, Silent
 from rrcli.settings import EvalSettings, with_changes
 from rrcli.tracker import MetricsTracker
 
-# How many prompts TensorBoard's picture of generations shows, and how far.
+# How many prompts TensorBoard's picture of generations shows, and how many tokens of each.
 PICTURED_PROMPTS, PICTURED_TOKENS = 4, 48
 
 
@@ -44,7 +44,7 @@ def evaluate_model(
     reporter: Reporter | None = None,
     log: SampleLog | None = None,
 ) -> dict[str, Any]:
-    """Measure a model and return its metrics and the records behind them.
+    """Measure a model, and return its metrics and the records that they are computed from.
 
     Args:
         model: a causal language model of transformers, with or without a recursion attached.
@@ -52,7 +52,7 @@ def evaluate_model(
         metrics_tracker: where scalars `evaluation/<stage>/<metric>` and generations are logged.
         step: the training step that they are logged at.
         settings: lengths, limits and what to leave out; the defaults of `rr eval` if not given.
-        log: where entries are kept as they are measured; what it holds already is not measured again.
+        log: where entries are written as they are measured; what it holds already is not measured again.
 
     Returns:
         `metrics` (name -> value, low, high, n), `by_depth`, `calibration` (of the boundary head, by bins of its

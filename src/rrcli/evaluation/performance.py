@@ -1,4 +1,4 @@
-"""Speed, memory and FLOPs of a model on real text. Shown beside the metrics, never tested."""
+"""Speed, memory and FLOPs of a model on real text. They are shown with the metrics; no statistical test uses them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from rrcli.upstream import cache_of, takes_cache
 PREFILL_TOKENS = 128
 DECODE_TOKENS = 32
 REPEATS = 5
-# Texts that the chunk metrics of decoding are taken on, and how much of each is the prompt.
+# How many texts the chunk metrics of decoding are measured on, and how many tokens of each are the prompt.
 SAMPLES, SAMPLE_TOKENS = 4, 64
-# How a recursion may decode, beside chunks: the ends of the metrics' names.
+# How a recursion decodes where it does not decode in chunks: the ends of the metrics' names.
 SEQUENTIAL, PASS_0 = "/sequential", "/pass_0"
 
 
@@ -41,8 +41,11 @@ def measure_performance(
 ) -> dict[str, dict[str, Any]]:
     """Time prefill and decoding of real text, one row, after a warm-up; count memory and FLOPs.
 
-    A recursion decodes in chunks, and beside it, in the same rounds, token by token: with all passes, and with pass 0
-    alone, which is the bare model.
+    A recursion decodes in chunks. In the same rounds it also decodes token by token, for comparison: with all passes,
+    and with pass 0 alone, which is the stock model.
+
+    Args:
+        depth: how many passes follow pass 0; a model without a recursion has pass 0 alone.
 
     Returns:
         Medians with the range of `REPEATS` runs: `prefill_tokens_per_sec`, `decode_tokens_per_sec`,
@@ -96,7 +99,7 @@ def measure_performance(
 
 
 def _prompts(model: Any, tokenizer: Any, documents: Sequence[str]) -> list[torch.Tensor]:
-    """Return `[1, position]` ids: one long text, and behind it the beginnings of some documents."""
+    """Return `[1, position]` ids: first one long text, then the beginnings of some documents."""
     room = context_length(model) - DECODE_TOKENS
     long: list[int] = []
     short = []
@@ -125,7 +128,7 @@ def _generate(model: Any, ids: torch.Tensor, new_tokens: int, decoding: Any, *, 
 
 
 def _chunk_metrics(model: Any, texts: Sequence[torch.Tensor], depth: int) -> dict[str, float]:
-    """Decode texts in chunks, and look at what each pass says of what was written."""
+    """Decode texts in chunks, and compare what the passes predict for the text that was written."""
     decoding, readout = ChunkedDecoding(), Readout(model)
     stable = ChunkTotals()
     for ids in texts:
@@ -159,7 +162,7 @@ def cache_growth(model: Any, ids: torch.Tensor, depth: int) -> int:
 
 
 def reset_peak_resident() -> None:
-    """Forget the peak so far, so that a stage is not charged for what ran before it in this process (Linux only)."""
+    """Reset the peak, so that a stage is not charged for what ran before it in this process (Linux only)."""
     return_freed_memory()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

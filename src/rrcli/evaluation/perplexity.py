@@ -1,4 +1,4 @@
-"""Scoring text: every token of every document once, at every depth, in one streaming pass."""
+"""Perplexity: the log-probability of every token of every document, at every depth."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ def score_documents(
 
     Windows of all documents are sorted by length together and run without a cache; the head sees scored rows only.
     Log-probabilities are reduced in fp32 and summed in fp64. Batches are cut and summed in a fixed order, and each is
-    logged as one entry: a scoring that goes on with a log gives the bytes of one that never stopped.
+    logged as one entry. So a scoring that was interrupted and goes on with its log ends with the same bytes as one that
+    was not.
+
+    Args:
+        depth: the last depth that is scored; a model without a recursion has depth 0 alone.
 
     Returns:
         Records with `key`, `tokens`, `words`, `bytes`, and per depth `nll` (nats) and `correct` (top-1 hits); and the
@@ -158,10 +162,10 @@ def _ranges(parts: list[dict[str, Any]]) -> list[list[float]]:
 
 
 def _refuse_flat(entries: list[dict[str, Any]]) -> None:
-    """Refuse scores that no model gives: every token of every document equally likely.
+    """Refuse scores that no working model has: the same log-probability for every token of every document.
 
     Raises:
-        CheckFailed: so it is, at some depth.
+        CheckFailed: all of them are equal at some depth.
     """
     if sum(scored for entry in entries for _, scored in entry["windows"]) < 2:
         return

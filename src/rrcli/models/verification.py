@@ -1,4 +1,4 @@
-"""Proof that a recursion changed nothing: logits at every depth against the model before surgery, bit for bit."""
+"""Proof that surgery changed nothing: logits at every depth equal those of the model before surgery, bit for bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def reference(model: Any, tokenizer: Any) -> list[Logits]:
     """Return the logits of a model before surgery on every probe.
 
     Raises:
-        CheckFailed: logits that are not finite, or a tokenizer that makes nothing of the probes.
+        CheckFailed: logits are not finite, or the tokenizer makes too few tokens of a probe.
     """
     found = [_logits(model, ids) for ids in _probes(model, tokenizer)]
     for probe, logits in zip(PROBES, found, strict=True):

@@ -43,9 +43,9 @@ class Trace:
 class ChunkedDecoding:
     """A decoding method for `model.generate(..., custom_generate=ChunkedDecoding())`, for a model with a recursion.
 
-    Greedy and sampling; batches with left padding; every logits processor, stopping criterion and streamer of
-    `generate`. Works at the recursion's current depth. A model or a cache that cannot be taken back is decoded token by
-    token, with all passes and one notice in the log: the same tokens, later.
+    Decodes greedily or by sampling, takes batches with left padding, and works with every logits processor, stopping
+    criterion and streamer of `generate`, at the recursion's current depth. A model or a cache that cannot be taken back
+    is decoded token by token, with all passes and one notice in the log: the same tokens, more slowly.
 
     Attributes:
         totals: the chunk metrics of everything that was decoded with this object.
@@ -53,11 +53,12 @@ class ChunkedDecoding:
 
     Args:
         width: tokens drafted at a time; the recursion's `chunk_width` if not given.
-        boundary: end a draft where the boundary head's probability of committing is below this; None = never. A batch
-            drafts on until every row has come to such a place.
+        boundary: end a draft where the boundary head's probability of committing is below this; None = never. The draft
+            of a batch ends when every row has reached such a place.
         adaptive: end refining where that probability is at least `boundary` (0.5 if not given) at every position. Needs
             full attention and a span that ends with the last layer; other models refine at the full depth.
-        streamer: gets prompt and tokens as they are committed. To be given here: `generate` does not hand its own on.
+        streamer: is given the prompt, and tokens as they are committed. Give it here and not to `generate`, which does
+            not hand it on to a custom decoding method.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class ChunkedDecoding:
         committed = width
         with through_onednn(model):
             while rows.active:
-                # Where drafts fail early, a long one is for nothing: at most twice what the last chunk committed.
+                # Where drafts are rejected early, long ones are useless: at most twice what the last chunk committed.
                 room = rows.room(stopping_criteria.max_length, width)
                 chunk = draft_and_refine(rows, chooser, min(width, 2 * committed, room), boundary=self.boundary)
                 committed = int(chunk.commit_length.max())
@@ -132,7 +133,7 @@ class ChunkedDecoding:
         return sequences
 
     def _trace(self, model: Any, sequences: Tensor, prompts: Tensor, criteria: Any) -> None:
-        """Note what token by token gives: every token from all passes, none of them drafted."""
+        """Note traces for a batch that was decoded token by token: all passes for every token, and no draft."""
         depth = _depth(model)
         self.traces = [Trace() for _ in sequences]
         for trace, row in zip(self.traces, sequences, strict=True):
@@ -151,7 +152,7 @@ class ChunkedDecoding:
 
 
 class _Noting:
-    """A streamer that notes how each token of a single row came about before it hands it on."""
+    """A streamer that notes the trace of each token of a single row, and then hands it on."""
 
     def __init__(self, decoding: ChunkedDecoding, model: Any) -> None:
         self.decoding, self.depth = decoding, _depth(model)
@@ -180,7 +181,7 @@ def _say_once(model: Any, obstacle: str) -> None:
 
 
 def _obstacle(model: Any, cache: Any, mask: Tensor | None) -> str:
-    """Say why a model is decoded token by token, or nothing."""
+    """Say why a model has to be decoded token by token; an empty text if it does not have to."""
     recursion = getattr(model, "recursion", None)
     if recursion is None or recursion.depth == 0:
         return "no pass follows pass 0"
@@ -189,12 +190,12 @@ def _obstacle(model: Any, cache: Any, mask: Tensor | None) -> str:
     if mask is not None and bool((mask.long().diff(dim=1) < 0).any()):
         return "the prompts are not padded on the left"
     if not continues_in_blocks(recursion):
-        return f"'{model.config.model_type}' models cannot take several tokens at once behind a cache"
+        return f"'{model.config.model_type}' models cannot take several tokens at once after a cache"
     return ""
 
 
 def continues_in_blocks(recursion: Any) -> bool:
-    """Tell, by trying pass 0 once for each model, whether tokens behind a cache give together what they give alone."""
+    """Tell whether several tokens after a cache give the logits of one token at a time; each model is tried once."""
     model = recursion.model
     if "rr_continues_in_blocks" not in model.__dict__:
         with recursion.at_depth(0):

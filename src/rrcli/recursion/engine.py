@@ -1,18 +1,19 @@
-"""`attach`: run a span of decoder layers again, with forward hooks, on a model that knows nothing about it.
+"""`attach`: forward hooks that run a span of a stock model's decoder layers again.
 
 How one forward goes at depth d:
 
-    backbone opens      -> a frame is opened
-    layer i is called   -> its arguments are noted in the frame; layer 0 gives the cache its pass copies
-    layer end-1 returns -> that was pass 0. For k = 1..d the span's layers are called again with the noted arguments,
-                           the span's input plus the cell's feedback, and the cache of pass k; the last pass's output
-                           replaces the layer's output, and the model goes on with the layers behind the span
-    backbone returns    -> the frame is closed
+    the backbone is called   a frame is opened
+    layer i is called        its arguments are kept in the frame; before layer 0, the cache gets a copy for each pass
+    layer end-1 returns      pass 0 is complete. For k = 1..d the span's layers are called again, with the same
+                             arguments but for two: the hidden state is the span's input plus the cell's feedback, and
+                             the cache is that of pass k. The last pass's output replaces the layer's output, and the
+                             model goes on with the layers after the span
+    the backbone returns     the frame is closed
 
 At depth 0 no frame is opened and the hooks return at once: the model is the stock model.
 
-Hidden states, attentions and router logits that a caller asks for are those of the model's own forward, in the stock
-number: of pass 0 inside the span, of the last pass from the span's end on. What passes >= 1 do is not recorded.
+A caller may ask for hidden states, attentions and router logits. They are as many as the stock model returns: those of
+pass 0 inside the span, and those of the last pass after it. What the passes after pass 0 compute is not recorded.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Passes:
 
     Attributes:
         states: the span's output h(k), which the boundary head reads.
-        hidden: the readout of h(k): behind the remaining layers and the final norm, what the model's head reads.
+        hidden: the readout of h(k), after the remaining layers and the final norm: what the model's head reads.
         feedback_norm: root mean square of the last pass's feedback relative to the span's input (0 = silently off).
     """
 
@@ -110,7 +111,7 @@ class Recursion(nn.Module):
         self.__dict__["tail"] = [module for module in tail if module is not None]
         self.config = config
         self.start, self.end = config.resolve_span(len(self.layers))
-        # What belongs to other people may have changed since it was tested: then even a known family proves itself.
+        # A dependency may have changed since it was tested: then even a family of the table has to prove itself.
         self.needs_check = not known or bool(upstream.untested())
 
         # Weights of one byte (fp8) are storage, not something to compute in.
@@ -143,7 +144,7 @@ class Recursion(nn.Module):
 
     @contextmanager
     def at_depth(self, depth: int) -> Iterator[None]:
-        """Use another depth for a while."""
+        """Use another depth for a while; afterwards, and after an exception, the depth is what it was."""
         before, self.depth = self.depth, depth
         try:
             yield
@@ -190,7 +191,7 @@ class Recursion(nn.Module):
             yield record
 
     def detach(self) -> None:
-        """Take every hook off, and the adapters of the passes; the model is the stock model again."""
+        """Remove every hook, and the adapters of the passes; the model is the stock model again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -232,7 +233,7 @@ class Recursion(nn.Module):
             self.backbone.register_forward_pre_hook(self._open, with_kwargs=True),
             self.backbone.register_forward_hook(self._close, always_call=True),
             self.layers[0].register_forward_pre_hook(self._prepare_caches, with_kwargs=True),
-            # First of the layer's hooks, so that whoever records its output records what the model goes on with.
+            # First of the layer's hooks: other hooks that record its output see what the model goes on with.
             self.layers[self.end - 1].register_forward_hook(self._after_pass_0, prepend=True),
         ]
         for index in range(self.start, len(self.layers)):
@@ -242,6 +243,7 @@ class Recursion(nn.Module):
 
     @contextmanager
     def _forced(self, frame: _Frame | None) -> Iterator[Any]:
+        """Run the forwards inside in this frame; with None, layers that are called directly are in no frame."""
         before, self._frame = self._frame, frame
         try:
             yield frame
@@ -249,30 +251,35 @@ class Recursion(nn.Module):
             self._frame = before
 
     def _open(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Open a frame when the backbone is called, unless a frame is forced on the forward."""
         if self._frame is None and self._depth > 0:
             upstream.refuse_unhidden_outputs(self.model, kwargs)
             self._frame = _Frame(self._depth)
 
     def _close(self, *_: Any) -> None:
+        """Close the frame that `_open` opened; those that record are forced, and stay for further forwards."""
         if self._frame is not None and self._frame.record is None:
             self._frame = None
 
     def _prepare_caches(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make the cache that the first layer is called with carry the caches of the passes."""
         if self._frame is not None and not self._frame.prepares_caches:
             return
         depth = self._frame.depth if self._frame else 0
         for value in (*args, *kwargs.values()):
-            # `prepare` is not compiled: call it where a generation begins, not for every token.
+            # `prepare` is left out of compiled graphs: call it when a generation begins, not for every token.
             if upstream.is_cache(value) and not caches.is_ready(value, depth):
                 caches.prepare(value, depth, self.end == len(self.layers), self.start)
 
     def _note(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the arguments of layer `index`."""
         if self._frame is not None:
-            # Only the span's input is needed again: holding on to every layer's would cost as much memory as they are.
+            # Of the hidden states only the span's input is needed again; keeping those of all layers costs memory.
             call = (args, kwargs)
             self._frame.calls[index] = call if index == self.start else _with_hidden(call, None)
 
     def _after_pass_0(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        """Run the passes after pass 0 when the span's last layer returns, and return the last one's output."""
         frame = self._frame
         if frame is None:
             return None
@@ -284,7 +291,7 @@ class Recursion(nn.Module):
             frame.record.entries.append(entry)
         hidden = output if isinstance(output, Tensor) else output[0]
         states = [hidden]
-        # Layers may lie on different devices: the sidecar lies with the first layer of the span.
+        # Layers may be on different devices; the sidecar is on that of the span's first layer.
         home = self.head.score.weight.device
         entry = entry.to(home)
         with self._forced(None), upstream.unrecorded():
@@ -301,7 +308,7 @@ class Recursion(nn.Module):
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
     def _run(self, span: Iterable[int], hidden: Tensor, frame: _Frame, step: int) -> Tensor:
-        """Call layers again as the model called them, but for the hidden state and the cache of pass `step`."""
+        """Call layers again as the model called them, with another hidden state and the cache of pass `step`."""
         lora = self.model.__dict__.get("lora") if step else None
         for index in span:
             args, kwargs = frame.calls[index]
@@ -316,6 +323,7 @@ class Recursion(nn.Module):
         return hidden
 
     def _readout(self, frame: _Frame, hidden: Tensor) -> Tensor:
+        """Run the layers after the span and the tail on the output of a pass."""
         with self._forced(None):
             hidden = self._run(range(self.end, len(self.layers)), hidden, frame, 0)
             for module in self.tail:
@@ -326,7 +334,7 @@ class Recursion(nn.Module):
 def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
     """Attach a zero-initialised recursion to a causal language model of transformers, and return it.
 
-    The model object stays what it was (`generate`, `peft`, `lm-eval` keep working on it); the recursion is also
+    The model stays the same object, so that `generate`, `peft` and `lm-eval` keep working on it. The recursion is also
     reachable as `model.recursion`. Its depth starts at `max_steps`.
 
     Raises:

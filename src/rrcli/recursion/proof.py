@@ -2,11 +2,11 @@
 
     one list        every decoder layer runs exactly once in a forward, in order, on `[batch, position, hidden]`
     causal          an earlier position does not see a later one
-    replay          running the span again on the noted arguments gives what the stock model gives when the span's input
-                    is changed alike: with the cell replaced by a constant c, depth 1 must equal the stock model with c
-                    added to the input of the first layer of the span, uncached and cached
+    replay          running the span again with the same arguments computes what the stock model computes for the same
+                    input: with the cell replaced by a constant c, depth 1 must equal the stock model with c added to
+                    the input of the span's first layer, uncached and cached
 
-The last one finds whatever travels beside the hidden state: extra tensors from layer to layer, states kept in modules,
+The last one finds anything else that layers hand on than the hidden state: extra tensors, states kept in modules,
 caches that are not known as caches.
 """
 
@@ -46,7 +46,7 @@ class _Constant(nn.Module):
 
 @torch.no_grad()
 def prove(recursion: Any) -> None:
-    """Hold a fresh recursion against the stock model.
+    """Compare a fresh recursion with the stock model.
 
     Raises:
         RRError: something does not hold; the message says what.
@@ -104,7 +104,7 @@ def _prove(recursion: Any) -> None:
         other = ids.clone()
         other[:, -1] = (other[:, -1] + 1) % size
         if not _close(_uncached(model, other)[:, :-1], plain[:, :-1], tolerance):
-            raise _refusal(model, "it is not causal: a position sees the one behind it")
+            raise _refusal(model, "it is not causal: a position sees the one after it")
 
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(entry.shape[-1], generator=generator).to(entry)
@@ -118,8 +118,8 @@ def _prove(recursion: Any) -> None:
             kind = type(recursion.layers[recursion.start]).__name__
             raise _refusal(
                 model,
-                f"running its layers ({kind}) again, {how}, does not give what the model itself gives for the same "
-                "input; something else than the hidden state travels between them",
+                f"running its layers ({kind}) again, {how}, does not compute what the model itself computes for "
+                "the same input: its layers hand on something else than the hidden state",
             )
 
 
@@ -180,7 +180,7 @@ def _refuse_memory(model: Any, token: Tensor) -> None:
         after["position_ids"] = torch.full_like(token, PROMPT)
     remembers, fresh = (model(use_cache=use, **after).logits for use in (True, False))
     if not _close(remembers, fresh, TOLERANCE.get(model.dtype, LOW_PRECISION)):
-        raise _refusal(model, "it returns no cache, yet remembers what it saw: its state lies in its modules")
+        raise _refusal(model, "it returns no cache, yet remembers what it saw: it keeps its state in its modules")
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """From hidden states to logits, a few rows at a time, for any family.
 
 Logits of a whole batch are the largest tensor of language modelling (positions x vocabulary). A `Readout` runs the
-backbone once and then the head on chosen rows only. The head is whatever the model itself does after its backbone
+backbone once and then the head on chosen rows only. The head is all that the model itself does after its backbone
 (projection, bias, scaling, soft-cap): the model's own forward is called with a backbone that returns the given rows.
 
-Scoring text goes one of three ways, the first that gives what the model's plain forward gives (`choose_way`):
+Text is scored in one of three ways: the first of them that agrees with the model's plain forward (`choose_way`).
 
     tiles   the projection too is replaced, by a tile of itself: logits of 512 rows x 2,048 tokens at a time
     rows    the head on chosen rows, all of the vocabulary
@@ -88,8 +88,8 @@ class Readout:
     ) -> Passes:
         """Return the hidden states of every pass; a model without recursion has pass 0 only. See `Recursion.passes`.
 
-        What stands behind a position has no part in it, so padding on the right needs no mask: attention is told that
-        it is causal, and does half of the work.
+        A position does not depend on those after it, so padding on the right needs no mask. Without a mask attention is
+        known to be causal, and does half of the work.
         """
         if attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
             attention_mask = None
@@ -117,7 +117,7 @@ class Readout:
         logits are recomputed in the backward pass instead of being kept.
 
         Args:
-            rows: `[n, hidden]` readouts; targets: `[n]` token ids. predict: False for no tokens.
+            rows: `[n, hidden]` readouts; targets: `[n]` token ids. predict: False leaves out the most likely tokens.
         """
         size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
         chunks = len(rows.split(size)) if predict else 0
@@ -125,7 +125,7 @@ class Readout:
 
         def losses_of(chunk: Tensor, target: Tensor) -> Tensor:
             logits = self.logits(chunk).float()
-            if len(predictions) < chunks:  # not when they are recomputed
+            if len(predictions) < chunks:  # not when the logits are recomputed
                 predictions.append(logits.detach().argmax(-1))
             return _cross_entropy(logits, target)
 
@@ -185,7 +185,7 @@ class Readout:
             depth: the last depth that is compared; the recursion's own depth if not given.
 
         Returns:
-            What to tell the user if a faster way had to be given up.
+            A warning for the user if a faster way cannot be used; else None.
 
         Raises:
             RRError: the plain logits are not finite.
@@ -204,8 +204,8 @@ class Readout:
     def bytes_per_token(self, length: int, *, depth: int | None = None) -> int:
         """Estimate what a token of a batch takes while it is scored, in bytes; rows have `length` positions.
 
-        The activations of one layer, the residual stream that each pass leaves behind, a row of the attention mask and,
-        where attention is eager, of the scores; plain logits where nothing else will do. Tiles do not grow with n.
+        Counted are the activations of one layer, the hidden states that each pass keeps, a row of the attention mask
+        and, where attention is eager, of its scores; and plain logits in the way `plain`. Tiles do not grow with n.
         """
         config, size = self.model.config.get_text_config(), self.model.dtype.itemsize
         hidden = self.model.get_input_embeddings().weight.shape[1]
@@ -227,7 +227,7 @@ class Readout:
             found = self.score(ids, mask, scored, targets, depth=depth)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # whatever a family's forward makes of a head that is not the one it knows
+        except Exception:  # a family's forward may fail in any way with a head or backbone that is not its own
             return False
         for k, (losses, predictions) in enumerate(zip(found.losses, found.predictions, strict=True)):
             logits = self._plain_logits(ids, mask, k)[scored].float()
@@ -267,7 +267,7 @@ class Readout:
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of `[n, vocabulary]` logits (nats, fp32)."""
-    if torch.is_grad_enabled():  # fused, and training is not after the sixth digit
+    if torch.is_grad_enabled():  # fused, which is faster; training does not need the sixth digit
         return F.cross_entropy(logits, targets, reduction="none")
     # On a CPU, torch's log_softmax is off by about 1e-5 nats over a vocabulary of 49,152; its logsumexp is not.
     return logits.logsumexp(1) - logits.gather(1, targets[:, None]).squeeze(1)
