@@ -34,7 +34,7 @@ def test_windows_score_every_token_once_and_match_the_reference():
     for count in (1, 5, 16, 17, 31, 32, 33, 100):
         tokens = list(range(1, count + 1))
         for length, stride in ((16, 16), (16, 8), (16, 1), (200, 200)):
-            ours = rolling_windows(tokens, 0, length, stride)
+            ours = rolling_windows(tokens, 0, length=length, stride=stride)
             theirs = lm_eval_utils.get_rolling_token_windows(tokens, 0, length, length - stride + 1)
             for (window, scored), (context, target) in zip(ours, theirs, strict=True):
                 assert window == context

@@ -57,11 +57,11 @@ def count_batches(monkeypatch, fail_after=None):
     """Return a list that grows by the rows of every forward; optionally raise at one."""
     rows, score = [], Readout.score
 
-    def counted(self, ids, mask, where, targets, **options):
+    def counted(self, ids, *others, **options):
         rows.append(len(ids))
         if fail_after is not None and len(rows) > fail_after:
             raise KeyboardInterrupt
-        return score(self, ids, mask, where, targets, **options)
+        return score(self, ids, *others, **options)
 
     monkeypatch.setattr(Readout, "score", counted)
     return rows
@@ -191,7 +191,7 @@ def test_the_estimate_covers_what_a_batch_really_takes(default, monkeypatch):
     mask, readout = torch.ones_like(ids), Readout(model)
     monkeypatch.setattr(tiles, "ROWS", 16)  # so that the buffer, which does not grow, is small
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        readout.score(ids, mask, mask.bool(), ids.flatten())
+        readout.score(ids, mask, mask.bool(), targets=ids.flatten())
     alive = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -263,7 +263,7 @@ def test_a_fallback_is_said_once_and_changes_no_number(default, monkeypatch):
         ids = torch.tensor([[default[1].bos_token_id, *default[1](TEXTS[3], add_special_tokens=False)["input_ids"]]])
         where = torch.ones_like(ids, dtype=torch.bool)
         where[:, -1] = False
-        losses = plain.score(ids, torch.ones_like(ids), where, ids[0, 1:]).losses.double().sum(1)
+        losses = plain.score(ids, torch.ones_like(ids), where, targets=ids[0, 1:]).losses.double().sum(1)
     finally:
         hook.remove()
     assert json.loads(found)[3]["nll"] == pytest.approx(losses.tolist(), rel=1e-5)

@@ -117,7 +117,7 @@ def test_batches_use_it_and_a_plain_forward_does_not(what, taken):
     assert taken == []
     if what == "scoring":
         mask = torch.ones_like(ids)
-        Readout(model).score(ids, mask, mask.bool(), ids[0])
+        Readout(model).score(ids, mask, mask.bool(), targets=ids[0])
     elif what == "refining":
         wake(attach(model, RecursionConfig(max_steps=1))).depth = 1
         model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=ChunkedDecoding())

@@ -95,43 +95,56 @@ def decode(
 def _decode_batch(model: Any, rows: list[list[int]], ends: _Ends, *, depth: int, new_tokens: int) -> list[list[int]]:
     """Return the new ids of each row, the end token included where there is one."""
     ids, mask = padded(rows, model.device, left=True)
-    start, limit = ids.shape[1], ids.shape[1] + new_tokens
     options = GREEDY | {
         "eos_token_id": sorted(ends.tokens) or None,
         "pad_token_id": min(ends.tokens, default=0),
     }
-    if _in_chunks(model, depth):
-        chunked = ChunkedDecoding()
-        stops = [StopStrings(ends.tokenizer, ends.stop, start)] if ends.stop else []
-        with at_depth(model, depth):
-            output = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **options,
-                stopping_criteria=stops, custom_generate=chunked,
-            )  # fmt: skip
-        found = [
-            row[start : start + len(trace.passes)] for row, trace in zip(output.tolist(), chunked.traces, strict=True)
-        ]
-        if not all(found):
-            raise CheckFailed("a row was decoded to no token at all", "'rr setup' checks the installation.")
-        return found
+    way = _decode_in_chunks if _in_chunks(model, depth) else _decode_in_calls
+    with at_depth(model, depth):
+        return way(model, ids, mask, ends=ends, new_tokens=new_tokens, options=options)
+
+
+def _decode_in_chunks(
+    model: Any, ids: Tensor, mask: Tensor, *, ends: _Ends, new_tokens: int, options: dict[str, Any]
+) -> list[list[int]]:
+    """Decode in one call of `generate`, in chunks: rows leave inside it."""
+    start, chunked = ids.shape[1], ChunkedDecoding()
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        **options,
+        stopping_criteria=[StopStrings(ends.tokenizer, ends.stop, start)] if ends.stop else [],
+        custom_generate=chunked,
+    )
+    found = [row[start : start + len(trace.passes)] for row, trace in zip(output.tolist(), chunked.traces, strict=True)]
+    if not all(found):
+        raise CheckFailed("a row was decoded to no token at all", "'rr setup' checks the installation.")
+    return found
+
+
+def _decode_in_calls(
+    model: Any, ids: Tensor, mask: Tensor, *, ends: _Ends, new_tokens: int, options: dict[str, Any]
+) -> list[list[int]]:
+    """Decode in several calls of `generate`: each ends when some rows have ended, and the next has the others."""
+    start, limit = ids.shape[1], ids.shape[1] + new_tokens
     # Where `generate` cannot be given its cache back, leaving it early saves nothing.
     name = generation_cache_argument(model)
     leaving = 1.0 if name is None else LEAVING_SHARE
-    found: list[list[int]] = [[] for _ in rows]
-    present = list(range(len(rows)))
+    found: list[list[int]] = [[] for _ in ids]
+    present = list(range(len(ids)))
     cache = None
     while present:
         watch = _Watch(ends, start, leaving)
-        with at_depth(model, depth):
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=limit - ids.shape[1],
-                **options,
-                stopping_criteria=[watch],
-                return_dict_in_generate=True,
-                **({} if cache is None else {name: cache}),
-            )
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=limit - ids.shape[1],
+            **options,
+            stopping_criteria=[watch],
+            return_dict_in_generate=True,
+            **({} if cache is None else {name: cache}),
+        )
         ids = output.sequences
         # Where `generate` looks at stopping a token late (on MPS), it took that token back.
         ended = {row: end for row, end in watch.ended.items() if end <= ids.shape[1]}

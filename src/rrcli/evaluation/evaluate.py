@@ -105,7 +105,7 @@ def evaluate_model(
         raise RRError("there is nothing to evaluate", "Give documents or problems, and do not skip every part.")
     values = metrics.from_records(records) | values
     if metrics_tracker is not None:
-        log_evaluation(metrics_tracker, values, records, stage, step or 0, pictured)
+        log_evaluation(metrics_tracker, values, records, stage=stage, step=step or 0, pictured=pictured)
     found = {"metrics": values, "by_depth": metrics.by_depth(records), "calibration": calibration}
     return found | {"records": records, "depth": depth}
 
@@ -114,6 +114,7 @@ def log_evaluation(
     tracker: MetricsTracker,
     values: dict[str, Any],
     records: dict[str, Any],
+    *,
     stage: str,
     step: int,
     pictured: Sequence[tuple[str, Sequence[Token]]] = (),

@@ -69,7 +69,7 @@ def measure_performance(
         if cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        _generate(model, ids, new_tokens, decoding, depth=0 if way == PASS_0 else depth)
+        _generate(model, ids, new_tokens, decoding=decoding, depth=0 if way == PASS_0 else depth)
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -113,7 +113,7 @@ def _prompts(model: Any, tokenizer: Any, documents: Sequence[str]) -> list[torch
     return [torch.tensor([row], device=model.device) for row in (long[: min(PREFILL_TOKENS, room)], *short[:SAMPLES])]
 
 
-def _generate(model: Any, ids: torch.Tensor, new_tokens: int, decoding: Any, *, depth: int) -> torch.Tensor:
+def _generate(model: Any, ids: torch.Tensor, new_tokens: int, *, decoding: Any, depth: int) -> torch.Tensor:
     """Return `[1, position]` prompt and exactly so many new tokens."""
     with at_depth(model, depth):
         return model.generate(
@@ -132,11 +132,11 @@ def _chunk_metrics(model: Any, texts: Sequence[torch.Tensor], depth: int) -> dic
     decoding, readout = ChunkedDecoding(), Readout(model)
     stable = ChunkTotals()
     for ids in texts:
-        text = _generate(model, ids, DECODE_TOKENS, decoding, depth=depth)
+        text = _generate(model, ids, DECODE_TOKENS, decoding=decoding, depth=depth)
         inputs, scored = text[:, :-1], torch.zeros_like(text[:, :-1], dtype=torch.bool)
         scored[:, ids.shape[1] - 1 :] = True
         targets = text[:, 1:][scored]
-        predictions = readout.score(inputs, torch.ones_like(inputs), scored, targets, depth=depth).predictions
+        predictions = readout.score(inputs, torch.ones_like(inputs), scored, targets=targets, depth=depth).predictions
         same = predictions[1:].eq(predictions[:-1]).sum(1).tolist()
         stable.add(ChunkTotals(chunks=1, positions=predictions.shape[1], stable=same))
     # Both are means over the same tokens, one over chunks and one over positions.

@@ -112,7 +112,7 @@ def _score(readout: Readout, batch: list[Window], *, depth: int) -> dict[str, An
     for row, window in enumerate(batch):
         scored[row, len(window.ids) - len(window.targets) : len(window.ids)] = True
     targets = torch.tensor([token for window in batch for token in window.targets], device=ids.device)
-    scores = readout.score(ids, mask, scored, targets, depth=depth)
+    scores = readout.score(ids, mask, scored, targets=targets, depth=depth)
     lengths = [len(window.targets) for window in batch]
     return {
         "windows": [[window.document, len(window.targets)] for window in batch],

@@ -17,7 +17,9 @@ from rrcli.reporting import Reporter
 
 
 @torch.no_grad()
-def relevance(model: Any, tokenizer: Any, generations: Sequence[Mapping[str, Any]], reporter: Reporter) -> list[float]:
+def relevance(
+    model: Any, tokenizer: Any, generations: Sequence[Mapping[str, Any]], *, reporter: Reporter
+) -> list[float]:
     """Return the pointwise mutual information of each continuation and its prompt, in nats per token.
 
     The mean over the continuation's tokens of ln p(token | prompt, tokens before) - ln p(token | tokens before), both

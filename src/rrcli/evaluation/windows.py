@@ -29,7 +29,7 @@ class Window:
     document: int
 
 
-def rolling_windows(tokens: list[int], prefix: int, length: int, stride: int) -> list[tuple[list[int], int]]:
+def rolling_windows(tokens: list[int], prefix: int, *, length: int, stride: int) -> list[tuple[list[int], int]]:
     """Cut a document into windows so that every token is scored exactly once.
 
     The first window scores up to `length` tokens from the prefix token on; each later one moves on by `stride` tokens,
@@ -66,7 +66,7 @@ def windows_of(model: Any, tokenizer: Any, documents: Sequence[list[int]], *, se
     windows = []
     for number, ids in enumerate(documents):
         begin = 0
-        for window, scored in rolling_windows(ids, prefix, length, stride) if ids else ():
+        for window, scored in rolling_windows(ids, prefix, length=length, stride=stride) if ids else ():
             windows.append(Window(window, ids[begin : begin + scored], number))
             begin += scored
     return sorted(windows, key=lambda window: -len(window.ids))

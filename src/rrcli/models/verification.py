@@ -30,7 +30,7 @@ def reference(model: Any, tokenizer: Any) -> list[Logits]:
     return found
 
 
-def verify(model: Any, tokenizer: Any, before: list[Logits], reporter: Reporter) -> list[int]:
+def verify(model: Any, tokenizer: Any, before: list[Logits], *, reporter: Reporter) -> list[int]:
     """Compare the logits at every depth, uncached and cached, with those before surgery; return the depths.
 
     Raises:

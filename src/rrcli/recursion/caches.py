@@ -60,7 +60,7 @@ def is_ready(cache: Any, depth: int) -> bool:
 
 
 @torch.compiler.disable
-def prepare(cache: Any, depth: int, full: bool = True, start: int = 0) -> None:
+def prepare(cache: Any, depth: int, *, full: bool = True, start: int = 0) -> None:
     """Store one cache for each of the passes `1..depth` on `cache`, at the start of a forward at that depth.
 
     The caches of deeper passes are removed, since those passes do not see this forward's tokens.
@@ -160,14 +160,14 @@ def align(cache: Any, drop: torch.Tensor, length: int) -> None:
                 value = getattr(layer, name)
                 if isinstance(value, dict):
                     for key, state in value.items():
-                        value[key] = moved(state, drop, layer.conv_kernel_size[key], axis)
+                        value[key] = moved(state, drop, layer.conv_kernel_size[key], axis=axis)
                 else:
-                    setattr(layer, name, moved(value, drop, min(length, window_of(layer) or length), axis))
+                    setattr(layer, name, moved(value, drop, min(length, window_of(layer) or length), axis=axis))
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = length
 
 
-def moved(value: torch.Tensor, drop: torch.Tensor, length: int, axis: int) -> torch.Tensor:
+def moved(value: torch.Tensor, drop: torch.Tensor, length: int, *, axis: int) -> torch.Tensor:
     """Move each row of `[batch, ..., position, ...]` right by `drop[row]`, and keep the last `length` positions.
 
     Args:

@@ -95,19 +95,22 @@ class ChunkedDecoding:
         obstacle = _obstacle(model, cache, model_kwargs.get("attention_mask"))
         self.traces = [Trace() for _ in input_ids]
         if obstacle:
-            _say_once(model, obstacle)
+            _warn_once(model, obstacle)
             output = upstream.sample_one_by_one(
                 model, input_ids, logits_processor=logits_processor, stopping_criteria=stopping_criteria,
                 generation_config=generation_config, synced_gpus=synced_gpus,
-                streamer=None if self.streamer is None else _Noting(self, model), **model_kwargs,
+                streamer=None if self.streamer is None else _TracingStreamer(self, model), **model_kwargs,
             )  # fmt: skip
-            self._trace(model, output if isinstance(output, Tensor) else output.sequences, input_ids, stopping_criteria)
+            self._trace_single_tokens(
+                model, output if isinstance(output, Tensor) else output.sequences, input_ids, stopping_criteria
+            )
             return output
-        rows = Rows(model, input_ids, model_kwargs.get("attention_mask"), cache, stopping_criteria, self.streamer)
+        mask = model_kwargs.get("attention_mask")
+        rows = Rows(model, input_ids, mask, cache=cache, criteria=stopping_criteria, streamer=self.streamer)
         chooser = Chooser(rows, logits_processor, sample=bool(generation_config.do_sample))
         first = chooser.choose(chooser.scores(rows.prefill()[:, -1:]))
         one = torch.ones_like(first[:, 0])
-        self._note(Chunk(rows.active, first, first, one, one, model.recursion.depth))
+        self._trace_chunk(Chunk(rows.active, first, first, one, one, model.recursion.depth))
         rows.commit(first.tolist())
         if cache.is_croppable:
             cache.activate_past_recording()
@@ -121,7 +124,7 @@ class ChunkedDecoding:
                 chunk = draft_and_refine(rows, chooser, min(width, 2 * committed, room), boundary=self.boundary)
                 committed = int(chunk.commit_length.max())
                 self.totals.add(chunk.totals())
-                self._note(chunk)  # before a streamer gets the tokens: it may look at the traces
+                self._trace_chunk(chunk)  # before a streamer gets the tokens: it may look at the traces
                 commit(rows, chunk)
         if self.streamer is not None:
             self.streamer.end()
@@ -132,7 +135,7 @@ class ChunkedDecoding:
             return GenerateDecoderOnlyOutput(**{"sequences": sequences, upstream.output_cache_field(): cache})
         return sequences
 
-    def _trace(self, model: Any, sequences: Tensor, prompts: Tensor, criteria: Any) -> None:
+    def _trace_single_tokens(self, model: Any, sequences: Tensor, prompts: Tensor, criteria: Any) -> None:
         """Note traces for a batch that was decoded token by token: all passes for every token, and no draft."""
         depth = _depth(model)
         self.traces = [Trace() for _ in sequences]
@@ -143,7 +146,7 @@ class ChunkedDecoding:
                 if bool(criteria(row[None, :end], None)[0]):
                     break
 
-    def _note(self, chunk: Chunk) -> None:
+    def _trace_chunk(self, chunk: Chunk) -> None:
         """Note how each token of a chunk came about."""
         changed = chunk.draft.ne(chunk.tokens).tolist()
         for row, differs, length in zip(chunk.rows, changed, chunk.commit_length.tolist(), strict=True):
@@ -151,7 +154,7 @@ class ChunkedDecoding:
             self.traces[row].changed += differs[:length]
 
 
-class _Noting:
+class _TracingStreamer:
     """A streamer that notes the trace of each token of a single row, and then hands it on."""
 
     def __init__(self, decoding: ChunkedDecoding, model: Any) -> None:
@@ -172,7 +175,7 @@ def _depth(model: Any) -> int:
     return 0 if recursion is None else int(recursion.depth)
 
 
-def _say_once(model: Any, obstacle: str) -> None:
+def _warn_once(model: Any, obstacle: str) -> None:
     """Log why a model is decoded token by token, once for each reason."""
     said = model.__dict__.setdefault("rr_obstacles", set())
     if obstacle not in said:

@@ -269,7 +269,7 @@ class Recursion(nn.Module):
         for value in (*args, *kwargs.values()):
             # `prepare` is left out of compiled graphs: call it when a generation begins, not for every token.
             if upstream.is_cache(value) and not caches.is_ready(value, depth):
-                caches.prepare(value, depth, self.end == len(self.layers), self.start)
+                caches.prepare(value, depth, full=self.end == len(self.layers), start=self.start)
 
     def _note(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the arguments of layer `index`."""

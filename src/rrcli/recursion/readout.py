@@ -142,8 +142,8 @@ class Readout:
         input_ids: Tensor,
         attention_mask: Tensor,
         scored: Tensor,
-        targets: Tensor,
         *,
+        targets: Tensor,
         depth: int | None = None,
     ) -> Scores:
         """Score chosen positions of a batch at every depth up to `depth`, the way `way` says.
@@ -155,19 +155,19 @@ class Readout:
         """
         score = self._score_plain if self.way == "plain" else self._score_apart
         with through_onednn(self.model):
-            return score(input_ids, attention_mask, scored, targets, depth=self._depth(depth))
+            return score(input_ids, attention_mask, scored, targets=targets, depth=self._depth(depth))
 
     def _depth(self, depth: int | None) -> int:
         if self.recursion is None:
             return 0
         return self.recursion.depth if depth is None else depth
 
-    def _score_apart(self, ids: Tensor, mask: Tensor, scored: Tensor, targets: Tensor, *, depth: int) -> Scores:
+    def _score_apart(self, ids: Tensor, mask: Tensor, scored: Tensor, *, targets: Tensor, depth: int) -> Scores:
         passes = self.passes(ids, mask, depth=depth)
         losses, predictions = [], []
         for hidden in passes.hidden:
             if self.way == "tiles":
-                loss, prediction = tiles.token_losses(self.projection, self._logits_by, hidden[scored], targets)
+                loss, prediction = tiles.token_losses(self.projection, self._logits_by, hidden[scored], targets=targets)
             else:
                 loss, prediction = self.token_losses(hidden[scored], targets)
             losses.append(loss)
@@ -224,7 +224,7 @@ class Readout:
         # What follows the last position is not known; any token will do.
         targets = ids.roll(-1, 1)[scored]
         try:
-            found = self.score(ids, mask, scored, targets, depth=depth)
+            found = self.score(ids, mask, scored, targets=targets, depth=depth)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a family's forward may fail in any way with a head or backbone that is not its own
@@ -243,7 +243,7 @@ class Readout:
                 return False
         return True
 
-    def _score_plain(self, ids: Tensor, mask: Tensor, scored: Tensor, targets: Tensor, *, depth: int) -> Scores:
+    def _score_plain(self, ids: Tensor, mask: Tensor, scored: Tensor, *, targets: Tensor, depth: int) -> Scores:
         states = self.recursion.passes(ids, mask, depth=depth).states if depth else []
         size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
         losses, predictions = [], []

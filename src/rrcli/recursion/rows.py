@@ -27,7 +27,7 @@ class Rows:
     pending: list[int] | None = None
 
     def __init__(
-        self, model: Any, input_ids: Tensor, mask: Tensor | None, cache: Any, criteria: Any, streamer: Any
+        self, model: Any, input_ids: Tensor, mask: Tensor | None, *, cache: Any, criteria: Any, streamer: Any
     ) -> None:
         self.model, self.cache, self.criteria, self.streamer = model, cache, criteria, streamer
         self.prompts, self.tokens = input_ids, input_ids
@@ -112,7 +112,7 @@ class Rows:
         uniform = bool(counts.eq(most).all())
         # Where every row gets equally many tokens nothing moves; otherwise the longest row sets the block's width.
         length = self.tokens.shape[1] + most if uniform else int(self.real.max())
-        self.tokens = caches.moved(torch.cat([self.tokens, added], 1), most - counts, length, 1)
+        self.tokens = caches.moved(torch.cat([self.tokens, added], 1), most - counts, length, axis=1)
         if dropped is None:
             return
         if not uniform:

@@ -28,7 +28,7 @@ def can_be_tiled(head: Any) -> bool:
 
 @torch.no_grad()
 def token_losses(
-    head: nn.Linear, logits_by: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor], rows: Tensor, targets: Tensor
+    head: nn.Linear, logits_by: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor], rows: Tensor, *, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return each row's cross-entropy (nats, fp32) and its most likely token, the first one of equals.
 
