@@ -36,6 +36,9 @@ def solve_problems(
 ) -> list[dict[str, Any]]:
     """Answer every problem greedily at every depth up to `depth` and let its task score the answer.
 
+    Args:
+        depth: the last depth that is measured; a model without a recursion has depth 0 alone.
+
     Returns:
         Records with the problem and its prompt, and lists with an entry per depth: `outputs`, `extracted` (what was
         scored), `strict` (the whole answer is right), `correct` (it is right, or for numeric answers the last number
@@ -54,13 +57,12 @@ def solve_problems(
     texts = [question_text(tokenizer, p.question, examples[p.task], settings) for p in data.problems]
     prompts = [encode_question(tokenizer, text, settings) for text in texts]
     prompts = _within_context(model, prompts, settings.max_new_tokens, reporter)
-    depths = range(depth + 1)
     entries = log.done("problems")
     tasks = {task.spec: task for task in data.tasks}
-    with reporter.progress("reasoning", len(prompts) * len(depths), "problems") as progress:
+    with reporter.progress("reasoning", len(prompts) * (depth + 1), "problems") as progress:
         progress.advance(len(entries))
-        for index, current in enumerate(depths):
-            skip = min(len(prompts), max(0, len(entries) - index * len(prompts)))
+        for current in range(depth + 1):
+            skip = min(len(prompts), max(0, len(entries) - current * len(prompts)))
             for batch in decode(
                 model,
                 tokenizer,
