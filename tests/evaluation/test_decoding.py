@@ -1,4 +1,4 @@
-"""Decoding in batches gives each prompt what stock `generate` gives it alone, whoever leaves the batch when."""
+"""Decoding in batches gives each prompt what stock `generate` gives it alone, whichever rows leave the batch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The heart: passes over a span of decoder layers, attached to a stock transformers model by hooks.
 
 config            what a recursion is (no torch)
-engine            `attach`, and the passes themselves
+engine            `attach`, and the passes themselves; frames: what is kept of a forward while it runs
 feedback_cell     what a pass adds to the span's input
 boundary_head     whether another pass is worth it
 families          where each architecture keeps its parts

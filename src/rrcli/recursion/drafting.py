@@ -33,7 +33,7 @@ from torch import Tensor
 from rrcli import upstream
 from rrcli.recursion import caches
 from rrcli.recursion.chunk_metrics import ChunkTotals
-from rrcli.recursion.engine import Record
+from rrcli.recursion.frames import Record
 from rrcli.recursion.rows import Chooser, Rows
 
 

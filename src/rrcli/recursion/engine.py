@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,49 +34,8 @@ from rrcli.recursion.boundary_head import BoundaryHead
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.families import find_layout, home_of
 from rrcli.recursion.feedback_cell import FeedbackCell
+from rrcli.recursion.frames import Frame, Record, hidden_of, with_hidden
 from rrcli.recursion.proof import prove, self_check
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass
-class Record:
-    """What the passes of one or more forwards computed, in the order in which they ran.
-
-    Attributes:
-        states: the span's output of every pass that was run, `[batch, position, hidden]`.
-        entries: the span's input of each forward, `[batch, position, hidden]`. Empty where layers return more than a
-            hidden state: there the forwards cannot be refined without running pass 0 again.
-        feedback: root mean square of each pass's feedback relative to the span's input.
-    """
-
-    states: list[Tensor] = field(default_factory=list)
-    entries: list[Tensor] = field(default_factory=list)
-    feedback: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class _Frame:
-    """One forward that is running: its depth, how each layer was called, and what is recorded of it.
-
-    Attributes:
-        depth: how many passes follow pass 0.
-        record: where states are recorded; None if nobody asked for them.
-        prepares_caches: make the cache carry one copy for each pass up to `depth`, and no other. If not, it keeps the
-            copies that it has: passes that this forward does not run see its tokens in a later one.
-        enough: is given h(k) before pass k + 1 is run, for k >= 1; True ends the forward's passes there.
-        drafted: the span's input and h(0), where pass 0 was run in an earlier forward.
-        stubs: while set, the layers before the span's end are stubs that return h(0). Closing it puts the layers back.
-        calls: the arguments of each layer from the span's first on.
-    """
-
-    depth: int
-    record: Record | None = None
-    prepares_caches: bool = True
-    enough: Callable[[Tensor], bool] | None = None
-    drafted: tuple[Tensor, Tensor] | None = None
-    stubs: ExitStack | None = None
-    calls: dict[int, Call] = field(default_factory=dict)
 
 
 @dataclass
@@ -124,7 +83,7 @@ class Recursion(nn.Module):
         self.to(device=home_of(self.layers[self.start]), dtype=like.dtype)
 
         self._depth = config.max_steps
-        self._frame: _Frame | None = None
+        self._frame: Frame | None = None
         self._untranslate = upstream.translate(model)
         self._hooks = self._install()
         model.__dict__["recursion"] = self
@@ -158,7 +117,7 @@ class Recursion(nn.Module):
         The caches of the passes after pass 0 do not see these tokens; `refining` or `refining_until` adds them.
         """
         record = Record()
-        with self._forced(_Frame(0, record, prepares_caches=False)):
+        with self._forced(Frame(0, record, prepares_caches=False)):
             yield record
 
     @contextmanager
@@ -172,7 +131,7 @@ class Recursion(nn.Module):
                 recorded them.
         """
         record = Record()
-        with ExitStack() as stubs, self._forced(_Frame(self._depth, record, drafted=drafted, stubs=stubs)):
+        with ExitStack() as stubs, self._forced(Frame(self._depth, record, drafted=drafted, stubs=stubs)):
             for layer in self.layers[: self.end]:
                 stubs.enter_context(upstream.patched(layer, forward=lambda *_, **__: drafted[1]))
             yield record
@@ -187,7 +146,7 @@ class Recursion(nn.Module):
             enough: is given h(k), `[batch, position, hidden]`, for k >= 1; True means that pass k + 1 is not run.
         """
         record = Record()
-        with self._forced(_Frame(depth, record, prepares_caches=False, enough=enough)):
+        with self._forced(Frame(depth, record, prepares_caches=False, enough=enough)):
             yield record
 
     def detach(self) -> None:
@@ -218,7 +177,7 @@ class Recursion(nn.Module):
             depth: how many passes follow pass 0; the recursion's own depth if not given.
         """
         record = Record()
-        frame = _Frame(self.depth if depth is None else depth, record)
+        frame = Frame(self.depth if depth is None else depth, record)
         with self._forced(frame):
             told = {} if position_ids is None else {"position_ids": position_ids}
             output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **told)
@@ -242,7 +201,7 @@ class Recursion(nn.Module):
         return hooks
 
     @contextmanager
-    def _forced(self, frame: _Frame | None) -> Iterator[Any]:
+    def _forced(self, frame: Frame | None) -> Iterator[Any]:
         """Run the forwards inside in this frame; with None, layers that are called directly are in no frame."""
         before, self._frame = self._frame, frame
         try:
@@ -254,7 +213,7 @@ class Recursion(nn.Module):
         """Open a frame when the backbone is called, unless a frame is forced on the forward."""
         if self._frame is None and self._depth > 0:
             upstream.refuse_unhidden_outputs(self.model, kwargs)
-            self._frame = _Frame(self._depth)
+            self._frame = Frame(self._depth)
 
     def _close(self, *_: Any) -> None:
         """Close the frame that `_open` opened; those that record are forced, and stay for further forwards."""
@@ -276,7 +235,7 @@ class Recursion(nn.Module):
         if self._frame is not None:
             # Of the hidden states only the span's input is needed again; keeping those of all layers costs memory.
             call = (args, kwargs)
-            self._frame.calls[index] = call if index == self.start else _with_hidden(call, None)
+            self._frame.calls[index] = call if index == self.start else with_hidden(call, None)
 
     def _after_pass_0(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         """Run the passes after pass 0 when the span's last layer returns, and return the last one's output."""
@@ -286,7 +245,7 @@ class Recursion(nn.Module):
         if frame.stubs is not None:
             frame.stubs.close()
         span = range(self.start, self.end)
-        entry = _hidden(frame.calls[self.start]) if frame.drafted is None else frame.drafted[0]
+        entry = hidden_of(frame.calls[self.start]) if frame.drafted is None else frame.drafted[0]
         if frame.record is not None and isinstance(output, Tensor):
             frame.record.entries.append(entry)
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -307,7 +266,7 @@ class Recursion(nn.Module):
             frame.record.states.extend(states)
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
-    def _run(self, span: Iterable[int], hidden: Tensor, frame: _Frame, step: int) -> Tensor:
+    def _run(self, span: Iterable[int], hidden: Tensor, frame: Frame, step: int) -> Tensor:
         """Call layers again as the model called them, with another hidden state and the cache of pass `step`."""
         lora = self.model.__dict__.get("lora") if step else None
         for index in span:
@@ -316,13 +275,13 @@ class Recursion(nn.Module):
             kwargs = {
                 k: caches.of_pass(value, step) if upstream.is_cache(value) else value for k, value in kwargs.items()
             }
-            args, kwargs = _with_hidden((args, kwargs), hidden)
+            args, kwargs = with_hidden((args, kwargs), hidden)
             layer = self.layers[index]
             output = layer(*args, **kwargs) if lora is None else lora.call(layer, *args, **kwargs)
             hidden = output if isinstance(output, Tensor) else output[0]
         return hidden
 
-    def _readout(self, frame: _Frame, hidden: Tensor) -> Tensor:
+    def _readout(self, frame: Frame, hidden: Tensor) -> Tensor:
         """Run the layers after the span and the tail on the output of a pass."""
         with self._forced(None):
             hidden = self._run(range(self.end, len(self.layers)), hidden, frame, 0)
@@ -365,16 +324,6 @@ def at_depth(model: Any, depth: int) -> AbstractContextManager[None]:
     """Let a model run at a depth for a while; one without a recursion has pass 0 alone, and runs as it is."""
     recursion = getattr(model, "recursion", None)
     return nullcontext() if recursion is None else recursion.at_depth(depth)
-
-
-def _hidden(call: Call) -> Tensor:
-    args, kwargs = call
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _with_hidden(call: Call, hidden: Tensor | None) -> Call:
-    args, kwargs = call
-    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
 def _relative_norm(feedback: Tensor, entry: Tensor) -> Tensor:
