@@ -70,7 +70,8 @@ def ours(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int, rows: 
     start = time.perf_counter()
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     budget = rows * (max(map(len, ids)) + new_tokens)
-    found = {d.number: d.text for batch in decode(model, tokenizer, ids, new_tokens, budget, stop=STOP) for d in batch}
+    decoded = decode(model, tokenizer, ids, depth=0, new_tokens=new_tokens, batch_tokens=budget, stop=STOP)
+    found = {d.number: d.text for batch in decoded for d in batch}
     return time.perf_counter() - start, [found[number] for number in range(len(prompts))]
 
 

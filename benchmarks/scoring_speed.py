@@ -39,7 +39,6 @@ import rrcli
 from rrcli import demo
 from rrcli.evaluation.performance import peak_resident_mb, reset_peak_resident
 from rrcli.evaluation.perplexity import score_documents
-from rrcli.evaluation.samples import SampleLog
 from rrcli.heap import keep_freed_memory
 from rrcli.reporting import Silent
 from rrcli.settings import EvalSettings
@@ -88,7 +87,7 @@ def ours(model: Any, tokenizer: Any) -> Score:
 
     def score(texts: list[str]) -> list[float]:
         with torch.no_grad():
-            records, _ = score_documents(model, tokenizer, texts, EvalSettings(), Silent(), SampleLog())
+            records, _ = score_documents(model, tokenizer, texts, depth=0, settings=EvalSettings(), reporter=Silent())
         return [-record["nll"][0] for record in records]
 
     return score

@@ -467,3 +467,21 @@ def test_generate_and_code_of_another_version_understand_each_other(monkeypatch,
     recursion.detach()
     assert "prepare_inputs_for_generation" not in vars(model)
     assert not model._forward_pre_hooks
+
+
+def test_what_is_patched_is_put_back_whatever_happens():
+    plain, hooked = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    own = hooked.forward = lambda rows: rows
+    rows = torch.ones(1, 2)
+    for module in (plain, hooked):
+        before = module(rows)
+        with upstream.patched(module, forward=lambda rows: rows + 1, extra=True):
+            assert torch.equal(module(rows), rows + 1)
+            assert module.extra
+            with pytest.raises(ZeroDivisionError), upstream.patched(module, forward=lambda rows: rows + 1 // 0):
+                module(rows)
+            assert torch.equal(module(rows), rows + 1)
+        assert torch.equal(module(rows), before)
+        assert not hasattr(module, "extra")
+    assert "forward" not in vars(plain)
+    assert hooked.forward is own

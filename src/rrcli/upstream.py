@@ -1,7 +1,7 @@
-"""The one door to what belongs to other people and may change under another name in their next release.
+"""All use of what other packages do not document, and may rename or remove in their next release.
 
-Everywhere else `rrcli` calls what its dependencies document. What it needs beyond that stands here, one function for
-each need. It is found by signature, type or trial, never by a version. What happens where it is not found:
+Everywhere else `rrcli` calls what its dependencies document. What it needs beyond that is here, one function for each
+need. It is found by signature, type or trial, never by a version number. What happens where it is not found:
 
     needed for                                    rests on                                   without it
     the name a model takes its cache under        signatures, annotations of `Cache`         RRError
@@ -20,7 +20,8 @@ each need. It is found by signature, type or trial, never by a version. What hap
     hyper-parameters inside a run                 `torch.utils.tensorboard.summary.hparams`  they are not logged
     a GGUF model that can be saved                `hf_quantizer`, `quantization_config`      transformers' own error
 
-Which versions this was tested with is said once, in pyproject.toml; `untested` compares them with what is installed.
+The versions that this was tested with are in pyproject.toml; `untested` compares them with what is installed.
+`patched` is here because other packages replace the same attributes.
 """
 
 from __future__ import annotations
@@ -41,8 +42,29 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from rrcli.errors import RRError
 
-# Packages whose internals are named above, and whose tested range therefore has an end.
+# Packages whose internals are used here; in pyproject.toml their tested ranges have an upper end.
 WATCHED = ("transformers", "peft", "accelerate", "torch", "tensorboard")
+
+
+# -- other people's objects --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def patched(target: Any, **attributes: Any) -> Iterator[None]:
+    """While it is entered, `target` has these instance attributes, which hide attributes of its class.
+
+    This is how a module's `forward` is replaced for a while. Other packages put a `forward` on an instance too
+    (accelerate, torch.compile), so instance attributes that were there before are put back at the end.
+    """
+    own = vars(target)
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            own.pop(name, None)
+        own.update(before)
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------
@@ -104,13 +126,13 @@ def cache_of(values: Mapping[str, Any]) -> Any:
 
 
 def translate(model: Any) -> Callable[[], None]:
-    """Let `generate` and the code that a model brings itself understand each other's name for the cache.
+    """Translate between the names that `generate` and a model's remote code have for the cache.
 
     `generate` hands the cache on under the name that the installed transformers has for it. Code that was written for
-    another version would take that name for an unknown option, and go on without a past.
+    another version would take that name for an unknown option, and ignore the tokens before.
 
     Returns:
-        What takes the translation off again; it does nothing where there was none to make.
+        A function that ends the translation; it does nothing where none was needed.
     """
     theirs, own = generation_cache_argument(model), _cache_parameter(model.forward)
     if own is None or theirs is None or theirs == own or "rr_translated" in vars(model):
@@ -156,7 +178,7 @@ def output_cache_field() -> str:
 def _cache_parameter(function: Callable[..., Any]) -> str | None:
     parameters = inspect.signature(function).parameters
     known = [name for name in CACHE_NAMES if name in parameters]
-    # A name that nobody has heard of is a cache all the same if it is declared to be one.
+    # An unknown name is the cache's too if its annotation says so.
     declared = [name for name, p in parameters.items() if re.search(r"\bCache\b", str(p.annotation))]
     if known:
         return next((name for name in known if name in declared), known[0])
@@ -164,7 +186,7 @@ def _cache_parameter(function: Callable[..., Any]) -> str | None:
 
 
 def generation_cache_argument(model: Any) -> str | None:
-    """Return the keyword under which `generate` takes a cache for this model and hands it on; None if none is known."""
+    """Return the keyword under which `generate` takes a cache for this model, and hands it on; None if not known."""
     from transformers import GenerationMixin
 
     name = _cache_parameter(GenerationMixin.prepare_inputs_for_generation)
@@ -173,16 +195,17 @@ def generation_cache_argument(model: Any) -> str | None:
 
 
 def goes_on(cache: Any) -> bool:
-    """Tell whether `generate` goes on after what a cache holds, and `reorder_cache` selects its rows.
+    """Tell whether `generate` continues after the tokens in a cache, and `reorder_cache` selects its rows.
 
-    Not where all layers are recurrent: `generate` then runs the whole text again; nor in classes that families derive.
+    It does not where all layers are recurrent (`generate` then runs the whole text again), nor with a family's own
+    subclass of a cache.
     """
     linear = getattr(cache, "is_linear", None)
     return _is_plain(cache) and isinstance(linear, list) and not all(linear)
 
 
 def can_be_taken_back(cache: Any) -> bool:
-    """Tell whether a cache is one that `Snapshot` and `crop` take back to an earlier token."""
+    """Tell whether `Snapshot` and `crop` can take a cache back to an earlier token."""
     return isinstance(cache, DynamicCache) and not getattr(cache, "offloading", True) and hasattr(cache, "is_croppable")
 
 
@@ -192,7 +215,7 @@ def _is_plain(cache: Any) -> bool:
 
 # -- transformers: the layers of a cache -------------------------------------------------------------------------------
 
-# Layers whose rows can be moved one by one, and where their positions are: attribute -> axis.
+# Classes of layers whose rows can be moved separately, and for each attribute the axis of its positions.
 POSITIONS: dict[type, dict[str, int]] = {
     DynamicLayer: {"keys": 2, "values": 2},
     DynamicSlidingWindowLayer: {"keys": 2, "values": 2},
@@ -201,7 +224,7 @@ POSITIONS: dict[type, dict[str, int]] = {
 
 
 def is_blank(layer: Any) -> bool:
-    """Tell whether no token went through one layer of a cache; one that cannot say so is blank if it holds nothing."""
+    """Tell whether a layer of a cache has seen no token; a layer that cannot tell is blank if it holds no values."""
     length, previous = getattr(layer, "get_seq_length", None), getattr(layer, "has_previous_state", None)
     if length is None and previous is None:
         return not any(isinstance(value, Tensor) and value.numel() for value in vars(layer).values())
@@ -213,7 +236,7 @@ def is_blank(layer: Any) -> bool:
 
 
 def remembers_all(layer: Any) -> bool:
-    """Tell whether a layer keeps every token for good, so that any number of the last ones can be cropped."""
+    """Tell whether a layer never forgets a token, so that any number of the last ones can be cropped."""
     return type(layer) is DynamicLayer
 
 
@@ -224,7 +247,7 @@ def window_of(layer: Any) -> int | None:
 
 # -- transformers: recorded outputs ------------------------------------------------------------------------------------
 
-# What a caller may ask a model to return beside its logits.
+# What a caller may ask a model to return besides its logits.
 RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -236,18 +259,18 @@ def _recorder() -> Any:
     return found if all(hasattr(found, name) for name in ("get", "set")) else None
 
 
-# The variable that holds what transformers records of a forward; None where it was not found.
+# The context variable in which transformers collects the recorded outputs of a forward; None if it was not found.
 RECORDER = _recorder()
 
 
 def refuse_unhidden_outputs(model: Any, asked: Mapping[str, Any]) -> None:
-    """Refuse recorded outputs where passes cannot be kept out of them, as `RECORDER` was not found.
+    """Refuse to record outputs if the passes cannot be kept out of them, because `RECORDER` was not found.
 
     Args:
         asked: the keyword arguments of a forward.
 
     Raises:
-        RRError: a kind of output is asked for, and this transformers has no recorder that can be told to look away.
+        RRError: outputs are to be recorded, and this transformers has no recorder that can be switched off for a while.
     """
     if RECORDER is not None:
         return
@@ -261,7 +284,7 @@ def refuse_unhidden_outputs(model: Any, asked: Mapping[str, Any]) -> None:
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """Hide what happens inside from transformers' recorder of hidden states, attentions and router logits."""
+    """While it is entered, transformers does not record hidden states, attentions and router logits."""
     before = None if RECORDER is None else RECORDER.get()
     if not before:
         yield
@@ -277,7 +300,7 @@ def unrecorded() -> Iterator[None]:
 
 
 def sample_one_by_one(model: Any, input_ids: Tensor, **options: Any) -> Any:
-    """Decode token by token, as `generate` does once it has prepared everything; greedy and sampling.
+    """Decode token by token, greedily or by sampling: what `generate` does after its preparations.
 
     Args:
         options: `logits_processor`, `stopping_criteria`, `generation_config`, `synced_gpus`, `streamer` and the model's
@@ -298,7 +321,7 @@ def sample_one_by_one(model: Any, input_ids: Tensor, **options: Any) -> Any:
 
 
 def padding_token(generation_config: Any) -> int:
-    """Return what `generate` pads ended rows with: the padding token, or the first end token, or 0."""
+    """Return the token that `generate` pads ended rows with: the padding token, or the first end token, or 0."""
     ends = generation_config.eos_token_id
     first = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
     found = first if generation_config.pad_token_id is None else generation_config.pad_token_id
@@ -306,7 +329,7 @@ def padding_token(generation_config: Any) -> int:
 
 
 def forget_quantisation(model: Any) -> None:
-    """Make a model that was read from GGUF saveable: its weights are plain floats by now, only the mark remains."""
+    """Make a model that was read from GGUF saveable: its weights are plain floats, so the mark of quantisation goes."""
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -314,24 +337,25 @@ def forget_quantisation(model: Any) -> None:
 
 
 def computing_device(module: Any) -> Any:
-    """Return where accelerate lets a module compute whose weights it keeps elsewhere until then, or None."""
+    """Return the device on which accelerate runs a module whose weights it keeps elsewhere; None if there is none."""
     hooks = [getattr(part, "_hf_hook", None) for part in module.modules()]
     return next((home for hook in hooks if (home := getattr(hook, "execution_device", None)) is not None), None)
 
 
 def attention_is_eager(config: Any) -> bool:
-    """Tell whether a model holds whole matrices of attention scores; for an estimate of memory only."""
+    """Tell whether a model computes whole matrices of attention scores; only for an estimate of memory."""
     return getattr(config, "_attn_implementation", None) == "eager"
 
 
 @contextmanager
 def countable_experts(model: Any, way: str) -> Iterator[None]:
-    """Let a mixture's experts compute in the given `way`, and no family look for padding among its tokens.
+    """While it is entered, a mixture's experts compute in the given `way`, and no family looks for padding tokens.
 
     Raises:
-        RRError: experts are fused into one tensor, and how they compute cannot be chosen: some would not be counted.
+        RRError: experts are fused into one tensor and their implementation cannot be chosen, so that some products
+            would not be counted.
     """
-    # Without an id for padding no family looks for it among the tokens, which on the meta device are not there.
+    # Families with a padding id look for it among the tokens, and on the meta device these have no values.
     settings = {"_experts_implementation": way, "pad_token_id": None}
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     before = [(c, key, getattr(c, key)) for c in configs.values() for key in settings if hasattr(c, key)]
@@ -355,7 +379,7 @@ def countable_experts(model: Any, way: str) -> Iterator[None]:
 
 
 def peft_function(name: str) -> Any:
-    """Return a function that peft gives to packages like this one, from where this version of it has it.
+    """Return a function that peft offers to other packages, from the module in which the installed version has it.
 
     Raises:
         RRError: it has none of that name.
@@ -369,10 +393,10 @@ def peft_function(name: str) -> Any:
 
 
 def switch_adapters(layers: Sequence[Any], on: bool) -> None:
-    """Turn peft's adapters on or off, and leave `requires_grad` of their weights alone.
+    """Turn peft's adapters on or off without changing `requires_grad` of their weights.
 
-    peft's public switch also changes that, and autograd then drops gradients of passes that were run already. Where the
-    flag behind it is not found, the public one is used and `requires_grad` is put back.
+    peft's public switch changes that too, and autograd then drops the gradients of passes that were run already. Where
+    the private flag is not found, the public switch is used and `requires_grad` is set back.
     """
     for layer in layers:
         if isinstance(getattr(layer, "_disable_adapters", None), bool):
@@ -386,10 +410,11 @@ def switch_adapters(layers: Sequence[Any], on: bool) -> None:
 
 @contextmanager
 def checkpointed_with(layer: Any, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """While it is entered, a decoder layer checkpoints `around(itself)`, so that a recomputation does the same.
+    """While it is entered, a decoder layer checkpoints `around(forward)`, so that `around` is recomputed too.
 
     Raises:
-        RRError: the layer is checkpointed in a way that is not known here: a recomputation would leave `around` out.
+        RRError: the layer is checkpointed in a way that is not known here, so that a recomputation would not have
+            `around`.
     """
     name = "_gradient_checkpointing_func"
     checkpoint = vars(layer).get(name)
@@ -402,18 +427,15 @@ def checkpointed_with(layer: Any, around: Callable[[Callable[..., Any]], Callabl
             )
         yield
         return
-    setattr(layer, name, lambda run, *inputs, **options: checkpoint(around(run), *inputs, **options))
-    try:
+    with patched(layer, **{name: lambda run, *inputs, **options: checkpoint(around(run), *inputs, **options)}):
         yield
-    finally:
-        setattr(layer, name, checkpoint)
 
 
 # -- accelerate, torch, tensorboard ------------------------------------------------------------------------------------
 
 
 def leave_process_group() -> None:
-    """End accelerate's process group; where it cannot forget about it, this process cannot join another one."""
+    """End accelerate's process group; where accelerate cannot reset its state, this process cannot join another one."""
     from accelerate import PartialState
 
     PartialState().destroy_process_group()
@@ -424,7 +446,7 @@ def leave_process_group() -> None:
 
 @functools.cache
 def onednn_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    """Return oneDNN's `rows @ weight.T + bias` where this torch has it and it gives what torch gives; else None."""
+    """Return oneDNN's `rows @ weight.T + bias` if this torch has it and the results agree with torch's; else None."""
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
 
@@ -442,12 +464,12 @@ def onednn_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None
 
 
 def onednn_operator() -> Any:
-    """Return the operator under `onednn_product`, for counting its FLOPs; None where there is none."""
+    """Return the operator that `onednn_product` calls, for counting its FLOPs; None where there is none."""
     return torch.ops.mkldnn._linear_pointwise if onednn_product() is not None else None
 
 
 def has_cpp_compiler() -> bool:
-    """Tell whether torch.compile finds a C++ compiler; True where that cannot be asked, as it will say so itself."""
+    """Tell whether torch.compile finds a C++ compiler; True if it is not known, as torch then raises its own error."""
     try:
         find = import_module("torch._inductor.cpp_builder").get_cpp_compiler
     except (ImportError, AttributeError):
@@ -460,7 +482,10 @@ def has_cpp_compiler() -> bool:
 
 
 def add_hparams(writer: Any, values: Mapping[str, Any], metrics: Mapping[str, float]) -> bool:
-    """Write hyper-parameters into a TensorBoard writer's own run (its `add_hparams` makes another); False if not."""
+    """Write hyper-parameters into a TensorBoard writer's own run, and return whether that was possible.
+
+    The writer's public `add_hparams` writes them into a run of their own.
+    """
     try:
         summaries = import_module("torch.utils.tensorboard.summary").hparams(dict(values), dict(metrics))
         add = writer.file_writer.add_summary

@@ -80,7 +80,7 @@ def test_examples_are_the_same_for_every_problem_and_from_the_training_side(defa
     model, tokenizer = default
     data = data_of(6)
     settings = EvalSettings(num_fewshot=3, max_new_tokens=4)
-    records = solve_problems(model, tokenizer, data, settings, 0, Silent())
+    records = solve_problems(model, tokenizer, data, depth=0, settings=settings, reporter=Silent())
     heads = {record["prompt"].rpartition("Question:")[0] for record in records}
     assert len(heads) == 1
     [head] = heads
@@ -88,7 +88,7 @@ def test_examples_are_the_same_for_every_problem_and_from_the_training_side(defa
     trained = {p.question for p in data.tasks[0].examples(3, 0)}
     assert {part.partition("\nAnswer:")[0].strip() for part in head.split("Question:")[1:]} == trained
     assert not any(problem.question in head for problem in data.problems)
-    assert solve_problems(model, tokenizer, data, settings, 0, Silent()) == records
+    assert solve_problems(model, tokenizer, data, depth=0, settings=settings, reporter=Silent()) == records
 
 
 def test_stop_strings_are_typed_as_in_a_shell():
@@ -106,10 +106,10 @@ def test_every_depth_is_recorded_and_equals_a_run_at_that_depth(default):
     model, tokenizer = default
     recursive(model)
     data, settings = data_of(), EvalSettings(max_new_tokens=16)
-    records = solve_problems(model, tokenizer, data, settings, 2, Silent())
+    records = solve_problems(model, tokenizer, data, depth=2, settings=settings, reporter=Silent())
     assert len({tuple(record["outputs"]) for record in records if len(set(record["outputs"])) > 1}) > 1
     model.recursion.detach()
-    stock = solve_problems(model, tokenizer, data, settings, 0, Silent())
+    stock = solve_problems(model, tokenizer, data, depth=0, settings=settings, reporter=Silent())
     for record, plain, problem in zip(records, stock, data.problems, strict=True):
         assert [len(record[name]) for name in ("outputs", "extracted", "strict", "correct", "score", "length")] == [
             3
@@ -126,26 +126,30 @@ def test_a_stop_string_and_the_cap_are_told_apart(default):
     model, tokenizer = default
     data = data_of(8)
     settings = EvalSettings(max_new_tokens=16)
-    for record in solve_problems(model, tokenizer, data, settings, 0, Silent()):
+    for record in solve_problems(model, tokenizer, data, depth=0, settings=settings, reporter=Silent()):
         assert record["ended"] == [True]
         assert record["length"][0] < 16
-    for record in solve_problems(model, tokenizer, data, EvalSettings(max_new_tokens=1), 0, Silent()):
+    for record in solve_problems(
+        model, tokenizer, data, depth=0, settings=EvalSettings(max_new_tokens=1), reporter=Silent()
+    ):
         assert record["length"] == [1]
 
 
 def test_a_prompt_longer_than_the_context_is_cut_on_the_left_and_said(default, monkeypatch):
     model, tokenizer = default
     data, listening = data_of(5), Listening()
-    expected = solve_problems(model, tokenizer, data, EvalSettings(max_new_tokens=4), 0, Silent())
+    expected = solve_problems(
+        model, tokenizer, data, depth=0, settings=EvalSettings(max_new_tokens=4), reporter=Silent()
+    )
     monkeypatch.setattr(answers, "context_length", lambda model: 12)
     lengths = [len(tokenizer(record["prompt"])["input_ids"]) for record in expected]
-    cut = solve_problems(model, tokenizer, data, EvalSettings(max_new_tokens=4), 0, listening)
+    cut = solve_problems(model, tokenizer, data, depth=0, settings=EvalSettings(max_new_tokens=4), reporter=listening)
     assert len(cut) == 5
     assert listening.warnings == [
         f"{sum(n > 8 for n in lengths)} of 5 prompts were cut on the left to 8 tokens, to fit the context"
     ]
     with pytest.raises(UsageError, match="12 new tokens do not fit"):
-        solve_problems(model, tokenizer, data, EvalSettings(max_new_tokens=12), 0, Silent())
+        solve_problems(model, tokenizer, data, depth=0, settings=EvalSettings(max_new_tokens=12), reporter=Silent())
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------
@@ -176,11 +180,12 @@ def test_answers_go_on_where_they_were_cut_off(default, tmp_path, after):
     data, settings = data_of(), EvalSettings(max_new_tokens=6, batch_tokens=260)
     path = tmp_path / "whole.jsonl"
     with Failing(path, math.inf) as log:
-        whole = solve_problems(model, tokenizer, data, settings, 2, Silent(), log)
+        whole = solve_problems(model, tokenizer, data, depth=2, settings=settings, reporter=Silent(), log=log)
     at_depth_0 = log.appended / 3
     cut = tmp_path / "cut.jsonl"
     with pytest.raises(CutOff), Failing(cut, after) as log:
-        solve_problems(model, tokenizer, data, settings, 2, Silent(), log)
+        solve_problems(model, tokenizer, data, depth=2, settings=settings, reporter=Silent(), log=log)
+    assert model.recursion.depth == 2
     asked = Counter()
     plain = model.generate
 
@@ -190,7 +195,7 @@ def test_answers_go_on_where_they_were_cut_off(default, tmp_path, after):
 
     model.generate = count
     with Failing(cut, math.inf) as log:
-        resumed = solve_problems(model, tokenizer, data, settings, 2, Silent(), log)
+        resumed = solve_problems(model, tokenizer, data, depth=2, settings=settings, reporter=Silent(), log=log)
     assert json.dumps(resumed) == json.dumps(whole)
     assert cut.read_bytes() == path.read_bytes()
     assert (asked[0] > 0) == (after < at_depth_0), "what was logged is not computed again"
@@ -203,12 +208,12 @@ def test_generations_go_on_where_they_were_cut_off(default, tmp_path, after):
     settings = EvalSettings(batch_tokens=110)
     path, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     with SampleLog(path, "key") as log:
-        whole = continue_prompts(model, tokenizer, prompts, settings, Silent(), log)
+        whole = continue_prompts(model, tokenizer, prompts, depth=0, settings=settings, reporter=Silent(), log=log)
     assert [record["prompt"] for record in whole] == prompts
     with pytest.raises(CutOff), Failing(cut, after) as log:
-        continue_prompts(model, tokenizer, prompts, settings, Silent(), log)
+        continue_prompts(model, tokenizer, prompts, depth=0, settings=settings, reporter=Silent(), log=log)
     with SampleLog(cut, "key") as log:
-        resumed = continue_prompts(model, tokenizer, prompts, settings, Silent(), log)
+        resumed = continue_prompts(model, tokenizer, prompts, depth=0, settings=settings, reporter=Silent(), log=log)
     assert json.dumps(resumed) == json.dumps(whole)
     assert cut.read_bytes() == path.read_bytes()
 
@@ -219,8 +224,15 @@ def test_problems_of_a_file_go_through_the_same_path(default, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     task = FileTask("a.jsonl:held_out=all", tmp_path)
     settings = EvalSettings(max_new_tokens=6)
-    ours = solve_problems(model, tokenizer, EvalData(tasks=(task,), problems=tuple(task.all)), settings, 0, Silent())
-    generated = solve_problems(model, tokenizer, data_of(6), settings, 0, Silent())
+    ours = solve_problems(
+        model,
+        tokenizer,
+        EvalData(tasks=(task,), problems=tuple(task.all)),
+        depth=0,
+        settings=settings,
+        reporter=Silent(),
+    )
+    generated = solve_problems(model, tokenizer, data_of(6), depth=0, settings=settings, reporter=Silent())
     for name in ("outputs", "correct", "strict"):
         assert [record[name] for record in ours] == [record[name] for record in generated]
 

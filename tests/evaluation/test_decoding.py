@@ -1,4 +1,4 @@
-"""Decoding in batches gives each prompt what stock `generate` gives it alone, whoever leaves the batch when."""
+"""Decoding in batches gives each prompt what stock `generate` gives it alone, whichever rows leave the batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 import rrcli
 from families import build, generate, tokens, wake
+from letters import Letters
 from rrcli.errors import RRError
 from rrcli.evaluation import decoding
 from rrcli.evaluation.decoding import decode
@@ -18,24 +19,23 @@ FAMILIES = ("llama", "gemma3_text", "gpt2", "qwen3_next", "falcon_h1", "mamba2",
 LENGTHS = (3, 9, 5, 7, 4, 8, 6, 9)
 
 
-class Letters:
-    """A tokenizer whose token t is the character of code t + 32."""
-
-    eos_token_id = None
-
-    def decode(self, ids, skip_special_tokens=True):
-        return "".join(chr(32 + i) for i in ids)
-
-    def batch_decode(self, rows, skip_special_tokens=True):
-        return [self.decode(row) for row in rows]
-
-
 def prompts_of(lengths=LENGTHS):
     return [tokens(1, length, seed=seed)[0].tolist() for seed, length in enumerate(lengths)]
 
 
 def alone(model, prompts, new_tokens=NEW):
     return [generate(model, torch.tensor([p]), max_new_tokens=new_tokens)[0, len(p) :].tolist() for p in prompts]
+
+
+def decoded(model, prompts, tokenizer=None, **options):
+    """Decode at the depth that the model is set to; one batch is large enough."""
+    recursion = getattr(model, "recursion", None)
+    options = {
+        "depth": 0 if recursion is None else recursion.depth,
+        "new_tokens": NEW,
+        "batch_tokens": 10_000,
+    } | options
+    return decode(model, tokenizer or Letters(), prompts, **options)
 
 
 def counted(model, monkeypatch):
@@ -58,7 +58,7 @@ def test_rows_that_leave_change_no_other_row(family, way, monkeypatch):
     if way != "stock":
         wake(attach(model, RecursionConfig(max_steps=2)))
     if way == "every pass":
-        monkeypatch.setattr(decoding, "_in_chunks", lambda model: False)
+        monkeypatch.setattr(decoding, "_in_chunks", lambda *_: False)
     plain = alone(model, prompts)
     # End tokens that occur early in some texts and late or never in others.
     ends = {text[place] for text, place in zip(plain[::2], (1, 4, 7, 10), strict=True)}
@@ -66,11 +66,11 @@ def test_rows_that_leave_change_no_other_row(family, way, monkeypatch):
     assert len(set(cuts)) > 2
     model.generation_config.eos_token_id = sorted(ends)
     rows = counted(model, monkeypatch)
-    found = {d.number: d for batch in decode(model, Letters(), prompts, NEW, 10_000) for d in batch}
+    found = {d.number: d for batch in decoded(model, prompts) for d in batch}
     for number, (text, cut) in enumerate(zip(plain, cuts, strict=True)):
         assert found[number].tokens == text[:cut]
         assert found[number].ended == (cut is not None)
-    if way == "in chunks" and decoding._in_chunks(model):
+    if way == "in chunks" and decoding._in_chunks(model, 2):
         assert rows == [len(prompts)]  # rows leave inside the call
     elif family != "mamba2":  # its cache goes by a name under which `generate` cannot go on
         assert len(rows) > 1
@@ -87,7 +87,7 @@ def test_a_stop_string_ends_a_row_and_cuts_its_text(recursive, monkeypatch):
     plain = [tokenizer.decode(text) for text in alone(model, prompts)]
     stop = [plain[0][3:5], plain[3][8:11], "never"]
     rows = counted(model, monkeypatch)
-    found = {d.number: d for batch in decode(model, tokenizer, prompts, NEW, 10_000, stop=stop) for d in batch}
+    found = {d.number: d for batch in decoded(model, prompts, tokenizer, stop=stop) for d in batch}
     for number, text in enumerate(plain):
         end = min((text.find(s) for s in stop if s in text), default=None)
         assert found[number].text == text[:end]
@@ -109,16 +109,16 @@ def test_chunks_are_for_passes_in_full_precision(depth, dtype, expected, monkeyp
         wake(attach(model, RecursionConfig(max_steps=2))).depth = depth
     used = []
     monkeypatch.setattr(decoding, "ChunkedDecoding", lambda: used.append(True) or rrcli.ChunkedDecoding())
-    list(decode(model, Letters(), prompts, NEW, 10_000))
+    list(decoded(model, prompts))
     assert bool(used) == expected
 
 
 def test_a_stop_string_may_lie_across_tokens_of_a_real_tokenizer():
     model, tokenizer = rrcli.load("default")
     prompt = tokenizer("Once upon a time")["input_ids"]
-    [[whole]] = decode(model, tokenizer, [prompt], 20, 10_000)
+    [[whole]] = decoded(model, [prompt], tokenizer, new_tokens=20)
     stop = whole.text[len(whole.text) // 2 - 3 : len(whole.text) // 2 + 4]
-    [[cut]] = decode(model, tokenizer, [prompt], 20, 10_000, stop=[stop])
+    [[cut]] = decoded(model, [prompt], tokenizer, new_tokens=20, stop=[stop])
     assert cut.text == whole.text[: whole.text.find(stop)]
     assert cut.ended
     assert len(cut.tokens) < len(whole.tokens)
@@ -133,7 +133,7 @@ def test_a_cache_of_another_class_is_not_gone_on_with(monkeypatch):
     ends = set(model.generation_config.eos_token_id)
     monkeypatch.setattr(decoding, "goes_on", lambda cache: False)
     rows = counted(model, monkeypatch)
-    for batch in decode(model, Letters(), prompts, NEW, 10_000):
+    for batch in decoded(model, prompts):
         for d in batch:
             cut = next((i for i, token in enumerate(plain[d.number]) if token in ends), None)
             assert d.tokens == plain[d.number][:cut]
@@ -143,7 +143,7 @@ def test_a_cache_of_another_class_is_not_gone_on_with(monkeypatch):
 @torch.no_grad()
 def test_running_out_of_memory_halves_the_batch(monkeypatch):
     model, prompts = build("llama"), prompts_of()
-    expected = [[(d.number, d.tokens) for d in batch] for batch in decode(model, Letters(), prompts, NEW, 10_000)]
+    expected = [[(d.number, d.tokens) for d in batch] for batch in decoded(model, prompts)]
     sizes, plain = [], model.generate
 
     def small(*args, **options):
@@ -153,7 +153,7 @@ def test_running_out_of_memory_halves_the_batch(monkeypatch):
         return plain(*args, **options)
 
     monkeypatch.setattr(model, "generate", small)
-    found = [[(d.number, d.tokens) for d in batch] for batch in decode(model, Letters(), prompts, NEW, 10_000)]
+    found = [[(d.number, d.tokens) for d in batch] for batch in decoded(model, prompts)]
     assert found == expected
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
 
@@ -162,15 +162,15 @@ def test_running_out_of_memory_halves_the_batch(monkeypatch):
 
     monkeypatch.setattr(model, "generate", never)
     with pytest.raises(RRError, match="memory runs out for a single prompt of 9 tokens") as caught:
-        list(decode(model, Letters(), prompts, NEW, 10_000))
+        list(decoded(model, prompts))
     assert "--max-new-tokens" in caught.value.hint
 
 
 @torch.no_grad()
 def test_batches_are_bounded_and_the_first_answers_can_be_left_out():
     model, prompts = build("llama"), prompts_of()
-    whole = list(decode(model, Letters(), prompts, 3, 36))
+    whole = list(decoded(model, prompts, new_tokens=3, batch_tokens=36))
     assert [len(batch) for batch in whole] == [3, 3, 2]
     assert [len(prompts[d.number]) for batch in whole for d in batch] == sorted(LENGTHS, reverse=True)
-    assert list(decode(model, Letters(), prompts, 3, 36, skip=3)) == whole[1:]
-    assert list(decode(model, Letters(), prompts, 3, 36, skip=8)) == []
+    assert list(decoded(model, prompts, new_tokens=3, batch_tokens=36, skip=3)) == whole[1:]
+    assert list(decoded(model, prompts, new_tokens=3, batch_tokens=36, skip=8)) == []

@@ -110,7 +110,7 @@ def test_an_evaluation_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     )
     whole = service.evaluate(settings, "after_surgery", tmp_path, Silent()).results
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rrcli.evaluation.evaluate.continue_prompts", interrupted)

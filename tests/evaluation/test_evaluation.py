@@ -11,8 +11,8 @@ import rrcli
 from rrcli.errors import RRError
 from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import EvalData, held_out_data
-from rrcli.evaluation.perplexity import rolling_windows, score_documents
-from rrcli.evaluation.samples import SampleLog
+from rrcli.evaluation.perplexity import score_documents
+from rrcli.evaluation.windows import rolling_windows
 from rrcli.reporting import Silent
 from rrcli.settings import EvalSettings
 
@@ -34,7 +34,7 @@ def test_windows_score_every_token_once_and_match_the_reference():
     for count in (1, 5, 16, 17, 31, 32, 33, 100):
         tokens = list(range(1, count + 1))
         for length, stride in ((16, 16), (16, 8), (16, 1), (200, 200)):
-            ours = rolling_windows(tokens, 0, length, stride)
+            ours = rolling_windows(tokens, 0, length=length, stride=stride)
             theirs = lm_eval_utils.get_rolling_token_windows(tokens, 0, length, length - stride + 1)
             for (window, scored), (context, target) in zip(ours, theirs, strict=True):
                 assert window == context
@@ -83,8 +83,12 @@ def test_token_accuracy_and_loss_equal_plain_logits(default):
 @pytest.mark.parametrize("budget", [1, 64, 10_000])
 def test_batching_changes_no_number_beyond_rounding(default, budget):
     model, tokenizer = default
-    alone, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(batch_tokens=1), Silent(), SampleLog())
-    batched, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(batch_tokens=budget), Silent(), SampleLog())
+    alone, _ = score_documents(
+        model, tokenizer, TEXTS, depth=0, settings=EvalSettings(batch_tokens=1), reporter=Silent()
+    )
+    batched, _ = score_documents(
+        model, tokenizer, TEXTS, depth=0, settings=EvalSettings(batch_tokens=budget), reporter=Silent()
+    )
     for a, b in zip(alone, batched, strict=True):
         assert b["nll"][0] == pytest.approx(a["nll"][0], rel=1e-6)
         assert b["correct"] == a["correct"]
@@ -95,13 +99,13 @@ def test_every_depth_equals_a_run_at_that_depth():
     recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=2))
     torch.manual_seed(0)
     torch.nn.init.normal_(recursion.cell.w_out.weight, std=0.05)
-    together, chunks = score_documents(model, tokenizer, TEXTS, EvalSettings(), Silent(), SampleLog())
+    together, chunks = score_documents(model, tokenizer, TEXTS, depth=2, settings=EvalSettings(), reporter=Silent())
     assert together[0]["nll"][0] != together[0]["nll"][1] != together[0]["nll"][2]
     for depth in range(3):
-        recursion.depth = depth
-        alone, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(), Silent(), SampleLog())
+        alone, _ = score_documents(model, tokenizer, TEXTS, depth=depth, settings=EvalSettings(), reporter=Silent())
         for a, b in zip(alone, together, strict=True):
             assert a["nll"][-1] == pytest.approx(b["nll"][depth], rel=1e-6)
+    assert recursion.depth == 2
     values = chunks.metrics()
     assert values["avg_refine_steps"] == 2
     assert 0 <= values["commit_rate"] <= 1

@@ -100,7 +100,7 @@ def test_generated_answers_and_exact_match_are_those_of_our_own_path(folder, dep
         recursive(model, depth)
     task = FileTask("rows.jsonl:held_out=all", folder)
     data = EvalData(tasks=(task,), problems=tuple(task.all))
-    ours = solve_problems(model, tokenizer, data, SETTINGS, depth or 0, Silent())
+    ours = solve_problems(model, tokenizer, data, depth=depth or 0, settings=SETTINGS, reporter=Silent())
     metrics, samples = run_harness(model, tokenizer, load_tasks([str(folder / "generate.yaml")]), SETTINGS, Silent())
     assert [record["outputs"][-1].strip() for record in ours] == [sample["output"] for sample in samples]
     assert [float(record["strict"][-1]) for record in ours] == [sample["score"] for sample in samples]
@@ -174,7 +174,7 @@ def test_solved_examples_are_put_in_front(folder):
     assert prompts[1].count("Question:") == 3
 
 
-def test_an_interrupted_run_goes_on_behind_its_complete_tasks(folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_after_its_complete_tasks(folder, tmp_path, monkeypatch):
     model, tokenizer = rrcli.load("default")
     names = harness_tasks(["choice.yaml,generate.yaml"], folder)
     settings = EvalSettings(max_samples=5)

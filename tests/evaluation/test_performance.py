@@ -18,12 +18,12 @@ def words(text, **_):
     return {"input_ids": [3 + len(word) for word in text.split()]}
 
 
-def measured(model, monkeypatch):
+def measured(model, monkeypatch, depth=0):
     monkeypatch.setattr(performance, "PREFILL_TOKENS", LENGTH)
     monkeypatch.setattr(performance, "DECODE_TOKENS", 2)
     monkeypatch.setattr(performance, "REPEATS", 1)
     with torch.no_grad():
-        return measure_performance(model, words, ["a bc def"] * LENGTH, Silent())
+        return measure_performance(model, words, ["a bc def"] * LENGTH, depth=depth, reporter=Silent())
 
 
 def products(model):
@@ -51,22 +51,20 @@ def test_a_pass_costs_its_layers_and_its_cell(monkeypatch):
     recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=2))
     layers, head = products(model)
     cell = sum(p.numel() for name, p in recursion.cell.named_parameters() if name.startswith("w_"))
-    found = measured(model, monkeypatch)["flops_per_token"]["value"]
+    found = measured(model, monkeypatch, 2)["flops_per_token"]["value"]
     assert found == pytest.approx(2 * (3 * layers + 2 * cell + head) / 1e6)
 
 
 def test_a_recursion_is_timed_in_chunks_and_against_both_ways_without(monkeypatch):
     model = build("llama")
     recursion = wake(rrcli.attach(model, rrcli.RecursionConfig(max_steps=3, span=(1, 3))), 0.01)
-    recursion.depth = 2
-    found = {name: entry["value"] for name, entry in measured(model, monkeypatch).items()}
-    assert recursion.depth == 2
+    found = {name: entry["value"] for name, entry in measured(model, monkeypatch, 2).items()}
+    assert recursion.depth == 3
     times = {name for name in found if name.startswith("time_per_output_token")}
     assert times == {f"time_per_output_token{way}" for way in ("", "/sequential", "/pass_0")}
     assert found["decode/avg_refine_steps"] == 2
     assert 1 <= found["decode/avg_chunk_length"] <= 2
     assert {"decode/commit_rate", "decode/stability@1", "decode/stability@2"} <= found.keys()
-    recursion.depth = 0
     alone = measured(model, monkeypatch)
     assert not any("/" in name for name in alone)
     # Two of four layers run twice more: 1 + depth x span share.

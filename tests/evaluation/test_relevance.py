@@ -38,7 +38,7 @@ def by_hand(model, tokenizer, prompt, text):
 
 def test_it_is_the_mean_gain_in_log_probability_by_the_prompt():
     model, tokenizer = rrcli.load("default")
-    found = relevance(model, tokenizer, RECORDS, Silent())
+    found = relevance(model, tokenizer, RECORDS, reporter=Silent())
     expected = [by_hand(model, tokenizer, record["prompt"], record["text"]) for record in RECORDS]
     assert found == pytest.approx(expected, abs=1e-5)
     assert found[2] == 0
@@ -47,10 +47,10 @@ def test_it_is_the_mean_gain_in_log_probability_by_the_prompt():
 
 def test_a_recursion_on_the_baseline_is_left_out_and_left_as_it_was():
     model, tokenizer = rrcli.load("default")
-    plain = relevance(model, tokenizer, RECORDS, Silent())
+    plain = relevance(model, tokenizer, RECORDS, reporter=Silent())
     recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=2))
     torch.nn.init.normal_(recursion.cell.w_out.weight, std=0.1)
-    assert relevance(model, tokenizer, RECORDS, Silent()) == plain
+    assert relevance(model, tokenizer, RECORDS, reporter=Silent()) == plain
     assert recursion.depth == 2
 
 
@@ -59,7 +59,7 @@ def test_a_broken_baseline_is_named():
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(RRError, match="no finite probability"):
-        relevance(model, tokenizer, RECORDS, Silent())
+        relevance(model, tokenizer, RECORDS, reporter=Silent())
 
 
 def test_a_stage_whose_weights_trained_is_measured_with_the_baseline(tmp_path):
@@ -76,9 +76,9 @@ def test_a_stage_whose_weights_trained_is_measured_with_the_baseline(tmp_path):
     )
     result = service.evaluate(settings, "baseline", tmp_path, Silent(), model="other")
     generations = result.results["records"]["generations"]
-    expected = relevance(*rrcli.load("default"), generations, Silent())
+    expected = relevance(*rrcli.load("default"), generations, reporter=Silent())
     assert [record["relevance"] for record in generations] == expected
-    assert expected != relevance(model, tokenizer, generations, Silent())
+    assert expected != relevance(model, tokenizer, generations, reporter=Silent())
     assert result.results["metrics"]["relevance"]["value"] == pytest.approx(sum(expected) / len(expected))
     assert {"finished", "distinct_2"} <= result.results["metrics"].keys()
 

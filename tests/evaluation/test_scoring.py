@@ -44,8 +44,12 @@ def default():
 
 
 def scored(default, *, texts=TEXTS, settings=SETTINGS, log=None, reporter=None):
+    recursion = getattr(default[0], "recursion", None)
+    depth = 0 if recursion is None else recursion.depth
     with torch.no_grad():
-        records, chunks = score_documents(*default, texts, settings, reporter or Silent(), log or SampleLog())
+        records, chunks = score_documents(
+            *default, texts, depth=depth, settings=settings, reporter=reporter or Silent(), log=log
+        )
     return json.dumps(records), chunks
 
 
@@ -53,11 +57,11 @@ def count_batches(monkeypatch, fail_after=None):
     """Return a list that grows by the rows of every forward; optionally raise at one."""
     rows, score = [], Readout.score
 
-    def counted(self, ids, mask, where, targets):
+    def counted(self, ids, *others, **options):
         rows.append(len(ids))
         if fail_after is not None and len(rows) > fail_after:
             raise KeyboardInterrupt
-        return score(self, ids, mask, where, targets)
+        return score(self, ids, *others, **options)
 
     monkeypatch.setattr(Readout, "score", counted)
     return rows
@@ -131,7 +135,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_only_that_batch(default, most, 
         shapes.append(tuple(input_ids.shape))
         return forward(*args, input_ids=input_ids, **kwargs)
 
-    monkeypatch.setattr(Readout, "choose_way", lambda *_: None)
+    monkeypatch.setattr(Readout, "choose_way", lambda *_, **__: None)
     monkeypatch.setattr(default[0].model, "forward", limited)
     whole, chunks = scored(default)
     before, limit = shapes.copy(), most
@@ -187,7 +191,7 @@ def test_the_estimate_covers_what_a_batch_really_takes(default, monkeypatch):
     mask, readout = torch.ones_like(ids), Readout(model)
     monkeypatch.setattr(tiles, "ROWS", 16)  # so that the buffer, which does not grow, is small
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        readout.score(ids, mask, mask.bool(), ids.flatten())
+        readout.score(ids, mask, mask.bool(), targets=ids.flatten())
     alive = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -207,7 +211,7 @@ def test_a_document_longer_than_the_context_is_scored_once_and_whole(default, st
     ids = tokenizer(STORY * 5, add_special_tokens=False)["input_ids"]
     assert len(ids) > 4 * 32
     assert records[0]["tokens"] == len(ids)
-    # Token by token, each behind as much context as its window gives it.
+    # Token by token, each after as much context as its window has.
     expected, stream, begin = 0.0, [tokenizer.bos_token_id, *ids], 0
     while begin < len(ids):
         end = min(begin + (32 if begin == 0 else stride or 32), len(ids))
@@ -238,7 +242,7 @@ def test_a_document_that_the_model_breaks_on_is_named_and_not_logged(default, wa
         lambda _, args, states: states.masked_fill((args[0] == token)[..., None], torch.nan)
     )
 
-    def choose(self, *_):
+    def choose(self, *_, **__):
         self.way = way
 
     monkeypatch.setattr(Readout, "choose_way", choose)
@@ -259,7 +263,7 @@ def test_a_fallback_is_said_once_and_changes_no_number(default, monkeypatch):
         ids = torch.tensor([[default[1].bos_token_id, *default[1](TEXTS[3], add_special_tokens=False)["input_ids"]]])
         where = torch.ones_like(ids, dtype=torch.bool)
         where[:, -1] = False
-        losses = plain.score(ids, torch.ones_like(ids), where, ids[0, 1:]).losses.double().sum(1)
+        losses = plain.score(ids, torch.ones_like(ids), where, targets=ids[0, 1:]).losses.double().sum(1)
     finally:
         hook.remove()
     assert json.loads(found)[3]["nll"] == pytest.approx(losses.tolist(), rel=1e-5)

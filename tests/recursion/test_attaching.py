@@ -65,7 +65,7 @@ def test_a_copied_model_has_a_recursion_of_its_own():
     assert not torch.equal(uncached(model, ids), awake)
 
 
-def test_a_span_behind_the_last_layer_is_refused_and_leaves_the_model_alone():
+def test_a_span_after_the_last_layer_is_refused_and_leaves_the_model_alone():
     model = build("llama")
     before = hooks(model)
     with pytest.raises(UsageError, match="1:5"):
@@ -105,7 +105,7 @@ def test_an_unlisted_family_is_found_by_structure_and_has_to_prove_itself():
     layout, known = find_layout(model)
     assert not known
     assert layout.layers == "model.layers"
-    # `rotary_emb` also stands behind the layers, and is no part of the tail.
+    # `rotary_emb` also stands after the layers, and is no part of the tail.
     assert layout.tail == ("model.norm",)
     recursion = attach(model)
     assert torch.equal(uncached(model, ids), plain)

@@ -37,7 +37,7 @@ def awake(family, span=(1, 3), depth=MAX_STEPS):
 
 
 def go_on(model, ids, cache):
-    """Return the logits of one forward over `ids` behind what `cache` holds, through a copy of the cache."""
+    """Return the logits of one forward over `ids` after what `cache` holds, with a copy of the cache."""
     return model(ids, use_cache=True, **{cache_name(model): copy.deepcopy(cache)}).logits
 
 
@@ -84,7 +84,7 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_not_been(family, span):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "bloom", "deepseek_v3", "lfm2"])
 @torch.no_grad()
-def test_several_positions_at_once_behind_a_cache(family):
+def test_several_positions_at_once_after_a_cache(family):
     model, _ = awake(family)
     ids = tokens(length=14)
     full = uncached(model, ids)
@@ -218,7 +218,7 @@ def test_going_on_at_a_lower_depth_drops_the_deeper_passes_for_good():
 
 @pytest.mark.parametrize("depth", [0, 1])
 @torch.no_grad()
-def test_going_on_at_a_lower_depth_behind_a_partial_span_is_refused_or_right(depth):
+def test_going_on_at_a_lower_depth_after_a_partial_span_is_refused_or_right(depth):
     model, recursion = awake("llama", span=(1, 3))
     ids = tokens()
     _, cache = cached(model, ids[:, :SEEN])

@@ -51,7 +51,7 @@ def by_tensors(predictions, commit, targets, windows):
 
 @st.composite
 def texts(draw, patient=False):
-    """Return random arguments; where `patient`, a position that is content stays content in later passes."""
+    """Return random arguments; where `patient`, a position that is confident stays confident in later passes."""
     depth = draw(st.integers(1, 4))
     lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
     n = sum(lengths)
@@ -83,7 +83,7 @@ def test_a_chunk_stops_when_the_head_is_content_everywhere(text):
 
 
 def test_a_position_that_is_no_longer_content_keeps_its_chunk_going():
-    # Pass 0: the first position is content; pass 1: only the second; so no pass is content with both.
+    # Pass 0: the first position is confident; pass 1: only the second; so no pass is confident of both.
     text = ([[1, 1]] * 3, [[0.9, 0.1], [0.1, 0.9]], [1, 1], [0, 0])
     assert by_loop(*text).refine_steps == 2
     assert by_tensors(*text).refine_steps == 2

@@ -119,7 +119,7 @@ def test_rows_end_where_they_would_have_ended(family):
 
 
 class _After(StoppingCriteria):
-    """Stops a row behind a pair of tokens, as a stop string would."""
+    """Stops a row after a pair of tokens, as a stop string would."""
 
     def __init__(self, pair):
         self.pair = pair
@@ -341,11 +341,11 @@ def test_adaptive_refining_of_a_batch_gives_every_row_its_tokens():
     model = awake(depth=2)
     ids, mask = prompts()
     with torch.no_grad():
-        model.recursion.head.score.bias.fill_(-20)  # never content: every pass is run, as without
+        model.recursion.head.score.bias.fill_(-20)  # never confident: every pass is run, as without
     never = ChunkedDecoding(6, adaptive=True)
     assert torch.equal(run(model, ids, mask, never), run(model, ids, mask))
     with torch.no_grad():
-        model.recursion.head.score.bias.fill_(20)  # always content: pass 0 alone behind the first token
+        model.recursion.head.score.bias.fill_(20)  # always confident: pass 0 alone after the first token
     always = ChunkedDecoding(6, adaptive=True)
     text = run(model, ids, mask, always)
     assert always.totals.refine_steps == 0

@@ -26,7 +26,7 @@ def unlisted(family, **changes):
 
 
 def refused(model, match, config=None):
-    """Check that attaching is refused with a message of ours, and leaves no hook behind."""
+    """Check that attaching is refused with a message of ours, and leaves no hook."""
     before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     training = model.training
     with pytest.raises(RRError, match=match):

@@ -37,7 +37,7 @@ every_span = pytest.mark.parametrize("span", SPANS, ids=["full", "partial"])
 
 
 def adapted(family, span=None, recursive=True, awake=True, **changes):
-    """Return a model with adapters, behind a recursion or not, as if they had been trained."""
+    """Return a model with adapters, with or without a recursion, as if they had been trained."""
     model = build(family, **changes)
     recursion = attach(model, RecursionConfig(max_steps=2, span=span)) if recursive else None
     lora = add_lora(model, RANK, ALPHA, span=span)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from families import build, wake
+from letters import Letters
 from rrcli.evaluation.decoding import decode
 from rrcli.recursion import products
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
@@ -116,14 +117,12 @@ def test_batches_use_it_and_a_plain_forward_does_not(what, taken):
     assert taken == []
     if what == "scoring":
         mask = torch.ones_like(ids)
-        Readout(model).score(ids, mask, mask.bool(), ids[0])
+        Readout(model).score(ids, mask, mask.bool(), targets=ids[0])
     elif what == "refining":
         wake(attach(model, RecursionConfig(max_steps=1))).depth = 1
         model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=ChunkedDecoding())
     else:
-        from test_decoding import Letters
-
-        list(decode(model, Letters(), [[3, 4, 5], [6, 7, 8]], 4, 100))
+        list(decode(model, Letters(), [[3, 4, 5], [6, 7, 8]], depth=0, new_tokens=4, batch_tokens=100))
     assert len(taken) > model.config.num_hidden_layers
 
 

@@ -64,7 +64,7 @@ def test_every_way_scores_every_pass_like_plain_logits(family, way, monkeypatch)
     readout.way = way
     scored = torch.ones_like(ids, dtype=torch.bool)
     scored[:, -1] = scored[1, :4] = False
-    scores = readout.score(ids, mask, scored, ids.roll(-1, 1)[scored])
+    scores = readout.score(ids, mask, scored, targets=ids.roll(-1, 1)[scored])
     assert len(scores.losses) == MAX_STEPS + 1
     for k, (losses, predictions) in enumerate(zip(scores.losses, scores.predictions, strict=True)):
         with recursion.at_depth(k):
@@ -99,9 +99,11 @@ def padding_changes_no_score(family, side):
     targets = both.roll(-1, 1)
     scored = mask.bool() & mask.bool().roll(-1, 1)
     scored[:, -1] = False
-    found = readout.score(both, mask, scored, targets[scored])
-    alone = [readout.score(row[None], torch.ones_like(row[None]), torch.arange(len(row))[None] < len(row) - 1, row[1:])
-             for row in (ids[0], short)]  # fmt: skip
+    found = readout.score(both, mask, scored, targets=targets[scored])
+    alone = []
+    for row in (ids[0], short):
+        where = torch.arange(len(row))[None] < len(row) - 1
+        alone.append(readout.score(row[None], torch.ones_like(row[None]), where, targets=row[1:]))
     expected = torch.cat([scores.losses for scores in alone], dim=1)
     torch.testing.assert_close(found.losses, expected, rtol=1e-5, atol=1e-5)
 
@@ -148,7 +150,7 @@ def test_a_way_that_gives_other_numbers_is_given_up(lies, monkeypatch):
     assert "'llama' model differ when they are taken apart" in warning
     assert readout.way == ("rows" if lies == "tiles" else "plain")
     scored = mask.bool()
-    scores = readout.score(ids, mask, scored, ids.flatten())
+    scores = readout.score(ids, mask, scored, targets=ids.flatten())
     for k in range(MAX_STEPS + 1):
         with recursion.at_depth(k):
             expected = F.cross_entropy(uncached(model, ids)[scored], ids.flatten(), reduction="none")

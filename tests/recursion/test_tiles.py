@@ -43,7 +43,7 @@ def test_any_tile_gives_the_loss_and_the_first_of_equals(height, width, bias, dt
         sizes.append(logits.numel())
         return logits
 
-    losses, predictions = tiles.token_losses(head, logits_by, rows, targets)
+    losses, predictions = tiles.token_losses(head, logits_by, rows, targets=targets)
     torch.testing.assert_close(losses, F.cross_entropy(whole, targets, reduction="none"))
     assert losses.dtype == torch.float32
     assert torch.equal(predictions, whole.argmax(1))
@@ -55,7 +55,9 @@ def test_any_tile_gives_the_loss_and_the_first_of_equals(height, width, bias, dt
 def test_logits_of_any_size_neither_overflow_nor_vanish(scale, monkeypatch):
     monkeypatch.setattr(tiles, "COLUMNS", {"cpu": 16})
     head, rows, targets = made()
-    losses, _ = tiles.token_losses(head, lambda part, projection: projection(part) * scale - 5 * scale, rows, targets)
+    losses, _ = tiles.token_losses(
+        head, lambda part, projection: projection(part) * scale - 5 * scale, rows, targets=targets
+    )
     expected = F.cross_entropy(head(rows).double() * scale, targets, reduction="none")
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5 * scale)
 
@@ -68,7 +70,7 @@ def test_a_large_vocabulary_costs_no_digits():
     head.weight.normal_(generator=generator)
     rows, targets = torch.randn(64, 16, generator=generator), torch.randint(0, 49_152, (64,), generator=generator)
     expected = F.cross_entropy(head(rows).double(), targets, reduction="none")
-    for losses in (tiles.token_losses(head, plain, rows, targets)[0], _cross_entropy(head(rows), targets)):
+    for losses in (tiles.token_losses(head, plain, rows, targets=targets)[0], _cross_entropy(head(rows), targets)):
         # The mean, as what rounds both ways does no harm.
         assert abs(float((losses.double() - expected).mean())) < 1e-6
 
@@ -79,7 +81,7 @@ def test_tokens_that_a_model_rules_out_have_no_share(monkeypatch):
     head, rows, _ = made(bias=True)
     head.bias[:32] = -torch.inf  # two whole tiles, the first ones
     targets = torch.arange(32, 32 + len(rows))
-    losses, predictions = tiles.token_losses(head, plain, rows, targets)
+    losses, predictions = tiles.token_losses(head, plain, rows, targets=targets)
     torch.testing.assert_close(losses, F.cross_entropy(head(rows), targets, reduction="none"))
     assert torch.equal(predictions, head(rows).argmax(1))
 
@@ -89,7 +91,7 @@ def test_a_broken_logit_breaks_the_loss(monkeypatch):
     monkeypatch.setattr(tiles, "COLUMNS", {"cpu": 16})
     head, rows, targets = made()
     head.weight[40] = torch.nan
-    losses, _ = tiles.token_losses(head, plain, rows, targets)
+    losses, _ = tiles.token_losses(head, plain, rows, targets=targets)
     assert losses.isnan().all()
 
 

@@ -67,7 +67,7 @@ def test_a_change_that_only_the_cache_shows_is_found() -> None:
 
     recursion.cell.forward = wrong_when_decoding
     with pytest.raises(CheckFailed, match="at depth 1, cached, logits differ"):
-        verification.verify(loaded, tokenizer, before, Silent())
+        verification.verify(loaded, tokenizer, before, reporter=Silent())
 
 
 def test_a_base_that_gives_no_finite_logits_is_refused(model: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Answers to reasoning problems and continuations of prompts, logged batch by batch, so that both can go on."""
+"""Answers to reasoning problems and continuations of prompts, logged batch by batch, so that both can be resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
 
 GENERATED_TOKENS = 48
-# What an answer is recorded with, for each depth.
+# What is recorded of an answer, for each depth.
 ANSWER = ("output", "extracted", "strict", "correct", "score", "length", "ended")
 
 
@@ -28,12 +28,16 @@ def solve_problems(
     model: Any,
     tokenizer: Any,
     data: EvalData,
-    settings: EvalSettings,
+    *,
     depth: int,
+    settings: EvalSettings,
     reporter: Reporter,
     log: SampleLog | None = None,
 ) -> list[dict[str, Any]]:
-    """Answer every problem greedily at every depth and let its task score the answer.
+    """Answer every problem greedily at every depth up to `depth` and let its task score the answer.
+
+    Args:
+        depth: the last depth that is measured; a model without a recursion has depth 0 alone.
 
     Returns:
         Records with the problem and its prompt, and lists with an entry per depth: `outputs`, `extracted` (what was
@@ -53,18 +57,21 @@ def solve_problems(
     texts = [question_text(tokenizer, p.question, examples[p.task], settings) for p in data.problems]
     prompts = [encode_question(tokenizer, text, settings) for text in texts]
     prompts = _within_context(model, prompts, settings.max_new_tokens, reporter)
-    recursion = getattr(model, "recursion", None)
-    depths = range(depth + 1) if recursion is not None else (0,)
     entries = log.done("problems")
     tasks = {task.spec: task for task in data.tasks}
-    with reporter.progress("reasoning", len(prompts) * len(depths), "problems") as progress:
+    with reporter.progress("reasoning", len(prompts) * (depth + 1), "problems") as progress:
         progress.advance(len(entries))
-        for index, current in enumerate(depths):
-            skip = min(len(prompts), max(0, len(entries) - index * len(prompts)))
-            if recursion is not None:
-                recursion.depth = current
+        for current in range(depth + 1):
+            skip = min(len(prompts), max(0, len(entries) - current * len(prompts)))
             for batch in decode(
-                model, tokenizer, prompts, settings.max_new_tokens, settings.batch_tokens, stop=stop, skip=skip
+                model,
+                tokenizer,
+                prompts,
+                depth=current,
+                new_tokens=settings.max_new_tokens,
+                batch_tokens=settings.batch_tokens,
+                stop=stop,
+                skip=skip,
             ):
                 new = []
                 for answer in batch:
@@ -83,10 +90,10 @@ def solve_problems(
 
 
 def _refuse_silence(records: Sequence[dict[str, Any]]) -> None:
-    """Refuse a score for answers of which there are none.
+    """Refuse to score answers that are all empty.
 
     Raises:
-        CheckFailed: every answer is empty, at some depth.
+        CheckFailed: every answer is empty at some depth.
     """
     for depth, answers in enumerate(zip(*(record["outputs"] for record in records), strict=True)):
         if not any(answer.strip() for answer in answers):
@@ -131,11 +138,13 @@ def continue_prompts(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
+    *,
+    depth: int,
     settings: EvalSettings,
     reporter: Reporter,
     log: SampleLog | None = None,
 ) -> list[dict[str, Any]]:
-    """Continue each prompt greedily, without stop strings.
+    """Continue each prompt greedily at a depth, without stop strings.
 
     Returns:
         Records with `prompt`, `text`, `length` (tokens), `finished` (it ended by itself), `distinct_2` and `rep_4`.
@@ -146,7 +155,15 @@ def continue_prompts(
     entries = log.done("generations")
     with reporter.progress("generation", len(prompts), "prompts") as progress:
         progress.advance(len(entries))
-        for batch in decode(model, tokenizer, encoded, GENERATED_TOKENS, settings.batch_tokens, skip=len(entries)):
+        for batch in decode(
+            model,
+            tokenizer,
+            encoded,
+            depth=depth,
+            new_tokens=GENERATED_TOKENS,
+            batch_tokens=settings.batch_tokens,
+            skip=len(entries),
+        ):
             new = [
                 {
                     "number": found.number,

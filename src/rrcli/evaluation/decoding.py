@@ -1,11 +1,12 @@
-"""Greedy decoding of many prompts: batches of similar length, stop strings, and rows that leave when they have ended.
+"""Greedy decoding of many prompts, in batches of similar length, with stop strings.
 
 Decoding is stock `model.generate`, so every family and every depth of a recursion decodes as a user's own call would.
-Once a part of a batch's rows has ended, `generate` is left, the other rows are selected from the cache that it returns
-(the caches of a recursion's passes follow), and it goes on with those.
+Once some rows of a batch have ended, `generate` is left, the other rows are selected from the cache that it returns
+(the caches of a recursion's passes follow), and `generate` is called again with those.
 
-Behind pass 0 a recursion in fp32 decodes in chunks, which gives the same tokens sooner. In fewer digits logits are
-often equal, and a chunk may choose another of equals than a token alone: there every token runs all passes.
+At a depth above 0 a model in fp32 decodes in chunks, which finds the same tokens sooner. In fewer digits the largest
+logits are often equal, and a chunk may then choose another of them than a single token does: there all passes run for
+every token.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from transformers import StoppingCriteria
 from rrcli.data.batching import batches, halving, padded
 from rrcli.errors import CheckFailed, RRError
 from rrcli.recursion.chunked_decoding import ChunkedDecoding, continues_in_blocks
+from rrcli.recursion.engine import at_depth
 from rrcli.recursion.products import through_onednn
 from rrcli.upstream import cache_of, generation_cache_argument, goes_on
 
 # A batch is cut down to its unfinished rows when this share of it has ended. Leaving and entering `generate` and
 # copying the cache cost well below one token of SmolLM2-135M on a CPU; an eighth was faster than a quarter there.
 LEAVING_SHARE = 0.125
-# For `generate`: no sampling, whatever the model's own configuration of it says.
+# Options of `generate`: no sampling, even if the model's own generation config asks for it.
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
@@ -37,8 +39,9 @@ class Decoded:
     """What was generated for one prompt.
 
     Attributes:
-        number: which prompt. tokens: the new ids, without the end token. text: without a stop string and what follows.
-        ended: by the end token or a stop string, rather than at the cap.
+        number: the prompt's place in the list. tokens: the new ids, without the end token.
+        text: up to the first stop string.
+        ended: True if an end token or a stop string ended it, False if it reached the most new tokens.
     """
 
     number: int
@@ -51,9 +54,10 @@ def decode(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
+    *,
+    depth: int,
     new_tokens: int,
     batch_tokens: int,
-    *,
     stop: Sequence[str] = (),
     skip: int = 0,
 ) -> Iterator[list[Decoded]]:
@@ -61,6 +65,7 @@ def decode(
 
     Args:
         prompts: token ids. new_tokens: the most to generate for each.
+        depth: how many passes follow pass 0; a model without a recursion has pass 0 alone.
         batch_tokens: bounds rows x (prompt + new tokens) of a batch; where memory runs out, that batch is halved.
         stop: texts that end an answer. skip: leave out this many of the first answers: they are known already.
 
@@ -72,7 +77,7 @@ def decode(
     for batch in batches(order[skip:], batch_tokens, lambda number: len(prompts[number]) + new_tokens):
         with through_onednn(model):
             parts = halving(
-                lambda rows: _decode_batch(model, rows, new_tokens, ends),
+                lambda rows: _decode_batch(model, rows, ends, depth=depth, new_tokens=new_tokens),
                 [prompts[number] for number in batch],
                 lambda row: RRError(
                     f"memory runs out for a single prompt of {len(row)} tokens and {new_tokens} new ones",
@@ -87,32 +92,47 @@ def decode(
         yield found
 
 
-def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _Ends) -> list[list[int]]:
+def _decode_batch(model: Any, rows: list[list[int]], ends: _Ends, *, depth: int, new_tokens: int) -> list[list[int]]:
     """Return the new ids of each row, the end token included where there is one."""
     ids, mask = padded(rows, model.device, left=True)
-    start, limit = ids.shape[1], ids.shape[1] + new_tokens
     options = GREEDY | {
         "eos_token_id": sorted(ends.tokens) or None,
         "pad_token_id": min(ends.tokens, default=0),
     }
-    if _in_chunks(model):
-        chunked = ChunkedDecoding()
-        stops = [StopStrings(ends.tokenizer, ends.stop, start)] if ends.stop else []
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **options,
-            stopping_criteria=stops, custom_generate=chunked,
-        )  # fmt: skip
-        found = [
-            row[start : start + len(trace.passes)] for row, trace in zip(output.tolist(), chunked.traces, strict=True)
-        ]
-        if not all(found):
-            raise CheckFailed("a row was decoded to no token at all", "'rr setup' checks the installation.")
-        return found
-    # Where `generate` cannot be given its cache back, leaving it early is for nothing.
+    way = _decode_in_chunks if _in_chunks(model, depth) else _decode_in_calls
+    with at_depth(model, depth):
+        return way(model, ids, mask, ends=ends, new_tokens=new_tokens, options=options)
+
+
+def _decode_in_chunks(
+    model: Any, ids: Tensor, mask: Tensor, *, ends: _Ends, new_tokens: int, options: dict[str, Any]
+) -> list[list[int]]:
+    """Decode in one call of `generate`, in chunks: rows leave inside it."""
+    start, chunked = ids.shape[1], ChunkedDecoding()
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        **options,
+        stopping_criteria=[StopStrings(ends.tokenizer, ends.stop, start)] if ends.stop else [],
+        custom_generate=chunked,
+    )
+    found = [row[start : start + len(trace.passes)] for row, trace in zip(output.tolist(), chunked.traces, strict=True)]
+    if not all(found):
+        raise CheckFailed("a row was decoded to no token at all", "'rr setup' checks the installation.")
+    return found
+
+
+def _decode_in_calls(
+    model: Any, ids: Tensor, mask: Tensor, *, ends: _Ends, new_tokens: int, options: dict[str, Any]
+) -> list[list[int]]:
+    """Decode in several calls of `generate`: each ends when some rows have ended, and the next has the others."""
+    start, limit = ids.shape[1], ids.shape[1] + new_tokens
+    # Where `generate` cannot be given its cache back, leaving it early saves nothing.
     name = generation_cache_argument(model)
     leaving = 1.0 if name is None else LEAVING_SHARE
-    found: list[list[int]] = [[] for _ in rows]
-    present = list(range(len(rows)))
+    found: list[list[int]] = [[] for _ in ids]
+    present = list(range(len(ids)))
     cache = None
     while present:
         watch = _Watch(ends, start, leaving)
@@ -137,17 +157,17 @@ def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _End
         if present and name is not None and goes_on(cache):
             cache.reorder_cache(selected)  # transformers' way to select rows that every kind of layer has
         else:
-            # What is left goes through the model once more, as a longer prompt: worth it for fewer, larger cuts.
+            # The remaining rows go through the model once more, as longer prompts: it pays where more of them leave.
             cache, leaving = None, max(leaving, 0.5)
         mask = torch.cat([mask[selected], mask.new_ones(len(present), ids.shape[1] - mask.shape[1])], 1)
         ids = ids[selected]
     return found
 
 
-def _in_chunks(model: Any) -> bool:
-    """Tell whether chunks give the tokens of all passes for every token, and the model can take its cache back."""
+def _in_chunks(model: Any, depth: int) -> bool:
+    """Tell whether chunked decoding finds the same tokens as all passes for every token, and works with the model."""
     recursion = getattr(model, "recursion", None)
-    if recursion is None or recursion.depth == 0 or model.dtype != torch.float32:
+    if recursion is None or depth == 0 or model.dtype != torch.float32:
         return False
     return continues_in_blocks(recursion)
 
@@ -178,10 +198,11 @@ class _Ends:
 
 
 class StopStrings(StoppingCriteria):
-    """Ends a row where its last token completes one of the `stop` strings in the text behind position `start`.
+    """Ends a row where its last token completes one of the `stop` strings in the text after position `start`.
 
-    Looks at nothing but the ids it is given, so any decoding method may ask it about any row. (transformers' own
-    `StopStringCriteria` goes by the texts of single tokens, and `generate` keeps `stop_strings` from custom methods.)
+    It looks at nothing but the ids it is given, so that any decoding method may ask it about any row. (transformers'
+    own `StopStringCriteria` goes by the texts of single tokens, and `generate` does not hand `stop_strings` on to
+    custom methods.)
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], start: int) -> None:
@@ -192,7 +213,7 @@ class StopStrings(StoppingCriteria):
 
 
 class _Watch(StoppingCriteria):
-    """Notes where rows end, and ends the call of `generate` once `leaving` of them have."""
+    """Notes where rows end, and ends the call of `generate` once a share of them, `leaving`, has ended."""
 
     def __init__(self, ends: _Ends, start: int, leaving: float) -> None:
         self.ends, self.start, self.leaving = ends, start, leaving

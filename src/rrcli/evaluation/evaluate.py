@@ -1,4 +1,4 @@
-"""Measuring a model: the one evaluation path of `rr eval`, of evaluations during training, and of the public API.
+"""Measuring a model, for `rr eval`, for evaluations during training, and for the public API.
 
 Each part returns records (per document, problem, prompt); `metrics` turns records into numbers with intervals. A model
 with a recursion is measured at every depth up to the one asked for.
@@ -22,11 +22,12 @@ from rrcli.evaluation.perplexity import score_documents
 from rrcli.evaluation.pictures import Token, draw, generate_traced
 from rrcli.evaluation.samples import SampleLog
 from rrcli.recursion.calibration import table
+from rrcli.recursion.engine import at_depth
 from rrcli.reporting import Reporter, Silent
 from rrcli.settings import EvalSettings, with_changes
 from rrcli.tracker import MetricsTracker
 
-# How many prompts TensorBoard's picture of generations shows, and how far.
+# How many prompts TensorBoard's picture of generations shows, and how many tokens of each.
 PICTURED_PROMPTS, PICTURED_TOKENS = 4, 48
 
 
@@ -43,7 +44,7 @@ def evaluate_model(
     reporter: Reporter | None = None,
     log: SampleLog | None = None,
 ) -> dict[str, Any]:
-    """Measure a model and return its metrics and the records behind them.
+    """Measure a model, and return its metrics and the records that they are computed from.
 
     Args:
         model: a causal language model of transformers, with or without a recursion attached.
@@ -51,7 +52,7 @@ def evaluate_model(
         metrics_tracker: where scalars `evaluation/<stage>/<metric>` and generations are logged.
         step: the training step that they are logged at.
         settings: lengths, limits and what to leave out; the defaults of `rr eval` if not given.
-        log: where entries are kept as they are measured; what it holds already is not measured again.
+        log: where entries are written as they are measured; what it holds already is not measured again.
 
     Returns:
         `metrics` (name -> value, low, high, n), `by_depth`, `calibration` (of the boundary head, by bins of its
@@ -68,41 +69,43 @@ def evaluate_model(
     depth = _depth(model, settings)
     training = model.training
     model.eval()
-    recursion = getattr(model, "recursion", None)
-    before = recursion.depth if recursion is not None else 0
     torch.manual_seed(settings.seed)
     records: dict[str, list[dict[str, Any]]] = {}
     values: dict[str, dict[str, Any]] = {}
     pictured: list[tuple[str, list[Token]]] = []
     calibration: list[dict[str, Any]] = []
     try:
-        if recursion is not None:
-            recursion.depth = depth
         if texts and not settings.skip_perplexity:
-            records["documents"], chunks = score_documents(model, tokenizer, texts, settings, reporter, log)
+            records["documents"], chunks = score_documents(
+                model, tokenizer, texts, depth=depth, settings=settings, reporter=reporter, log=log
+            )
             values |= {name: {"value": value} for name, value in chunks.metrics().items()}
             calibration = table(chunks.reliability)
         if data.problems and not settings.skip_reasoning:
-            records["problems"] = solve_problems(model, tokenizer, data, settings, depth, reporter, log)
+            records["problems"] = solve_problems(
+                model, tokenizer, data, depth=depth, settings=settings, reporter=reporter, log=log
+            )
         if data.prompts and not settings.skip_generation:
-            records["generations"] = continue_prompts(model, tokenizer, data.prompts, settings, reporter, log)
+            records["generations"] = continue_prompts(
+                model, tokenizer, data.prompts, depth=depth, settings=settings, reporter=reporter, log=log
+            )
             if metrics_tracker is not None:
                 prompts = data.prompts[:PICTURED_PROMPTS]
-                pictured = [(p, generate_traced(model, tokenizer, p, PICTURED_TOKENS)) for p in prompts]
+                with at_depth(model, depth):
+                    pictured = [(p, generate_traced(model, tokenizer, p, PICTURED_TOKENS)) for p in prompts]
         if data.harness:
-            scores, records["harness"] = run_harness(model, tokenizer, data.harness, settings, reporter, log)
+            with at_depth(model, depth):
+                scores, records["harness"] = run_harness(model, tokenizer, data.harness, settings, reporter, log)
             values |= scores
         if texts and not settings.skip_performance:
-            values |= measure_performance(model, tokenizer, texts, reporter)
+            values |= measure_performance(model, tokenizer, texts, depth=depth, reporter=reporter)
     finally:
-        if recursion is not None:
-            recursion.depth = before
         model.train(training)
     if not records:
         raise RRError("there is nothing to evaluate", "Give documents or problems, and do not skip every part.")
     values = metrics.from_records(records) | values
     if metrics_tracker is not None:
-        log_evaluation(metrics_tracker, values, records, stage, step or 0, pictured)
+        log_evaluation(metrics_tracker, values, records, stage=stage, step=step or 0, pictured=pictured)
     found = {"metrics": values, "by_depth": metrics.by_depth(records), "calibration": calibration}
     return found | {"records": records, "depth": depth}
 
@@ -111,6 +114,7 @@ def log_evaluation(
     tracker: MetricsTracker,
     values: dict[str, Any],
     records: dict[str, Any],
+    *,
     stage: str,
     step: int,
     pictured: Sequence[tuple[str, Sequence[Token]]] = (),

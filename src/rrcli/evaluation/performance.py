@@ -1,4 +1,4 @@
-"""Speed, memory and FLOPs of a model on real text. Shown beside the metrics, never tested."""
+"""Speed, memory and FLOPs of a model on real text. They are shown with the metrics; no statistical test uses them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +21,31 @@ from rrcli.heap import return_freed_memory
 from rrcli.models.costs import countable, held_bytes
 from rrcli.recursion.chunk_metrics import ChunkTotals
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
+from rrcli.recursion.engine import at_depth
+from rrcli.recursion.probing import in_pieces
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Reporter
-from rrcli.upstream import cache_argument, cache_of, takes_cache
+from rrcli.upstream import cache_of, takes_cache
 
 PREFILL_TOKENS = 128
 DECODE_TOKENS = 32
 REPEATS = 5
-# Texts that the chunk metrics of decoding are taken on, and how much of each is the prompt.
+# How many texts the chunk metrics of decoding are measured on, and how many tokens of each are the prompt.
 SAMPLES, SAMPLE_TOKENS = 4, 64
-# How a recursion may decode, beside chunks: the ends of the metrics' names.
+# How a recursion decodes where it does not decode in chunks: the ends of the metrics' names.
 SEQUENTIAL, PASS_0 = "/sequential", "/pass_0"
 
 
 def measure_performance(
-    model: Any, tokenizer: Any, documents: Sequence[str], reporter: Reporter
+    model: Any, tokenizer: Any, documents: Sequence[str], *, depth: int, reporter: Reporter
 ) -> dict[str, dict[str, Any]]:
     """Time prefill and decoding of real text, one row, after a warm-up; count memory and FLOPs.
 
-    A recursion decodes in chunks, and beside it, in the same rounds, token by token: with all passes, and with pass 0
-    alone, which is the bare model.
+    A recursion decodes in chunks. In the same rounds it also decodes token by token, for comparison: with all passes,
+    and with pass 0 alone, which is the stock model.
+
+    Args:
+        depth: how many passes follow pass 0; a model without a recursion has pass 0 alone.
 
     Returns:
         Medians with the range of `REPEATS` runs: `prefill_tokens_per_sec`, `decode_tokens_per_sec`,
@@ -52,8 +56,6 @@ def measure_performance(
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    recursion = getattr(model, "recursion", None)
-    depth = recursion.depth if recursion is not None else 0
     texts = _prompts(model, tokenizer, documents)
     ids = texts[0]
     cuda = model.device.type == "cuda"
@@ -64,14 +66,13 @@ def measure_performance(
 
     def run(way: str, new_tokens: int) -> float:
         decoding = ChunkedDecoding() if depth and not way else None
-        with recursion.at_depth(0 if way == PASS_0 else depth) if recursion is not None else nullcontext():
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            _generate(model, ids, new_tokens, decoding)
-            if cuda:
-                torch.cuda.synchronize()
-            return time.perf_counter() - start
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        _generate(model, ids, new_tokens, decoding=decoding, depth=0 if way == PASS_0 else depth)
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
     prefill, decode = [], {way: [] for way in (("", SEQUENTIAL, PASS_0) if depth else ("",))}
     with reporter.progress("performance", REPEATS + 1, "runs") as progress:
@@ -83,7 +84,7 @@ def measure_performance(
                     prefill += [] if way else [short]
             progress.advance()
     memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_resident_mb()
-    with countable(model), FlopCounterMode(display=False) as counter:
+    with at_depth(model, depth), countable(model), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     times = {f"time_per_output_token{way}": _median([1000 * s for s in found]) for way, found in decode.items()}
     return {
@@ -91,14 +92,14 @@ def measure_performance(
         "decode_tokens_per_sec": _median([1 / seconds for seconds in decode[""]]),
         **times,
         "memory_mb": {"value": memory},
-        **({"cache_bytes_per_token": {"value": cache_bytes_per_token(model, ids)}} if takes_cache(model) else {}),
+        **({"cache_bytes_per_token": {"value": cache_growth(model, ids, depth)}} if takes_cache(model) else {}),
         "flops_per_token": {"value": counter.get_total_flops() / ids.shape[1] / 1e6},
-        **({f"decode/{k}": {"value": v} for k, v in _chunk_metrics(model, texts).items()} if depth else {}),
+        **({f"decode/{k}": {"value": v} for k, v in _chunk_metrics(model, texts, depth).items()} if depth else {}),
     }
 
 
 def _prompts(model: Any, tokenizer: Any, documents: Sequence[str]) -> list[torch.Tensor]:
-    """Return `[1, position]` ids: one long text, and behind it the beginnings of some documents."""
+    """Return `[1, position]` ids: first one long text, then the beginnings of some documents."""
     room = context_length(model) - DECODE_TOKENS
     long: list[int] = []
     short = []
@@ -112,28 +113,30 @@ def _prompts(model: Any, tokenizer: Any, documents: Sequence[str]) -> list[torch
     return [torch.tensor([row], device=model.device) for row in (long[: min(PREFILL_TOKENS, room)], *short[:SAMPLES])]
 
 
-def _generate(model: Any, ids: torch.Tensor, new_tokens: int, decoding: Any) -> torch.Tensor:
+def _generate(model: Any, ids: torch.Tensor, new_tokens: int, *, decoding: Any, depth: int) -> torch.Tensor:
     """Return `[1, position]` prompt and exactly so many new tokens."""
-    return model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        eos_token_id=None,
-        pad_token_id=0,
-        custom_generate=decoding,
-        **GREEDY,
-    )
+    with at_depth(model, depth):
+        return model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+            custom_generate=decoding,
+            **GREEDY,
+        )
 
 
-def _chunk_metrics(model: Any, texts: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Decode texts in chunks, and look at what each pass says of what was written."""
+def _chunk_metrics(model: Any, texts: Sequence[torch.Tensor], depth: int) -> dict[str, float]:
+    """Decode texts in chunks, and compare what the passes predict for the text that was written."""
     decoding, readout = ChunkedDecoding(), Readout(model)
     stable = ChunkTotals()
     for ids in texts:
-        text = _generate(model, ids, DECODE_TOKENS, decoding)
+        text = _generate(model, ids, DECODE_TOKENS, decoding=decoding, depth=depth)
         inputs, scored = text[:, :-1], torch.zeros_like(text[:, :-1], dtype=torch.bool)
         scored[:, ids.shape[1] - 1 :] = True
-        predictions = readout.score(inputs, torch.ones_like(inputs), scored, text[:, 1:][scored]).predictions
+        targets = text[:, 1:][scored]
+        predictions = readout.score(inputs, torch.ones_like(inputs), scored, targets=targets, depth=depth).predictions
         same = predictions[1:].eq(predictions[:-1]).sum(1).tolist()
         stable.add(ChunkTotals(chunks=1, positions=predictions.shape[1], stable=same))
     # Both are means over the same tokens, one over chunks and one over positions.
@@ -141,22 +144,25 @@ def _chunk_metrics(model: Any, texts: Sequence[torch.Tensor]) -> dict[str, float
     return decoding.totals.metrics() | stability
 
 
-def cache_bytes_per_token(model: Any, ids: torch.Tensor) -> int:
+def cache_growth(model: Any, ids: torch.Tensor, depth: int) -> int:
     """Return how many bytes the caches of all passes grow by when the last of `[1, position]` ids is read.
 
     Raises:
         RRError: the model returns no cache.
     """
-    cache = cache_of(model(input_ids=ids[:, :-1], use_cache=True))
-    if cache is None:
-        raise RRError(f"this '{model.config.model_type}' model returns no cache, so decoding cannot be measured")
-    before = held_bytes(cache, set())
-    after = cache_of(model(input_ids=ids[:, -1:], use_cache=True, **{cache_argument(model): cache}))
-    return held_bytes(after, set()) - before
+    held = []
+    with at_depth(model, depth):
+        for output in in_pieces(model, ids, [ids.shape[1] - 1, 1]):
+            cache = cache_of(output)
+            if cache is None:
+                kind = model.config.model_type
+                raise RRError(f"this '{kind}' model returns no cache, so decoding cannot be measured")
+            held.append(held_bytes(cache, set()))
+    return held[1] - held[0]
 
 
 def reset_peak_resident() -> None:
-    """Forget the peak so far, so that a stage is not charged for what ran before it in this process (Linux only)."""
+    """Reset the peak, so that a stage is not charged for what ran before it in this process (Linux only)."""
     return_freed_memory()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,71 +1,51 @@
-"""Scoring text: every token of every document once, at every depth, in one streaming pass."""
+"""Perplexity: the log-probability of every token of every document, at every depth."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rrcli.data.batching import affordable, batches, context_length, halving, padded
-from rrcli.data.rendering import start_token
+from rrcli.data.batching import affordable, batches, halving, padded
 from rrcli.data.splits import content_hash
 from rrcli.errors import CheckFailed, RRError
 from rrcli.evaluation.samples import SampleLog
+from rrcli.evaluation.windows import Window, windows_of
 from rrcli.recursion.calibration import reliability
 from rrcli.recursion.chunk_metrics import ChunkTotals, teacher_forced_chunks
 from rrcli.recursion.readout import Readout, Scores
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
 
-DEFAULT_WINDOW = 1024
 # The name of this part of an evaluation in its log.
 PART = "documents"
 
 
-def rolling_windows(tokens: list[int], prefix: int, length: int, stride: int) -> list[tuple[list[int], int]]:
-    """Cut a document into windows so that every token is scored exactly once.
-
-    The first window scores up to `length` tokens from the prefix token on; each later one moves on by `stride` tokens,
-    scores those, and sees the `length - stride` before them. The last one reaches back to a full window. These are the
-    windows of lm-eval's `loglikelihood_rolling` when `stride == length`.
-
-    Returns:
-        (input ids, how many of the last positions are scored) for each window.
-    """
-    stream = [prefix, *tokens]
-    first = min(length, len(tokens))
-    windows = [(stream[:first], first)]
-    done = first
-    while done < len(tokens):
-        scored = min(stride, len(tokens) - done)
-        done += scored
-        windows.append((stream[max(0, done - length) : done], scored))
-    return windows
-
-
-@dataclass(frozen=True)
-class _Window:
-    """A row of a batch: what it sees, and which tokens of which document its last positions are scored on."""
-
-    ids: list[int]
-    targets: list[int]
-    document: int
-
-
 def score_documents(
-    model: Any, tokenizer: Any, documents: Sequence[str], settings: EvalSettings, reporter: Reporter, log: SampleLog
+    model: Any,
+    tokenizer: Any,
+    documents: Sequence[str],
+    *,
+    depth: int,
+    settings: EvalSettings,
+    reporter: Reporter,
+    log: SampleLog | None = None,
 ) -> tuple[list[dict[str, Any]], ChunkTotals]:
-    """Score every token of every document once, at every depth, and return per-document records.
+    """Score every token of every document once, at every depth up to `depth`, and return per-document records.
 
     Windows of all documents are sorted by length together and run without a cache; the head sees scored rows only.
     Log-probabilities are reduced in fp32 and summed in fp64. Batches are cut and summed in a fixed order, and each is
-    logged as one entry: a scoring that goes on with a log gives the bytes of one that never stopped.
+    logged as one entry. So a scoring that was interrupted and goes on with its log ends with the same bytes as one that
+    was not.
+
+    Args:
+        depth: the last depth that is scored; a model without a recursion has depth 0 alone.
 
     Returns:
         Records with `key`, `tokens`, `words`, `bytes`, and per depth `nll` (nats) and `correct` (top-1 hits); and the
@@ -74,20 +54,24 @@ def score_documents(
     Raises:
         RRError: a log-probability is not finite; names the document. CheckFailed: all of them are equal.
     """
+    log = log or SampleLog()
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
     empty = [f"{number + 1} ({documents[number][:40]!r})" for number, ids in enumerate(encoded) if not ids]
     if empty:
         reporter.warn(f"left out, without a single token: document {', '.join(empty)}")
-    windows = _windows(model, tokenizer, encoded, settings)
+    windows = windows_of(model, tokenizer, encoded, settings=settings)
     entries = log.done(PART)
     done = sum(len(entry["windows"]) for entry in entries)
     readout = Readout(model)
     total = sum(len(window.targets) for window in windows)
     with reporter.progress("perplexity", total, "tokens") as progress:
         progress.advance(sum(len(window.targets) for window in windows[:done]))
-        budget = _budget(readout, windows, settings, entries, reporter) if done < len(windows) else 1
+        budget = 1
+        if done < len(windows):
+            budget = _budget(readout, windows, entries, depth=depth, settings=settings, reporter=reporter)
         for batch in batches(windows[done:], budget, lambda window: len(window.ids)):
-            entry = {"batch_tokens": budget, **_joined(halving(partial(_score, readout), batch, _too_large))}
+            parts = halving(partial(_score, readout, depth=depth), batch, _too_large)
+            entry = {"batch_tokens": budget, **_joined(parts)}
             for (number, _), nll in zip(entry["windows"], entry["nll"], strict=True):
                 if not all(map(math.isfinite, nll)):
                     raise RRError(
@@ -101,43 +85,34 @@ def score_documents(
     return _records(documents, encoded, entries), _chunk_totals(entries)
 
 
-def _windows(model: Any, tokenizer: Any, encoded: list[list[int]], settings: EvalSettings) -> list[_Window]:
-    """Return the windows of all documents, the longest first."""
-    prefix = start_token(tokenizer)
-    if prefix is None:
-        prefix = next((ids[0] for ids in encoded if ids), 0)
-    length = settings.max_length or min(DEFAULT_WINDOW, context_length(model))
-    stride = min(settings.stride or length, length)
-    windows = []
-    for number, ids in enumerate(encoded):
-        begin = 0
-        for window, scored in rolling_windows(ids, prefix, length, stride) if ids else ():
-            windows.append(_Window(window, ids[begin : begin + scored], number))
-            begin += scored
-    return sorted(windows, key=lambda window: -len(window.ids))
-
-
 def _budget(
-    readout: Readout, windows: list[_Window], settings: EvalSettings, entries: list[dict[str, Any]], reporter: Reporter
+    readout: Readout,
+    windows: list[Window],
+    entries: list[dict[str, Any]],
+    *,
+    depth: int,
+    settings: EvalSettings,
+    reporter: Reporter,
 ) -> int:
     """Check the first batch against the model's plain forward, and return the tokens of a batch that memory allows."""
     first = next(batches(windows, settings.batch_tokens, lambda window: len(window.ids)))
-    warning = readout.choose_way(*padded([window.ids for window in first], readout.model.device))
+    warning = readout.choose_way(*padded([window.ids for window in first], readout.model.device), depth=depth)
     if warning is not None:
         reporter.warn(warning)
     if entries:  # other cuts would round otherwise
         return int(entries[0]["batch_tokens"])
-    return affordable(readout.model, settings.batch_tokens, readout.bytes_per_token(len(first[0].ids)), reporter)
+    token_bytes = readout.bytes_per_token(len(first[0].ids), depth=depth)
+    return affordable(readout.model, settings.batch_tokens, token_bytes, reporter)
 
 
-def _score(readout: Readout, batch: list[_Window]) -> dict[str, Any]:
+def _score(readout: Readout, batch: list[Window], *, depth: int) -> dict[str, Any]:
     """Score one batch: for each window its document and number of tokens, and per depth its nats and its hits."""
     ids, mask = padded([window.ids for window in batch], readout.model.device)
     scored = torch.zeros_like(mask, dtype=torch.bool)
     for row, window in enumerate(batch):
         scored[row, len(window.ids) - len(window.targets) : len(window.ids)] = True
     targets = torch.tensor([token for window in batch for token in window.targets], device=ids.device)
-    scores = readout.score(ids, mask, scored, targets)
+    scores = readout.score(ids, mask, scored, targets=targets, depth=depth)
     lengths = [len(window.targets) for window in batch]
     return {
         "windows": [[window.document, len(window.targets)] for window in batch],
@@ -148,7 +123,7 @@ def _score(readout: Readout, batch: list[_Window]) -> dict[str, Any]:
     }
 
 
-def _too_large(window: _Window) -> RRError:
+def _too_large(window: Window) -> RRError:
     return RRError(
         f"the device is out of memory for a single row of {len(window.ids)} tokens",
         "Take a shorter --max-length, or --device cpu.",
@@ -187,10 +162,10 @@ def _ranges(parts: list[dict[str, Any]]) -> list[list[float]]:
 
 
 def _refuse_flat(entries: list[dict[str, Any]]) -> None:
-    """Refuse scores that no model gives: every token of every document equally likely.
+    """Refuse scores that no working model has: the same log-probability for every token of every document.
 
     Raises:
-        CheckFailed: so it is, at some depth.
+        CheckFailed: all of them are equal at some depth.
     """
     if sum(scored for entry in entries for _, scored in entry["windows"]) < 2:
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,28 +12,31 @@ import torch
 from rrcli.data.batching import context_length
 from rrcli.data.rendering import encode_prompt, start_token
 from rrcli.errors import RRError
+from rrcli.recursion.engine import at_depth
 from rrcli.reporting import Reporter
 
 
 @torch.no_grad()
-def relevance(model: Any, tokenizer: Any, generations: Sequence[Mapping[str, Any]], reporter: Reporter) -> list[float]:
+def relevance(
+    model: Any, tokenizer: Any, generations: Sequence[Mapping[str, Any]], *, reporter: Reporter
+) -> list[float]:
     """Return the pointwise mutual information of each continuation and its prompt, in nats per token.
 
     The mean over the continuation's tokens of ln p(token | prompt, tokens before) - ln p(token | tokens before), both
-    under `model`: the mutual information that Li et al. (2016) rank responses by, per token. Without a prompt the text
-    follows the start token. A continuation without tokens has 0: it says nothing about its prompt.
+    under `model`: the mutual information by which Li et al. (2016) rank responses, per token. Without a prompt the text
+    follows the start token. A continuation without tokens has 0, as it says nothing about its prompt.
 
     Args:
-        model, tokenizer: the baseline's, whatever model wrote the texts; a recursion on it is left out (depth 0).
+        model, tokenizer: those of the baseline, even if another model wrote the texts. A recursion is not used (depth
+            0).
         generations: records with `prompt` and `text`.
 
     Raises:
         RRError: a log-probability is not finite.
     """
-    recursion = getattr(model, "recursion", None)
     values = []
     with (
-        recursion.at_depth(0) if recursion else nullcontext(),
+        at_depth(model, 0),
         reporter.progress("relevance", len(generations), "prompts") as progress,
     ):
         for record in generations:
@@ -50,11 +52,11 @@ def relevance(model: Any, tokenizer: Any, generations: Sequence[Mapping[str, Any
 
 
 def _log_likelihood(model: Any, context: list[int], tokens: list[int]) -> float:
-    """Return the sum of ln p over `tokens` behind `context`, reduced in fp32 and summed in fp64."""
+    """Return the sum of ln p of `tokens` after `context`, reduced in fp32 and summed in fp64."""
     room = context_length(model) - len(tokens)
     ids = torch.tensor([[*context[-max(1, room) :], *tokens]], device=model.device)
     n = len(tokens)
-    # The head is spared the prompt where the model knows how.
+    # Where the model can leave out the logits of the prompt, it does.
     short = {"logits_to_keep": n + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     logits = model(input_ids=ids, use_cache=False, **short).logits[0, -n - 1 : -1].float()
     chosen = logits.log_softmax(-1).gather(1, torch.tensor(tokens, device=logits.device)[:, None])

@@ -1,6 +1,6 @@
 """What a recursion costs while decoding: cache and arithmetic of one token at every depth.
 
-Both are measured on one decoded token behind a short prompt, at depth 0, on the model itself or on its skeleton: on
+Both are measured on one decoded token after a short prompt, at depth 0, on the model itself or on its skeleton: on
 torch's meta device the same operators run on shapes alone. A pass after pass 0 adds a cache of the span's layers, the
 span's operators and the cell's; so
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from rrcli.errors import RRError
-from rrcli.upstream import cache_argument, cache_of, countable_experts
+from rrcli.recursion.probing import in_pieces
+from rrcli.upstream import cache_of, countable_experts, patched
 
 PROMPT_TOKENS = 8
-# Implementations of experts whose products are counted. On meta no shape may depend on data; that one copies the
-# weights of its experts for every token, which real weights are too large for.
+# Implementations of experts whose products are counted. On meta no shape may depend on data. The implementation for it
+# copies the weights of the experts for every token; real weights are too large for that.
 COUNTABLE_EXPERTS = {"meta": "batched_mm"}
 COUNTABLE_EXPERTS_ELSEWHERE = "eager"
 FLOPS_FORMULA = "FlopCounterMode, one decoded token: FLOPs(0) + depth x (span + cell)"
@@ -40,7 +41,7 @@ class Costs:
     Attributes:
         dtype: the number format the model computes in.
         cache_bytes_per_token: how much the caches of all passes grow by each token (until a sliding window is full).
-        cache_bytes_constant: what they hold whatever the length: recurrent and convolution states, full windows.
+        cache_bytes_constant: what they hold at any length: recurrent and convolution states, full windows.
         flops_per_token: operations to decode one token; `flops_formula` says which are counted.
     """
 
@@ -56,22 +57,23 @@ def measure(model: Any) -> Costs:
     """Measure the costs of `model`, which has a recursion attached; its weights may be on the meta device.
 
     Raises:
-        RRError: the model keeps no cache. Exception: whatever a family raises that cannot run on meta.
+        RRError: the model returns no cache. Exception: of any kind, where a family cannot run on the meta device.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    recursion, name = model.recursion, cache_argument(model)
+    recursion = model.recursion
     layers, span = recursion.layers, range(recursion.start, recursion.end)
     twins = _twins(model, layers)
     ids = (torch.arange(PROMPT_TOKENS + 1, device=model.device)[None] * 37 + 11) % _vocabulary(model)
     counter = FlopCounterMode(display=False)
     with recursion.at_depth(0), countable(model), _run_once(layers, twins):
-        cache = cache_of(model(input_ids=ids[:, :-1], use_cache=True))
+        outputs = in_pieces(model, ids, [PROMPT_TOKENS, 1])
+        cache = cache_of(next(outputs))
         if cache is None:
             raise RRError("the model returns no cache")
         before = _sizes(cache, twins)
         with _marks(layers, counter) as layer_flops, counter:
-            cache = cache_of(model(input_ids=ids[:, -1:], use_cache=True, **{name: cache}))
+            cache = cache_of(next(outputs))
         after = _sizes(cache, twins)
     growth = [new - old for old, new in zip(before, after, strict=True)]
     constant = [new - rate * ids.shape[1] for new, rate in zip(after, growth, strict=True)]
@@ -103,8 +105,8 @@ def _vocabulary(model: Any) -> int:
 def _twins(model: Any, layers: list[Any]) -> list[int]:
     """Return for each layer the first one that equals it in class, type and shapes; on a real model, itself.
 
-    On a skeleton shapes are all there is, so that one layer of a kind tells what its twins cost. Measuring takes as
-    long for 27 layers as for 4.
+    A skeleton has shapes and no values, so equal layers cost the same, and it is enough to run one of each kind.
+    Measuring then takes as long for 27 layers as for 4.
     """
     if model.device.type != "meta":
         return list(range(len(layers)))
@@ -121,7 +123,6 @@ def _twins(model: Any, layers: list[Any]) -> list[int]:
 def _run_once(layers: list[Any], twins: list[int]) -> Iterator[None]:
     """Let a layer that has an earlier twin return what the twin returned, without running."""
     outputs: dict[int, Any] = {}
-    hooks = []
 
     def keep(index: int, _: Any, __: Any, output: Any) -> None:
         outputs[index] = output
@@ -129,19 +130,14 @@ def _run_once(layers: list[Any], twins: list[int]) -> Iterator[None]:
     def repeat(twin: int, *_: Any, **__: Any) -> Any:
         return outputs[twin]
 
-    for index, twin in enumerate(twins):
-        if index == twin:
-            hooks.append(layers[index].register_forward_hook(functools.partial(keep, index)))
-        else:
-            layers[index].forward = functools.partial(repeat, twin)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as patches:
         for index, twin in enumerate(twins):
-            if index != twin:
-                del layers[index].forward
+            if index == twin:
+                hook = layers[index].register_forward_hook(functools.partial(keep, index))
+                patches.callback(hook.remove)
+            else:
+                patches.enter_context(patched(layers[index], forward=functools.partial(repeat, twin)))
+        yield
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Proof that a recursion changed nothing: logits at every depth against the model before surgery, bit for bit."""
+"""Proof that surgery changed nothing: logits at every depth equal those of the model before surgery, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rrcli.errors import CheckFailed
+from rrcli.recursion.probing import decoded_logits
 from rrcli.reporting import Reporter
-from rrcli.upstream import cache_argument, cache_of
 
 PROBES = ("The quick brown fox jumps over the lazy dog.", "Question: 2 + 3 =\nAnswer:")
 DECODE_STEPS = 3
@@ -21,7 +21,7 @@ def reference(model: Any, tokenizer: Any) -> list[Logits]:
     """Return the logits of a model before surgery on every probe.
 
     Raises:
-        CheckFailed: logits that are not finite, or a tokenizer that makes nothing of the probes.
+        CheckFailed: logits are not finite, or the tokenizer makes too few tokens of a probe.
     """
     found = [_logits(model, ids) for ids in _probes(model, tokenizer)]
     for probe, logits in zip(PROBES, found, strict=True):
@@ -30,7 +30,7 @@ def reference(model: Any, tokenizer: Any) -> list[Logits]:
     return found
 
 
-def verify(model: Any, tokenizer: Any, before: list[Logits], reporter: Reporter) -> list[int]:
+def verify(model: Any, tokenizer: Any, before: list[Logits], *, reporter: Reporter) -> list[int]:
     """Compare the logits at every depth, uncached and cached, with those before surgery; return the depths.
 
     Raises:
@@ -70,10 +70,7 @@ def _logits(model: Any, ids: Tensor) -> Logits:
 
     A model that returns no cache has nothing to decode with: its prefill alone.
     """
-    output = model(input_ids=ids[:, :-DECODE_STEPS], use_cache=True)
-    parts, cache = [output.logits], cache_of(output)
-    for position in range(ids.shape[1] - DECODE_STEPS, ids.shape[1]) if cache is not None else ():
-        past = {cache_argument(model): cache}
-        output = model(input_ids=ids[:, position : position + 1], use_cache=True, **past)
-        parts, cache = [*parts, output.logits], cache_of(output)
-    return {"uncached": model(input_ids=ids, use_cache=False).logits, "cached": torch.cat(parts, 1)}
+    return {
+        "uncached": model(input_ids=ids, use_cache=False).logits,
+        "cached": decoded_logits(model, ids, DECODE_STEPS),
+    }

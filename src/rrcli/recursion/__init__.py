@@ -1,10 +1,19 @@
 """The heart: passes over a span of decoder layers, attached to a stock transformers model by hooks.
 
-config    what a recursion is (no torch)        cell      the modules that it adds
-families  where each architecture keeps things  caches    every pass has its own cache
-engine    `attach` and the passes themselves    losses    what training minimises
-chunked   decoding: draft, refine, commit       chunks    its metrics, from teacher-forced passes
-rows      the batch that it works on            readout   from hidden states to logits
-tiles     the head, a tile at a time            lora      adapters for the passes (peft)
-proof     what unknown families have to show                      selftest  a tiny model that shows it in a second
+config            what a recursion is (no torch)
+engine            `attach`, and the passes themselves; frames: what is kept of a forward while it runs
+feedback_cell     what a pass adds to the span's input
+boundary_head     whether another pass is worth it
+families          where each architecture keeps its parts
+caches            every pass has its own cache
+lora              adapters for the passes (peft)
+readout, tiles    from hidden states to logits; the head, a tile at a time
+products          matrix products on a CPU
+losses            what training minimises
+calibration       whether the boundary head's probabilities are right
+chunk_metrics     how chunked decoding would do on known text
+chunked_decoding  a decoding method for `generate`; drafting: draft, refine, commit; rows: the batch it works on
+probing           a model run piece by piece with its own cache
+proof             what a family that is in no table has to show
+selftest          a tiny model that shows in a second that the installation works
 """

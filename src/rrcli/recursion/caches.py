@@ -1,8 +1,8 @@
-"""Every pass has its own cache, and it lives on the caller's cache object.
+"""A cache for each pass, stored on the caller's cache object.
 
 When a forward first sees an empty cache, blank copies of it are made, one for each pass after pass 0, and stored on it.
-From then on whatever is done to the caller's cache (crop, beam reorder, batch selection, reset) is done to the copies
-too; they are deep-copied with it and dropped with it.
+Every later change of the caller's cache (crop, beam reorder, batch selection, reset) also changes the copies; they are
+deep-copied together with it and freed together with it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_empty(cache: Any) -> bool:
 
 
 def _length(cache: Any, layer: int | None = None) -> int:
-    """Return how many tokens a cache of a foreign class holds, of one layer where it can tell.
+    """Return how many tokens a cache that is not a class of transformers holds; for one layer if it can tell.
 
     Raises:
         RRError: it cannot tell, so a filled cache could be taken for an empty one.
@@ -55,24 +55,24 @@ def _length(cache: Any, layer: int | None = None) -> int:
 
 
 def is_ready(cache: Any, depth: int) -> bool:
-    """Tell whether `cache` carries what a forward at `depth` needs, without looking further."""
+    """Tell at once whether `cache` holds what a forward at `depth` needs; if not, `prepare` has to look."""
     return isinstance(cache, Cache) and len(getattr(cache, "rr_passes", ())) == depth
 
 
 @torch.compiler.disable
-def prepare(cache: Any, depth: int, full: bool = True, start: int = 0) -> None:
-    """Make `cache` carry one cache for each of the passes `1..depth`, at the start of a forward at that depth.
+def prepare(cache: Any, depth: int, *, full: bool = True, start: int = 0) -> None:
+    """Store one cache for each of the passes `1..depth` on `cache`, at the start of a forward at that depth.
 
-    Copies for deeper passes are dropped: they will not see this forward's tokens.
+    The caches of deeper passes are removed, since those passes do not see this forward's tokens.
 
     Args:
-        full: whether the span ends with the last layer. If not, the layers behind it have cached what the passes so far
-            gave them, and going on at a lower depth would mix two models.
+        full: whether the span ends with the last layer. If not, the layers after it have cached what the last pass gave
+            them, and going on at a lower depth would mix two models.
         start: the first layer of the span.
 
     Raises:
-        RRError: tokens went through the cache at a lower depth, so a deeper pass has no past; or a foreign cache was
-            changed by a method that is not known here.
+        RRError: tokens went through the cache at a lower depth, so a deeper pass has no past; or a cache of another
+            class than transformers' was changed by a method that is not known here.
     """
     passes = getattr(cache, "rr_passes", None)
     if passes is None and depth == 0:
@@ -99,12 +99,10 @@ def prepare(cache: Any, depth: int, full: bool = True, start: int = 0) -> None:
 
 
 class Snapshot:
-    """What a cache of transformers and the caches of its passes held at one moment; the past it shares is not copied.
+    """What a cache of transformers and the caches of its passes held at one moment; with `draft`, pass 0's cache alone.
 
-    With `draft`, of pass 0 alone.
-
-    Attention layers grow by making new tensors, so theirs are kept as they are; recurrent and convolution states are
-    written in place, so those are copied (they do not grow).
+    Attention layers grow by making new tensors, so the old tensors are kept without a copy. Recurrent and convolution
+    states are written in place, so they are copied; they do not grow.
     """
 
     def __init__(self, cache: Any, *, draft: bool = False) -> None:
@@ -112,7 +110,7 @@ class Snapshot:
         self._kept = [[_copies(vars(layer)) for layer in part.layers] for part in parts]
 
     def restore(self, cache: Any, *, draft: bool = False, layers: int | None = None) -> None:
-        """Put `cache` back; with `draft`, pass 0 alone, which is what drafting moves on; or its first `layers`."""
+        """Take `cache` back to this snapshot; with `draft` only that of pass 0, with `layers` only its first layers."""
         parts = [cache] if draft else [cache, *cache.rr_passes]
         for part, kept in zip(parts, self._kept, strict=False):
             for layer, values in zip(part.layers[:layers], kept[:layers], strict=True):
@@ -129,7 +127,7 @@ def _copies(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def forget(cache: Any, tokens: Sequence[int]) -> None:
-    """Take the last `tokens[k]` positions out of pass k; passes behind the end of the list keep what they have."""
+    """Take the last `tokens[k]` positions out of pass k; passes for which the list has no entry keep theirs."""
     passes, cache.rr_passes = cache.rr_passes, []
     try:
         cache.crop(-tokens[0])
@@ -147,12 +145,12 @@ def is_alignable(cache: Any) -> bool:
 
 
 def align(cache: Any, drop: torch.Tensor, length: int) -> None:
-    """Give every row its own end: take `drop[row]` last positions out, and move what is left to the right.
+    """Take the last `drop[row]` positions out of each row, and move what is left to the right.
 
-    Rows that keep fewer positions than others get room on the left, which the attention mask has to hide.
+    Rows that keep fewer positions than others are padded on the left; the attention mask has to hide that padding.
 
     Args:
-        drop: `[batch]` positions to forget. length: positions that the cache holds afterwards.
+        drop: `[batch]` how many positions to forget. length: how many positions the cache holds afterwards.
     """
     for part in (cache, *getattr(cache, "rr_passes", ())):
         for layer in part.layers:
@@ -162,15 +160,19 @@ def align(cache: Any, drop: torch.Tensor, length: int) -> None:
                 value = getattr(layer, name)
                 if isinstance(value, dict):
                     for key, state in value.items():
-                        value[key] = moved(state, drop, layer.conv_kernel_size[key], axis)
+                        value[key] = moved(state, drop, layer.conv_kernel_size[key], axis=axis)
                 else:
-                    setattr(layer, name, moved(value, drop, min(length, window_of(layer) or length), axis))
+                    setattr(layer, name, moved(value, drop, min(length, window_of(layer) or length), axis=axis))
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = length
 
 
-def moved(value: torch.Tensor, drop: torch.Tensor, length: int, axis: int) -> torch.Tensor:
-    """Return `[batch, ..., length, ...]`: position e from the end is what was `e + drop[row]` from the end."""
+def moved(value: torch.Tensor, drop: torch.Tensor, length: int, *, axis: int) -> torch.Tensor:
+    """Move each row of `[batch, ..., position, ...]` right by `drop[row]`, and keep the last `length` positions.
+
+    Args:
+        axis: that of the positions.
+    """
     size = value.shape[axis]
     index = torch.arange(size - length, size, device=value.device)[None] - drop.to(value.device)[:, None]
     shape = [1] * value.dim()

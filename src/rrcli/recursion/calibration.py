@@ -1,9 +1,9 @@
-"""Whether the boundary head means what it says: its probability of committing against what going on really gained.
+"""Calibration of the boundary head: its probability of committing against what the next pass really gained.
 
 The label is the one it learns from: 1 where the next pass does not lower a token's cross-entropy by more than a margin.
-Training weighs tokens by how far their gain is from the margin, so both errors are told: of tokens as training weighs
-them, and of all alike. The expected calibration error is the mean distance, over bins of equal width, of the mean
-probability and the share of labels that are 1 (Naeini et al. 2015).
+Training weighs tokens by how far their gain is from the margin, so there are two errors: one with the weights of
+training, and one in which all tokens count alike. The expected calibration error is the mean distance, over bins of
+equal width, of the mean probability and the share of labels that are 1 (Naeini et al. 2015).
 """
 
 from __future__ import annotations

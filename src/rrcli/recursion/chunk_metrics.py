@@ -1,7 +1,8 @@
-"""The chunk metrics, from teacher-forced passes: what drafting, refining and committing would have done.
+"""The chunk metrics of known text: what drafting, refining and committing would have done with it.
 
-A draft is what pass 0 predicts over a window of `chunk_width` positions; refining it is looking at what the last pass
-predicts there. Totals add up over batches, so the metrics are means over all chunks, not means of means.
+Every pass is run over the text itself (teacher forcing). The draft is what pass 0 predicts over a window of
+`chunk_width` positions, and the refined chunk is what the last pass predicts there. Totals are added up over batches,
+so that the metrics are means over all chunks, not means of means.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class ChunkTotals:
         whole: chunks whose whole draft the last pass agrees with.
         committed: tokens committed at once, summed over chunks: the agreed prefix plus the corrected token.
         stable: for each pass k >= 1, positions whose prediction equals that of pass k-1.
-        wrong, fixed: pass-0 errors, and how many of them the last pass corrects.
-        right, broken: pass-0 hits, and how many of them the last pass spoils.
-        reliability: sums for the calibration of the boundary head, where they were taken.
+        wrong, fixed: errors of pass 0, and how many of them the last pass corrects.
+        right, broken: right predictions of pass 0, and how many of them the last pass makes wrong.
+        reliability: sums for the calibration of the boundary head; empty where it was not measured.
     """
 
     chunks: int = 0
@@ -53,7 +54,7 @@ class ChunkTotals:
         self.reliability = joined(self.reliability, other.reliability)
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics under the names of the guide; nothing where no chunk was seen."""
+        """Return the metrics by name; none where no chunk was seen."""
         if not self.chunks:
             return {}
         values = {
@@ -86,7 +87,7 @@ def teacher_forced_chunks(predictions: Tensor, commit: Tensor, targets: Tensor, 
     chunks = len(lengths)
     offset = torch.arange(n, device=windows.device) - (lengths.cumsum(0) - lengths)[chunk]
 
-    # A chunk stops after the first pass with which the head is content at every position.
+    # A chunk stops after the first pass with which the head is confident at every position.
     doubts = (commit < COMMIT_THRESHOLD).int()
     per_chunk = torch.zeros(depth, chunks, dtype=doubts.dtype, device=doubts.device).index_add_(1, chunk, doubts)
     steps = per_chunk.ne(0).int().cumprod(0).sum(0)

@@ -1,26 +1,27 @@
-"""`attach`: run a span of decoder layers again, with forward hooks, on a model that knows nothing about it.
+"""`attach`: forward hooks that run a span of a stock model's decoder layers again.
 
 How one forward goes at depth d:
 
-    backbone opens      -> a frame is opened
-    layer i is called   -> its arguments are noted in the frame; layer 0 gives the cache its pass copies
-    layer end-1 returns -> that was pass 0. For k = 1..d the span's layers are called again with the noted arguments,
-                           the span's input plus the cell's feedback, and the cache of pass k; the last pass's output
-                           replaces the layer's output, and the model goes on with the layers behind the span
-    backbone returns    -> the frame is closed
+    the backbone is called   a frame is opened
+    layer i is called        its arguments are kept in the frame; before layer 0, the cache gets a copy for each pass
+    layer end-1 returns      pass 0 is complete. For k = 1..d the span's layers are called again, with the same
+                             arguments but for two: the hidden state is the span's input plus the cell's feedback, and
+                             the cache is that of pass k. The last pass's output replaces the layer's output, and the
+                             model goes on with the layers after the span
+    the backbone returns     the frame is closed
 
 At depth 0 no frame is opened and the hooks return at once: the model is the stock model.
 
-Hidden states, attentions and router logits that a caller asks for are those of the model's own forward, in the stock
-number: of pass 0 inside the span, of the last pass from the span's end on. What passes >= 1 do is not recorded.
+A caller may ask for hidden states, attentions and router logits. They are as many as the stock model returns: those of
+pass 0 inside the span, and those of the last pass after it. What the passes after pass 0 compute is not recorded.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,46 +34,8 @@ from rrcli.recursion.boundary_head import BoundaryHead
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.families import find_layout, home_of
 from rrcli.recursion.feedback_cell import FeedbackCell
+from rrcli.recursion.frames import Frame, Record, hidden_of, with_hidden
 from rrcli.recursion.proof import prove, self_check
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass
-class Record:
-    """What forwards left behind, one after the other.
-
-    Attributes:
-        states: the span's output of every pass that was run, `[batch, position, hidden]`.
-        entries: the span's input of each forward; none where layers give more than a hidden state, which pass 0 cannot
-            be left out of.
-        feedback: root mean square of each pass's feedback relative to the span's input.
-    """
-
-    states: list[Tensor] = field(default_factory=list)
-    entries: list[Tensor] = field(default_factory=list)
-    feedback: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class _Frame:
-    """One forward under way: its depth, how each layer was called, and what is being recorded.
-
-    Attributes:
-        partial: leave the caches of the passes that are not run as they are: they catch up in a later forward over the
-            same tokens.
-        enough: looks at h(k) before pass k + 1 is run, and may end the refining there.
-        drafted: the span's input and h(0), where pass 0 was run already; skipping: until it would have ended, holds the
-            layers up to there in place of which h(0) is given.
-    """
-
-    depth: int
-    partial: bool = False
-    enough: Callable[[Tensor], bool] | None = None
-    drafted: tuple[Tensor, Tensor] | None = None
-    skipping: ExitStack | None = None
-    calls: dict[int, Call] = field(default_factory=dict)
-    record: Record | None = None
 
 
 @dataclass
@@ -81,7 +44,7 @@ class Passes:
 
     Attributes:
         states: the span's output h(k), which the boundary head reads.
-        hidden: the readout of h(k): behind the remaining layers and the final norm, what the model's head reads.
+        hidden: the readout of h(k), after the remaining layers and the final norm: what the model's head reads.
         feedback_norm: root mean square of the last pass's feedback relative to the span's input (0 = silently off).
     """
 
@@ -107,7 +70,7 @@ class Recursion(nn.Module):
         self.__dict__["tail"] = [module for module in tail if module is not None]
         self.config = config
         self.start, self.end = config.resolve_span(len(self.layers))
-        # What belongs to other people may have changed since it was tested: then even a known family proves itself.
+        # A dependency may have changed since it was tested: then even a family of the table has to prove itself.
         self.needs_check = not known or bool(upstream.untested())
 
         # Weights of one byte (fp8) are storage, not something to compute in.
@@ -120,7 +83,7 @@ class Recursion(nn.Module):
         self.to(device=home_of(self.layers[self.start]), dtype=like.dtype)
 
         self._depth = config.max_steps
-        self._frame: _Frame | None = None
+        self._frame: Frame | None = None
         self._untranslate = upstream.translate(model)
         self._hooks = self._install()
         model.__dict__["recursion"] = self
@@ -140,7 +103,7 @@ class Recursion(nn.Module):
 
     @contextmanager
     def at_depth(self, depth: int) -> Iterator[None]:
-        """Use another depth for a while."""
+        """Use another depth for a while; afterwards, and after an exception, the depth is what it was."""
         before, self.depth = self.depth, depth
         try:
             yield
@@ -148,36 +111,46 @@ class Recursion(nn.Module):
             self.depth = before
 
     @contextmanager
-    def recording(
-        self,
-        *,
-        draft: bool = False,
-        depth: int | None = None,
-        enough: Callable[[Tensor], bool] | None = None,
-        drafted: tuple[Tensor, Tensor] | None = None,
-    ) -> Iterator[Record]:
-        """Record the forwards inside: h(0), h(1), ... of one after the other.
+    def drafting(self) -> Iterator[Record]:
+        """Run pass 0 alone in the forwards inside, and record them.
 
-        The caches of passes that a forward does not run stay as they are: whoever uses this looks after them.
+        The caches of the passes after pass 0 do not see these tokens; `refining` or `refining_until` adds them.
+        """
+        record = Record()
+        with self._forced(Frame(0, record, prepares_caches=False)):
+            yield record
+
+    @contextmanager
+    def refining(self, drafted: tuple[Tensor, Tensor]) -> Iterator[Record]:
+        """Run the passes after pass 0 in the one forward inside, over tokens that were drafted, and record them.
+
+        Pass 0 is not run again: the layers before the span's end return h(0) and leave pass 0's cache alone.
 
         Args:
-            draft: run pass 0 alone.
-            depth: the passes to run at most; the recursion's own depth if not given.
-            enough: looks at h(k), `[batch, position, hidden]`, from k = 1 on; True ends the forward's refining.
-            drafted: the span's input and h(0) of the tokens of one forward, both `[batch, position, hidden]`, from
-                having drafted them: the layers up to the span's end are not run again, and leave pass 0's cache alone.
+            drafted: the span's input and h(0) of the forward's tokens, both `[batch, position, hidden]`, as `drafting`
+                recorded them.
         """
-        steps = 0 if draft else self._depth if depth is None else depth
-        partial = draft or depth is not None or enough is not None
         record = Record()
-        with ExitStack() as skipping, self._forced(_Frame(steps, partial, enough, drafted, skipping, record=record)):
-            # Layers that are skipped give h(0) as it is known; their hooks are called all the same.
-            for layer in self.layers[: self.end] if drafted is not None else ():
-                skipping.enter_context(shadowed(layer, lambda *_, **__: drafted[1]))
+        with ExitStack() as stubs, self._forced(Frame(self._depth, record, drafted=drafted, stubs=stubs)):
+            for layer in self.layers[: self.end]:
+                stubs.enter_context(upstream.patched(layer, forward=lambda *_, **__: drafted[1]))
+            yield record
+
+    @contextmanager
+    def refining_until(self, enough: Callable[[Tensor], bool], *, depth: int) -> Iterator[Record]:
+        """Run pass 0 and up to `depth` more in the forwards inside, ending each where `enough` says so; record them.
+
+        The caches of passes that are not run do not see a forward's tokens: the caller has to run them later.
+
+        Args:
+            enough: is given h(k), `[batch, position, hidden]`, for k >= 1; True means that pass k + 1 is not run.
+        """
+        record = Record()
+        with self._forced(Frame(depth, record, prepares_caches=False, enough=enough)):
             yield record
 
     def detach(self) -> None:
-        """Take every hook off, and the adapters of the passes; the model is the stock model again."""
+        """Remove every hook, and the adapters of the passes; the model is the stock model again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -204,7 +177,7 @@ class Recursion(nn.Module):
             depth: how many passes follow pass 0; the recursion's own depth if not given.
         """
         record = Record()
-        frame = _Frame(self.depth if depth is None else depth, record=record)
+        frame = Frame(self.depth if depth is None else depth, record)
         with self._forced(frame):
             told = {} if position_ids is None else {"position_ids": position_ids}
             output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **told)
@@ -219,7 +192,7 @@ class Recursion(nn.Module):
             self.backbone.register_forward_pre_hook(self._open, with_kwargs=True),
             self.backbone.register_forward_hook(self._close, always_call=True),
             self.layers[0].register_forward_pre_hook(self._prepare_caches, with_kwargs=True),
-            # First of the layer's hooks, so that whoever records its output records what the model goes on with.
+            # First of the layer's hooks: other hooks that record its output see what the model goes on with.
             self.layers[self.end - 1].register_forward_hook(self._after_pass_0, prepend=True),
         ]
         for index in range(self.start, len(self.layers)):
@@ -228,7 +201,8 @@ class Recursion(nn.Module):
         return hooks
 
     @contextmanager
-    def _forced(self, frame: _Frame | None) -> Iterator[Any]:
+    def _forced(self, frame: Frame | None) -> Iterator[Any]:
+        """Run the forwards inside in this frame; with None, layers that are called directly are in no frame."""
         before, self._frame = self._frame, frame
         try:
             yield frame
@@ -236,42 +210,47 @@ class Recursion(nn.Module):
             self._frame = before
 
     def _open(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Open a frame when the backbone is called, unless a frame is forced on the forward."""
         if self._frame is None and self._depth > 0:
             upstream.refuse_unhidden_outputs(self.model, kwargs)
-            self._frame = _Frame(self._depth)
+            self._frame = Frame(self._depth)
 
     def _close(self, *_: Any) -> None:
+        """Close the frame that `_open` opened; those that record are forced, and stay for further forwards."""
         if self._frame is not None and self._frame.record is None:
             self._frame = None
 
     def _prepare_caches(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._frame is not None and self._frame.partial:
+        """Make the cache that the first layer is called with carry the caches of the passes."""
+        if self._frame is not None and not self._frame.prepares_caches:
             return
         depth = self._frame.depth if self._frame else 0
         for value in (*args, *kwargs.values()):
-            # `prepare` is not compiled: call it where a generation begins, not for every token.
+            # `prepare` is left out of compiled graphs: call it when a generation begins, not for every token.
             if upstream.is_cache(value) and not caches.is_ready(value, depth):
-                caches.prepare(value, depth, self.end == len(self.layers), self.start)
+                caches.prepare(value, depth, full=self.end == len(self.layers), start=self.start)
 
     def _note(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the arguments of layer `index`."""
         if self._frame is not None:
-            # Only the span's input is needed again: holding on to every layer's would cost as much memory as they are.
+            # Of the hidden states only the span's input is needed again; keeping those of all layers costs memory.
             call = (args, kwargs)
-            self._frame.calls[index] = call if index == self.start else _with_hidden(call, None)
+            self._frame.calls[index] = call if index == self.start else with_hidden(call, None)
 
     def _after_pass_0(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        """Run the passes after pass 0 when the span's last layer returns, and return the last one's output."""
         frame = self._frame
         if frame is None:
             return None
-        if frame.skipping is not None:
-            frame.skipping.close()
+        if frame.stubs is not None:
+            frame.stubs.close()
         span = range(self.start, self.end)
-        entry = _hidden(frame.calls[self.start]) if frame.drafted is None else frame.drafted[0]
+        entry = hidden_of(frame.calls[self.start]) if frame.drafted is None else frame.drafted[0]
         if frame.record is not None and isinstance(output, Tensor):
             frame.record.entries.append(entry)
         hidden = output if isinstance(output, Tensor) else output[0]
         states = [hidden]
-        # Layers may lie on different devices: the sidecar lies with the first layer of the span.
+        # Layers may be on different devices; the sidecar is on that of the span's first layer.
         home = self.head.score.weight.device
         entry = entry.to(home)
         with self._forced(None), upstream.unrecorded():
@@ -287,8 +266,8 @@ class Recursion(nn.Module):
             frame.record.states.extend(states)
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
-    def _run(self, span: Iterable[int], hidden: Tensor, frame: _Frame, step: int) -> Tensor:
-        """Call layers again as the model called them, but for the hidden state and the cache of pass `step`."""
+    def _run(self, span: Iterable[int], hidden: Tensor, frame: Frame, step: int) -> Tensor:
+        """Call layers again as the model called them, with another hidden state and the cache of pass `step`."""
         lora = self.model.__dict__.get("lora") if step else None
         for index in span:
             args, kwargs = frame.calls[index]
@@ -296,13 +275,14 @@ class Recursion(nn.Module):
             kwargs = {
                 k: caches.of_pass(value, step) if upstream.is_cache(value) else value for k, value in kwargs.items()
             }
-            args, kwargs = _with_hidden((args, kwargs), hidden)
+            args, kwargs = with_hidden((args, kwargs), hidden)
             layer = self.layers[index]
             output = layer(*args, **kwargs) if lora is None else lora.call(layer, *args, **kwargs)
             hidden = output if isinstance(output, Tensor) else output[0]
         return hidden
 
-    def _readout(self, frame: _Frame, hidden: Tensor) -> Tensor:
+    def _readout(self, frame: Frame, hidden: Tensor) -> Tensor:
+        """Run the layers after the span and the tail on the output of a pass."""
         with self._forced(None):
             hidden = self._run(range(self.end, len(self.layers)), hidden, frame, 0)
             for module in self.tail:
@@ -313,7 +293,7 @@ class Recursion(nn.Module):
 def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
     """Attach a zero-initialised recursion to a causal language model of transformers, and return it.
 
-    The model object stays what it was (`generate`, `peft`, `lm-eval` keep working on it); the recursion is also
+    The model stays the same object, so that `generate`, `peft` and `lm-eval` keep working on it. The recursion is also
     reachable as `model.recursion`. Its depth starts at `max_steps`.
 
     Raises:
@@ -340,29 +320,10 @@ def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
     return recursion
 
 
-@contextmanager
-def shadowed(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module do something else for a while."""
-    # An instance attribute shadows the class's forward; accelerate puts one there too, so keep what was there.
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-
-def _hidden(call: Call) -> Tensor:
-    args, kwargs = call
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _with_hidden(call: Call, hidden: Tensor | None) -> Call:
-    args, kwargs = call
-    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+def at_depth(model: Any, depth: int) -> AbstractContextManager[None]:
+    """Let a model run at a depth for a while; one without a recursion has pass 0 alone, and runs as it is."""
+    recursion = getattr(model, "recursion", None)
+    return nullcontext() if recursion is None else recursion.at_depth(depth)
 
 
 def _relative_norm(feedback: Tensor, entry: Tensor) -> Tensor:

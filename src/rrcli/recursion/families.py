@@ -1,8 +1,8 @@
 """Where each family of models keeps its decoder layers: data, not code.
 
-A layout names the list of decoder layers and what follows it inside the backbone (the "tail": final norm, output
-projection). Families in the table are shown to work by the tests. A family in neither table is looked for by structure
-and has to prove itself; see `proof`.
+A layout names the list of decoder layers and the modules after it in the backbone (the "tail": final norm, output
+projection). The tests show that the families in the table work. For any other family the layers are found by the
+model's structure, and it has to prove itself; see `proof`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _HYPER = "the stream between its layers holds several mixed copies of every posi
 _ENCODER = "it is an encoder used as a decoder: its layers lie in a module that is not given the tokens"
 _CROSS = "it is the decoder half of an encoder-decoder model"
 
-# What is known not to work, and why.
+# Families that are known not to work, and why.
 REFUSED: dict[str, str] = {
     "blt": "its layers see patches of bytes, not one position for each token",
     "cpmant": "it puts a prompt of its own before the tokens, and its stock cached decoding fails",
@@ -127,16 +127,14 @@ def _by_structure(model: nn.Module, family: str, count: int | None) -> Layout:
         )
     parent, _, own = candidates[0].rpartition(".")
     names = [name for name, _ in model.get_submodule(parent).named_children()]
-    behind = names[names.index(own) + 1 :]
-    return Layout(
-        candidates[0], tuple(f"{parent}.{name}" for name in behind if "norm" in name or name.startswith("ln"))
-    )
+    after = names[names.index(own) + 1 :]
+    return Layout(candidates[0], tuple(f"{parent}.{name}" for name in after if "norm" in name or name.startswith("ln")))
 
 
 def home_of(module: nn.Module) -> torch.device:
-    """Return the device that `module` computes on, also where accelerate keeps its weights elsewhere until then.
+    """Return the device that `module` computes on, even if accelerate keeps its weights elsewhere until they are used.
 
-    For a skeleton, whose weights are nowhere, that is the CPU: what is added to it is real.
+    For a skeleton, whose weights are on no device, that is the CPU, since what is added to it has real weights.
     """
     weight = next(module.parameters())
     if weight.device.type != "meta":

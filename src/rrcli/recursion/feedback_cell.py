@@ -4,8 +4,8 @@ parameter        shape                 init
 norm.weight      [hidden]              ones
 w_in.weight      [width, hidden]       normal, std 1/sqrt(hidden)
 step.weight      [max_steps, width]    normal, std 0.02
-w_out.weight     [hidden, width]       ZERO, and the only thing that is: a zero gate times a zero projection
-                                       would have no gradient
+w_out.weight     [hidden, width]       ZERO, so that a fresh cell adds nothing. No other weight is zero: a zero gate
+                                       times a zero projection would have no gradient
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 class FeedbackCell(nn.Module):
     """What pass k adds to the span's input: `W_out · act(W_in · RMSNorm(h(k-1)) + step_k)`.
 
-    Position-wise, so causal whatever the model is.
+    It works on each position alone, so it is causal in every model.
     """
 
     def __init__(self, hidden: int, width: int, max_steps: int, generator: torch.Generator) -> None:

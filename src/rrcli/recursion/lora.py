@@ -4,10 +4,11 @@ With a recursion the adapters are on in passes >= 1 only, so pass 0 stays the ba
 (vanilla) the same adapters are on always, that is in pass 0.
 
 They are off unless a pass switches them on, one layer at a time. Activation checkpointing runs a layer a second time in
-the backward pass, long after that pass: the switch therefore goes into what is checkpointed.
+the backward pass, long after that pass, so the switch is part of the function that is checkpointed.
 
-What is left out, since `peft` cannot adapt it: layers whose weight a fused kernel reads (Mamba's projections), and the
-experts of a mixture with their shared siblings (fused into one parameter; attention is adapted there).
+Some layers get no adapter, since `peft` cannot adapt them: those whose weight a fused kernel reads (Mamba's
+projections), and the experts of a mixture with their shared experts (fused into one parameter; in such a model the
+attention layers have adapters).
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int = 0, span: Sequence[in
 
 
 def load_lora(model: Any, folder: Path) -> Lora:
-    """Add the adapters that lie in `folder`.
+    """Add the adapters that are saved in `folder`.
 
     Raises:
         RRError: files are missing or broken, or belong to another model.

@@ -1,6 +1,6 @@
-"""Matrix products on a CPU through oneDNN, where torch would take MKL.
+"""Matrix products on a CPU by oneDNN, where torch would use MKL.
 
-In fp32 torch multiplies with MKL, which on processors of other makers than its own leaves much of a core unused: on an
+In fp32 torch multiplies with MKL, which leaves much of a core unused on processors that are not Intel's: on an
 AMD EPYC with AVX-512, products of 512 rows with a small model's weights run at 142 to 198 GFLOPS with MKL and at 186 to
 217 with oneDNN, which torch ships too; with 16 rows the layers of SmolLM2-135M take 78 ms with MKL and 51 with oneDNN
 (with one row, 40 and 38). Of the two products of a backward pass the gradient of the rows gains about 7 %, that of the
@@ -12,40 +12,37 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rrcli.upstream import onednn_operator, onednn_product
+from rrcli.upstream import onednn_operator, onednn_product, patched
 
-# One row is bound by reading the weights, and any library is as good.
+# The product of a single row is limited by reading the weights, and every library is equally fast.
 FEWEST_ROWS = 2
-# Below so many weights, finding the way to the product takes longer than the product.
+# With fewer weights, choosing how to compute a product takes longer than the product.
 FEWEST_WEIGHTS = 100_000
 
 
 @contextmanager
 def through_onednn(model: nn.Module) -> Iterator[None]:
-    """While it is entered, the plain linear layers of `model`, and of its recursion, call `linear`.
+    """While it is entered, the plain linear layers of `model` and of its recursion call `linear`.
 
-    Layers that are of another class, or whose forward somebody else has replaced, stay as they are.
+    Layers of another class, and layers whose forward is replaced already, stay as they are.
     """
     parts = [part for part in (model, getattr(model, "recursion", None)) if part is not None]
     layers = [layer for part in parts for layer in part.modules() if _gains(layer)] if usable() else []
-    for layer in layers:
-        layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
+    with ExitStack() as patches:
         for layer in layers:
-            del layer.forward
+            patches.enter_context(patched(layer, forward=functools.partial(_forward, layer)))
+        yield
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `rows @ weight.T + bias`, `[..., in]` and `[out, in]` give `[..., out]`: by oneDNN where that can be."""
+    """Return `rows @ weight.T + bias`, `[..., out]` from `[..., in]` and `[out, in]`: by oneDNN where possible."""
     plain = type(rows) is Tensor and type(weight) in (Tensor, nn.Parameter)
     here = rows.device.type == weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     same = rows.dtype == weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
@@ -92,7 +89,7 @@ def _flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(rows) * weight[0]
 
 
-# What torch's `FlopCounterMode` does not know by itself.
+# For torch's `FlopCounterMode`, which does not count this operator by itself.
 FLOPS = {onednn_operator(): _flops} if usable() else {}
 
 

@@ -2,11 +2,11 @@
 
     one list        every decoder layer runs exactly once in a forward, in order, on `[batch, position, hidden]`
     causal          an earlier position does not see a later one
-    replay          running the span again on the noted arguments gives what the stock model gives when the span's input
-                    is changed alike: with the cell replaced by a constant c, depth 1 must equal the stock model with c
-                    added to the input of the first layer of the span, uncached and cached
+    replay          running the span again with the same arguments computes what the stock model computes for the same
+                    input: with the cell replaced by a constant c, depth 1 must equal the stock model with c added to
+                    the input of the span's first layer, uncached and cached
 
-The last one finds whatever travels beside the hidden state: extra tensors from layer to layer, states kept in modules,
+The last one finds anything else that layers hand on than the hidden state: extra tensors, states kept in modules,
 caches that are not known as caches.
 """
 
@@ -22,9 +22,12 @@ from torch import Tensor, nn
 
 from rrcli.errors import RRError
 from rrcli.recursion.families import home_of
-from rrcli.upstream import CACHE_NAMES, cache_argument, is_cache
+from rrcli.recursion.probing import decoded_logits, in_pieces
+from rrcli.upstream import CACHE_NAMES, is_cache
 
 BATCH, PROMPT, LENGTH = 2, 6, 9
+# How many of the last tokens of a check are decoded one by one.
+DECODED = 3
 # Two ways to the same logits may differ by rounding, relative to the largest logit.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 LOW_PRECISION = 0.05
@@ -43,7 +46,7 @@ class _Constant(nn.Module):
 
 @torch.no_grad()
 def prove(recursion: Any) -> None:
-    """Hold a fresh recursion against the stock model.
+    """Compare a fresh recursion with the stock model.
 
     Raises:
         RRError: something does not hold; the message says what.
@@ -71,11 +74,11 @@ def self_check(recursion: Any, tokens: int = 8) -> None:
     training, _ = model.training, model.eval()
     try:
         with recursion.at_depth(0):
-            stock, decoded = model(input_ids=ids, use_cache=False).logits, _decoded(model, ids)
+            stock, decoded = model(input_ids=ids, use_cache=False).logits, decoded_logits(model, ids, DECODED)
         for depth in range(1, recursion.config.max_steps + 1):
             with recursion.at_depth(depth):
                 same = torch.equal(model(input_ids=ids, use_cache=False).logits, stock)
-                if not same or not torch.equal(_decoded(model, ids), decoded):
+                if not same or not torch.equal(decoded_logits(model, ids, DECODED), decoded):
                     raise RRError(
                         f"'{family}' models cannot be supported: a zero-initialised recursion changes the logits "
                         f"at depth {depth}{' when they are cached' if same else ''}",
@@ -86,16 +89,6 @@ def self_check(recursion: Any, tokens: int = 8) -> None:
             raise RRError(f"'{family}' models cannot be supported: what follows the decoder layers was not understood")
     finally:
         model.train(training)
-
-
-def _decoded(model: Any, ids: Tensor, last: int = 3) -> Tensor:
-    """Return the logits of all but the `last` positions at once and of those one by one, with the model's own cache."""
-    parts, cache = [], {}
-    for piece in (ids[:, :-last], *ids[:, -last:].split(1, 1)):
-        output = model(input_ids=piece, use_cache=True, **cache)
-        cache = {cache_argument(model): value for value in output.values() if is_cache(value)}
-        parts.append(output.logits)
-    return torch.cat(parts, 1)
 
 
 def _prove(recursion: Any) -> None:
@@ -111,7 +104,7 @@ def _prove(recursion: Any) -> None:
         other = ids.clone()
         other[:, -1] = (other[:, -1] + 1) % size
         if not _close(_uncached(model, other)[:, :-1], plain[:, :-1], tolerance):
-            raise _refusal(model, "it is not causal: a position sees the one behind it")
+            raise _refusal(model, "it is not causal: a position sees the one after it")
 
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(entry.shape[-1], generator=generator).to(entry)
@@ -125,8 +118,8 @@ def _prove(recursion: Any) -> None:
             kind = type(recursion.layers[recursion.start]).__name__
             raise _refusal(
                 model,
-                f"running its layers ({kind}) again, {how}, does not give what the model itself gives for the same "
-                "input; something else than the hidden state travels between them",
+                f"running its layers ({kind}) again, {how}, does not compute what the model itself computes for "
+                "the same input: its layers hand on something else than the hidden state",
             )
 
 
@@ -163,31 +156,31 @@ def _uncached(model: Any, ids: Tensor) -> Tensor:
 
 
 def _cached(model: Any, ids: Tensor) -> Tensor:
-    """Return the logits of a prompt and of the tokens behind it one by one, or of the prompt if there is no cache."""
-    known = inspect.signature(model.forward).parameters
-    parts, past = [], {}
-    for start, end in [(0, PROMPT), *((t, t + 1) for t in range(PROMPT, LENGTH))]:
-        if "attention_mask" in known:
-            past["attention_mask"] = torch.ones_like(ids[:, :end])
-        if "position_ids" in known:
-            past["position_ids"] = torch.arange(start, end, device=ids.device).expand(len(ids), -1)
-        output = model(input_ids=ids[:, start:end], use_cache=True, **past)
+    """Return the logits of a prompt and of the tokens after it one by one, or of the prompt if there is no cache."""
+    parts = []
+    # Some families start at position 0 again unless they are told the position.
+    for output in in_pieces(model, ids, [PROMPT, *[1] * (LENGTH - PROMPT)], told=("attention_mask", "position_ids")):
         parts.append(output.logits)
-        found = {name: value for name, value in output.items() if name in CACHE_NAMES or is_cache(value)}
-        past = {} if not found else {cache_argument(model): next(iter(found.values()))}
-        if not past:
-            # Some families start afresh at position 0, so name the place.
-            after = {"input_ids": ids[:, end : end + 1]}
-            if "position_ids" in known:
-                after["position_ids"] = torch.full((len(ids), 1), end, device=ids.device)
-            remembers, fresh = (model(use_cache=use, **after).logits for use in (True, False))
-            if not _close(remembers, fresh, TOLERANCE.get(model.dtype, LOW_PRECISION)):
-                raise _refusal(model, "it returns no cache, yet remembers what it saw: its state lies in its modules")
-            break
-        for cache in past.values():
-            if not is_cache(cache):
-                raise _refusal(model, f"its cache is a {type(cache).__name__}, which is not known as a cache")
+        caches = [value for name, value in output.items() if name in CACHE_NAMES or is_cache(value)]
+        if not caches:
+            _refuse_memory(model, ids[:, PROMPT : PROMPT + 1])
+        elif not is_cache(caches[0]):
+            raise _refusal(model, f"its cache is a {type(caches[0]).__name__}, which is not known as a cache")
     return torch.cat(parts, 1)
+
+
+def _refuse_memory(model: Any, token: Tensor) -> None:
+    """Refuse a model that returns no cache, and yet computes something else from what it has seen before.
+
+    Args:
+        token: `[batch, 1]` the token after the first `PROMPT`, which the model has just seen.
+    """
+    after = {"input_ids": token}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        after["position_ids"] = torch.full_like(token, PROMPT)
+    remembers, fresh = (model(use_cache=use, **after).logits for use in (True, False))
+    if not _close(remembers, fresh, TOLERANCE.get(model.dtype, LOW_PRECISION)):
+        raise _refusal(model, "it returns no cache, yet remembers what it saw: it keeps its state in its modules")
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """From hidden states to logits, a few rows at a time, for any family.
 
 Logits of a whole batch are the largest tensor of language modelling (positions x vocabulary). A `Readout` runs the
-backbone once and then the head on chosen rows only. The head is whatever the model itself does after its backbone
+backbone once and then the head on chosen rows only. The head is all that the model itself does after its backbone
 (projection, bias, scaling, soft-cap): the model's own forward is called with a backbone that returns the given rows.
 
-Scoring text goes one of three ways, the first that gives what the model's plain forward gives (`choose_way`):
+Text is scored in one of three ways: the first of them that agrees with the model's plain forward (`choose_way`).
 
     tiles   the projection too is replaced, by a tile of itself: logits of 512 rows x 2,048 tokens at a time
     rows    the head on chosen rows, all of the vocabulary
@@ -14,7 +14,7 @@ Scoring text goes one of three ways, the first that gives what the model's plain
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,10 @@ from transformers.utils import ModelOutput
 
 from rrcli.errors import RRError
 from rrcli.recursion import tiles
-from rrcli.recursion.engine import Passes, shadowed
+from rrcli.recursion.engine import Passes, at_depth
 from rrcli.recursion.families import find_layout
 from rrcli.recursion.products import through_onednn
-from rrcli.upstream import attention_is_eager
+from rrcli.upstream import attention_is_eager, patched
 
 # Logits that exist at a time, in elements: 64 MiB in fp32.
 LOGITS_AT_A_TIME = 2**24
@@ -88,8 +88,8 @@ class Readout:
     ) -> Passes:
         """Return the hidden states of every pass; a model without recursion has pass 0 only. See `Recursion.passes`.
 
-        What stands behind a position has no part in it, so padding on the right needs no mask: attention is told that
-        it is causal, and does half of the work.
+        A position does not depend on those after it, so padding on the right needs no mask. Without a mask attention is
+        known to be causal, and does half of the work.
         """
         if attention_mask is not None and bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
             attention_mask = None
@@ -107,7 +107,7 @@ class Readout:
             return self.model(input_ids=ids, use_cache=False).logits[0]
 
     def _logits_by(self, rows: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
-        with shadowed(self.projection, projection):
+        with patched(self.projection, forward=projection):
             return self.logits(rows)
 
     def token_losses(self, rows: Tensor, targets: Tensor, *, predict: bool = True) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ class Readout:
         logits are recomputed in the backward pass instead of being kept.
 
         Args:
-            rows: `[n, hidden]` readouts; targets: `[n]` token ids. predict: False for no tokens.
+            rows: `[n, hidden]` readouts; targets: `[n]` token ids. predict: False leaves out the most likely tokens.
         """
         size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
         chunks = len(rows.split(size)) if predict else 0
@@ -125,7 +125,7 @@ class Readout:
 
         def losses_of(chunk: Tensor, target: Tensor) -> Tensor:
             logits = self.logits(chunk).float()
-            if len(predictions) < chunks:  # not when they are recomputed
+            if len(predictions) < chunks:  # not when the logits are recomputed
                 predictions.append(logits.detach().argmax(-1))
             return _cross_entropy(logits, target)
 
@@ -137,24 +137,37 @@ class Readout:
         return torch.cat(losses), torch.cat(predictions) if predict else targets[:0]
 
     @torch.no_grad()
-    def score(self, input_ids: Tensor, attention_mask: Tensor, scored: Tensor, targets: Tensor) -> Scores:
-        """Score chosen positions of a batch at every depth up to the current one, the way `way` says.
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        scored: Tensor,
+        *,
+        targets: Tensor,
+        depth: int | None = None,
+    ) -> Scores:
+        """Score chosen positions of a batch at every depth up to `depth`, the way `way` says.
 
         Args:
             input_ids, attention_mask: `[batch, position]`; scored: the same shape, True at n positions.
             targets: `[n]` the token that follows each of them.
+            depth: how many passes follow pass 0; the recursion's own depth if not given.
         """
+        score = self._score_plain if self.way == "plain" else self._score_apart
         with through_onednn(self.model):
-            return self._score(input_ids, attention_mask, scored, targets)
+            return score(input_ids, attention_mask, scored, targets=targets, depth=self._depth(depth))
 
-    def _score(self, input_ids: Tensor, attention_mask: Tensor, scored: Tensor, targets: Tensor) -> Scores:
-        if self.way == "plain":
-            return self._plain(input_ids, attention_mask, scored, targets)
-        passes = self.passes(input_ids, attention_mask)
+    def _depth(self, depth: int | None) -> int:
+        if self.recursion is None:
+            return 0
+        return self.recursion.depth if depth is None else depth
+
+    def _score_apart(self, ids: Tensor, mask: Tensor, scored: Tensor, *, targets: Tensor, depth: int) -> Scores:
+        passes = self.passes(ids, mask, depth=depth)
         losses, predictions = [], []
         for hidden in passes.hidden:
             if self.way == "tiles":
-                loss, prediction = tiles.token_losses(self.projection, self._logits_by, hidden[scored], targets)
+                loss, prediction = tiles.token_losses(self.projection, self._logits_by, hidden[scored], targets=targets)
             else:
                 loss, prediction = self.token_losses(hidden[scored], targets)
             losses.append(loss)
@@ -162,13 +175,17 @@ class Readout:
         return Scores(torch.stack(losses), torch.stack(predictions), [state[scored] for state in passes.states])
 
     @torch.no_grad()
-    def choose_way(self, input_ids: Tensor, attention_mask: Tensor) -> str | None:
+    def choose_way(self, input_ids: Tensor, attention_mask: Tensor, *, depth: int | None = None) -> str | None:
         """Choose the first way that agrees with the model's plain forward on a batch, at every depth, up to rounding.
 
         Of a large batch, its first rows and positions are compared: enough to tell a head that is not what it seems.
 
+        Args:
+            input_ids, attention_mask: `[batch, position]`.
+            depth: the last depth that is compared; the recursion's own depth if not given.
+
         Returns:
-            What to tell the user if a faster way had to be given up.
+            A warning for the user if a faster way cannot be used; else None.
 
         Raises:
             RRError: the plain logits are not finite.
@@ -176,7 +193,7 @@ class Readout:
         height, width = CHECKED
         ids, mask = input_ids[:height, :width], attention_mask[:height, :width]
         first = self.way
-        while self.way != "plain" and not self._agrees(ids, mask):
+        while self.way != "plain" and not self._agrees(ids, mask, depth):
             self.way = WAYS[WAYS.index(self.way) + 1]
         if self.way == first:
             return None
@@ -184,37 +201,36 @@ class Readout:
         family = self.model.config.model_type
         return f"the logits of this '{family}' model differ when they are taken apart: it is scored by {slower}"
 
-    def bytes_per_token(self, length: int) -> int:
+    def bytes_per_token(self, length: int, *, depth: int | None = None) -> int:
         """Estimate what a token of a batch takes while it is scored, in bytes; rows have `length` positions.
 
-        The activations of one layer, the residual stream that each pass leaves behind, a row of the attention mask and,
-        where attention is eager, of the scores; plain logits where nothing else will do. Tiles do not grow with n.
+        Counted are the activations of one layer, the hidden states that each pass keeps, a row of the attention mask
+        and, where attention is eager, of its scores; and plain logits in the way `plain`. Tiles do not grow with n.
         """
         config, size = self.model.config.get_text_config(), self.model.dtype.itemsize
         hidden = self.model.get_input_embeddings().weight.shape[1]
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
         inner = inner if isinstance(inner, int) else max(inner)
-        kept = 0
-        if self.recursion is not None and self.recursion.depth:
-            # Every pass has its state and its readout.
-            kept = 2 * (self.recursion.depth + 1)
+        depth = self._depth(depth)
+        # Every pass has its state and its readout.
+        kept = 2 * (depth + 1) if depth else 0
         eager = attention_is_eager(config)
         scores = 3 * getattr(config, "num_attention_heads", 0) if eager else 1
         logits = 3 * self.vocabulary if self.way == "plain" else 0
         return size * (12 * hidden + 4 * inner + kept * hidden + scores * length + logits)
 
-    def _agrees(self, ids: Tensor, mask: Tensor) -> bool:
+    def _agrees(self, ids: Tensor, mask: Tensor, depth: int | None) -> bool:
         scored = mask.bool()
         # What follows the last position is not known; any token will do.
         targets = ids.roll(-1, 1)[scored]
         try:
-            found = self.score(ids, mask, scored, targets)
+            found = self.score(ids, mask, scored, targets=targets, depth=depth)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # whatever a family's forward makes of a head that is not the one it knows
+        except Exception:  # a family's forward may fail in any way with a head or backbone that is not its own
             return False
-        for depth, (losses, predictions) in enumerate(zip(found.losses, found.predictions, strict=True)):
-            logits = self._plain_logits(ids, mask, depth)[scored].float()
+        for k, (losses, predictions) in enumerate(zip(found.losses, found.predictions, strict=True)):
+            logits = self._plain_logits(ids, mask, k)[scored].float()
             normalizer = logits.logsumexp(1)
             if not torch.isfinite(normalizer).all():
                 family = self.model.config.model_type
@@ -227,9 +243,8 @@ class Readout:
                 return False
         return True
 
-    def _plain(self, ids: Tensor, mask: Tensor, scored: Tensor, targets: Tensor) -> Scores:
-        depth = self.recursion.depth if self.recursion is not None else 0
-        states = self.recursion.passes(ids, mask).states if depth else []
+    def _score_plain(self, ids: Tensor, mask: Tensor, scored: Tensor, *, targets: Tensor, depth: int) -> Scores:
+        states = self.recursion.passes(ids, mask, depth=depth).states if depth else []
         size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
         losses, predictions = [], []
         for k in range(depth + 1):
@@ -240,25 +255,19 @@ class Readout:
         return Scores(torch.stack(losses), torch.stack(predictions), [state[scored] for state in states])
 
     def _plain_logits(self, ids: Tensor, mask: Tensor, depth: int) -> Tensor:
-        with self.recursion.at_depth(depth) if self.recursion is not None else nullcontext():
+        with at_depth(self.model, depth):
             return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
     @contextmanager
     def _backbone_returning(self, hidden: Tensor) -> Iterator[None]:
-        depth = self.recursion.depth if self.recursion is not None else 0
-        if self.recursion is not None:
-            self.recursion.depth = 0
-        try:
-            with shadowed(self.backbone, lambda *args, **kwargs: _BackboneOutput(last_hidden_state=hidden)):
-                yield
-        finally:
-            if self.recursion is not None:
-                self.recursion.depth = depth
+        output = _BackboneOutput(last_hidden_state=hidden)
+        with at_depth(self.model, 0), patched(self.backbone, forward=lambda *_, **__: output):
+            yield
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy of `[n, vocabulary]` logits (nats, fp32)."""
-    if torch.is_grad_enabled():  # fused, and training is not after the sixth digit
+    if torch.is_grad_enabled():  # fused, which is faster; training does not need the sixth digit
         return F.cross_entropy(logits, targets, reduction="none")
     # On a CPU, torch's log_softmax is off by about 1e-5 nats over a vocabulary of 49,152; its logsumexp is not.
     return logits.logsumexp(1) - logits.gather(1, targets[:, None]).squeeze(1)

@@ -1,4 +1,4 @@
-"""What chunked decoding works on: the rows of a batch with their caches, and the choice of tokens from logits."""
+"""The batch that chunked decoding works on: its rows with their caches, and the choice of tokens from logits."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from rrcli.upstream import cache_argument
 
 
 class Rows:
-    """The rows that are still being decoded: right-aligned, their caches with them.
+    """The rows of a batch that are still being decoded, aligned on the right, and their caches.
 
     The last column of `tokens` is each row's last committed token, which no pass has processed yet.
 
     Attributes:
-        tokens: `[row, position]`; real: `[row]` how many of a row's positions are no padding.
-        active: which rows of the batch these are. new: each row of the batch's new tokens.
-        pending: when passes may lag, how many committed tokens pass k + 1 has not seen; else None.
+        tokens: `[row, position]`; real: `[row]` how many of a row's positions are not padding.
+        active: the numbers of these rows in the batch. new: the new tokens of every row of the batch.
+        pending: how many committed tokens pass k + 1 has not seen, for each k; None where every pass sees every token.
     """
 
     pending: list[int] | None = None
 
     def __init__(
-        self, model: Any, input_ids: Tensor, mask: Tensor | None, cache: Any, criteria: Any, streamer: Any
+        self, model: Any, input_ids: Tensor, mask: Tensor | None, *, cache: Any, criteria: Any, streamer: Any
     ) -> None:
         self.model, self.cache, self.criteria, self.streamer = model, cache, criteria, streamer
         self.prompts, self.tokens = input_ids, input_ids
@@ -39,16 +39,16 @@ class Rows:
         self._others = [c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
 
     def prefill(self) -> Tensor:
-        """Run the prompt, but for what the cache holds of it; return `[row, position, vocabulary]` logits."""
+        """Run the part of the prompt that is not in the cache yet; return `[row, position, vocabulary]` logits."""
         ids = self.tokens if caches.is_empty(self.cache) else self.tokens[:, int(self.cache.get_seq_length()) :]
         return self._run(ids, self.tokens.shape[1], {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {})
 
-    def forward(self, ids: Tensor, behind: int = 0) -> Tensor:
-        """Run `ids` `[row, position]`, which begin `behind` tokens after the first unprocessed one; return logits."""
-        return self._run(ids, self.tokens.shape[1] - 1 + behind + ids.shape[1], {})
+    def forward(self, ids: Tensor, offset: int = 0) -> Tensor:
+        """Run `[row, position]` ids, which begin `offset` tokens after the first unprocessed one; return logits."""
+        return self._run(ids, self.tokens.shape[1] - 1 + offset + ids.shape[1], {})
 
     def _run(self, ids: Tensor, total: int, options: dict[str, Any]) -> Tensor:
-        # Columns in front of the first real one are padding, however many tokens were drafted behind.
+        # The columns before a row's first real one are padding; drafted tokens after it change nothing about that.
         padding = self.tokens.shape[1] - self.real
         mask = (torch.arange(total, device=ids.device) >= padding[:, None]).long()
         if "attention_mask" in self._accepts:
@@ -59,7 +59,7 @@ class Rows:
         return self.model(input_ids=ids, **options).logits
 
     def room(self, max_length: int | None, width: int) -> int:
-        """Return how many more tokens the row that is furthest back may get."""
+        """Return how many more tokens the row with the fewest new ones may get."""
         if max_length is None:
             return width
         return max(1, max_length - self.prompts.shape[1] - min(len(self.new[row]) for row in self.active))
@@ -70,7 +70,7 @@ class Rows:
         return torch.cat([self.prompts[row : row + 1], tail], 1)
 
     def ended(self, draft: Tensor) -> Tensor:
-        """Tell for each row whether its draft ends the text, so that drafting on is for nothing."""
+        """Tell for each row whether its draft ends the text, so that more drafting is useless."""
         ended = torch.zeros(len(draft), dtype=torch.bool, device=draft.device)
         for ends in self._ends:
             ended |= torch.isin(draft[:, -1], ends.to(draft.device))
@@ -80,10 +80,11 @@ class Rows:
         return ended
 
     def commit(self, new: list[list[int]], dropped: Tensor | None = None) -> None:
-        """Append each row's tokens up to where it stops, take its caches back, and let stopped rows go.
+        """Append each row's tokens up to where it stops, take its caches back, and remove the rows that stopped.
 
         Args:
-            dropped: `[row]` positions that the caches hold too many; None behind a prefill.
+            new: the tokens of each row.
+            dropped: `[row]` how many positions to take out of the caches; None leaves the caches as they are.
         """
         going = []
         for index, (row, tokens) in enumerate(zip(self.active, new, strict=True)):
@@ -109,9 +110,9 @@ class Rows:
         added = torch.tensor([[*new[i], *[0] * (most - len(new[i]))] for i in going], device=self.tokens.device)
         self.real = self.real + counts
         uniform = bool(counts.eq(most).all())
-        # With rows of one length nothing moves; else the longest row decides how wide the block is.
+        # Where every row gets equally many tokens nothing moves; otherwise the longest row sets the block's width.
         length = self.tokens.shape[1] + most if uniform else int(self.real.max())
-        self.tokens = caches.moved(torch.cat([self.tokens, added], 1), most - counts, length, 1)
+        self.tokens = caches.moved(torch.cat([self.tokens, added], 1), most - counts, length, axis=1)
         if dropped is None:
             return
         if not uniform:
@@ -120,24 +121,24 @@ class Rows:
             self.cache.crop(-int(dropped[0]))
 
     def sequences(self, pad: int) -> Tensor:
-        """Return `[batch, position]` prompts and new tokens, filled up with `pad` on the right."""
+        """Return `[batch, position]` prompts and new tokens, padded with `pad` on the right."""
         width = max(map(len, self.new))
         rows = [[*tokens, *[pad] * (width - len(tokens))] for tokens in self.new]
         return torch.cat([self.prompts, torch.tensor(rows, dtype=self.prompts.dtype, device=self.prompts.device)], 1)
 
 
 class Chooser:
-    """Turns logits into tokens, greedily or by sampling, and judges drafts."""
+    """Chooses tokens from logits, greedily or by sampling, and accepts or rejects drafted ones."""
 
     def __init__(self, rows: Rows, processors: Any, *, sample: bool) -> None:
         self.rows, self.processors, self.sample = rows, processors, sample
 
     def scores(self, logits: Tensor, draft: Tensor | None = None, *, last_only: bool = False) -> Tensor:
-        """Return `[row, position, vocabulary]` fp32 scores behind the logits processors.
+        """Return `[row, position, vocabulary]` fp32 scores: the logits after the logits processors.
 
         Args:
-            draft: `[row, position]` the drafted tokens, of which the first i stand before position i.
-            last_only: the logits are of the one position behind the whole draft.
+            draft: `[row, position]` the drafted tokens; the first i of them precede position i of the logits.
+            last_only: the logits are those of one position, which follows the whole draft.
         """
         scores = logits.float()
         if not self.processors:
@@ -152,10 +153,11 @@ class Chooser:
         return scores
 
     def _processed(self, texts: list[Tensor], scores: Tensor) -> Tensor:
-        """Return `[row, vocabulary]` scores behind the processors, which see every row where the batch had it."""
+        """Return `[row, vocabulary]` scores after the processors, which see each row at its place in the batch."""
         places, result = torch.tensor(self.rows.active, device=scores.device), scores.clone()
         batch = len(self.rows.prompts)
-        # Some processors know each row of the batch: those of one length go together, the others stand aside.
+        # Some processors keep something for each row of the batch, so they are always given all rows: those of one
+        # length with their own text, the others with a copy of one of these.
         for length in {text.shape[1] for text in texts}:
             chosen = [index for index, text in enumerate(texts) if text.shape[1] == length]
             ids = texts[chosen[0]].expand(batch, -1).clone()
@@ -169,23 +171,23 @@ class Chooser:
         """Return `[row, 1]` tokens from `[row, 1, vocabulary]` scores."""
         return scores[:, 0].softmax(-1).multinomial(1) if self.sample else scores.argmax(-1)
 
-    def accept(self, draft: Tensor, drawn_from: list[Tensor], refined: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how many drafted tokens of each row are accepted, and what stands in place of the next, both `[row]`.
+    def accept(self, draft: Tensor, draft_scores: list[Tensor], target_scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many drafted tokens of each row are accepted, and what replaces the next one, both `[row]`.
 
         Args:
-            draft: `[row, position]`; drawn_from: pass 0's scores, one `[row, 1, vocabulary]` per position.
-            refined: `[row, position, vocabulary]` the last pass's scores.
+            draft: `[row, position]`; draft_scores: pass 0's scores, one `[row, 1, vocabulary]` per position.
+            target_scores: `[row, position, vocabulary]` the last pass's scores.
         """
         width = draft.shape[1]
         if not self.sample:
-            best = refined.argmax(-1)
-            accepted = best.eq(draft).long().cumprod(1).sum(1)
-            return accepted, best.gather(1, accepted.clamp_max(width - 1)[:, None])[:, 0]
-        target, guess = refined.softmax(-1), torch.cat(drawn_from, 1).softmax(-1)
-        ratio = target.gather(2, draft[..., None])[..., 0] / guess.gather(2, draft[..., None])[..., 0]
-        accepted = (torch.rand_like(ratio) < ratio).long().cumprod(1).sum(1)
-        rows, place = torch.arange(len(draft), device=draft.device), accepted.clamp_max(width - 1)
-        rest = (target[rows, place] - guess[rows, place]).clamp_min(0)
-        # Nothing is left where the two agree; then nothing was rejected either, but for rounding.
-        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, target[rows, place])
-        return accepted, rest.multinomial(1)[:, 0]
+            best = target_scores.argmax(-1)
+            accept_length = best.eq(draft).long().cumprod(1).sum(1)
+            return accept_length, best.gather(1, accept_length.clamp_max(width - 1)[:, None])[:, 0]
+        target_probs, draft_probs = target_scores.softmax(-1), torch.cat(draft_scores, 1).softmax(-1)
+        ratio = target_probs.gather(2, draft[..., None])[..., 0] / draft_probs.gather(2, draft[..., None])[..., 0]
+        accept_length = (torch.rand_like(ratio) < ratio).long().cumprod(1).sum(1)
+        rows, place = torch.arange(len(draft), device=draft.device), accept_length.clamp_max(width - 1)
+        rest = (target_probs[rows, place] - draft_probs[rows, place]).clamp_min(0)
+        # Nothing is left where the two distributions are equal; there nothing is rejected, except by rounding.
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, target_probs[rows, place])
+        return accept_length, rest.multinomial(1)[:, 0]

@@ -1,11 +1,11 @@
-"""A self-test of seconds: whether the recursion and the installed libraries still fit together.
+"""A self-test of a few seconds: whether the recursion works with the installed libraries.
 
-Held on a tiny random model in memory, so that it finds what a new version of a dependency changed, before any model of
+It runs on a tiny random model in memory, and so finds what a new version of a dependency changed before any model of
 the user's is touched:
 
     zero-init      a fresh recursion changes no logit, cached and uncached, and no token that `generate` writes
-    cached         with feedback that is not zero, decoding by a cache gives the logits of no cache
-    chunked        chunked decoding writes the tokens of running every pass for every token
+    cached         with feedback that is not zero, decoding with a cache computes the logits of decoding without one
+    chunked        chunked decoding writes the same tokens as running every pass for every token
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from rrcli.errors import CheckFailed
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import Recursion, attach
+from rrcli.recursion.probing import in_pieces
 from rrcli.recursion.proof import self_check
-from rrcli.upstream import cache_argument, cache_of
+from rrcli.upstream import cache_of
 
 WIDTH, LAYERS, VOCABULARY = 32, 3, 97
 PROMPT, NEW = 7, 16
@@ -31,10 +32,10 @@ HINT = "Do not use this installation: install versions of the dependencies that 
 
 @torch.no_grad()
 def self_test() -> str:
-    """Run it, and return what was found.
+    """Run the self-test, and return a line that says what was found.
 
     Raises:
-        CheckFailed: something does not hold; says what.
+        CheckFailed: a check fails; the message says which.
     """
     with torch.random.fork_rng(devices=[]):
         model = _tiny()
@@ -88,13 +89,11 @@ def _written(model: Any, ids: Tensor, mask: Tensor, decoding: Any = None) -> Ten
 
 
 def _cached_differs(model: Any, ids: Tensor) -> float:
-    """Return how far logits by a cache, token by token, are from those without, relative to the largest."""
-    plain, parts, past = model(input_ids=ids, use_cache=False).logits, [], {}
-    for token in ids.split(1, 1):
-        output = model(input_ids=token, use_cache=True, **past)
-        cache = cache_of(output)
-        if cache is None:
+    """Return the difference of logits with a cache, token by token, and without one, relative to the largest logit."""
+    parts = []
+    for output in in_pieces(model, ids, [1] * ids.shape[1]):
+        if cache_of(output) is None:
             raise CheckFailed("the model returns no cache, or one that is not known as a cache", HINT)
-        past = {cache_argument(model): cache}
         parts.append(output.logits)
+    plain = model(input_ids=ids, use_cache=False).logits
     return float((torch.cat(parts, 1) - plain).abs().max() / plain.abs().max())

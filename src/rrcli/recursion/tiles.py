@@ -22,20 +22,20 @@ COLUMNS_ELSEWHERE = 16384
 
 
 def can_be_tiled(head: Any) -> bool:
-    """Tell whether a head is a plain projection whose weights are there to be cut, and does nothing else."""
+    """Tell whether a head is a plain linear layer whose weights are in memory."""
     return type(head) is nn.Linear and head.weight.device.type != "meta"
 
 
 @torch.no_grad()
 def token_losses(
-    head: nn.Linear, logits_by: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor], rows: Tensor, targets: Tensor
+    head: nn.Linear, logits_by: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor], rows: Tensor, *, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return each row's cross-entropy (nats, fp32) and its most likely token, the first one of equals.
 
     Args:
         head: the model's output projection, `[vocabulary, hidden]`.
-        logits_by: `logits_by(rows, projection)` is `[n, k]`: what the model makes of `[n, hidden]` rows with
-            `projection`, which gives k logits, in its head's place. So scales and soft-caps are the model's own.
+        logits_by: `logits_by(rows, projection)` returns the model's `[n, k]` logits of `[n, hidden]` rows, with
+            `projection`, which computes k logits, in place of its head. So scales and soft-caps are the model's own.
         rows: `[n, hidden]` readouts; targets: `[n]` token ids.
     """
     columns = COLUMNS.get(rows.device.type, COLUMNS_ELSEWHERE)
@@ -48,8 +48,8 @@ def token_losses(
         for begin in range(0, len(head.weight), columns):
             tile = logits_by(part, _Projection(head, begin, columns)).float()
             top = tile.amax(1)
-            # A later tile has to be strictly better, as argmax names the first of equals. Few rows have one, and amax
-            # is several times as fast as a maximum that says where it is.
+            # A later tile has to be strictly better, as argmax names the first of equals. Only for the few rows that
+            # have such a tile the place is looked for: amax alone is several times as fast as a maximum with its place.
             better = (top > highest).nonzero().squeeze(1)
             prediction[better] = tile[better].argmax(1) + begin
             new = torch.maximum(highest, top)
@@ -73,7 +73,7 @@ class _Projection:
 
 
 class _OwnTarget:
-    """A head that gives each row one logit: that of its own target."""
+    """A head that computes one logit for each row: that of its own target."""
 
     def __init__(self, head: nn.Linear, target: Tensor) -> None:
         self.weight = head.weight[target]

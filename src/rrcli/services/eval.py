@@ -250,7 +250,7 @@ def _add_relevance(measured: dict[str, Any], baseline: tuple[Any, Any], reporter
     from rrcli.evaluation.relevance import relevance
 
     generations = measured["records"].get("generations", [])
-    for record, value in zip(generations, relevance(*baseline, generations, reporter), strict=True):
+    for record, value in zip(generations, relevance(*baseline, generations, reporter=reporter), strict=True):
         record["relevance"] = value
     measured["metrics"] |= from_records({"generations": generations})
 

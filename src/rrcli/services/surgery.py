@@ -170,7 +170,7 @@ def _operate(model: Any, tokenizer: Any, config: RecursionConfig, reporter: Repo
     recursion = attach(model, config)
     if bool(recursion.cell.w_out.weight.count_nonzero()):
         raise CheckFailed("the cell's output projection is not zero", "This is a bug; please report it.")
-    return compare(model, tokenizer, before, reporter) if verify else []
+    return compare(model, tokenizer, before, reporter=reporter) if verify else []
 
 
 def _costs(model: Any, reporter: Reporter) -> Costs | None:

@@ -1,7 +1,7 @@
-"""`--compile`: the decoder layers by torch.compile, one graph for all of them.
+"""`--compile`: compile the decoder layers with torch.compile, one graph for all of them.
 
-Only a layer's own forward is compiled, not its call: the recursion's hooks stay plain Python around it. Whole models
-take minutes where equal layers share one compilation. Shapes are dynamic: every batch has its own width.
+Only a layer's own forward is compiled; the recursion's hooks around it stay plain Python. Equal layers share one
+compilation, whereas compiling a whole model takes minutes. Shapes are dynamic: every batch has its own width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rrcli.upstream import has_cpp_compiler
 
 
 def compile_layers(model: Any) -> None:
-    """Let every decoder layer compile itself when it first runs.
+    """Let every decoder layer compile itself when it first runs, and stay so for the rest of the model's life.
 
     Raises:
         RRError: the model is on a CPU and there is no C++ compiler.
