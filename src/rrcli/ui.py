@@ -218,24 +218,19 @@ def show_export(folder: Any) -> None:
 
 def show_eval(result: EvalResult) -> None:
     """Print a stage's metrics, and by depth where there is recursion."""
-    from rrcli.evaluation.metrics import METRICS, stability_label
+    from rrcli.evaluation.metrics import KNOWN, metrics_of
 
     metrics = result.results["metrics"]
     table = Table(box=SIMPLE_HEAD, title=result.stage, title_justify="left")
     for name in ("Metric", "Value", "95 % interval", "n"):
         table.add_column(name, justify="left" if name == "Metric" else "right")
-    for name, entry in metrics.items():
-        known = METRICS.get(name)
-        label, unit = (known.label, known.unit) if known else (name.replace("_", " ").capitalize(), "")
-        label = stability_label(name) if "stability@" in name else label
-        if name.startswith("reasoning_accuracy"):
-            label, unit = f"  {name.rpartition('/')[2]}" if "/" in name else label, "%"
-        label = name.removeprefix("harness/") if name.startswith("harness/") else label
+    for metric in metrics_of(metrics):
+        entry = metrics[metric.name]
         low, high = entry.get("low"), entry.get("high")
-        number = functools.partial(formats.number, percent=unit == "%")
+        number = functools.partial(formats.number, percent=metric.unit == "%")
         interval = f"{number(low)} to {number(high)}" if low is not None and high is not None else ""
         count = formats.number(entry["n"]) if "n" in entry else ""
-        table.add_row(label, f"{number(entry['value'])} {unit}".strip(), interval, count)
+        table.add_row(metric.label, f"{number(entry['value'])} {metric.unit}".strip(), interval, count)
     out().print(table)
     if result.preserved is not None and not result.preserved.broken:  # that is an error, said as one
         style = "green" if result.preserved.exact else "yellow"
@@ -247,7 +242,7 @@ def show_eval(result: EvalResult) -> None:
         for depth in range(max(map(len, depths.values()))):
             table.add_column(f"pass {depth}", justify="right")
         for name, values in depths.items():
-            table.add_row(METRICS[name].label, *[formats.number(entry["value"]) for entry in values])
+            table.add_row(KNOWN[name].label, *[formats.number(entry["value"]) for entry in values])
         out().print(table)
 
 

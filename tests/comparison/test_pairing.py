@@ -18,7 +18,7 @@ from rrcli.settings import STAGES, CompareSettings
 def test_every_stage_is_shown_in_the_order_of_the_experiment(tmp_path: Path) -> None:
     comparison = compared(tmp_path, *reversed(four_stages()))
     assert comparison.stages == list(STAGES)
-    names = [row.name for row in comparison.rows]
+    names = [row.metric.name for row in comparison.rows]
     assert names[:6] == [
         "perplexity",
         "bits_per_byte",
@@ -85,7 +85,7 @@ def test_all_p_values_of_the_table_are_adjusted_together(tmp_path: Path) -> None
     assert len(tested) > 10
     assert {c.p_adjusted for c in cells if c.verdict == "same"} == {None}, "identical records leave nothing to test"
     claims = [claim for claim in comparison.claims if claim.reference["stage"] != "baseline"]
-    assert [claim.name for claim in claims] == ["reasoning_accuracy", "perplexity"]
+    assert [claim.metric.name for claim in claims] == ["reasoning_accuracy", "perplexity"]
     family = stats.holm([c.p_value or 0.0 for c in tested] + [claim.estimate.p_value or 0.0 for claim in claims])
     assert [item.p_adjusted for item in (*tested, *claims)] == pytest.approx(family)
     for c in tested:
@@ -96,7 +96,7 @@ def test_all_p_values_of_the_table_are_adjusted_together(tmp_path: Path) -> None
 def test_costs_are_shown_and_never_tested(tmp_path: Path) -> None:
     comparison = compared(tmp_path, *four_stages())
     for row in comparison.rows:
-        if row.metric.kind == "cost":
+        if row.metric.relative and not row.metric.test:
             assert all(c.p_value is None and c.verdict == "" for c in row.cells)
     assert cell(comparison, "flops_per_token", "finetuned_recursive").difference == pytest.approx(150)
     assert cell(comparison, "training_tokens", "finetuned_vanilla").value == 40
@@ -235,8 +235,8 @@ def test_every_depth_of_a_recursive_stage_is_there(tmp_path: Path) -> None:
         row["correct"] = row["correct"] * 2
     recursive["by_depth"] = metrics.by_depth({"documents": recursive["records"]["documents"]})
     comparison = compared(tmp_path, results("baseline"), recursive)
-    row = next(row for row in comparison.rows if row.name == "perplexity")
+    row = next(row for row in comparison.rows if row.metric.name == "perplexity")
     shallow, deep = row.depths[1]
     assert shallow > deep == pytest.approx(metrics.from_records(recursive["records"])["perplexity"]["value"])
     assert len(row.depths[0]) == 1
-    assert next(row for row in comparison.rows if row.name == "bits_per_byte").depths == []
+    assert next(row for row in comparison.rows if row.metric.name == "bits_per_byte").depths == []

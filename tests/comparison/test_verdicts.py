@@ -133,7 +133,7 @@ def test_noise_is_called_no_effect_with_the_problems_it_would_take(tmp_path: Pat
 
 def test_noise_in_text_asks_for_documents(tmp_path: Path) -> None:
     comparison = compared(tmp_path, results("baseline"), results("finetuned_vanilla", gain=0.002, wobble=0.05))
-    claim = next(claim for claim in comparison.claims if claim.name == "perplexity")
+    claim = next(claim for claim in comparison.claims if claim.metric.name == "perplexity")
     needed = stats.units_needed(claim.estimate)
     assert needed is not None
     assert needed > DOCUMENTS
@@ -207,7 +207,7 @@ def test_a_perplexity_that_was_not_finite_is_a_gap(tmp_path: Path) -> None:
     broken["metrics"]["perplexity"] |= {"value": math.inf, "high": math.inf}
     comparison = compared(tmp_path, results("baseline"), broken)
     assert cell(comparison, "perplexity", "finetuned_vanilla").value is None
-    assert [claim.name for claim in comparison.claims] == ["reasoning_accuracy"]
+    assert [claim.metric.name for claim in comparison.claims] == ["reasoning_accuracy"]
     assert "Perplexity" in formats.markdown(comparison)
 
 
@@ -302,7 +302,7 @@ def test_records_of_one_key_that_are_not_the_same_are_not_paired(
     assert (found.verdict, found.difference, found.p_value) == ("not comparable", None, None)
     (warning,) = comparison.warnings
     assert told in warning
-    assert not any(claim.name == metric for claim in comparison.claims)
+    assert not any(claim.metric.name == metric for claim in comparison.claims)
 
 
 def test_the_part_that_is_common_is_compared_and_counted(tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def difference_lines(cell: Cell, row: MetricRow, *, wide: bool = True) -> list[s
     """Return a cell's difference to the first stage with its interval, and the verdict."""
     if cell.verdict == "same" or cell.difference is None:
         return [cell.verdict] if cell.verdict else []
-    percent = row.relative or row.metric.unit == "%"
-    lines = [signed(cell.difference, percent=percent) + (" %" if row.relative else "")]
+    percent = row.metric.relative or row.metric.unit == "%"
+    lines = [signed(cell.difference, percent=percent) + (" %" if row.metric.relative else "")]
     if cell.difference_low is not None and cell.difference_high is not None:
         low, high = (signed(bound, percent=percent) for bound in (cell.difference_low, cell.difference_high))
         interval = _interval(low, high, wide)
@@ -126,7 +126,7 @@ def csv_text(comparison: Comparison) -> str:
     writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in comparison.rows:
-        names = {"metric": row.name, "label": row.metric.label.strip(), "unit": row.metric.unit}
+        names = {"metric": row.metric.name, "label": row.metric.label.strip(), "unit": row.metric.unit}
         names["better"] = row.metric.better
         for column, (stage, cell) in enumerate(zip(comparison.stages, row.cells, strict=True)):
             if cell.value is not None:

@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rrcli.comparison.pairing import PARTS, backed, pair, tested_metrics
+from rrcli.comparison.pairing import backed, pair
 from rrcli.comparison.results import GateResult, Results
 from rrcli.errors import CheckFailed, UsageError, suggest
+from rrcli.evaluation.metrics import metrics_of
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}
 FORM = "Write 'STAGE.METRIC > STAGE.METRIC', with > < >= <= or ==; a side may be NUMBER or NUMBER * STAGE.METRIC."
@@ -123,15 +124,14 @@ def _value(side: Side, stages: Mapping[str, Results]) -> float:
 
 def _shown(gate: Gate, stages: Mapping[str, Results], alpha: float) -> bool:
     a, b = gate.left, gate.right
-    metric = tested_metrics(list(stages.values())).get(a.metric)
-    if metric is None or not (
-        metric.kind in PARTS and a.metric == b.metric and a.factor == b.factor == 1 and gate.operator in "><"
-    ):
+    found = metrics_of(*(result["metrics"] for result in stages.values()))
+    metric = next((m for m in found if m.name == a.metric and m.compared and m.test), None)
+    if metric is None or not (a.metric == b.metric and a.factor == b.factor == 1 and gate.operator in "><"):
         raise UsageError(
             f"the gate '{gate.text}' has no test of significance",
             "With --gate-significant every gate is 'STAGE.METRIC > STAGE.METRIC' (or <) of one metric that is tested.",
         )
-    estimate = pair(a.metric, metric, stages[a.stage], stages[b.stage]).estimate
+    estimate = pair(metric, stages[a.stage], stages[b.stage]).estimate
     if estimate is None or estimate.p_value is None or not backed(estimate.p_value, estimate.low, estimate.high, alpha):
         return False
     return (estimate.value > 0) == (gate.operator == ">")

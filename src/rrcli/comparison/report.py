@@ -17,10 +17,10 @@ from rrcli.comparison import formats
 from rrcli.comparison.curves import Curves, read_curves
 from rrcli.comparison.results import Cell, Comparison, MetricRow, Results, generations_of
 from rrcli.errors import RRError, UsageError
-from rrcli.evaluation.metrics import METRICS
+from rrcli.evaluation.metrics import PERPLEXITY, REASONING_ACCURACY, TOKEN_ACCURACY
 from rrcli.evaluation.stats import wilson
 
-CHARTED = ("perplexity", "token_accuracy", "reasoning_accuracy")
+CHARTED = (PERPLEXITY, TOKEN_ACCURACY, REASONING_ACCURACY)
 # Tags of the training curves, and how they are called.
 CURVES = {
     "train/loss/final_ce": "loss of the last pass, nats",
@@ -100,7 +100,7 @@ def _table_row(row: MetricRow, stages: Sequence[str]) -> dict[str, Any]:
     for cell, depths in zip(cells, row.depths or [[]] * len(cells), strict=True):
         cell["depths"] = formats.depth_line(depths, row)
     label = formats.row_label(row)
-    return {"name": row.name, "label": label.strip(), "indented": label.startswith(" "), "cells": cells}
+    return {"name": row.metric.name, "label": label.strip(), "indented": label.startswith(" "), "cells": cells}
 
 
 def _table_cell(cell: Cell, row: MetricRow) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
     from rrcli.comparison import charts
 
     stages, results = comparison.stages, comparison.results
-    labels = {name: ", ".join(filter(None, (METRICS[name].label, METRICS[name].unit))) for name in CHARTED}
+    labels = {metric.name: ", ".join(filter(None, (metric.label, metric.unit))) for metric in CHARTED}
     named = dict(zip(stages, results, strict=True))
 
     def stage_charts() -> Iterator[Chart]:
@@ -136,7 +136,7 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
 
     def difficulty_charts() -> Iterator[Chart]:
         levels = sorted({r["difficulty"] for result in results for r in _graded(result)}, key=_natural)
-        label = labels["reasoning_accuracy"]
+        label = labels[REASONING_ACCURACY.name]
         # One chart for each task: a line from one task to another would mean nothing.
         for words, group in groupby(levels, lambda level: _natural(level)[0]):
             same = list(group)
@@ -147,7 +147,7 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
 
     def cost_charts() -> Iterator[Chart]:
         for cost, x_label in COSTS.items():
-            for name in ("reasoning_accuracy", "perplexity"):
+            for name in (REASONING_ACCURACY.name, PERPLEXITY.name):
                 values = {stage: _cost(result, cost, name) for stage, result in named.items()}
                 if any(values.values()):
                     title = f"{labels[name]} against {x_label}"

@@ -40,24 +40,17 @@ class Cell:
 class MetricRow:
     """One metric over all stages; `depths` has each stage's values at depth 0, 1, ..., where it was measured so."""
 
-    name: str
     metric: Metric
     cells: list[Cell]
     depths: list[list[float | None]] = field(default_factory=list)
 
-    @property
-    def relative(self) -> bool:
-        """Whether differences are percent of the first stage's value rather than in the metric's own unit."""
-        return self.name == "perplexity" or self.metric.kind == "cost"
-
 
 @dataclass
 class Claim:
-    """A difference that a sentence speaks about: metric `name` of `result` against `reference`."""
+    """A difference that a sentence speaks about: `metric` of `result` against `reference`."""
 
     what: str
     against: str
-    name: str
     metric: Metric
     estimate: Estimate
     result: Results
@@ -110,14 +103,14 @@ class Comparison:
             "stages": self.stages,
             "alpha": self.alpha,
             "rows": [
-                {"name": row.name, "label": row.metric.label, "unit": row.metric.unit, "better": row.metric.better}
+                {name: getattr(row.metric, name) for name in ("name", "label", "unit", "better")}
                 | {"cells": [vars(cell) for cell in row.cells]}
                 | ({"by_depth": row.depths} if row.depths else {})
                 for row in self.rows
             ],
             "claims": [
                 finite(vars(claim.estimate))
-                | {"what": claim.what, "metric": claim.name, "p_adjusted": claim.p_adjusted}
+                | {"what": claim.what, "metric": claim.metric.name, "p_adjusted": claim.p_adjusted}
                 for claim in self.claims
             ],
             "broken_surgery": self.broken_surgery or None,

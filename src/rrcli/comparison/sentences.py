@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 
-from rrcli.comparison.pairing import Pair, backed, direction, pair, scale_of, tested_metrics
+from rrcli.comparison.pairing import Pair, backed, direction, pair
 from rrcli.comparison.preservation import REACHING, Preservation
 from rrcli.comparison.results import Claim, Results
 from rrcli.evaluation import stats
+from rrcli.evaluation.metrics import BITS_PER_BYTE, PERPLEXITY, REASONING_ACCURACY, Metric, metrics_of
 
 NOUNS = {"documents": "documents", "problems": "problems", "generations": "prompts"}
 PROVENANCE = ("seed", "dtype", "device", "machine", "hardware", "rr", "python")
@@ -51,23 +52,23 @@ def samples(labels: list[str], results: list[Results]) -> list[str]:
     return [f"only a sample of the documents was scored (--max-samples), which is for trying out: {', '.join(told)}"]
 
 
-def overlaps(label: str, first: str, pairs: dict[str, Pair], same_tokenizer: bool) -> list[str]:
+def overlaps(label: str, first: str, pairs: list[tuple[Metric, Pair]], same_tokenizer: bool) -> list[str]:
     """Return a warning for each kind of record that two stages share in part, not at all, or under false keys.
 
     Args:
-        pairs: how each metric was paired, by the metric's name.
+        pairs: how each metric was paired.
     """
     told: dict[str, str] = {}
-    for name, found in pairs.items():
-        noun = f"samples of {name.split('/')[1]}" if found.part == "harness" else NOUNS[found.part]
-        if noun in told or name.startswith("reasoning_accuracy/"):
+    for metric, found in pairs:
+        noun = f"samples of {metric.task}" if metric.part == "harness" else NOUNS[metric.part]
+        if noun in told or (metric.part == "problems" and metric.task):  # tasks are parts of the whole
             continue
         if not found.common:
             told[noun] = f"{first} and {label} share none of their {noun} ({found.of} and {found.others})"
-        elif found.conflicts and (same_tokenizer or found.part != "documents"):
+        elif found.conflicts and (same_tokenizer or metric.part != "documents"):
             told[noun] = (
                 f"{first} and {label}: {found.conflicts} of {found.common} common {noun} differ in what they hold "
-                f"({_held(found.part)}), so these are not compared"
+                f"({_held(metric.part)}), so these are not compared"
             )
         elif found.common < max(found.of, found.others):
             told[noun] = (
@@ -113,15 +114,15 @@ def claims(stages: dict[str, Results], *, sound: bool = True) -> list[Claim]:
 def _claims(what: str, against: str, result: Results, reference: Results) -> list[Claim]:
     same_tokens = result["model"]["tokenizer"] == reference["model"]["tokenizer"]
     told = []
-    for name, metric in tested_metrics([result, reference]).items():
-        spoken = name in ("reasoning_accuracy", "perplexity" if same_tokens else "bits_per_byte")
+    for metric in metrics_of(result["metrics"], reference["metrics"]):
+        spoken = metric in (REASONING_ACCURACY, PERPLEXITY if same_tokens else BITS_PER_BYTE)
         # A value that was not finite stands as null in the results.
-        known = all(r["metrics"].get(name, {}).get("value") is not None for r in (result, reference))
-        if (spoken or metric.kind == "harness") and known:
-            estimate = pair(name, metric, result, reference).estimate
+        known = all(r["metrics"].get(metric.name, {}).get("value") is not None for r in (result, reference))
+        if (spoken or metric.part == "harness") and known:
+            estimate = pair(metric, result, reference).estimate
             if estimate is not None:
-                told.append(Claim(what, against, name, metric, estimate, result, reference))
-    return sorted(told, key=lambda claim: claim.metric.kind == "documents")  # answers first, then text
+                told.append(Claim(what, against, metric, estimate, result, reference))
+    return sorted(told, key=lambda claim: claim.metric.part == "documents")  # answers first, then text
 
 
 def sentences(
@@ -141,14 +142,14 @@ def sentences(
 
 def _tell(claim: Claim, alpha: float) -> str:
     metric, estimate = claim.metric, claim.estimate
-    scale, label = scale_of(claim.name, metric), metric.label.strip()
-    label = label if metric.kind == "harness" else label.lower()
-    unit = "%" if claim.name == "perplexity" else "points" if metric.unit == "%" else metric.unit
+    label = metric.label if metric.part == "harness" else metric.label.lower()
+    unit = "%" if metric.relative else "points" if metric.unit == "%" else metric.unit
     digits = 1 if unit in ("%", "points") else 3
-    before, after = (r["metrics"][claim.name]["value"] for r in (claim.reference, claim.result))
+    before, after = (r["metrics"][metric.name]["value"] for r in (claim.reference, claim.result))
     values = f"{before:.4g} -> {after:.4g}{f' {metric.unit}' if metric.unit else ''}"
     change, low, high = (
-        f"{scale(x):+.{digits}f}" if math.isfinite(x) else "?" for x in (estimate.value, estimate.low, estimate.high)
+        f"{metric.difference(x):+.{digits}f}" if math.isfinite(x) else "?"
+        for x in (estimate.value, estimate.low, estimate.high)
     )
     facts = f"{values}, {change}{f' {unit}' if unit else ''} [{low}, {high}], {_p(claim.p_adjusted)}"
     if backed(claim.p_adjusted, estimate.low, estimate.high, alpha):
@@ -159,12 +160,12 @@ def _tell(claim: Claim, alpha: float) -> str:
     needed = _needed(claim, alpha)
     if needed is None or needed <= estimate.n:  # enough alone, but not among all the metrics of the table
         return f"{text}."
-    noun = "documents" if metric.kind == "documents" else "problems"
+    noun = "documents" if metric.part == "documents" else "problems"
     return f"{text}; about {needed:,} {noun} would be needed to show a difference of this size."
 
 
 def _needed(claim: Claim, alpha: float) -> int | None:
-    found = pair(claim.name, claim.metric, claim.result, claim.reference)
+    found = pair(claim.metric, claim.result, claim.reference)
     if found.discordant:
         return stats.problems_needed(claim.estimate.value, found.discordant, alpha)
     return stats.units_needed(claim.estimate, alpha)

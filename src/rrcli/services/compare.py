@@ -10,7 +10,7 @@ from rrcli.comparison.preservation import Preservation, hold
 from rrcli.comparison.report import check_report_path
 from rrcli.comparison.results import Cell, Comparison, Generation, MetricRow, Results, generations_of
 from rrcli.errors import RRError, UsageError, suggest
-from rrcli.evaluation.metrics import Metric
+from rrcli.evaluation.metrics import Metric, metrics_of
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import read_json
 from rrcli.settings import STAGES, CompareSettings
@@ -49,7 +49,7 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
     preserved = _preserved(stages, workspace)
     broken = preserved is not None and preserved.broken
     told = sentences.claims(stages, sound=not broken)
-    told = [claim for claim in told if any(row.name == claim.name for row in rows)]
+    told = [claim for claim in told if any(row.metric == claim.metric for row in rows)]
     pairing.correct(rows, told, results, settings.alpha)
     if broken:
         _withdraw(rows, results)
@@ -110,16 +110,19 @@ def _read(workspace: Workspace, name: str) -> Results:
 
 def _rows(labels: list[str], results: list[Results]) -> tuple[list[MetricRow], list[str]]:
     """Return the tested and the cost rows, and what is to be said about how the stages were measured and paired."""
-    rows, pairs = [], {}
-    for name, metric in pairing.tested_metrics(results).items():
-        row, pairs[name] = pairing.cells(name, metric, results)
-        if any(cell.value is not None for cell in row):
-            rows.append(MetricRow(name, metric, row, _depths(name, results)))
+    rows: list[MetricRow] = []
+    pairs: list[tuple[Metric, list[pairing.Pair | None]]] = []
+    for metric in metrics_of(*(result["metrics"] for result in results)):
+        if metric.compared:
+            row, column = pairing.cells(metric, results)
+            pairs.append((metric, column))
+            if any(cell.value is not None for cell in row):
+                rows.append(MetricRow(metric, row, _depths(metric.name, results)))
     warnings = sentences.samples(labels, results)
     for number, (label, result) in enumerate(zip(labels, results, strict=True)):
         if number:
             warnings += sentences.differences(label, labels[0], result, results[0])
-            paired = {name: column[number] for name, column in pairs.items() if column[number] is not None}
+            paired = [(metric, found) for metric, column in pairs if (found := column[number]) is not None]
             same_tokenizer = result["model"]["tokenizer"] == results[0]["model"]["tokenizer"]
             warnings += sentences.overlaps(label, labels[0], paired, same_tokenizer)
     return rows, warnings
@@ -136,7 +139,7 @@ def _training_rows(results: list[Results]) -> list[MetricRow]:
     for key, label, unit, scale in TRAINING_ROWS:
         cells = [Cell(value=r["training"][key] / scale if r.get("training") else None) for r in results]
         if any(cell.value is not None for cell in cells):
-            rows.append(MetricRow(f"training_{key}", Metric(label, unit, "", "cost"), cells))
+            rows.append(MetricRow(Metric(f"training_{key}", label, unit, relative=True), cells))
     return rows
 
 
