@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from comparing import DOCUMENTS, cell, compared, four_stages, publish, results
+from rrcli.comparison import pairing
+from rrcli.comparison.pairing import pair
 from rrcli.comparison.results import Cell
 from rrcli.evaluation import metrics, stats
 from rrcli.services.compare import compare
@@ -84,13 +86,32 @@ def test_all_p_values_of_the_table_are_adjusted_together(tmp_path: Path) -> None
     tested = [c for c in cells if c.verdict != "same"]
     assert len(tested) > 10
     assert {c.p_adjusted for c in cells if c.verdict == "same"} == {None}, "identical records leave nothing to test"
-    claims = [claim for claim in comparison.claims if claim.reference["stage"] != "baseline"]
+    claims = [claim for claim in comparison.claims if claim.against != "the baseline"]
     assert [claim.metric.name for claim in claims] == ["reasoning_accuracy", "perplexity"]
     family = stats.holm([c.p_value or 0.0 for c in tested] + [claim.estimate.p_value or 0.0 for claim in claims])
     assert [item.p_adjusted for item in (*tested, *claims)] == pytest.approx(family)
     for c in tested:
         assert c.verdict in {"better", "worse", "differs", "within noise"}
         assert (c.verdict in {"better", "worse", "differs"}) <= (c.p_adjusted <= 0.05)  # type: ignore[operator]
+
+
+def test_every_pair_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+
+    def counted(metric: metrics.Metric, result: dict[str, Any], reference: dict[str, Any]) -> Any:
+        computed.append((metric.name, result["stage"], reference["stage"]))
+        return pair(metric, result, reference)
+
+    monkeypatch.setattr(pairing, "pair", counted)
+    publish(tmp_path, *four_stages())
+    gate = "finetuned_recursive.perplexity < finetuned_vanilla.perplexity"
+    comparison = compare(CompareSettings(gate=(gate,), gate_significant=True), [], tmp_path)
+    assert len(computed) == len(set(computed))
+    assert ("perplexity", "finetuned_recursive", "finetuned_vanilla") in computed
+    in_table = [claim for claim in comparison.claims if claim.against == "the baseline"]
+    assert in_table
+    for claim in in_table:
+        assert claim.cell is cell(comparison, claim.metric.name, "finetuned_vanilla")
 
 
 def test_costs_are_shown_and_never_tested(tmp_path: Path) -> None:

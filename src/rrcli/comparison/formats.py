@@ -130,7 +130,7 @@ def csv_text(comparison: Comparison) -> str:
         names["better"] = row.metric.better
         for column, (stage, cell) in enumerate(zip(comparison.stages, row.cells, strict=True)):
             if cell.value is not None:
-                writer.writerow(names | {"stage": stage} | vars(cell))
+                writer.writerow(names | {"stage": stage} | cell.to_dict())
             depths = row.depths[column] if row.depths else []
             for depth, value in enumerate(depths if len(depths) > 1 else []):
                 writer.writerow(names | {"stage": stage, "depth": depth, "value": value})

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rrcli.comparison.pairing import backed, pair
+from rrcli.comparison.pairing import Cells, backed
 from rrcli.comparison.results import GateResult, Results
 from rrcli.errors import CheckFailed, UsageError, suggest
 from rrcli.evaluation.metrics import metrics_of
@@ -55,7 +55,7 @@ def read_gate(text: str, stages: Mapping[str, Results]) -> Gate:
     return Gate(text, left, parts[1], right)
 
 
-def check(gate: Gate, stages: Mapping[str, Results], alpha: float, *, significant: bool = False) -> GateResult:
+def check(gate: Gate, cells: Cells, alpha: float, *, significant: bool = False) -> GateResult:
     """Look whether a gate holds.
 
     Args:
@@ -65,8 +65,8 @@ def check(gate: Gate, stages: Mapping[str, Results], alpha: float, *, significan
     Raises:
         UsageError: `significant` was asked for a gate that has no such test.
     """
-    left, right = (_value(side, stages) for side in (gate.left, gate.right))
-    shown = not significant or _shown(gate, stages, alpha)
+    left, right = (_value(side, cells.stages) for side in (gate.left, gate.right))
+    shown = not significant or _shown(gate, cells, alpha)
     return GateResult(gate.text, left, right, shown and OPERATORS[gate.operator](left, right))
 
 
@@ -122,16 +122,16 @@ def _value(side: Side, stages: Mapping[str, Results]) -> float:
     return math.nan if value is None else side.factor * value
 
 
-def _shown(gate: Gate, stages: Mapping[str, Results], alpha: float) -> bool:
+def _shown(gate: Gate, cells: Cells, alpha: float) -> bool:
     a, b = gate.left, gate.right
-    found = metrics_of(*(result["metrics"] for result in stages.values()))
+    found = metrics_of(*(result["metrics"] for result in cells.stages.values()))
     metric = next((m for m in found if m.name == a.metric and m.compared and m.test), None)
     if metric is None or not (a.metric == b.metric and a.factor == b.factor == 1 and gate.operator in "><"):
         raise UsageError(
             f"the gate '{gate.text}' has no test of significance",
             "With --gate-significant every gate is 'STAGE.METRIC > STAGE.METRIC' (or <) of one metric that is tested.",
         )
-    estimate = pair(metric, stages[a.stage], stages[b.stage]).estimate
-    if estimate is None or estimate.p_value is None or not backed(estimate.p_value, estimate.low, estimate.high, alpha):
+    cell = cells.of(metric, a.stage, b.stage)
+    if cell.p_value is None or not backed(cell.p_value, cell.difference_low, cell.difference_high, alpha):
         return False
-    return (estimate.value > 0) == (gate.operator == ">")
+    return ((cell.difference or 0.0) > 0) == (gate.operator == ">")

@@ -6,11 +6,11 @@ lm-eval. What differs ends the experiment: whatever is trained or claimed afterw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rrcli.comparison.pairing import IDENTITY
+from rrcli.comparison.records import PARTS
 from rrcli.comparison.results import Results
 from rrcli.errors import CheckFailed
 
@@ -20,25 +20,6 @@ ROUNDING = 1e-3
 REACHING = ("max_length", "stride", "max_new_tokens", "chat_template", "num_fewshot", "stop", "prompts", "harness")
 # What may change the last digits of what is measured.
 ROUNDING_CAUSES = ("dtype", "device", "hardware", "machine", "versions")
-
-Record = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A kind of record: its name in results and in sentences, and what a stage's record says, one value a depth."""
-
-    name: str
-    noun: str
-    said: Callable[[Record], list[Any]]
-
-
-PARTS = (
-    _Part("documents", "documents' log-probabilities", lambda row: list(row["nll"])),
-    _Part("problems", "problems' answers", lambda row: list(row["outputs"])),
-    _Part("generations", "generations", lambda row: [row["text"]]),
-    _Part("harness", "samples of lm-eval", lambda row: [row["score"]]),
-)
 
 
 @dataclass(frozen=True)
@@ -71,7 +52,7 @@ class Preservation:
     @property
     def rounded(self) -> bool:
         """Whether nothing changed but log-probabilities, by no more than `ROUNDING`."""
-        only_documents = len(self.changed) == 1 and self.changed[0].endswith(PARTS[0].noun)
+        only_documents = len(self.changed) == 1 and self.changed[0].endswith(PARTS["documents"].outcomes)
         return self.known and only_documents and self.worst <= ROUNDING
 
     @property
@@ -111,20 +92,20 @@ def hold(after: Results, base: Results) -> Preservation:
     unlike = [name for name in REACHING if _differ(after.get("settings", {}), base.get("settings", {}), name)]
     causes = tuple(name for name in ROUNDING_CAUSES if _differ(after["provenance"], base["provenance"], name))
     same, changed, worst = [], [], 0.0
-    for part in PARTS:
-        before = {row["key"]: row for row in base["records"].get(part.name, ())}
-        pairs = [(row, before[row["key"]]) for row in after["records"].get(part.name, ()) if row["key"] in before]
+    for name, part in PARTS.items():
+        before = {record["key"]: record for record in base["records"].get(name, ())}
+        pairs = [(r, before[r["key"]]) for r in after["records"].get(name, ()) if r["key"] in before]
         if not pairs:
             continue
-        if any(a.get(field) != b.get(field) for a, b in pairs for field in IDENTITY[part.name]):
-            unlike.append(part.name)  # another tokenizer, or other problems under the same keys
+        if any(a.get(field) != b.get(field) for a, b in pairs for field in part.identity):
+            unlike.append(name)  # another tokenizer, or other problems under the same keys
             continue
-        equal = [all(value == part.said(b)[-1] for value in part.said(a)) for a, b in pairs]
+        equal = [all(value == part.outcome(b)[-1] for value in part.outcome(a)) for a, b in pairs]
         if all(equal):
-            same.append(f"{len(pairs)} {part.noun}")
+            same.append(f"{len(pairs)} {part.outcomes}")
             continue
-        changed.append(f"{equal.count(False)} of {len(pairs)} {part.noun}")
-        if part.name == "documents":
+        changed.append(f"{equal.count(False)} of {len(pairs)} {part.outcomes}")
+        if name == "documents":
             worst = max(abs(nats - b["nll"][-1]) / max(1, b["tokens"]) for a, b in pairs for nats in a["nll"])
     return Preservation(tuple(same), tuple(changed), worst, causes, tuple(unlike))
 

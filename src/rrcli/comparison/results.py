@@ -1,7 +1,8 @@
-"""What `rr compare` found: cells, rows, claims, and the whole. Data only; `pairing` fills it, `formats` writes it."""
+"""What `rr compare` found: pairs, cells, rows, claims, and the whole. Data only: other modules fill and write it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +10,33 @@ from rrcli.evaluation.metrics import Metric
 from rrcli.evaluation.stats import Estimate
 from rrcli.files import finite
 
+# What a results file holds.
 Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The difference of one metric between a stage and a reference stage, over the records that both hold.
+
+    Attributes:
+        estimate: on the scale of the test (nats, shares, scores); None where the two cannot be paired.
+        same: whether every common record is identical. discordant: the share of problems that one of them solves.
+        common, of, others: records in both stages, in the reference, and in the other stage.
+        conflicts: common records that are not the same ones (`Part.identity`).
+    """
+
+    estimate: Estimate | None = None
+    same: bool = False
+    discordant: float = 0.0
+    common: int = 0
+    of: int = 0
+    others: int = 0
+    conflicts: int = 0
 
 
 @dataclass
 class Cell:
-    """One stage's value of one metric, and its difference to the first stage.
+    """One stage's value of one metric, and its difference to a reference stage: in a table, the first one.
 
     Attributes:
         value, low, high: the metric with its interval (None where it was not measured).
@@ -22,6 +44,7 @@ class Cell:
         p_value, p_adjusted: of "no difference", before and after Holm's correction.
         verdict: better, worse, differs, within noise, same, not comparable, or '' (the first stage, costs).
         n: the records behind the difference: those that both stages hold.
+        pair: what the difference was taken from; None where there is none, as for costs.
     """
 
     value: float | None = None
@@ -34,6 +57,11 @@ class Cell:
     p_adjusted: float | None = None
     verdict: str = ""
     n: int = 0
+    pair: Pair | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {name: value for name, value in vars(self).items() if name != "pair"}
 
 
 @dataclass
@@ -45,17 +73,28 @@ class MetricRow:
     depths: list[list[float | None]] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Claim:
-    """A difference that a sentence speaks about: `metric` of `result` against `reference`."""
+    """A difference that a sentence speaks about.
+
+    Attributes:
+        what, against: what is said to make the difference, and the reference, in words.
+        before: the reference's value. cell: the stage's value and its difference to the reference.
+        pair, estimate: the cell's, where they are known to be there.
+    """
 
     what: str
     against: str
     metric: Metric
+    before: float
+    cell: Cell
+    pair: Pair
     estimate: Estimate
-    result: Results
-    reference: Results
-    p_adjusted: float = 1.0
+
+    @property
+    def p_adjusted(self) -> float:
+        """The corrected p-value; 1 where identical records left nothing to test."""
+        return 1.0 if self.cell.p_adjusted is None else self.cell.p_adjusted
 
 
 @dataclass(frozen=True)
@@ -104,7 +143,7 @@ class Comparison:
             "alpha": self.alpha,
             "rows": [
                 {name: getattr(row.metric, name) for name in ("name", "label", "unit", "better")}
-                | {"cells": [vars(cell) for cell in row.cells]}
+                | {"cells": [cell.to_dict() for cell in row.cells]}
                 | ({"by_depth": row.depths} if row.depths else {})
                 for row in self.rows
             ],
@@ -119,6 +158,14 @@ class Comparison:
             "generations": [vars(generation) for generation in self.generations],
             "gates": [vars(gate) for gate in self.gates],
         }
+
+
+def speakers(stages: Mapping[str, Results]) -> dict[str, str]:
+    """Return the label of the results that speak for each stage: of two files of one stage, the first."""
+    labels: dict[str, str] = {}
+    for label, result in stages.items():
+        labels.setdefault(result["stage"], label)
+    return labels
 
 
 def generations_of(results: list[Results]) -> list[Generation]:

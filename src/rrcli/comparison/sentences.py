@@ -6,22 +6,34 @@ name what else differs between two stages than the model, and how many records t
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 
-from rrcli.comparison.pairing import Pair, backed, direction, pair
+from rrcli.comparison.pairing import Cells
 from rrcli.comparison.preservation import REACHING, Preservation
-from rrcli.comparison.results import Claim, Results
+from rrcli.comparison.records import PARTS
+from rrcli.comparison.results import Claim, MetricRow, Pair, Results, speakers
 from rrcli.evaluation import stats
-from rrcli.evaluation.metrics import BITS_PER_BYTE, PERPLEXITY, REASONING_ACCURACY, Metric, metrics_of
+from rrcli.evaluation.metrics import BITS_PER_BYTE, PERPLEXITY, REASONING_ACCURACY, Metric
 
-NOUNS = {"documents": "documents", "problems": "problems", "generations": "prompts"}
 PROVENANCE = ("seed", "dtype", "device", "machine", "hardware", "rr", "python")
 
 
 # -- what to be careful about ------------------------------------------------------------------------------------------
 
 
-def differences(label: str, first: str, result: Results, reference: Results) -> list[str]:
+def warnings(stages: Mapping[str, Results], rows: Sequence[MetricRow]) -> list[str]:
+    """Return what is to be said about how the stages were measured and paired with the first one."""
+    (first, reference), *others = stages.items()
+    told = _sampled(stages)
+    for column, (label, result) in enumerate(others, start=1):
+        told += _measured_differently(label, first, result=result, reference=reference)
+        pairs = [(row.metric, found) for row in rows if (found := row.cells[column].pair) is not None]
+        same_tokenizer = result["model"]["tokenizer"] == reference["model"]["tokenizer"]
+        told += _shared_in_part(label, first, pairs, same_tokenizer=same_tokenizer)
+    return told
+
+
+def _measured_differently(label: str, first: str, *, result: Results, reference: Results) -> list[str]:
     """Return a warning that names everything beside the model in which two measurements differ, if anything does."""
     a, b = reference, result
     found = [f"{name} ({_data(a)} and {_data(b)})" for name in ("data",) if _data(a) != _data(b)]
@@ -41,18 +53,16 @@ def differences(label: str, first: str, result: Results, reference: Results) -> 
     return [f"{first} and {label} were measured with different {', '.join(found)}"] if found else []
 
 
-def samples(labels: list[str], results: list[Results]) -> list[str]:
+def _sampled(stages: Mapping[str, Results]) -> list[str]:
     """Return a warning if a stage was measured on a sample of its documents."""
-    counts = [
-        (label, r["data"].get("documents"), r["data"].get("held_out")) for label, r in zip(labels, results, strict=True)
-    ]
+    counts = [(label, r["data"].get("documents"), r["data"].get("held_out")) for label, r in stages.items()]
     told = [f"{label} ({n:,} of {held_out:,})" for label, n, held_out in counts if held_out and n < held_out]
     if not told:
         return []
     return [f"only a sample of the documents was scored (--max-samples), which is for trying out: {', '.join(told)}"]
 
 
-def overlaps(label: str, first: str, pairs: list[tuple[Metric, Pair]], same_tokenizer: bool) -> list[str]:
+def _shared_in_part(label: str, first: str, pairs: Sequence[tuple[Metric, Pair]], *, same_tokenizer: bool) -> list[str]:
     """Return a warning for each kind of record that two stages share in part, not at all, or under false keys.
 
     Args:
@@ -60,7 +70,8 @@ def overlaps(label: str, first: str, pairs: list[tuple[Metric, Pair]], same_toke
     """
     told: dict[str, str] = {}
     for metric, found in pairs:
-        noun = f"samples of {metric.task}" if metric.part == "harness" else NOUNS[metric.part]
+        part = PARTS[metric.part]
+        noun = f"samples of {metric.task}" if metric.part == "harness" else part.noun
         if noun in told or (metric.part == "problems" and metric.task):  # tasks are parts of the whole
             continue
         if not found.common:
@@ -68,7 +79,7 @@ def overlaps(label: str, first: str, pairs: list[tuple[Metric, Pair]], same_toke
         elif found.conflicts and (same_tokenizer or metric.part != "documents"):
             told[noun] = (
                 f"{first} and {label}: {found.conflicts} of {found.common} common {noun} differ in what they hold "
-                f"({_held(metric.part)}), so these are not compared"
+                f"({part.held}), so these are not compared"
             )
         elif found.common < max(found.of, found.others):
             told[noun] = (
@@ -78,10 +89,6 @@ def overlaps(label: str, first: str, pairs: list[tuple[Metric, Pair]], same_toke
     return list(told.values())
 
 
-def _held(part: str) -> str:
-    return {"documents": "tokens or bytes", "problems": "question or answer"}.get(part, "prompt or target")
-
-
 def _data(result: Results) -> str:
     return f"{result['data'].get('source', 'data')} {result['data']['fingerprint']}"
 
@@ -89,85 +96,86 @@ def _data(result: Results) -> str:
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
-def claims(stages: dict[str, Results], *, sound: bool = True) -> list[Claim]:
+def claims(cells: Cells, metrics: Sequence[Metric], *, sound: bool = True) -> list[Claim]:
     """Return the differences that the sentences speak about: fine-tuning, and recursion beyond it.
 
     Args:
-        sound: whether surgery preserved the baseline; if not, nothing is claimed about recursion.
+        metrics: those of the table. sound: whether surgery preserved the baseline; if not, nothing is claimed about
+            recursion.
     """
+    labels = speakers(cells.stages)
     found = [("Fine-tuning without recursion", "finetuned_vanilla", "baseline", "the baseline")]
     if not sound:
         pass
-    elif {"finetuned_vanilla", "finetuned_recursive"} <= stages.keys():
+    elif {"finetuned_vanilla", "finetuned_recursive"} <= labels.keys():
         words = ("Recursion, beyond fine-tuning", "vanilla fine-tuning")
         found.append((words[0], "finetuned_recursive", "finetuned_vanilla", words[1]))
     else:
         found.append(("Recursive fine-tuning", "finetuned_recursive", "baseline", "the baseline"))
-    return [
-        claim
-        for what, stage, reference, against in found
-        if {stage, reference} <= stages.keys()
-        for claim in _claims(what, against, stages[stage], stages[reference])
-    ]
-
-
-def _claims(what: str, against: str, result: Results, reference: Results) -> list[Claim]:
-    same_tokens = result["model"]["tokenizer"] == reference["model"]["tokenizer"]
     told = []
-    for metric in metrics_of(result["metrics"], reference["metrics"]):
-        spoken = metric in (REASONING_ACCURACY, PERPLEXITY if same_tokens else BITS_PER_BYTE)
-        # A value that was not finite stands as null in the results.
-        known = all(r["metrics"].get(metric.name, {}).get("value") is not None for r in (result, reference))
-        if (spoken or metric.part == "harness") and known:
-            estimate = pair(metric, result, reference).estimate
-            if estimate is not None:
-                told.append(Claim(what, against, metric, estimate, result, reference))
-    return sorted(told, key=lambda claim: claim.metric.part == "documents")  # answers first, then text
+    for what, stage, reference, against in found:
+        if {stage, reference} <= labels.keys():
+            made = [_claim(what, against, metric, cells, labels[stage], labels[reference]) for metric in metrics]
+            answers_first = sorted(filter(None, made), key=lambda claim: claim.metric.part == "documents")
+            told += answers_first
+    return told
+
+
+def _claim(what: str, against: str, metric: Metric, cells: Cells, stage: str, reference: str) -> Claim | None:
+    """Return what is claimed by a metric; None where it is not spoken about, or where the two cannot be paired."""
+    result, other = cells.stages[stage], cells.stages[reference]
+    same_tokens = result["model"]["tokenizer"] == other["model"]["tokenizer"]
+    spoken = metric in (REASONING_ACCURACY, PERPLEXITY if same_tokens else BITS_PER_BYTE) or metric.part == "harness"
+    # A value that was not finite stands as null in the results.
+    before = other["metrics"].get(metric.name, {}).get("value")
+    if not spoken or before is None:
+        return None
+    cell = cells.of(metric, stage, reference)
+    if cell.pair is None or cell.pair.estimate is None:
+        return None
+    return Claim(what, against, metric, before, cell, cell.pair, cell.pair.estimate)
 
 
 def sentences(
-    stages: dict[str, Results], told: list[Claim], alpha: float, preserved: Preservation | None = None
+    stages: Mapping[str, Results], told: list[Claim], alpha: float, *, preserved: Preservation | None = None
 ) -> list[str]:
     """Answer: did surgery preserve the baseline, did fine-tuning help, did recursion help beyond it, at what cost."""
+    known = {stage: stages[label] for stage, label in speakers(stages).items()}
     said = [preserved.sentence()] if preserved is not None else []
     said += [_tell(claim, alpha) for claim in told]
     if preserved is not None and preserved.broken:
         return [*said, "Nothing is said about recursion: what rests on a broken surgery shows nothing of it."]
-    if {"finetuned_vanilla", "finetuned_recursive"} <= stages.keys():
-        said += _cost(stages["finetuned_recursive"], stages["finetuned_vanilla"])
-    elif {"baseline", "finetuned_recursive"} <= stages.keys():
+    if {"finetuned_vanilla", "finetuned_recursive"} <= known.keys():
+        said += _cost(known["finetuned_recursive"], known["finetuned_vanilla"])
+    elif {"baseline", "finetuned_recursive"} <= known.keys():
         said.append("What recursion adds to fine-tuning needs stage finetuned_vanilla beside it.")
     return said
 
 
 def _tell(claim: Claim, alpha: float) -> str:
-    metric, estimate = claim.metric, claim.estimate
+    metric, cell, n = claim.metric, claim.cell, claim.estimate.n
     label = metric.label if metric.part == "harness" else metric.label.lower()
     unit = "%" if metric.relative else "points" if metric.unit == "%" else metric.unit
     digits = 1 if unit in ("%", "points") else 3
-    before, after = (r["metrics"][metric.name]["value"] for r in (claim.reference, claim.result))
-    values = f"{before:.4g} -> {after:.4g}{f' {metric.unit}' if metric.unit else ''}"
+    values = f"{claim.before:.4g} -> {cell.value:.4g}{f' {metric.unit}' if metric.unit else ''}"
     change, low, high = (
-        f"{metric.difference(x):+.{digits}f}" if math.isfinite(x) else "?"
-        for x in (estimate.value, estimate.low, estimate.high)
+        "?" if x is None else f"{x:+.{digits}f}" for x in (cell.difference, cell.difference_low, cell.difference_high)
     )
     facts = f"{values}, {change}{f' {unit}' if unit else ''} [{low}, {high}], {_p(claim.p_adjusted)}"
-    if backed(claim.p_adjusted, estimate.low, estimate.high, alpha):
-        found = direction(metric, estimate.value)
-        verb = "differs from" if found == "differs" else f"is {found} than"
-        return f"{claim.what}: {label} {verb} {claim.against}'s, {facts}, n = {estimate.n}."
-    text = f"{claim.what}: no effect on {label} is shown with n = {estimate.n}, {facts}"
+    if cell.verdict in ("better", "worse", "differs"):
+        verb = "differs from" if cell.verdict == "differs" else f"is {cell.verdict} than"
+        return f"{claim.what}: {label} {verb} {claim.against}'s, {facts}, n = {n}."
+    text = f"{claim.what}: no effect on {label} is shown with n = {n}, {facts}"
     needed = _needed(claim, alpha)
-    if needed is None or needed <= estimate.n:  # enough alone, but not among all the metrics of the table
+    if needed is None or needed <= n:  # enough alone, but not among all the metrics of the table
         return f"{text}."
     noun = "documents" if metric.part == "documents" else "problems"
     return f"{text}; about {needed:,} {noun} would be needed to show a difference of this size."
 
 
 def _needed(claim: Claim, alpha: float) -> int | None:
-    found = pair(claim.metric, claim.result, claim.reference)
-    if found.discordant:
-        return stats.problems_needed(claim.estimate.value, found.discordant, alpha)
+    if claim.pair.discordant:
+        return stats.problems_needed(claim.estimate.value, claim.pair.discordant, alpha)
     return stats.units_needed(claim.estimate, alpha)
 
 
