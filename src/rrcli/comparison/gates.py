@@ -70,7 +70,7 @@ def check(gate: Gate, cells: Cells, alpha: float, *, significant: bool = False) 
     return GateResult(gate.text, left, right, shown and OPERATORS[gate.operator](left, right))
 
 
-def require(results: list[GateResult]) -> None:
+def require_gates(results: list[GateResult]) -> None:
     """Let a comparison pass whose gates all hold.
 
     Raises:

@@ -98,7 +98,7 @@ def _differ(cell: Cell, metric: Metric, found: Pair) -> None:
         return
     cell.n, cell.p_value = estimate.n, estimate.p_value
     cell.difference, cell.difference_low, cell.difference_high = (
-        metric.difference(x) if math.isfinite(x) else None for x in (estimate.value, estimate.low, estimate.high)
+        metric.shown_difference(x) if math.isfinite(x) else None for x in (estimate.value, estimate.low, estimate.high)
     )
     cell.verdict = "same" if found.same else _direction(metric, estimate.value)
 

@@ -17,7 +17,9 @@ from rrcli.errors import CheckFailed
 # A change of log-probabilities up to this is rounding (another device, another order of sums), in nats per token.
 ROUNDING = 1e-3
 # Settings that change what is measured, whatever the model.
-REACHING = ("max_length", "stride", "max_new_tokens", "chat_template", "num_fewshot", "stop", "prompts", "harness")
+MEASURING_SETTINGS = (
+    *("max_length", "stride", "max_new_tokens", "chat_template", "num_fewshot", "stop", "prompts", "harness"),
+)
 # What may change the last digits of what is measured.
 ROUNDING_CAUSES = ("dtype", "device", "hardware", "machine", "versions")
 
@@ -87,9 +89,9 @@ class Preservation:
         return {"verdict": verdict, **vars(self), "sentence": self.sentence()}
 
 
-def hold(after: Results, base: Results) -> Preservation:
+def check_preserved(after: Results, base: Results) -> Preservation:
     """Compare every record of a stage after surgery, at every depth, with the baseline's record of the same key."""
-    unlike = [name for name in REACHING if _differ(after.get("settings", {}), base.get("settings", {}), name)]
+    unlike = [name for name in MEASURING_SETTINGS if _differ(after.get("settings", {}), base.get("settings", {}), name)]
     causes = tuple(name for name in ROUNDING_CAUSES if _differ(after["provenance"], base["provenance"], name))
     same, changed, worst = [], [], 0.0
     for name, part in PARTS.items():
@@ -110,7 +112,7 @@ def hold(after: Results, base: Results) -> Preservation:
     return Preservation(tuple(same), tuple(changed), worst, causes, tuple(unlike))
 
 
-def require(found: Preservation | None) -> None:
+def require_preserved(found: Preservation | None) -> None:
     """Refuse to go on after a broken surgery.
 
     Raises:

@@ -22,13 +22,13 @@ from rrcli.evaluation.stats import wilson
 
 CHARTED = (PERPLEXITY, TOKEN_ACCURACY, REASONING_ACCURACY)
 # Tags of the training curves, and how they are called.
-CURVES = {
+CURVE_LABELS = {
     "train/loss/final_ce": "loss of the last pass, nats",
     "train/loss/total": "total loss",
     "evaluation/during_training/perplexity": "perplexity of held-out text",
     "evaluation/during_training/reasoning_accuracy": "reasoning accuracy, %",
 }
-COSTS = {"flops_per_token": "MFLOP per token", "decode_tokens_per_sec": "tokens/s when decoding"}
+COST_LABELS = {"flops_per_token": "MFLOP per token", "decode_tokens_per_sec": "tokens/s when decoding"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def render(comparison: Comparison, logs: Path) -> str:
         gates=comparison.gates,
         note=formats.note(comparison),
         rows=[_table_row(row, comparison.stages) for row in comparison.rows],
-        sections=_sections(comparison, read_curves(logs, dict.fromkeys(runs), CURVES)),
+        sections=_sections(comparison, read_curves(logs, dict.fromkeys(runs), CURVE_LABELS)),
         generations=[_marked(g.prompt, g.texts) for g in generations_of(comparison.results)],
         provenance=_provenance(comparison.results),
     )
@@ -146,7 +146,7 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
                         charts.against(values, stages, words or "difficulty", label, ticks=ticks))  # fmt: skip
 
     def cost_charts() -> Iterator[Chart]:
-        for cost, x_label in COSTS.items():
+        for cost, x_label in COST_LABELS.items():
             for name in (REASONING_ACCURACY.name, PERPLEXITY.name):
                 values = {stage: _cost(result, cost, name) for stage, result in named.items()}
                 if any(values.values()):
@@ -155,7 +155,7 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
 
     def curve_charts() -> Iterator[Chart]:
         runs = [result["stage"] for result in results]
-        for tag, label in CURVES.items():
+        for tag, label in CURVE_LABELS.items():
             if tag in curves:
                 yield Chart(label, charts.training(curves[tag], runs, label))
 

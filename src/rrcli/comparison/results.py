@@ -108,7 +108,7 @@ class GateResult:
 
 
 @dataclass(frozen=True)
-class Generation:
+class PromptTexts:
     """What each stage wrote after one prompt; None where a stage has no such prompt."""
 
     prompt: str
@@ -128,7 +128,7 @@ class Comparison:
     claims: list[Claim] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    generations: list[Generation] = field(default_factory=list)
+    generations: list[PromptTexts] = field(default_factory=list)
     gates: list[GateResult] = field(default_factory=list)
     alpha: float = 0.05
     results: list[Results] = field(default_factory=list)
@@ -168,11 +168,11 @@ def speakers(stages: Mapping[str, Results]) -> dict[str, str]:
     return labels
 
 
-def generations_of(results: list[Results]) -> list[Generation]:
+def generations_of(results: list[Results]) -> list[PromptTexts]:
     """Return every prompt of any stage, with what each stage wrote after it."""
     texts = [
         {r["prompt"]: r["text"] for r in result["records"].get("generations", ()) if "prompt" in r}
         for result in results
     ]
     prompts = dict.fromkeys(prompt for stage in texts for prompt in stage)
-    return [Generation(prompt, [stage.get(prompt) for stage in texts]) for prompt in prompts]
+    return [PromptTexts(prompt, [stage.get(prompt) for stage in texts]) for prompt in prompts]

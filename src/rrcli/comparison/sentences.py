@@ -7,9 +7,10 @@ name what else differs between two stages than the model, and how many records t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rrcli.comparison.pairing import Cells
-from rrcli.comparison.preservation import REACHING, Preservation
+from rrcli.comparison.preservation import MEASURING_SETTINGS, Preservation
 from rrcli.comparison.records import PARTS
 from rrcli.comparison.results import Claim, MetricRow, Pair, Results, speakers
 from rrcli.evaluation import stats
@@ -37,7 +38,7 @@ def _measured_differently(label: str, first: str, *, result: Results, reference:
     """Return a warning that names everything beside the model in which two measurements differ, if anything does."""
     a, b = reference, result
     found = [f"{name} ({_data(a)} and {_data(b)})" for name in ("data",) if _data(a) != _data(b)]
-    for place, names in (("provenance", PROVENANCE), ("settings", REACHING)):
+    for place, names in (("provenance", PROVENANCE), ("settings", MEASURING_SETTINGS)):
         for name in names:
             before, after = (r.get(place, {}).get(name) for r in (a, b))
             # What an older version did not record is not known to differ.
@@ -96,32 +97,47 @@ def _data(result: Results) -> str:
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a sentence answers: does `what` make a difference, from the stage `reference` to the stage `stage`?
+
+    Attributes:
+        against: the reference stage in words.
+    """
+
+    what: str
+    stage: str
+    reference: str
+    against: str
+
+
+FINE_TUNING = Question("Fine-tuning without recursion", "finetuned_vanilla", "baseline", "the baseline")
+RECURSION = Question("Recursion, beyond fine-tuning", "finetuned_recursive", "finetuned_vanilla", "vanilla fine-tuning")
+BOTH = Question("Recursive fine-tuning", "finetuned_recursive", "baseline", "the baseline")
+
+
 def claims(cells: Cells, metrics: Sequence[Metric], *, sound: bool = True) -> list[Claim]:
-    """Return the differences that the sentences speak about: fine-tuning, and recursion beyond it.
+    """Return the differences that the sentences speak about: of fine-tuning, and of recursion beyond it.
 
     Args:
-        metrics: those of the table. sound: whether surgery preserved the baseline; if not, nothing is claimed about
-            recursion.
+        metrics: those of the table.
+        sound: whether surgery preserved the baseline; if not, nothing is claimed about recursion.
     """
     labels = speakers(cells.stages)
-    found = [("Fine-tuning without recursion", "finetuned_vanilla", "baseline", "the baseline")]
-    if not sound:
-        pass
-    elif {"finetuned_vanilla", "finetuned_recursive"} <= labels.keys():
-        words = ("Recursion, beyond fine-tuning", "vanilla fine-tuning")
-        found.append((words[0], "finetuned_recursive", "finetuned_vanilla", words[1]))
-    else:
-        found.append(("Recursive fine-tuning", "finetuned_recursive", "baseline", "the baseline"))
-    told = []
-    for what, stage, reference, against in found:
-        if {stage, reference} <= labels.keys():
-            made = [_claim(what, against, metric, cells, labels[stage], labels[reference]) for metric in metrics]
-            answers_first = sorted(filter(None, made), key=lambda claim: claim.metric.part == "documents")
-            told += answers_first
+    questions = [FINE_TUNING]
+    if sound:
+        questions.append(RECURSION if {"finetuned_vanilla", "finetuned_recursive"} <= labels.keys() else BOTH)
+    told: list[Claim] = []
+    for question in questions:
+        if {question.stage, question.reference} <= labels.keys():
+            stage, reference = labels[question.stage], labels[question.reference]
+            found = [_claim(question, metric, cells, stage=stage, reference=reference) for metric in metrics]
+            # What the model answers comes first, then text.
+            told += sorted(filter(None, found), key=lambda claim: claim.metric.part == "documents")
     return told
 
 
-def _claim(what: str, against: str, metric: Metric, cells: Cells, stage: str, reference: str) -> Claim | None:
+def _claim(question: Question, metric: Metric, cells: Cells, *, stage: str, reference: str) -> Claim | None:
     """Return what is claimed by a metric; None where it is not spoken about, or where the two cannot be paired."""
     result, other = cells.stages[stage], cells.stages[reference]
     same_tokens = result["model"]["tokenizer"] == other["model"]["tokenizer"]
@@ -133,7 +149,7 @@ def _claim(what: str, against: str, metric: Metric, cells: Cells, stage: str, re
     cell = cells.of(metric, stage, reference)
     if cell.pair is None or cell.pair.estimate is None:
         return None
-    return Claim(what, against, metric, before, cell, cell.pair, cell.pair.estimate)
+    return Claim(question.what, question.against, metric, before, cell, cell.pair, cell.pair.estimate)
 
 
 def sentences(

@@ -92,7 +92,7 @@ class Metric:
             case _:
                 return value
 
-    def difference(self, value: float) -> float:
+    def shown_difference(self, value: float) -> float:
         """Turn an estimated difference into what is shown: percent of perplexity, points, or the metric's own unit."""
         return 100 * math.expm1(min(value, 700)) if self.scale == "exp" else self.in_unit(value)
 

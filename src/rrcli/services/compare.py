@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rrcli.comparison.compare import compare_stages
 from rrcli.comparison.gates import read_gate
-from rrcli.comparison.preservation import Preservation, hold
+from rrcli.comparison.preservation import Preservation, check_preserved
 from rrcli.comparison.report import check_report_path
-from rrcli.comparison.results import Comparison, Generation, Results, generations_of, speakers
+from rrcli.comparison.results import Comparison, Results, generations_of, speakers
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import read_json
@@ -24,7 +24,7 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
 
     Raises:
         UsageError: an unknown stage, one that is named twice, or a gate that cannot be read.
-        RRError: a stage without results, or results that cannot be read.
+        RRError: a stage without results, results that cannot be read, or that hold no generations to show.
     """
     workspace = Workspace(directory, settings)
     if settings.report:
@@ -38,7 +38,9 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
         preserved=_preserved(stages, workspace),
     )
     if settings.generations:
-        comparison.generations = _generations(comparison.results)
+        comparison.generations = generations_of(comparison.results)
+        if not comparison.generations:
+            raise RRError("the results hold no generations", "'rr eval' without --skip-generation makes them.")
     return comparison
 
 
@@ -63,11 +65,11 @@ def _preserved(stages: Mapping[str, Results], workspace: Workspace) -> Preservat
     """
     compared = {stage: stages[label] for stage, label in speakers(stages).items()}
     if {"baseline", SURGERY_STAGE} <= compared.keys():
-        return hold(compared[SURGERY_STAGE], compared["baseline"])
+        return check_preserved(compared[SURGERY_STAGE], compared["baseline"])
     files = [workspace.results_file(stage) for stage in (SURGERY_STAGE, "baseline")]
     if "finetuned_recursive" not in compared or not all(file.is_file() for file in files):
         return None
-    found = hold(*(compared.get(stage) or _read(workspace, stage) for stage in (SURGERY_STAGE, "baseline")))
+    found = check_preserved(*(compared.get(stage) or _read(workspace, stage) for stage in (SURGERY_STAGE, "baseline")))
     return found if found.broken else None
 
 
@@ -87,15 +89,3 @@ def _read(workspace: Workspace, name: str) -> Results:
     if missing:
         raise RRError(f"{file} is no evaluation: it has no '{missing[0]}'", f"Make it anew with '{maker}'.")
     return results
-
-
-def _generations(results: list[Results]) -> list[Generation]:
-    """Return what the stages wrote.
-
-    Raises:
-        RRError: no stage has generations.
-    """
-    found = generations_of(results)
-    if not found:
-        raise RRError("the results hold no generations", "'rr eval' without --skip-generation makes them.")
-    return found
