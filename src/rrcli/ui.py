@@ -217,7 +217,7 @@ def show_export(folder: Any) -> None:
 
 
 def show_eval(result: EvalResult) -> None:
-    """Print a stage's metrics, and by depth where there is recursion."""
+    """Print a stage's metrics, and a second table with their values at every depth if there is recursion."""
     from rrcli.evaluation.metrics import KNOWN, metrics_of
 
     metrics = result.results["metrics"]
@@ -232,7 +232,7 @@ def show_eval(result: EvalResult) -> None:
         count = formats.number(entry["n"]) if "n" in entry else ""
         table.add_row(metric.label, f"{number(entry['value'])} {metric.unit}".strip(), interval, count)
     out().print(table)
-    if result.preserved is not None and not result.preserved.broken:  # that is an error, said as one
+    if result.preserved is not None and not result.preserved.broken:  # a broken one is shown as an error
         style = "green" if result.preserved.exact else "yellow"
         out().print(f"[{style}]{escape(result.preserved.sentence())}[/{style}]", soft_wrap=True)
     depths = {name: values for name, values in result.results["by_depth"].items() if len(values) > 1}
@@ -362,7 +362,7 @@ def comparison_text(comparison: Comparison, form: str) -> str:
 
 
 def show_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the table, what it means, and what to be careful about."""
+    """Print the table, the sentences, the warnings, the gates and the generations."""
     console = console or out()
     if comparison.broken_surgery:
         console.print(f"[bold red]{escape(comparison.broken_surgery)}[/bold red]")
@@ -379,7 +379,7 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
     console.print(table)
     console.print(f"[dim]{escape(formats.note(comparison))}[/dim]")
     for sentence in comparison.sentences:
-        if sentence != comparison.broken_surgery:  # said already
+        if sentence != comparison.broken_surgery:  # shown above
             console.print(f"- {escape(sentence)}")
     for warning in comparison.warnings:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")

@@ -48,8 +48,8 @@ def test_a_gate_compares_two_values(stages: Path, gate: str, left: float, right:
 @pytest.mark.parametrize(
     ("gate", "message", "hint"),
     [
-        ("baseline.perplexity", "needs one of >=, <=, ==, >, <, once", "STAGE.METRIC > STAGE.METRIC"),
-        ("1 < baseline.perplexity < 3", "once", "STAGE.METRIC"),
+        ("baseline.perplexity", "needs exactly one of >=, <=, ==, >, <", "STAGE.METRIC > STAGE.METRIC"),
+        ("1 < baseline.perplexity < 3", "exactly one", "STAGE.METRIC"),
         ("baseline.perplexity => 3", "cannot be read", "STAGE.METRIC"),
         ("baseline.perplexity > ", "neither a number nor STAGE.METRIC", "STAGE.METRIC"),
         ("baseline.perplexity > nan", "neither a number", "STAGE.METRIC"),

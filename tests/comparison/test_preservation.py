@@ -73,7 +73,10 @@ def test_what_was_measured_otherwise_is_not_held_against_surgery():
     after["settings"]["max_new_tokens"] = 7
     found = preservation.check_preserved(after, base)
     assert not found.broken
-    assert "cannot be told: the two stages were measured with different max_new_tokens" in found.sentence()
+    assert (
+        "not known whether surgery preserved the baseline: the two stages were measured with different max_new_tokens"
+        in found.sentence()
+    )
     after["settings"] = base["settings"]
     after["provenance"]["dtype"] = "bfloat16"
     found = preservation.check_preserved(after, base)
@@ -115,7 +118,7 @@ def test_compare_says_it_first_and_claims_nothing_about_recursion(tmp_path: Path
     comparison = compared(tmp_path, *broken_stages())
     assert comparison.sentences[0].startswith("Surgery did NOT preserve the baseline: 200 of 200 problems' answers")
     assert {claim.what for claim in comparison.claims} == {"Fine-tuning without recursion"}
-    assert not [text for text in comparison.sentences if "Recursion, beyond" in text or "costs" in text]
+    assert not [text for text in comparison.sentences if "Recursion, beyond" in text or "Cost of recursion" in text]
     assert any("without recursion" in text for text in comparison.sentences), "what is known of vanilla stays"
     column = comparison.stages.index("finetuned_recursive")
     assert not {row.cells[column].verdict for row in comparison.rows} & {"better", "worse", "differs"}

@@ -1,4 +1,4 @@
-"""Stages side by side: the table, what it shows in words, and what to be careful about."""
+"""Builds a comparison of stages: the table, the sentences, the warnings and the gates."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def compare_stages(
     """Compare stages with the first of them.
 
     Args:
-        stages: what was measured, by the labels that are shown.
-        wanted: gates to check. significant: whether they ask for significance too (`gates.check`).
-        alpha: the level of all tests of the table together.
-        preserved: what surgery did to the baseline, where that is known; if it was broken, nothing is claimed about
+        stages: label -> content of the results file.
+        wanted: gates to check. significant: whether a gate also needs a significant difference (`gates.check`).
+        alpha: the significance level for all tests of the table together.
+        preserved: whether surgery preserved the baseline, if that is known; if it did not, nothing is claimed about
             recursion.
 
     Raises:
@@ -58,7 +58,7 @@ def compare_stages(
 
 
 def _rows(cells: Cells) -> list[MetricRow]:
-    """Return a row for each metric that any stage has a value of."""
+    """Return a row for each metric of which at least one stage has a value."""
     first, results = next(iter(cells.stages)), list(cells.stages.values())
     rows = []
     for metric in metrics_of(*(result["metrics"] for result in results)):
@@ -69,13 +69,13 @@ def _rows(cells: Cells) -> list[MetricRow]:
 
 
 def _depths(metric: Metric, results: Sequence[Results]) -> list[list[float | None]]:
-    """Return a metric's value at every depth of each stage, if any stage was measured at more than one."""
+    """Return a metric's values at every depth of each stage, or nothing if no stage was measured at more than one."""
     values = [[entry["value"] for entry in r.get("by_depth", {}).get(metric.name, ())] for r in results]
     return values if max(map(len, values)) > 1 else []
 
 
 def _training_rows(stages: Mapping[str, Results]) -> list[MetricRow]:
-    """Return what the trainings cost, where there were any."""
+    """Return the costs of the trainings, if there were any."""
     rows = []
     for key, label, unit, scale in TRAINING_ROWS:
         trained = [result.get("training") for result in stages.values()]
@@ -86,7 +86,7 @@ def _training_rows(stages: Mapping[str, Results]) -> list[MetricRow]:
 
 
 def _withdraw(rows: Sequence[MetricRow], stages: Mapping[str, Results]) -> None:
-    """Take back what the table says about recursion."""
+    """Remove the verdicts about recursion from the table."""
     for row in rows:
         for cell, result in zip(row.cells, stages.values(), strict=True):
             if result["stage"] == "finetuned_recursive" and cell.verdict in ("better", "worse", "differs"):

@@ -1,7 +1,7 @@
-"""Gates: conditions on the values of a comparison, as `finetuned_recursive.perplexity <= 1.02 * baseline.perplexity`.
+"""Gates: conditions on values, for example `finetuned_recursive.perplexity <= 1.02 * baseline.perplexity`.
 
 A gate is `SIDE OPERATOR SIDE` with one of > < >= <= ==. A side is a number, STAGE.METRIC, or a number times
-STAGE.METRIC. A gate looks at the values alone; with `significant`, the difference has to be shown as well.
+STAGE.METRIC. A gate compares only the values; with `significant`, the difference also has to be significant.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate that was read."""
+    """A gate, read from its text."""
 
     text: str
     left: Side
@@ -41,14 +41,17 @@ class Gate:
 
 
 def read_gate(text: str, stages: Mapping[str, Results]) -> Gate:
-    """Read a gate on these stages.
+    """Read a gate.
+
+    Args:
+        stages: label -> results of the stages that it may name.
 
     Raises:
-        UsageError: it has another form, or names a stage or metric that is not there; suggests the closest.
+        UsageError: it has another form, or names a stage or metric that does not exist; suggests the closest one.
     """
     parts = re.split(r"(>=|<=|==|>|<)", text)
     if len(parts) != 3 or parts[0].rstrip().endswith("=") or parts[2].startswith("="):
-        raise UsageError(f"the gate '{text}' cannot be read: it needs one of {', '.join(OPERATORS)}, once", FORM)
+        raise UsageError(f"the gate '{text}' cannot be read: it needs exactly one of {', '.join(OPERATORS)}", FORM)
     left, right = (_side(part.strip(), text, stages) for part in (parts[0], parts[2]))
     if not left.stage and not right.stage:
         raise UsageError(f"the gate '{text}' compares two numbers", FORM)
@@ -56,11 +59,11 @@ def read_gate(text: str, stages: Mapping[str, Results]) -> Gate:
 
 
 def check(gate: Gate, cells: Cells, alpha: float, *, significant: bool = False) -> GateResult:
-    """Look whether a gate holds.
+    """Check whether a gate holds.
 
     Args:
-        significant: a gate on one metric of two stages holds only if the paired test, at `alpha`, and the 95 % interval
-            of their difference say so too.
+        significant: whether the difference of the two stages also has to be significant: by the paired test at level
+            `alpha`, and by the 95 % interval, which must not contain zero.
 
     Raises:
         UsageError: `significant` was asked for a gate that has no such test.
@@ -71,10 +74,10 @@ def check(gate: Gate, cells: Cells, alpha: float, *, significant: bool = False) 
 
 
 def require_gates(results: list[GateResult]) -> None:
-    """Let a comparison pass whose gates all hold.
+    """Stop the command if a gate does not hold.
 
     Raises:
-        CheckFailed: some do not; names them with both values.
+        CheckFailed: names the gates that do not hold, with both values.
     """
     failed = [f"'{r.gate}' ({r.left:.6g} and {r.right:.6g})" for r in results if not r.holds]
     if failed:
@@ -115,7 +118,7 @@ def _number(text: str) -> float | None:
 
 
 def _value(side: Side, stages: Mapping[str, Results]) -> float:
-    """Return a side's value; a metric that was not finite is NaN, with which nothing holds."""
+    """Return the value of a side; NaN, with which no gate holds, for a metric that was not finite."""
     if not side.stage:
         return side.factor
     value = stages[side.stage]["metrics"][side.metric]["value"]

@@ -1,4 +1,4 @@
-"""Two stages measured on the same records: which of them can be paired, and by how much they differ."""
+"""Computes the difference of two stages over the records that both have, and corrects for testing many differences."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rrcli.evaluation.metrics import Metric
 
 
 class Cells:
-    """The cells of a comparison, each made once: a stage's value of a metric, and its difference to another stage's."""
+    """The cells of a comparison, each made once: a stage's value of a metric, and its difference to another stage."""
 
     def __init__(self, stages: Mapping[str, Results]) -> None:
-        """Take the stages by their labels."""
+        """Take label -> results of the stages."""
         self.stages = stages
         self._made: dict[tuple[str, str, str], Cell] = {}
 
@@ -29,10 +29,10 @@ class Cells:
 
 
 def pair(metric: Metric, result: Results, reference: Results) -> Pair:
-    """Estimate a metric's difference, `result` minus `reference`, over the records that both hold.
+    """Estimate a metric's difference, `result` minus `reference`, over the records that both have.
 
-    Nothing is paired if the two share no record, if a common record is not the same one in both, or, for metrics per
-    token, if the tokenizers differ.
+    There is no estimate if they have no record in common, if a record with the same key has different content, or, for
+    metrics per token, if the tokenizers differ.
     """
     part = PARTS[metric.part]
     mine, theirs = (metric.records(r["records"]) for r in (result, reference))
@@ -56,10 +56,11 @@ def pair(metric: Metric, result: Results, reference: Results) -> Pair:
 
 
 def correct(rows: list[MetricRow], claims: list[Claim], alpha: float) -> None:
-    """Adjust all p-values together (Holm), and call noise what does not survive or whose interval holds zero.
+    """Correct all p-values together (Holm), and set the verdict of what is then not significant to "within noise".
 
-    The tests are those of the table, and those of the claims whose cells are not in it. Records of the table that are
-    identical leave nothing to test, so they do not make it harder for the others.
+    A difference whose interval contains zero is within noise too. The tests are those of the table, and those of the
+    claims whose cells are not in the table. Cells of the table whose records are identical are left out, because there
+    is nothing to test.
     """
     table = [cell for row in rows for cell in row.cells]
     tested = [cell for cell in table if cell.p_value is not None and cell.verdict != "same"]
@@ -71,7 +72,7 @@ def correct(rows: list[MetricRow], claims: list[Claim], alpha: float) -> None:
 
 
 def backed(p_value: float, low: float | None, high: float | None, alpha: float) -> bool:
-    """Tell whether both the test and the interval say that there is a difference."""
+    """Return whether both the test and the interval show a difference."""
     return p_value <= alpha and low is not None and high is not None and not low <= 0 <= high
 
 

@@ -1,4 +1,7 @@
-"""The parts of a results file: what a record is called, when two of them are the same one, and what came out of it."""
+"""The kinds of records in a results file: their names, their identity, and their outcome.
+
+A record is what was measured on one document, problem, prompt or sample of lm-eval.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ class Part:
     """A kind of record.
 
     Attributes:
-        noun: what its records are called. outcomes: what the outcomes of its records are called.
-        identity: fields on which two records of one key agree if they are the same one.
-        held: what these fields hold, in words.
-        outcome: what a stage did with the record: one value for each depth, pass 0 first.
+        noun: the word for its records. outcomes: the words for what a stage made of them.
+        identity: two records with the same key are about the same document, problem, ... if these fields are equal too.
+        held: these fields in words.
+        outcome: returns what a stage made of a record: one value for each depth, pass 0 first.
     """
 
     noun: str

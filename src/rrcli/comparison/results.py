@@ -1,4 +1,4 @@
-"""What `rr compare` found: pairs, cells, rows, claims, and the whole. Data only: other modules fill and write it."""
+"""The values that `rr compare` computes: pairs, cells, rows, claims, and the comparison as a whole. Data only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rrcli.evaluation.metrics import Metric
 from rrcli.evaluation.stats import Estimate
 from rrcli.files import finite
 
-# What a results file holds.
+# The content of a results file.
 Results = dict[str, Any]
 
 
@@ -19,10 +19,11 @@ class Pair:
     """The difference of one metric between a stage and a reference stage, over the records that both hold.
 
     Attributes:
-        estimate: on the scale of the test (nats, shares, scores); None where the two cannot be paired.
-        same: whether every common record is identical. discordant: the share of problems that one of them solves.
-        common, of, others: records in both stages, in the reference, and in the other stage.
-        conflicts: common records that are not the same ones (`Part.identity`).
+        estimate: on the scale of the test (nats, shares, scores); None if the two stages cannot be paired.
+        same: whether all records have the same outcome in both stages.
+        discordant: the share of problems that exactly one of the two stages solves.
+        common, of, others: number of records in both stages, in the reference, and in the other stage.
+        conflicts: number of records with the same key but of different content (`Part.identity`).
     """
 
     estimate: Estimate | None = None
@@ -36,15 +37,17 @@ class Pair:
 
 @dataclass
 class Cell:
-    """One stage's value of one metric, and its difference to a reference stage: in a table, the first one.
+    """One stage's value of one metric, and its difference to a reference stage; in a table, that is the first stage.
 
     Attributes:
         value, low, high: the metric with its interval (None where it was not measured).
-        difference, difference_low, difference_high: paired; percent for perplexity and cost, points for shares.
-        p_value, p_adjusted: of "no difference", before and after Holm's correction.
-        verdict: better, worse, differs, within noise, same, not comparable, or '' (the first stage, costs).
-        n: the records behind the difference: those that both stages hold.
-        pair: what the difference was taken from; None where there is none, as for costs.
+        difference, difference_low, difference_high: with its interval, over the records in both stages; in percent for
+            perplexity and costs, in points for shares, else in the metric's unit.
+        p_value, p_adjusted: of the hypothesis "no difference", before and after Holm's correction.
+        verdict: better, worse, differs, within noise, same, not comparable, no claim (it rests on a broken surgery), or
+            '' (the first stage, costs).
+        n: number of records that the difference is computed from.
+        pair: the records and estimate that the difference comes from; None for the first stage and for costs.
     """
 
     value: float | None = None
@@ -66,7 +69,12 @@ class Cell:
 
 @dataclass
 class MetricRow:
-    """One metric over all stages; `depths` has each stage's values at depth 0, 1, ..., where it was measured so."""
+    """One metric over all stages.
+
+    Attributes:
+        cells: one for each stage.
+        depths: each stage's values at depth 0, 1, ...; empty if no stage was measured at more than one depth.
+    """
 
     metric: Metric
     cells: list[Cell]
@@ -78,9 +86,9 @@ class Claim:
     """A difference that a sentence speaks about.
 
     Attributes:
-        what, against: what is said to make the difference, and the reference, in words.
-        before: the reference's value. cell: the stage's value and its difference to the reference.
-        pair, estimate: the cell's, where they are known to be there.
+        what: what makes the difference, in words. against: the reference stage, in words.
+        before: the value of the reference stage. cell: the stage's value and its difference to the reference stage.
+        pair, estimate: those of the cell, which are never None for a claim.
     """
 
     what: str
@@ -93,13 +101,13 @@ class Claim:
 
     @property
     def p_adjusted(self) -> float:
-        """The corrected p-value; 1 where identical records left nothing to test."""
+        """The corrected p-value; 1 if all records are identical, so that there is nothing to test."""
         return 1.0 if self.cell.p_adjusted is None else self.cell.p_adjusted
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """A gate as it was written, the values of its two sides, and whether it holds."""
+    """A gate as the user wrote it, the values of its two sides, and whether it holds."""
 
     gate: str
     left: float
@@ -109,7 +117,7 @@ class GateResult:
 
 @dataclass(frozen=True)
 class PromptTexts:
-    """What each stage wrote after one prompt; None where a stage has no such prompt."""
+    """The texts that the stages wrote after one prompt; None for a stage without this prompt."""
 
     prompt: str
     texts: list[str | None]
@@ -117,10 +125,11 @@ class PromptTexts:
 
 @dataclass
 class Comparison:
-    """Everything that `rr compare` shows; `results` are what it was made from, in the order of `stages`.
+    """Everything that `rr compare` shows.
 
     Attributes:
-        broken_surgery: said first, where surgery did not preserve the baseline; the command then fails.
+        stages: labels of the stages: their names, or paths of results files. results: the content of their files.
+        broken_surgery: a sentence that is shown first if surgery did not preserve the baseline; the command then fails.
     """
 
     stages: list[str]
@@ -161,7 +170,7 @@ class Comparison:
 
 
 def speakers(stages: Mapping[str, Results]) -> dict[str, str]:
-    """Return the label of the results that speak for each stage: of two files of one stage, the first."""
+    """Return stage -> the label of its results; if two files are of the same stage, the first one counts."""
     labels: dict[str, str] = {}
     for label, result in stages.items():
         labels.setdefault(result["stage"], label)
@@ -169,7 +178,7 @@ def speakers(stages: Mapping[str, Results]) -> dict[str, str]:
 
 
 def generations_of(results: list[Results]) -> list[PromptTexts]:
-    """Return every prompt of any stage, with what each stage wrote after it."""
+    """Return every prompt of any stage, with the text that each stage wrote after it."""
     texts = [
         {r["prompt"]: r["text"] for r in result["records"].get("generations", ()) if "prompt" in r}
         for result in results

@@ -1,7 +1,7 @@
-"""A comparison in words: what surgery, fine-tuning and recursion are shown to have done, and what to be careful about.
+"""A comparison in words: what surgery, fine-tuning and recursion changed, and what the reader has to be careful about.
 
-Four sentences answer the four questions of an experiment; every one names its numbers, its interval and its n. Warnings
-name what else differs between two stages than the model, and how many records they share.
+The sentences answer the four questions of an experiment, each with its values, the interval, and the number of records.
+The warnings name what differs between two stages beside the model, and how many records they have in common.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from rrcli.evaluation.metrics import BITS_PER_BYTE, PERPLEXITY, REASONING_ACCURA
 PROVENANCE = ("seed", "dtype", "device", "machine", "hardware", "rr", "python")
 
 
-# -- what to be careful about ------------------------------------------------------------------------------------------
+# -- warnings ------------------------------------------------------------------------------------------
 
 
 def warnings(stages: Mapping[str, Results], rows: Sequence[MetricRow]) -> list[str]:
-    """Return what is to be said about how the stages were measured and paired with the first one."""
+    """Return what the reader should know about how the stages were measured and paired with the first one."""
     (first, reference), *others = stages.items()
     told = _sampled(stages)
     for column, (label, result) in enumerate(others, start=1):
@@ -35,17 +35,17 @@ def warnings(stages: Mapping[str, Results], rows: Sequence[MetricRow]) -> list[s
 
 
 def _measured_differently(label: str, first: str, *, result: Results, reference: Results) -> list[str]:
-    """Return a warning that names everything beside the model in which two measurements differ, if anything does."""
+    """Return a warning that names all differences of two measurements beside the model, if there are any."""
     a, b = reference, result
     found = [f"{name} ({_data(a)} and {_data(b)})" for name in ("data",) if _data(a) != _data(b)]
     for place, names in (("provenance", PROVENANCE), ("settings", MEASURING_SETTINGS)):
         for name in names:
             before, after = (r.get(place, {}).get(name) for r in (a, b))
-            # What an older version did not record is not known to differ.
+            # A value that an older version did not record is not known to differ.
             if before != after and None not in (before, after):
                 found.append(f"{name} ({before} and {after})")
     if a["model"]["tokenizer"] != b["model"]["tokenizer"]:
-        found.append("tokenizer (metrics per token do not compare, bits per byte do)")
+        found.append("tokenizer (so only bits per byte can be compared, not metrics per token)")
     versions = [r["provenance"]["versions"] for r in (a, b)]
     for package in sorted(versions[0].keys() | versions[1].keys()):
         before, after = (v.get(package, "none") for v in versions)
@@ -60,11 +60,14 @@ def _sampled(stages: Mapping[str, Results]) -> list[str]:
     told = [f"{label} ({n:,} of {held_out:,})" for label, n, held_out in counts if held_out and n < held_out]
     if not told:
         return []
-    return [f"only a sample of the documents was scored (--max-samples), which is for trying out: {', '.join(told)}"]
+    return [
+        "only a sample of the documents was scored (--max-samples), which is enough to try things out but not for "
+        f"conclusions: {', '.join(told)}"
+    ]
 
 
 def _shared_in_part(label: str, first: str, pairs: Sequence[tuple[Metric, Pair]], *, same_tokenizer: bool) -> list[str]:
-    """Return a warning for each kind of record that two stages share in part, not at all, or under false keys.
+    """Return a warning for each kind of record that is not the same in both stages.
 
     Args:
         pairs: how each metric was paired.
@@ -73,19 +76,19 @@ def _shared_in_part(label: str, first: str, pairs: Sequence[tuple[Metric, Pair]]
     for metric, found in pairs:
         part = PARTS[metric.part]
         noun = f"samples of {metric.task}" if metric.part == "harness" else part.noun
-        if noun in told or (metric.part == "problems" and metric.task):  # tasks are parts of the whole
+        if noun in told or (metric.part == "problems" and metric.task):  # the metric over all tasks has them all
             continue
         if not found.common:
-            told[noun] = f"{first} and {label} share none of their {noun} ({found.of} and {found.others})"
+            told[noun] = f"{first} and {label} have no {noun} in common ({found.of} and {found.others})"
         elif found.conflicts and (same_tokenizer or metric.part != "documents"):
             told[noun] = (
-                f"{first} and {label}: {found.conflicts} of {found.common} common {noun} differ in what they hold "
-                f"({part.held}), so these are not compared"
+                f"{first} and {label}: {found.conflicts} of the {found.common} {noun} in both have different content "
+                f"({part.held}), so {noun} are not compared"
             )
         elif found.common < max(found.of, found.others):
             told[noun] = (
-                f"{first} and {label}: {noun} are compared on {found.common} common of {found.of} "
-                f"(and {found.others}); the values shown are each stage's own"
+                f"{first} and {label}: only the {found.common} {noun} in both are compared, of {found.of} and "
+                f"{found.others}; the values in the table are over all {noun} of each stage"
             )
     return list(told.values())
 
@@ -94,15 +97,15 @@ def _data(result: Results) -> str:
     return f"{result['data'].get('source', 'data')} {result['data']['fingerprint']}"
 
 
-# -- what is shown -----------------------------------------------------------------------------------------------------
+# -- answers -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a sentence answers: does `what` make a difference, from the stage `reference` to the stage `stage`?
+    """A question that a sentence answers: does `what` make `stage` different from `reference`?
 
     Attributes:
-        against: the reference stage in words.
+        what: what was done to the model, in words. against: the reference stage, in words.
     """
 
     what: str
@@ -117,7 +120,7 @@ BOTH = Question("Recursive fine-tuning", "finetuned_recursive", "baseline", "the
 
 
 def claims(cells: Cells, metrics: Sequence[Metric], *, sound: bool = True) -> list[Claim]:
-    """Return the differences that the sentences speak about: of fine-tuning, and of recursion beyond it.
+    """Return the differences that the sentences speak about: that of fine-tuning, and that of recursion beyond it.
 
     Args:
         metrics: those of the table.
@@ -132,17 +135,17 @@ def claims(cells: Cells, metrics: Sequence[Metric], *, sound: bool = True) -> li
         if {question.stage, question.reference} <= labels.keys():
             stage, reference = labels[question.stage], labels[question.reference]
             found = [_claim(question, metric, cells, stage=stage, reference=reference) for metric in metrics]
-            # What the model answers comes first, then text.
+            # Accuracies come first, then perplexity.
             told += sorted(filter(None, found), key=lambda claim: claim.metric.part == "documents")
     return told
 
 
 def _claim(question: Question, metric: Metric, cells: Cells, *, stage: str, reference: str) -> Claim | None:
-    """Return what is claimed by a metric; None where it is not spoken about, or where the two cannot be paired."""
+    """Return the difference in a metric; None if no sentence is about this metric, or if it cannot be paired."""
     result, other = cells.stages[stage], cells.stages[reference]
     same_tokens = result["model"]["tokenizer"] == other["model"]["tokenizer"]
     spoken = metric in (REASONING_ACCURACY, PERPLEXITY if same_tokens else BITS_PER_BYTE) or metric.part == "harness"
-    # A value that was not finite stands as null in the results.
+    # A value that was not finite is null in a results file.
     before = other["metrics"].get(metric.name, {}).get("value")
     if not spoken or before is None:
         return None
@@ -160,11 +163,11 @@ def sentences(
     said = [preserved.sentence()] if preserved is not None else []
     said += [_tell(claim, alpha) for claim in told]
     if preserved is not None and preserved.broken:
-        return [*said, "Nothing is said about recursion: what rests on a broken surgery shows nothing of it."]
+        return [*said, "Nothing is said about recursion, because surgery changed the model."]
     if {"finetuned_vanilla", "finetuned_recursive"} <= known.keys():
         said += _cost(known["finetuned_recursive"], known["finetuned_vanilla"])
     elif {"baseline", "finetuned_recursive"} <= known.keys():
-        said.append("What recursion adds to fine-tuning needs stage finetuned_vanilla beside it.")
+        said.append("To see what recursion adds to fine-tuning, measure stage finetuned_vanilla too.")
     return said
 
 
@@ -177,16 +180,17 @@ def _tell(claim: Claim, alpha: float) -> str:
     change, low, high = (
         "?" if x is None else f"{x:+.{digits}f}" for x in (cell.difference, cell.difference_low, cell.difference_high)
     )
-    facts = f"{values}, {change}{f' {unit}' if unit else ''} [{low}, {high}], {_p(claim.p_adjusted)}"
+    noun = PARTS[metric.part].noun
+    difference = f"a difference of {change}{f' {unit}' if unit else ''} [95 % interval {low} to {high}]"
+    facts = f"{values}, {difference}, {_p(claim.p_adjusted)}, n = {n} {noun}"
     if cell.verdict in ("better", "worse", "differs"):
         verb = "differs from" if cell.verdict == "differs" else f"is {cell.verdict} than"
-        return f"{claim.what}: {label} {verb} {claim.against}'s, {facts}, n = {n}."
-    text = f"{claim.what}: no effect on {label} is shown with n = {n}, {facts}"
+        return f"{claim.what}: {label} {verb} {claim.against}'s ({facts})."
+    text = f"{claim.what}: no effect on {label} is shown ({facts})."
     needed = _needed(claim, alpha)
-    if needed is None or needed <= n:  # enough alone, but not among all the metrics of the table
-        return f"{text}."
-    noun = "documents" if metric.part == "documents" else "problems"
-    return f"{text}; about {needed:,} {noun} would be needed to show a difference of this size."
+    if needed is None or needed <= n:  # n is enough for this test alone, but not for all tests of the table together
+        return text
+    return f"{text} About {needed:,} {noun} would be needed to show a difference of this size."
 
 
 def _needed(claim: Claim, alpha: float) -> int | None:
@@ -209,7 +213,7 @@ def _cost(result: Results, reference: Results) -> list[str]:
         before, after = ((r.get("training") or {}).get(key) for r in (reference, result))
         if before and after is not None:
             factors.append(f"{after / before:.2f} x the {label}")
-    return [f"What recursion costs against vanilla: {', '.join(factors)}."] if factors else []
+    return [f"Cost of recursion compared with vanilla fine-tuning: {', '.join(factors)}."] if factors else []
 
 
 def _p(p: float) -> str:

@@ -1,7 +1,7 @@
-"""From records to metrics: what each metric is called, which way is better, and how it is computed with its interval.
+"""Computes metrics, with their intervals, from records; and describes each metric as a value.
 
-Records are per document, per problem and per prompt; lists in them have one entry per depth, pass 0 first, and the last
-one is the stage's own depth. Nothing here needs torch, so `rr compare` and tests compute the same numbers.
+There is a record for each document, problem and prompt. Lists in a record have one entry for each depth, pass 0 first;
+the last entry is at the depth of the stage. This module needs no torch, so `rr compare` computes the same numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rrcli.evaluation import stats
 
-# What was measured on one document, problem or prompt, and all of them by part: 'documents', 'problems', ...
+# What was measured on one document, problem or prompt; and all records of a stage: part -> records.
 Record = Mapping[str, Any]
 Records = Mapping[str, Sequence[Record]]
 
@@ -24,20 +24,21 @@ Scale = Literal["exp", "bits", "percent", ""]
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric is called, how it is computed from records, and how two stages are compared by it.
+    """A metric: its name, how it is computed from records, and how two stages are compared by it.
 
     Attributes:
         name: its key in a results file. label, unit: for people.
         better: 'lower', 'higher' or '' (neither is).
-        part: the records that it is computed from; '' if there are none.
-        field: what a record says of it. size: what a document's total is divided by: 'tokens' or 'bytes'.
-        scale: from what is estimated to the metric's unit: 'exp' (nats per token to perplexity), 'bits' (from nats),
-            'percent' (from shares) or '' (the same).
-        test: how the difference of two stages is tested: 'ratio' (of document totals), 'mcnemar', 'bootstrap',
-            'mcnemar_or_bootstrap' (McNemar where every score is 0 or 1) or '' (it is not).
-        relative: differences are percent of the other stage's value. One that is relative without a test is a cost.
-        task: the reasoning task or the task of lm-eval that it is about; '' if it is about no single one.
-        compared: whether `rr compare` shows it.
+        part: the kind of records that stages are compared on; '' if there is none.
+        field: the field of a record that holds its score. size: the field that a document's total is divided by.
+        scale: how an estimate becomes the metric's value: 'exp' (perplexity from nats per token), 'bits' (from nats),
+            'percent' (from a share) or '' (it is the value).
+        test: how the difference of two stages is tested: 'ratio' (of totals over documents), 'mcnemar', 'bootstrap',
+            'mcnemar_or_bootstrap' (McNemar if every score is 0 or 1) or '' (it is not tested).
+        relative: whether a difference is shown in percent of the other stage's value. Metrics that are relative but not
+            tested are costs.
+        task: the reasoning task, or the task of lm-eval; '' if the metric is not about a single task.
+        compared: whether `rr compare` has a row for it.
     """
 
     name: str
@@ -56,32 +57,32 @@ class Metric:
 
     @property
     def per_token(self) -> bool:
-        """Whether two stages need the same tokenizer to be compared."""
+        """Whether stages can be compared only if they have the same tokenizer."""
         return self.size == "tokens"
 
     def records(self, measured: Records) -> dict[str, Record]:
-        """Return the records that the metric is computed from, by their keys."""
+        """Return key -> record, for the records that the metric is computed from."""
         found = measured.get(self.part, ())
         if self.part == "harness":
             found = [r for r in found if self.name == f"harness/{r['task']}/{r['metric']}"]
         elif self.part == "problems" and self.task:
             labels = task_labels(r["task"] for r in found)
             found = [r for r in found if labels[r["task"]] == self.task]
-        elif self.part == "generations":  # an older record has no field of a newer metric
+        elif self.part == "generations":  # records of an older version lack newer fields
             found = [r for r in found if r.get(self.field) is not None]
         return {r["key"]: r for r in found}
 
     def score(self, record: Record, depth: int = -1) -> float:
-        """Return what a record says: a document's total (nats or hits), or the score of an answer, text or sample."""
+        """Return the score of a record: a document's total (nats or hits), or that of an answer, a text or a sample."""
         by_depth = self.part in ("documents", "problems")
         return float(record[self.field][depth] if by_depth else record[self.field])
 
     def totals(self, measured: Records, depth: int = -1) -> dict[str, tuple[float, float]]:
-        """Return (total, size) of each document: nats or hits, over tokens or bytes."""
+        """Return key -> (total, size) of each document: nats or hits, and tokens or bytes."""
         return {key: (self.score(r, depth), r[self.size]) for key, r in self.records(measured).items()}
 
     def in_unit(self, value: float) -> float:
-        """Turn what is estimated (nats per token, a share) into the metric's own unit."""
+        """Convert an estimate (nats per token or byte, a share) to the metric's unit."""
         match self.scale:
             case "exp":
                 return math.exp(value) if value < 700 else math.inf
@@ -93,7 +94,7 @@ class Metric:
                 return value
 
     def shown_difference(self, value: float) -> float:
-        """Turn an estimated difference into what is shown: percent of perplexity, points, or the metric's own unit."""
+        """Convert an estimated difference to what is shown: percent for perplexity, else the metric's unit."""
         return 100 * math.expm1(min(value, 700)) if self.scale == "exp" else self.in_unit(value)
 
 
@@ -123,7 +124,7 @@ def _cost(name: str, label: str, unit: str, *, better: str = "lower") -> Metric:
     return Metric(name, label, unit, better=better, relative=True)
 
 
-# Every metric with a name of its own, in the order in which they are shown.
+# Every metric with a fixed name, in the order in which they are shown.
 KNOWN: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -163,13 +164,14 @@ KNOWN: dict[str, Metric] = {
 
 
 def metrics_of(*measured: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
-    """Return the metrics of some stages, in the order in which they are shown.
+    """Return the metrics of one or more stages, in the order in which they are shown.
 
-    The order is that of `KNOWN`, with each reasoning task and then lm-eval's metrics after the overall accuracies, the
-    stability at each pass after the commit rate, and a metric of an unknown name at the end, which is not compared.
+    This is the only place that reads the names of metrics. The order is that of `KNOWN`; the accuracy of each reasoning
+    task and then lm-eval's metrics follow the overall accuracy, and the stability at each pass follows the commit rate.
+    Metrics with unknown names come last and are not compared.
 
     Args:
-        measured: for each stage, what its results file holds under `metrics`: name -> value and more.
+        measured: for each stage, the `metrics` of its results file: name -> value, low, high, n, better.
     """
     entries: dict[str, Mapping[str, Any]] = {}
     for values in measured:
@@ -177,7 +179,7 @@ def metrics_of(*measured: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
     tasks = [name for name in entries if name.startswith("reasoning_accuracy/")]
     places = {name: place for place, name in enumerate(KNOWN)}
     after_accuracy = places["reasoning_accuracy_strict"]
-    found: list[tuple[int, int, Metric]] = []  # the place of a known metric, and how far after it
+    found: list[tuple[int, int, Metric]] = []  # place of a known metric, steps after it, metric
     for name, entry in entries.items():
         kind, _, rest = name.partition("/")
         where, stability, step = name.partition("stability@")
@@ -197,7 +199,7 @@ def metrics_of(*measured: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
 
 
 def _of_harness(name: str, rest: str, entry: Mapping[str, Any]) -> Metric:
-    """Describe `harness/TASK/METRIC`, in lm-eval's own unit; the entry says which way is better."""
+    """Return the metric `harness/TASK/METRIC`, in lm-eval's unit; the entry says which direction is better."""
     return Metric(
         name,
         rest.replace("/", " "),
@@ -210,7 +212,7 @@ def _of_harness(name: str, rest: str, entry: Mapping[str, Any]) -> Metric:
 
 
 def from_records(records: Records) -> dict[str, dict[str, Any]]:
-    """Return every metric that the records allow: name -> value, low, high, n."""
+    """Return every metric that can be computed from the records: name -> value, low, high, n."""
     return {
         **_document_metrics(records.get("documents", ()), -1),
         **_problem_metrics(records.get("problems", ())),

@@ -1,4 +1,4 @@
-"""`rr compare`: put stages side by side, with paired statistics, and say in words what is shown and what is noise."""
+"""`rr compare`: reads the results of stages and compares them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
 
 
 def _named(names: Sequence[str], workspace: Workspace) -> list[str]:
-    """Return the names that were given, or every stage that was measured."""
+    """Return the given names, or every stage that was measured if no name was given."""
     names = list(names) or [stage for stage in STAGES if workspace.results_file(stage).exists()]
     if not names:
         raise RRError(
@@ -58,10 +58,10 @@ def _named(names: Sequence[str], workspace: Workspace) -> list[str]:
 
 
 def _preserved(stages: Mapping[str, Results], workspace: Workspace) -> Preservation | None:
-    """Hold the stage after surgery against the baseline: the two that are compared, or those that recursion rests on.
+    """Check that surgery preserved the baseline, if both stages are compared or a recursive stage is.
 
-    Recursive stages rest on the surgery of this folder, even where it is not among what is compared; that it held is
-    then not worth a word.
+    A recursive stage rests on the surgery of this folder even if that stage is not compared. Then only a surgery that
+    changed the model is reported.
     """
     compared = {stage: stages[label] for stage, label in speakers(stages).items()}
     if {"baseline", SURGERY_STAGE} <= compared.keys():
