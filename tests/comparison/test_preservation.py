@@ -104,6 +104,19 @@ def test_samples_of_lm_eval_count_too():
     assert "1 of 1 samples of lm-eval" in found.sentence()
 
 
+def test_a_sample_of_lm_eval_has_a_record_for_each_metric_and_task():
+    after, base = by_depth(), results("baseline")
+    scores = {("arc", "acc"): 1.0, ("arc", "acc_norm"): 0.0, ("arc_easy", "acc"): 0.0}
+    for stage in (after, base):
+        stage["records"]["harness"] = [
+            {"key": "a", "task": task, "metric": metric, "score": score, "target": "x"}
+            for (task, metric), score in scores.items()
+        ]
+    assert preservation.check_preserved(after, base).exact
+    after["records"]["harness"][0]["score"] = 0.0
+    assert "1 of 3 samples of lm-eval" in preservation.check_preserved(after, base).sentence()
+
+
 # -- rr compare --------------------------------------------------------------------------------------------------------
 
 

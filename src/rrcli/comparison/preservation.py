@@ -96,8 +96,8 @@ def check_preserved(after: Results, base: Results) -> Preservation:
     causes = tuple(name for name in ROUNDING_CAUSES if _differ(after["provenance"], base["provenance"], name))
     same, changed, worst = [], [], 0.0
     for name, part in PARTS.items():
-        before = {record["key"]: record for record in base["records"].get(name, ())}
-        pairs = [(r, before[r["key"]]) for r in after["records"].get(name, ()) if r["key"] in before]
+        before = {part.key(record): record for record in base["records"].get(name, ())}
+        pairs = [(r, before[part.key(r)]) for r in after["records"].get(name, ()) if part.key(r) in before]
         if not pairs:
             continue
         if any(a.get(field) != b.get(field) for a, b in pairs for field in part.identity):

@@ -21,6 +21,7 @@ class Part:
         identity: two records with the same key are about the same document, problem, ... if these fields are equal too.
         held: these fields in words.
         outcome: returns what a stage made of a record: one value for each depth, pass 0 first.
+        key_fields: the fields of its key. A sample of lm-eval has a record for each metric, all with the same `key`.
     """
 
     noun: str
@@ -28,6 +29,11 @@ class Part:
     identity: tuple[str, ...]
     held: str
     outcome: Callable[[Record], list[Any]]
+    key_fields: tuple[str, ...] = ("key",)
+
+    def key(self, record: Record) -> tuple[Any, ...]:
+        """Return what tells a record from all others of a stage."""
+        return tuple(record[field] for field in self.key_fields)
 
 
 PARTS = {
@@ -46,5 +52,12 @@ PARTS = {
         lambda record: list(record["outputs"]),
     ),
     "generations": Part("prompts", "generations", ("prompt",), "prompt or target", lambda record: [record["text"]]),
-    "harness": Part("samples", "samples of lm-eval", ("target",), "prompt or target", lambda record: [record["score"]]),
+    "harness": Part(
+        "samples",
+        "samples of lm-eval",
+        ("target",),
+        "prompt or target",
+        lambda record: [record["score"]],
+        key_fields=("task", "metric", "key"),
+    ),
 }
