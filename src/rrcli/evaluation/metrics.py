@@ -17,7 +17,7 @@ from rrcli.evaluation import stats
 Record = Mapping[str, Any]
 Records = Mapping[str, Sequence[Record]]
 
-Part = Literal["documents", "problems", "generations", "harness", ""]
+PartName = Literal["documents", "problems", "generations", "harness", ""]
 Test = Literal["ratio", "mcnemar", "bootstrap", "mcnemar_or_bootstrap", ""]
 Scale = Literal["exp", "bits", "percent", ""]
 
@@ -46,7 +46,7 @@ class Metric:
     unit: str = ""
     _: KW_ONLY
     better: str = ""
-    part: Part = ""
+    part: PartName = ""
     field: str = ""
     size: str = ""
     scale: Scale = ""
