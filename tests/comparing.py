@@ -89,7 +89,7 @@ def compared(directory: Path, *stages: dict[str, Any], alpha: float = 0.05) -> C
 
 
 def cell(comparison: Comparison, name: str, stage: str) -> Cell:
-    row = next(row for row in comparison.rows if row.name == name)
+    row = next(row for row in comparison.rows if row.metric.name == name)
     return row.cells[comparison.stages.index(stage)]
 
 

@@ -45,7 +45,7 @@ def test_run_measures_four_stages_and_compares(experiment):
     folder, done = experiment
     assert all(stage in done.stdout for stage in STAGES)
     assert "Surgery preserved the baseline exactly" in done.stdout
-    assert "What recursion costs against vanilla" in done.stdout
+    assert "Cost of recursion compared with vanilla fine-tuning" in done.stdout
     for stage in STAGES:
         found = results(folder, stage)
         assert found["schema"] == 1

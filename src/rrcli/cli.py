@@ -265,7 +265,7 @@ def eval(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Measure a stage: perplexity, accuracy, reasoning, generations, speed."""
-    from rrcli.comparison.preservation import require
+    from rrcli.comparison.preservation import require_preserved
     from rrcli.services import eval as service
 
     result = service.evaluate(
@@ -275,7 +275,7 @@ def eval(
         ui.show_json("evaluation", {key: value for key, value in result.results.items() if key != "schema"})
     else:
         ui.show_eval(result)
-    require(result.preserved)
+    require_preserved(result.preserved)
     if json:
         return
     following = STAGES.index(stage) + 1
@@ -383,7 +383,7 @@ def status(ctx: Context, json: Json = False) -> None:
 
 def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: Path, json: bool) -> None:
     """Show a comparison in the form that was asked for, or write it to a file; then fail if a gate does not hold."""
-    from rrcli.comparison.gates import require
+    from rrcli.comparison.gates import require_gates
     from rrcli.files import write_text
 
     form = "json" if json else chosen.format
@@ -411,7 +411,7 @@ def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: P
             "surgery did not preserve the baseline, so nothing is said about recursion",
             "'rr setup' checks the installation; 'rr surgery --overwrite' and 'rr eval' make the stages anew.",
         )
-    require(result.gates)
+    require_gates(result.gates)
 
 
 def _perform(step: Any, ctx: Context) -> None:

@@ -217,27 +217,22 @@ def show_export(folder: Any) -> None:
 
 
 def show_eval(result: EvalResult) -> None:
-    """Print a stage's metrics, and by depth where there is recursion."""
-    from rrcli.evaluation.metrics import METRICS, stability_label
+    """Print a stage's metrics, and a second table with their values at every depth if there is recursion."""
+    from rrcli.evaluation.metrics import KNOWN, metrics_of
 
     metrics = result.results["metrics"]
     table = Table(box=SIMPLE_HEAD, title=result.stage, title_justify="left")
     for name in ("Metric", "Value", "95 % interval", "n"):
         table.add_column(name, justify="left" if name == "Metric" else "right")
-    for name, entry in metrics.items():
-        known = METRICS.get(name)
-        label, unit = (known.label, known.unit) if known else (name.replace("_", " ").capitalize(), "")
-        label = stability_label(name) if "stability@" in name else label
-        if name.startswith("reasoning_accuracy"):
-            label, unit = f"  {name.rpartition('/')[2]}" if "/" in name else label, "%"
-        label = name.removeprefix("harness/") if name.startswith("harness/") else label
+    for metric in metrics_of(metrics):
+        entry = metrics[metric.name]
         low, high = entry.get("low"), entry.get("high")
-        number = functools.partial(formats.number, percent=unit == "%")
+        number = functools.partial(formats.number, percent=metric.unit == "%")
         interval = f"{number(low)} to {number(high)}" if low is not None and high is not None else ""
         count = formats.number(entry["n"]) if "n" in entry else ""
-        table.add_row(label, f"{number(entry['value'])} {unit}".strip(), interval, count)
+        table.add_row(metric.label, f"{number(entry['value'])} {metric.unit}".strip(), interval, count)
     out().print(table)
-    if result.preserved is not None and not result.preserved.broken:  # that is an error, said as one
+    if result.preserved is not None and not result.preserved.broken:  # a broken one is shown as an error
         style = "green" if result.preserved.exact else "yellow"
         out().print(f"[{style}]{escape(result.preserved.sentence())}[/{style}]", soft_wrap=True)
     depths = {name: values for name, values in result.results["by_depth"].items() if len(values) > 1}
@@ -247,7 +242,7 @@ def show_eval(result: EvalResult) -> None:
         for depth in range(max(map(len, depths.values()))):
             table.add_column(f"pass {depth}", justify="right")
         for name, values in depths.items():
-            table.add_row(METRICS[name].label, *[formats.number(entry["value"]) for entry in values])
+            table.add_row(KNOWN[name].label, *[formats.number(entry["value"]) for entry in values])
         out().print(table)
 
 
@@ -367,7 +362,7 @@ def comparison_text(comparison: Comparison, form: str) -> str:
 
 
 def show_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the table, what it means, and what to be careful about."""
+    """Print the table, the sentences, the warnings, the gates and the generations."""
     console = console or out()
     if comparison.broken_surgery:
         console.print(f"[bold red]{escape(comparison.broken_surgery)}[/bold red]")
@@ -384,7 +379,7 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
     console.print(table)
     console.print(f"[dim]{escape(formats.note(comparison))}[/dim]")
     for sentence in comparison.sentences:
-        if sentence != comparison.broken_surgery:  # said already
+        if sentence != comparison.broken_surgery:  # shown above
             console.print(f"- {escape(sentence)}")
     for warning in comparison.warnings:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}")

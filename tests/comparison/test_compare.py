@@ -106,5 +106,5 @@ def test_the_json_form_is_what_is_shown(tmp_path: Path) -> None:
     assert value["sentences"] == comparison.sentences
     (row,) = [row for row in value["rows"] if row["name"] == "reasoning_accuracy"]
     assert row["better"] == "higher"
-    assert row["cells"][3] == vars(cell(comparison, "reasoning_accuracy", "finetuned_recursive"))
+    assert row["cells"][3] == cell(comparison, "reasoning_accuracy", "finetuned_recursive").to_dict()
     assert copy.deepcopy(value) == value

@@ -71,7 +71,7 @@ def test_csv_has_one_line_for_each_value(comparison: Comparison) -> None:
     for row in comparison.rows:
         for stage, cell in zip(comparison.stages, row.cells, strict=True):
             if cell.value is not None:
-                (line,) = [x for x in own if (x["metric"], x["stage"]) == (row.name, stage)]
+                (line,) = [x for x in own if (x["metric"], x["stage"]) == (row.metric.name, stage)]
                 assert float(line["value"]) == cell.value
                 assert (line["p_value"] or "None", line["verdict"]) == (str(cell.p_value), cell.verdict)
     depths = [line for line in lines if line["metric"] == "perplexity" and line["depth"]]

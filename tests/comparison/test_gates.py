@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from comparing import four_stages, publish, results
-from rrcli.comparison.gates import require
+from rrcli.comparison.gates import require_gates
 from rrcli.comparison.results import GateResult
 from rrcli.errors import CheckFailed, UsageError
 from rrcli.services.compare import compare
@@ -48,8 +48,8 @@ def test_a_gate_compares_two_values(stages: Path, gate: str, left: float, right:
 @pytest.mark.parametrize(
     ("gate", "message", "hint"),
     [
-        ("baseline.perplexity", "needs one of >=, <=, ==, >, <, once", "STAGE.METRIC > STAGE.METRIC"),
-        ("1 < baseline.perplexity < 3", "once", "STAGE.METRIC"),
+        ("baseline.perplexity", "needs exactly one of >=, <=, ==, >, <", "STAGE.METRIC > STAGE.METRIC"),
+        ("1 < baseline.perplexity < 3", "exactly one", "STAGE.METRIC"),
         ("baseline.perplexity => 3", "cannot be read", "STAGE.METRIC"),
         ("baseline.perplexity > ", "neither a number nor STAGE.METRIC", "STAGE.METRIC"),
         ("baseline.perplexity > nan", "neither a number", "STAGE.METRIC"),
@@ -99,10 +99,10 @@ def test_significance_of_what_has_no_test_is_a_usage_error(stages: Path, gate: s
 
 def test_gates_that_fail_are_named_with_both_values() -> None:
     passed, failed = GateResult("a.x > b.x", 2, 1, True), GateResult("a.y > b.y", 0.25, 3, False)
-    require([passed])
+    require_gates([passed])
     with pytest.raises(CheckFailed) as caught:
-        require([passed, failed])
+        require_gates([passed, failed])
     assert caught.value.message == "the gate does not hold: 'a.y > b.y' (0.25 and 3)"
     assert caught.value.exit_code == 3
     with pytest.raises(CheckFailed, match=r"2 of 3 gates do not hold: .*; .*"):
-        require([failed, passed, failed])
+        require_gates([failed, passed, failed])

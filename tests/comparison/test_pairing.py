@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from comparing import DOCUMENTS, cell, compared, four_stages, publish, results
+from rrcli.comparison import pairing
+from rrcli.comparison.pairing import pair
 from rrcli.comparison.results import Cell
 from rrcli.evaluation import metrics, stats
 from rrcli.services.compare import compare
@@ -18,7 +20,7 @@ from rrcli.settings import STAGES, CompareSettings
 def test_every_stage_is_shown_in_the_order_of_the_experiment(tmp_path: Path) -> None:
     comparison = compared(tmp_path, *reversed(four_stages()))
     assert comparison.stages == list(STAGES)
-    names = [row.name for row in comparison.rows]
+    names = [row.metric.name for row in comparison.rows]
     assert names[:6] == [
         "perplexity",
         "bits_per_byte",
@@ -84,8 +86,8 @@ def test_all_p_values_of_the_table_are_adjusted_together(tmp_path: Path) -> None
     tested = [c for c in cells if c.verdict != "same"]
     assert len(tested) > 10
     assert {c.p_adjusted for c in cells if c.verdict == "same"} == {None}, "identical records leave nothing to test"
-    claims = [claim for claim in comparison.claims if claim.reference["stage"] != "baseline"]
-    assert [claim.name for claim in claims] == ["reasoning_accuracy", "perplexity"]
+    claims = [claim for claim in comparison.claims if claim.against != "the baseline"]
+    assert [claim.metric.name for claim in claims] == ["reasoning_accuracy", "perplexity"]
     family = stats.holm([c.p_value or 0.0 for c in tested] + [claim.estimate.p_value or 0.0 for claim in claims])
     assert [item.p_adjusted for item in (*tested, *claims)] == pytest.approx(family)
     for c in tested:
@@ -93,10 +95,29 @@ def test_all_p_values_of_the_table_are_adjusted_together(tmp_path: Path) -> None
         assert (c.verdict in {"better", "worse", "differs"}) <= (c.p_adjusted <= 0.05)  # type: ignore[operator]
 
 
+def test_every_pair_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+
+    def counted(metric: metrics.Metric, result: dict[str, Any], reference: dict[str, Any]) -> Any:
+        computed.append((metric.name, result["stage"], reference["stage"]))
+        return pair(metric, result, reference)
+
+    monkeypatch.setattr(pairing, "pair", counted)
+    publish(tmp_path, *four_stages())
+    gate = "finetuned_recursive.perplexity < finetuned_vanilla.perplexity"
+    comparison = compare(CompareSettings(gate=(gate,), gate_significant=True), [], tmp_path)
+    assert len(computed) == len(set(computed))
+    assert ("perplexity", "finetuned_recursive", "finetuned_vanilla") in computed
+    in_table = [claim for claim in comparison.claims if claim.against == "the baseline"]
+    assert in_table
+    for claim in in_table:
+        assert claim.cell is cell(comparison, claim.metric.name, "finetuned_vanilla")
+
+
 def test_costs_are_shown_and_never_tested(tmp_path: Path) -> None:
     comparison = compared(tmp_path, *four_stages())
     for row in comparison.rows:
-        if row.metric.kind == "cost":
+        if row.metric.relative and not row.metric.test:
             assert all(c.p_value is None and c.verdict == "" for c in row.cells)
     assert cell(comparison, "flops_per_token", "finetuned_recursive").difference == pytest.approx(150)
     assert cell(comparison, "training_tokens", "finetuned_vanilla").value == 40
@@ -201,7 +222,7 @@ def test_harness_samples_of_other_targets_are_not_paired(tmp_path: Path) -> None
     comparison = compared(tmp_path, *stages)
     assert cell(comparison, "harness/gsm8k/exact_match/strict-match", "after_surgery").verdict == "not comparable"
     (warning,) = comparison.warnings
-    assert "1 of 2 common samples of gsm8k differ in what they hold (prompt or target)" in warning
+    assert "1 of the 2 samples of gsm8k in both have different content (target)" in warning
 
 
 def test_a_prompt_metric_that_one_stage_lacks_in_part_is_paired_on_the_rest(tmp_path: Path) -> None:
@@ -235,8 +256,8 @@ def test_every_depth_of_a_recursive_stage_is_there(tmp_path: Path) -> None:
         row["correct"] = row["correct"] * 2
     recursive["by_depth"] = metrics.by_depth({"documents": recursive["records"]["documents"]})
     comparison = compared(tmp_path, results("baseline"), recursive)
-    row = next(row for row in comparison.rows if row.name == "perplexity")
+    row = next(row for row in comparison.rows if row.metric.name == "perplexity")
     shallow, deep = row.depths[1]
     assert shallow > deep == pytest.approx(metrics.from_records(recursive["records"])["perplexity"]["value"])
     assert len(row.depths[0]) == 1
-    assert next(row for row in comparison.rows if row.name == "bits_per_byte").depths == []
+    assert next(row for row in comparison.rows if row.metric.name == "bits_per_byte").depths == []

@@ -34,12 +34,12 @@ def by_depth(depths: int = 3, **change: Any) -> dict[str, Any]:
 
 
 def test_every_depth_is_held_against_the_baseline():
-    assert preservation.hold(by_depth(), results("baseline")).exact
+    assert preservation.check_preserved(by_depth(), results("baseline")).exact
     for part, field, value in (("documents", "nll", 99.0), ("problems", "outputs", "other")):
         for depth in range(3):
             after = by_depth()
             after["records"][part][5][field][depth] = value
-            found = preservation.hold(after, results("baseline"))
+            found = preservation.check_preserved(after, results("baseline"))
             assert found.broken
             assert found.changed[0].startswith("1 of ")
 
@@ -51,34 +51,37 @@ def test_rounding_has_a_size(shift: float, verdict: str) -> None:
     after = by_depth()
     row = after["records"]["documents"][3]
     row["nll"][1] += shift * row["tokens"]
-    found = preservation.hold(after, results("baseline"))
+    found = preservation.check_preserved(after, results("baseline"))
     assert found.to_dict()["verdict"] == verdict
     assert math.isclose(found.worst, shift, abs_tol=1e-12, rel_tol=1e-6)
     if verdict == "broken":
         with pytest.raises(CheckFailed, match="did NOT preserve the baseline"):
-            preservation.require(found)
+            preservation.require_preserved(found)
     else:
-        preservation.require(found)
+        preservation.require_preserved(found)
 
 
 def test_an_answer_that_changed_is_never_rounding():
     after = by_depth()
     after["records"]["problems"][0]["outputs"][2] += " "
-    assert preservation.hold(after, results("baseline")).broken
+    assert preservation.check_preserved(after, results("baseline")).broken
 
 
 def test_what_was_measured_otherwise_is_not_held_against_surgery():
     after, base = by_depth(), results("baseline")
     after["records"]["problems"][0]["outputs"][2] = "another"
     after["settings"]["max_new_tokens"] = 7
-    found = preservation.hold(after, base)
+    found = preservation.check_preserved(after, base)
     assert not found.broken
-    assert "cannot be told: the two stages were measured with different max_new_tokens" in found.sentence()
+    assert (
+        "not known whether surgery preserved the baseline: the two stages were measured with different max_new_tokens"
+        in found.sentence()
+    )
     after["settings"] = base["settings"]
     after["provenance"]["dtype"] = "bfloat16"
-    found = preservation.hold(after, base)
+    found = preservation.check_preserved(after, base)
     with pytest.raises(CheckFailed) as error:
-        preservation.require(found)
+        preservation.require_preserved(found)
     assert "measured with different dtype" in error.value.hint
 
 
@@ -86,7 +89,7 @@ def test_records_that_are_not_the_same_ones_prove_nothing():
     """Not even by the other kinds of records, which are identical."""
     after = by_depth()
     after["records"]["documents"][0]["tokens"] += 1
-    found = preservation.hold(after, results("baseline"))
+    found = preservation.check_preserved(after, results("baseline"))
     assert not found.exact
     assert not found.broken
     assert "measured with different documents" in found.sentence()
@@ -96,9 +99,22 @@ def test_samples_of_lm_eval_count_too():
     after, base = by_depth(), results("baseline")
     for stage, score in ((after, 0.0), (base, 1.0)):
         stage["records"]["harness"] = [{"key": "a", "task": "t", "metric": "acc", "score": score, "target": "x"}]
-    found = preservation.hold(after, base)
+    found = preservation.check_preserved(after, base)
     assert found.broken
     assert "1 of 1 samples of lm-eval" in found.sentence()
+
+
+def test_a_sample_of_lm_eval_has_a_record_for_each_metric_and_task():
+    after, base = by_depth(), results("baseline")
+    scores = {("arc", "acc"): 1.0, ("arc", "acc_norm"): 0.0, ("arc_easy", "acc"): 0.0}
+    for stage in (after, base):
+        stage["records"]["harness"] = [
+            {"key": "a", "task": task, "metric": metric, "score": score, "target": "x"}
+            for (task, metric), score in scores.items()
+        ]
+    assert preservation.check_preserved(after, base).exact
+    after["records"]["harness"][0]["score"] = 0.0
+    assert "1 of 3 samples of lm-eval" in preservation.check_preserved(after, base).sentence()
 
 
 # -- rr compare --------------------------------------------------------------------------------------------------------
@@ -115,7 +131,7 @@ def test_compare_says_it_first_and_claims_nothing_about_recursion(tmp_path: Path
     comparison = compared(tmp_path, *broken_stages())
     assert comparison.sentences[0].startswith("Surgery did NOT preserve the baseline: 200 of 200 problems' answers")
     assert {claim.what for claim in comparison.claims} == {"Fine-tuning without recursion"}
-    assert not [text for text in comparison.sentences if "Recursion, beyond" in text or "costs" in text]
+    assert not [text for text in comparison.sentences if "Recursion, beyond" in text or "Cost of recursion" in text]
     assert any("without recursion" in text for text in comparison.sentences), "what is known of vanilla stays"
     column = comparison.stages.index("finetuned_recursive")
     assert not {row.cells[column].verdict for row in comparison.rows} & {"better", "worse", "differs"}

@@ -144,7 +144,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     for words in (
         "There is nothing to judge",
         "No stage was measured at more than one depth",
-        "No problem in these results states its difficulty",
+        "No problem in these results has a difficulty",
         "No stage has both a quality and a cost",
         "holds no training curves",
         "These results hold no generations",
@@ -156,7 +156,9 @@ def test_an_evaluation_without_records_is_shown_and_not_judged(tmp_path: Path) -
     made = [results(stage) | {"records": {}} for stage in STAGES[:2]]
     publish(tmp_path, *made)
     page, value = report(tmp_path)
-    assert "cannot be told: the two stages share no record" in page.replace("&#39;", "'")
+    assert "not known whether surgery preserved the baseline: the two stages have no record in common" in page.replace(
+        "&#39;", "'"
+    )
     assert all(cell["verdict"] == "" for row in value["rows"] for cell in row["cells"])
 
 

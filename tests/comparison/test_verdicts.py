@@ -21,7 +21,7 @@ def test_identical_records_are_preserved_exactly(tmp_path: Path) -> None:
     comparison = compared(tmp_path, results("baseline"), results("after_surgery"))
     assert comparison.sentences == [
         f"Surgery preserved the baseline exactly: {DOCUMENTS} documents' log-probabilities, {PROBLEMS} problems' "
-        "answers, 4 generations are identical."
+        "answers and 4 generations are identical."
     ]
     for name in ("perplexity", "token_accuracy", "reasoning_accuracy", "distinct_2"):
         found = cell(comparison, name, "after_surgery")
@@ -66,12 +66,12 @@ def test_nothing_in_common_cannot_be_told(tmp_path: Path) -> None:
         for row in rows:
             row["key"] += "'"
     comparison = compared(tmp_path, results("baseline"), after)
-    assert "cannot be told" in sentence(comparison, "surgery")
+    assert "It is not known" in sentence(comparison, "surgery")
     assert cell(comparison, "perplexity", "after_surgery").verdict == "not comparable"
     assert cell(comparison, "reasoning_accuracy", "after_surgery").verdict == "not comparable"
 
 
-@pytest.mark.parametrize(("shift", "told"), [(1e-9, "only within"), (1.0, "by up to")])
+@pytest.mark.parametrize(("shift", "told"), [(1e-9, "by no more than"), (1.0, "by up to")])
 def test_rounding_is_told_from_another_model(tmp_path: Path, shift: float, told: str) -> None:
     """Another device sums in another order: as far as everything else is the same, the change has a size."""
     after = results("after_surgery")
@@ -80,8 +80,8 @@ def test_rounding_is_told_from_another_model(tmp_path: Path, shift: float, told:
     text = sentence(compared(tmp_path, results("baseline"), after), "Surgery")
     assert "did NOT preserve" in text
     assert f"{told} {shift:.2g} nats per token" in text
-    assert ("which is rounding" in text) == (told == "only within")
-    assert f"; {PROBLEMS} problems' answers, 4 generations are identical" in text
+    assert ("which is rounding" in text) == (told == "by no more than")
+    assert f"; {PROBLEMS} problems' answers and 4 generations are identical" in text
 
 
 # -- what is shown and what is noise -----------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def test_a_real_gain_is_called_better_with_interval_and_p(tmp_path: Path) -> Non
     text = sentence(comparison, "Recursion, beyond fine-tuning", "reasoning accuracy")
     assert "is better than vanilla fine-tuning's" in text
     assert "52.5 -> 69 %" in text
-    assert re.search(r"\+16\.5 points \[\+\d+\.\d, \+\d+\.\d\], p (= )?< 0\.0001", text)
+    assert re.search(r"\+16\.5 points \[95 % interval \+\d+\.\d to \+\d+\.\d\], p < 0\.0001", text)
     assert "n = 200" in text
     text = sentence(comparison, "Recursion, beyond fine-tuning", "perplexity")
     assert "is better" in text
@@ -101,7 +101,7 @@ def test_a_real_gain_is_called_better_with_interval_and_p(tmp_path: Path) -> Non
 
 
 def test_the_cost_of_recursion_is_told_beside_its_gain(tmp_path: Path) -> None:
-    text = sentence(compared(tmp_path, *four_stages()), "costs against vanilla")
+    text = sentence(compared(tmp_path, *four_stages()), "Cost of recursion compared with vanilla fine-tuning")
     assert "2.50 x the FLOPs per token" in text
     assert "2.50 x the time per output token" in text
     assert "2.50 x the training FLOPs" in text
@@ -125,7 +125,7 @@ def test_noise_is_called_no_effect_with_the_problems_it_would_take(tmp_path: Pat
     needed = stats.problems_needed(3 / 200, 13 / 200)
     assert needed is not None
     assert needed > 1000
-    assert f"about {needed:,} problems" in text
+    assert f"About {needed:,} problems" in text
     assert "no effect on perplexity is shown" in sentence(comparison, "perplexity")
     assert not any("better" in s or "worse" in s for s in comparison.sentences)
     assert cell(comparison, "reasoning_accuracy", "finetuned_recursive").verdict == "within noise"
@@ -133,11 +133,11 @@ def test_noise_is_called_no_effect_with_the_problems_it_would_take(tmp_path: Pat
 
 def test_noise_in_text_asks_for_documents(tmp_path: Path) -> None:
     comparison = compared(tmp_path, results("baseline"), results("finetuned_vanilla", gain=0.002, wobble=0.05))
-    claim = next(claim for claim in comparison.claims if claim.name == "perplexity")
+    claim = next(claim for claim in comparison.claims if claim.metric.name == "perplexity")
     needed = stats.units_needed(claim.estimate)
     assert needed is not None
     assert needed > DOCUMENTS
-    assert f"about {needed:,} documents would be needed" in sentence(comparison, "perplexity")
+    assert f"About {needed:,} documents would be needed" in sentence(comparison, "perplexity")
 
 
 def test_no_difference_at_all_asks_for_no_problems(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_without_vanilla_the_missing_control_is_told(tmp_path: Path) -> None:
         tmp_path, results("baseline"), results("finetuned_recursive", gain=0.1, solved=30, wobble=0.02)
     )
     assert "better than the baseline's" in sentence(comparison, "Recursive fine-tuning", "reasoning")
-    assert "needs stage finetuned_vanilla" in comparison.sentences[-1]
+    assert "measure stage finetuned_vanilla too" in comparison.sentences[-1]
 
 
 def test_one_stage_alone_is_shown(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_perplexity_that_was_not_finite_is_a_gap(tmp_path: Path) -> None:
     broken["metrics"]["perplexity"] |= {"value": math.inf, "high": math.inf}
     comparison = compared(tmp_path, results("baseline"), broken)
     assert cell(comparison, "perplexity", "finetuned_vanilla").value is None
-    assert [claim.name for claim in comparison.claims] == ["reasoning_accuracy"]
+    assert [claim.metric.name for claim in comparison.claims] == ["reasoning_accuracy"]
     assert "Perplexity" in formats.markdown(comparison)
 
 
@@ -224,7 +224,7 @@ def test_a_perplexity_that_was_not_finite_is_a_gap(tmp_path: Path) -> None:
         ("provenance", "versions", {"torch": "2.14"}, "torch (2.13 and 2.14)"),
         ("provenance", "versions", {"torch": "2.13", "peft": "0.21"}, "peft (none and 0.21)"),
         ("provenance", "hardware", "H200", "hardware (Xeon and H200)"),
-        ("model", "tokenizer", "t2", "tokenizer (metrics per token do not compare, bits per byte do)"),
+        ("model", "tokenizer", "t2", "tokenizer (so only bits per byte can be compared, not metrics per token)"),
     ],
 )
 def test_what_differs_beside_the_model_is_warned_of(
@@ -286,9 +286,9 @@ def test_other_tokenizers_compare_in_bits_per_byte_alone(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("kind", "field", "metric", "told"),
     [
-        ("documents", "tokens", "perplexity", "3 of 80 common documents differ in what they hold (tokens or bytes)"),
-        ("problems", "answer", "reasoning_accuracy", "3 of 200 common problems differ"),
-        ("generations", "prompt", "distinct_2", "3 of 4 common prompts differ"),
+        ("documents", "tokens", "perplexity", "3 of the 80 documents in both have different content (tokens or bytes)"),
+        ("problems", "answer", "reasoning_accuracy", "3 of the 200 problems in both have different content"),
+        ("generations", "prompt", "distinct_2", "3 of the 4 prompts in both have different content"),
     ],
 )
 def test_records_of_one_key_that_are_not_the_same_are_not_paired(
@@ -302,7 +302,7 @@ def test_records_of_one_key_that_are_not_the_same_are_not_paired(
     assert (found.verdict, found.difference, found.p_value) == ("not comparable", None, None)
     (warning,) = comparison.warnings
     assert told in warning
-    assert not any(claim.name == metric for claim in comparison.claims)
+    assert not any(claim.metric.name == metric for claim in comparison.claims)
 
 
 def test_the_part_that_is_common_is_compared_and_counted(tmp_path: Path) -> None:
@@ -311,8 +311,8 @@ def test_the_part_that_is_common_is_compared_and_counted(tmp_path: Path) -> None
     other["records"]["problems"][0]["key"] = "another"
     comparison = compared(tmp_path, results("baseline"), other)
     documents, problems = comparison.warnings
-    assert "documents are compared on 30 common of 80 (and 30)" in documents
-    assert "problems are compared on 199 common of 200 (and 200)" in problems
+    assert "only the 30 documents in both are compared, of 80 and 30" in documents
+    assert "only the 199 problems in both are compared, of 200 and 200" in problems
     assert cell(comparison, "reasoning_accuracy", "finetuned_vanilla").n == 199
 
 
@@ -321,4 +321,4 @@ def test_nothing_in_common_is_counted(tmp_path: Path) -> None:
     for row in other["records"]["documents"]:
         row["key"] += "'"
     (warning,) = compared(tmp_path, results("baseline"), other).warnings
-    assert warning == "baseline and finetuned_vanilla share none of their documents (80 and 80)"
+    assert warning == "baseline and finetuned_vanilla have no documents in common (80 and 80)"

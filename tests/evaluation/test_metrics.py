@@ -134,9 +134,9 @@ def test_an_absurd_loss_does_not_overflow() -> None:
 
 def test_document_totals_take_the_asked_depth() -> None:
     records = {"documents": DOCUMENTS}
-    assert metrics.document_totals(records, "perplexity") == {"a": (30.0, 10), "b": (90.0, 100), "c": (8.0, 2)}
-    assert metrics.document_totals(records, "bits_per_byte", 0)["a"] == (40.0, 47)
-    assert metrics.document_totals(records, "token_accuracy")["b"] == (61, 100)
+    assert metrics.PERPLEXITY.totals(records) == {"a": (30.0, 10), "b": (90.0, 100), "c": (8.0, 2)}
+    assert metrics.BITS_PER_BYTE.totals(records, 0)["a"] == (40.0, 47)
+    assert metrics.TOKEN_ACCURACY.totals(records)["b"] == (61, 100)
 
 
 def test_generation_scores_are_means_over_prompts() -> None:
@@ -182,11 +182,74 @@ def test_a_loop_repeats_and_a_short_text_does_not() -> None:
 
 
 def test_every_metric_says_how_it_is_compared() -> None:
-    for metric in metrics.METRICS.values():
-        assert metric.kind in {"documents", "problems", "prompts", "cost", "shown"}
+    for name, metric in metrics.KNOWN.items():
+        assert metric.name == name
         assert metric.better in {"lower", "higher", ""}
+        tests = {"documents": "ratio", "problems": "mcnemar", "generations": "bootstrap", "": ""}
+        assert metric.test == tests[metric.part]
+        assert bool(metric.field) == bool(metric.test)
+        assert bool(metric.size) == (metric.part == "documents")
+    assert {name for name, metric in metrics.KNOWN.items() if metric.per_token} == {"perplexity", "token_accuracy"}
 
 
-def test_stability_is_named_by_its_pass() -> None:
-    assert metrics.stability_label("stability@1") == "Stability at pass 1"
-    assert metrics.stability_label("decode/stability@12") == "Stability at pass 12, decoding"
+def test_a_results_file_names_its_metrics() -> None:
+    """In the order in which they are shown, whatever the order of the file."""
+    names = [
+        *("decode/stability@12", "new_metric", "memory_mb", "stability@2", "stability@1", "commit_rate", "fix_rate"),
+        *("harness/gsm8k/exact_match/strict-match", "reasoning_accuracy/b", "reasoning_accuracy/a:x=1/2"),
+        *("relevance", "reasoning_accuracy", "perplexity"),
+    ]
+    first = {name: {"value": 1.0} for name in names}
+    first["harness/gsm8k/exact_match/strict-match"]["better"] = "higher"
+    found = metrics.metrics_of(first, {"bits_per_byte": {"value": 1.0}, "perplexity": {"value": 2.0}})
+    assert [(metric.name, metric.label, metric.task) for metric in found] == [
+        ("perplexity", "Perplexity", ""),
+        ("bits_per_byte", "Bits per byte", ""),
+        ("reasoning_accuracy", "Reasoning accuracy", ""),
+        ("reasoning_accuracy/b", "  b", "b"),
+        ("reasoning_accuracy/a:x=1/2", "  a:x=1/2", "a:x=1/2"),
+        ("harness/gsm8k/exact_match/strict-match", "gsm8k exact_match strict-match", "gsm8k"),
+        ("relevance", "Relevance", ""),
+        ("memory_mb", "Peak memory", ""),
+        ("commit_rate", "Commit rate", ""),
+        ("stability@2", "Stability at pass 2", ""),
+        ("stability@1", "Stability at pass 1", ""),
+        ("fix_rate", "Fix rate", ""),
+        ("decode/stability@12", "Stability at pass 12, decoding", ""),
+        ("new_metric", "New metric", ""),
+    ]
+    assert (found[5].part, found[5].test, found[5].better) == ("harness", "mcnemar_or_bootstrap", "higher")
+    assert [metric.name for metric in found if not metric.compared] == ["new_metric"]
+
+
+def test_a_task_that_is_alone_is_not_compared_beside_the_overall_accuracy() -> None:
+    found = metrics.metrics_of(metrics.from_records({"problems": PROBLEMS[:2]}))
+    assert [metric.name for metric in found if metric.compared] == ["reasoning_accuracy"]
+    assert [metric.name for metric in found if metric.task] == ["reasoning_accuracy/chain_sum"]
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "score"),
+    [
+        ("reasoning_accuracy", {"problems": PROBLEMS}, {"p": 1, "q": 1, "r": 0, "s": 0}),
+        ("reasoning_accuracy/leg_counting", {"problems": PROBLEMS}, {"r": 0, "s": 0}),
+        (
+            "harness/arc/acc",
+            {
+                "harness": [
+                    {"key": "1", "task": "arc", "metric": "acc", "score": 0.5},
+                    {"key": "2", "task": "arc", "metric": "acc_norm", "score": 0.1},
+                    {"key": "3", "task": "arc_easy", "metric": "acc", "score": 0.2},
+                ]
+            },
+            {"1": 0.5},
+        ),
+        ("rep_4", {"generations": [{"key": "g", "rep_4": 0.25}, {"key": "h", "rep_4": None}]}, {"g": 0.25}),
+    ],
+)
+def test_a_metric_knows_its_records_and_their_scores(
+    name: str, records: dict[str, list[Any]], score: dict[str, float]
+) -> None:
+    others = {"reasoning_accuracy/chain_sum": {"value": 1.0}}
+    metric = next(m for m in metrics.metrics_of({name: {"value": 1.0}} | others) if m.name == name)
+    assert {key: metric.score(record) for key, record in metric.records(records).items()} == score

@@ -15,7 +15,7 @@ from rrcli.comparison.pairing import pair
 from rrcli.evaluation import stats
 from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import held_out_data
-from rrcli.evaluation.metrics import METRICS, document_totals
+from rrcli.evaluation.metrics import PERPLEXITY, REASONING_ACCURACY
 from rrcli.settings import EvalSettings
 
 GROUP = 64
@@ -49,8 +49,7 @@ def measured() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_apart_they_look_the_same(measured):
     full, rounded = (
-        stats.ratio(*zip(*document_totals(result["records"], "perplexity").values(), strict=True))
-        for result in measured
+        stats.ratio(*zip(*PERPLEXITY.totals(result["records"]).values(), strict=True)) for result in measured
     )
     errors = [(e.high - e.value) / stats.normal_quantile() for e in (full, rounded)]
     assert abs(rounded.value - full.value) / math.hypot(*errors) < 1
@@ -61,7 +60,7 @@ def test_apart_they_look_the_same(measured):
 
 def test_paired_the_rounding_is_seen(measured):
     full, rounded = measured
-    found = pair("perplexity", METRICS["perplexity"], rounded, full)
+    found = pair(PERPLEXITY, rounded, full)
     assert not found.same
     assert found.estimate.n == DOCUMENTS
     assert found.estimate.p_value < 1e-3
@@ -70,7 +69,7 @@ def test_paired_the_rounding_is_seen(measured):
 
 def test_answers_to_a_few_problems_do_not_show_it(measured):
     full, rounded = measured
-    found = pair("reasoning_accuracy", METRICS["reasoning_accuracy"], rounded, full)
+    found = pair(REASONING_ACCURACY, rounded, full)
     assert not found.same, "no answer changed"
     assert found.estimate.n == 3 * PROBLEMS
     assert found.estimate.p_value > 0.05

@@ -17,9 +17,9 @@ from rrcli.comparison.curves import Curves
 
 MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":")
 SERIES = 6
-# Stand-ins that matplotlib takes for colours; `_svg` puts variables in their place.
+# Placeholders that matplotlib accepts as colours; `_svg` replaces them with CSS variables.
 INK, GRID = "#0a00f1", "#0b00f1"
-# Inches at 72 points each: as wide as a phone, so that text is never shrunk much.
+# Inches of 72 points each: as wide as a phone, so that text is never made much smaller.
 WIDTH, HEIGHT = 5.0, 3.1
 # The share of a moving average that a training curve keeps at each of its points.
 SMOOTHING = 0.9
@@ -27,7 +27,7 @@ SMOOTHING = 0.9
 
 @dataclass(frozen=True)
 class Point:
-    """A value with its interval, where it has one."""
+    """A value with its interval, if it has one."""
 
     value: float
     low: float | None = None
@@ -42,7 +42,7 @@ class Point:
 
 
 def point(entry: Mapping[str, Any] | None) -> Point | None:
-    """Return a metric of a results file as a point; None where it was not measured or is not finite."""
+    """Return a metric of a results file as a point; None if it was not measured or is not finite."""
     if entry is None or entry.get("value") is None:
         return None
     return Point(entry["value"], entry.get("low"), entry.get("high"))
@@ -75,7 +75,8 @@ def against(
     """Draw values over x (a depth, a difficulty, a cost), a line for each stage.
 
     Args:
-        lines: stage -> (x, value). ticks: names for x = 0, 1, ... whole: x counts, so only whole numbers are marked.
+        lines: stage -> (x, value). ticks: names for x = 0, 1, ...
+        whole: mark only whole numbers on the x axis. joined: connect the values of a stage.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -83,7 +84,7 @@ def against(
     with _figure(name) as (figure, axes):
         for number, stage in enumerate(stages):
             if found := lines.get(stage):
-                # Side by side, where intervals of several stages would cover each other.
+                # Shifted a little, so that the intervals of several stages do not cover each other.
                 shift = 0.04 * (number - (len(stages) - 1) / 2) if ticks or whole else 0.0
                 xs, values = [x + shift for x, _ in found], [value for _, value in found]
                 if joined:
@@ -100,7 +101,7 @@ def against(
 
 
 def training(curves: Curves, stages: Sequence[str], label: str) -> str:
-    """Draw the curve of each run over its steps: every value thin, their moving average strong."""
+    """Draw the curve of each run over its steps: a thin line for the values, a strong one for their moving average."""
     with _figure(f"training {label}") as (figure, axes):
         for run, points in curves.items():
             number = stages.index(run) if run in stages else len(stages)
@@ -136,8 +137,8 @@ def _figure(name: str, height: float = HEIGHT) -> Iterator[tuple[Any, Any]]:
     from matplotlib.figure import Figure
 
     style: Any = {
-        "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": name,  # the same chart is the same file
+        "svg.fonttype": "none",  # text stays text in the SVG
+        "svg.hashsalt": name,  # the same chart gives the same file
         "font.family": "sans-serif",
         "font.size": 10,
         "text.color": INK,
@@ -152,7 +153,7 @@ def _figure(name: str, height: float = HEIGHT) -> Iterator[tuple[Any, Any]]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "lines.linewidth": 1.6,
-        "text.parse_math": False,  # a stage's name is no formula
+        "text.parse_math": False,  # a stage's name is not a formula
     }
     with mpl.rc_context(style):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -179,13 +180,13 @@ def _series(number: int) -> str:
 
 
 def _short(stage: str) -> str:
-    """Return a name that fits: of a results file its own name, and no more than 24 characters."""
+    """Return a short name for a stage: without folder and `.json`, and at most 24 characters."""
     name = stage.rpartition("/")[2].removesuffix(".json")
     return name if len(name) <= 24 else f"{name[:23]}…"
 
 
 def _svg(figure: Any, name: str) -> str:
-    """Return the figure as an `<svg>` element, its colours as CSS variables, its ids its own among many charts'."""
+    """Return the figure as an `<svg>` element: with CSS variables as colours, and ids that no other chart has."""
     file = StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
@@ -194,5 +195,5 @@ def _svg(figure: Any, name: str) -> str:
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", text)
     text = text.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
     text = re.sub(r"#0(\d)00f0", r"var(--series-\1)", text)
-    # The width is the page's; the view box keeps the shape.
+    # The page sets the width; the view box keeps the proportions.
     return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)

@@ -12,9 +12,9 @@ POINTS = 2000
 
 
 def read_curves(logs: Path, runs: Iterable[str], tags: Iterable[str]) -> dict[str, Curves]:
-    """Return tag -> run -> points, without what is not finite; runs and tags that were not logged are left out.
+    """Return tag -> run -> points, without runs and tags that were not logged, and without values that are not finite.
 
-    At most `POINTS` points a curve: TensorBoard draws a fair sample of longer ones.
+    A curve has at most `POINTS` points: of a longer one, TensorBoard takes a random sample.
     """
     runs = [run for run in runs if (logs / run).is_dir()]
     if not runs:
@@ -28,7 +28,7 @@ def read_curves(logs: Path, runs: Iterable[str], tags: Iterable[str]) -> dict[st
         events.Reload()
         logged = events.Tags()["scalars"]
         for tag in tags:
-            # A step that was logged again after a resume counts once, with its later value.
+            # A step that was logged again after training was resumed counts once, with its later value.
             points = {event.step: event.value for event in events.Scalars(tag)} if tag in logged else {}
             if finite := [(step, value) for step, value in sorted(points.items()) if math.isfinite(value)]:
                 found.setdefault(tag, {})[run] = finite

@@ -1,4 +1,4 @@
-"""A comparison as text: how its numbers are written, and the forms that other programs read (Markdown, CSV).
+"""Writes a comparison as text: its numbers, Markdown, and CSV.
 
 `ui` draws the table of the terminal from the same cells and adds colour.
 """
@@ -15,7 +15,7 @@ CSV_COLUMNS = (
     *("difference", "difference_low", "difference_high", "p_value", "p_adjusted", "verdict", "n"),
 )
 
-# Columns of a stage where four stages share 80 with the names of the metrics.
+# Width of a column if the names of the metrics and four stages have to fit into 80 characters.
 NARROW_WIDTH = 15
 
 
@@ -44,7 +44,7 @@ def row_label(row: MetricRow) -> str:
 
 
 def value_lines(cell: Cell, row: MetricRow, *, wide: bool = True) -> list[str]:
-    """Return a cell's value and, where no difference follows, its interval."""
+    """Return a cell's value and, if no difference is shown after it, its interval."""
     if cell.value is None:
         return ["-"]
     percent = row.metric.unit == "%"
@@ -58,8 +58,8 @@ def difference_lines(cell: Cell, row: MetricRow, *, wide: bool = True) -> list[s
     """Return a cell's difference to the first stage with its interval, and the verdict."""
     if cell.verdict == "same" or cell.difference is None:
         return [cell.verdict] if cell.verdict else []
-    percent = row.relative or row.metric.unit == "%"
-    lines = [signed(cell.difference, percent=percent) + (" %" if row.relative else "")]
+    percent = row.metric.relative or row.metric.unit == "%"
+    lines = [signed(cell.difference, percent=percent) + (" %" if row.metric.relative else "")]
     if cell.difference_low is not None and cell.difference_high is not None:
         low, high = (signed(bound, percent=percent) for bound in (cell.difference_low, cell.difference_high))
         interval = _interval(low, high, wide)
@@ -68,15 +68,15 @@ def difference_lines(cell: Cell, row: MetricRow, *, wide: bool = True) -> list[s
 
 
 def _interval(low: str, high: str, wide: bool) -> str:
-    """Write an interval; in a narrow table one that is wider than a column breaks between its bounds."""
+    """Write an interval; in a narrow table, a long one gets a line break between its bounds."""
     if wide:
         return f"[{low}, {high}]"
-    fits = len(low) + len(high) + 3 <= NARROW_WIDTH and "," not in low + high  # one comma alone parts the bounds
+    fits = len(low) + len(high) + 3 <= NARROW_WIDTH and "," not in low + high
     return f"[{low},{high}]" if fits else f"[{low},\n{high}]"
 
 
 def depth_line(depths: list[float | None], row: MetricRow, *, wide: bool = True) -> str:
-    """Return a stage's values at depth 0, 1, ... in one line, where it has more than one."""
+    """Return a stage's values at depth 0, 1, ... in one line, or nothing if it has only one."""
     if len(depths) < 2:
         return ""
     values = [number(value, percent=row.metric.unit == "%") for value in depths]
@@ -91,10 +91,11 @@ def depth_label(row: MetricRow) -> str:
 
 
 def note(comparison: Comparison) -> str:
-    """Say what the differences and the verdicts of the table mean."""
+    """Return what the differences and the verdicts of the table mean."""
     return (
-        f"Differences are to {comparison.stages[0]}, paired, with 95 % intervals; verdicts hold at "
-        f"{comparison.alpha:g} over the whole table (Holm). Speeds are medians with their range."
+        f"Differences are to {comparison.stages[0]}, on the same documents, problems and prompts, with 95 % intervals. "
+        f"Verdicts hold at level {comparison.alpha:g} for all tests of the table together (Holm's correction). Speeds "
+        "are medians with their range."
     )
 
 
@@ -121,16 +122,16 @@ def markdown(comparison: Comparison) -> str:
 
 
 def csv_text(comparison: Comparison) -> str:
-    """Return one line for each metric of each stage; lines with a `depth` hold the value at that depth alone."""
+    """Return one line for each metric of each stage; a line with a `depth` has only the value at that depth."""
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in comparison.rows:
-        names = {"metric": row.name, "label": row.metric.label.strip(), "unit": row.metric.unit}
+        names = {"metric": row.metric.name, "label": row.metric.label.strip(), "unit": row.metric.unit}
         names["better"] = row.metric.better
         for column, (stage, cell) in enumerate(zip(comparison.stages, row.cells, strict=True)):
             if cell.value is not None:
-                writer.writerow(names | {"stage": stage} | vars(cell))
+                writer.writerow(names | {"stage": stage} | cell.to_dict())
             depths = row.depths[column] if row.depths else []
             for depth, value in enumerate(depths if len(depths) > 1 else []):
                 writer.writerow(names | {"stage": stage, "depth": depth, "value": value})
@@ -138,5 +139,5 @@ def csv_text(comparison: Comparison) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return text that stays one cell of a Markdown table, or one item of a list."""
+    """Return the text so that it fits into one cell of a Markdown table, or one item of a list."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\r", "").replace("\n", "<br>")

@@ -1,7 +1,7 @@
-"""Gates: conditions on the values of a comparison, as `finetuned_recursive.perplexity <= 1.02 * baseline.perplexity`.
+"""Gates: conditions on values, for example `finetuned_recursive.perplexity <= 1.02 * baseline.perplexity`.
 
 A gate is `SIDE OPERATOR SIDE` with one of > < >= <= ==. A side is a number, STAGE.METRIC, or a number times
-STAGE.METRIC. A gate looks at the values alone; with `significant`, the difference has to be shown as well.
+STAGE.METRIC. A gate compares only the values; with `significant`, the difference also has to be significant.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rrcli.comparison.pairing import PARTS, backed, pair, tested_metrics
+from rrcli.comparison.pairing import Cells, backed
 from rrcli.comparison.results import GateResult, Results
 from rrcli.errors import CheckFailed, UsageError, suggest
+from rrcli.evaluation.metrics import metrics_of
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}
 FORM = "Write 'STAGE.METRIC > STAGE.METRIC', with > < >= <= or ==; a side may be NUMBER or NUMBER * STAGE.METRIC."
@@ -31,7 +32,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate that was read."""
+    """A gate, read from its text."""
 
     text: str
     left: Side
@@ -40,40 +41,43 @@ class Gate:
 
 
 def read_gate(text: str, stages: Mapping[str, Results]) -> Gate:
-    """Read a gate on these stages.
+    """Read a gate.
+
+    Args:
+        stages: label -> results of the stages that it may name.
 
     Raises:
-        UsageError: it has another form, or names a stage or metric that is not there; suggests the closest.
+        UsageError: it has another form, or names a stage or metric that does not exist; suggests the closest one.
     """
     parts = re.split(r"(>=|<=|==|>|<)", text)
     if len(parts) != 3 or parts[0].rstrip().endswith("=") or parts[2].startswith("="):
-        raise UsageError(f"the gate '{text}' cannot be read: it needs one of {', '.join(OPERATORS)}, once", FORM)
+        raise UsageError(f"the gate '{text}' cannot be read: it needs exactly one of {', '.join(OPERATORS)}", FORM)
     left, right = (_side(part.strip(), text, stages) for part in (parts[0], parts[2]))
     if not left.stage and not right.stage:
         raise UsageError(f"the gate '{text}' compares two numbers", FORM)
     return Gate(text, left, parts[1], right)
 
 
-def check(gate: Gate, stages: Mapping[str, Results], alpha: float, *, significant: bool = False) -> GateResult:
-    """Look whether a gate holds.
+def check(gate: Gate, cells: Cells, alpha: float, *, significant: bool = False) -> GateResult:
+    """Check whether a gate holds.
 
     Args:
-        significant: a gate on one metric of two stages holds only if the paired test, at `alpha`, and the 95 % interval
-            of their difference say so too.
+        significant: whether the difference of the two stages also has to be significant: by the paired test at level
+            `alpha`, and by the 95 % interval, which must not contain zero.
 
     Raises:
         UsageError: `significant` was asked for a gate that has no such test.
     """
-    left, right = (_value(side, stages) for side in (gate.left, gate.right))
-    shown = not significant or _shown(gate, stages, alpha)
+    left, right = (_value(side, cells.stages) for side in (gate.left, gate.right))
+    shown = not significant or _shown(gate, cells, alpha)
     return GateResult(gate.text, left, right, shown and OPERATORS[gate.operator](left, right))
 
 
-def require(results: list[GateResult]) -> None:
-    """Let a comparison pass whose gates all hold.
+def require_gates(results: list[GateResult]) -> None:
+    """Stop the command if a gate does not hold.
 
     Raises:
-        CheckFailed: some do not; names them with both values.
+        CheckFailed: names the gates that do not hold, with both values.
     """
     failed = [f"'{r.gate}' ({r.left:.6g} and {r.right:.6g})" for r in results if not r.holds]
     if failed:
@@ -114,24 +118,23 @@ def _number(text: str) -> float | None:
 
 
 def _value(side: Side, stages: Mapping[str, Results]) -> float:
-    """Return a side's value; a metric that was not finite is NaN, with which nothing holds."""
+    """Return the value of a side; NaN, with which no gate holds, for a metric that was not finite."""
     if not side.stage:
         return side.factor
     value = stages[side.stage]["metrics"][side.metric]["value"]
     return math.nan if value is None else side.factor * value
 
 
-def _shown(gate: Gate, stages: Mapping[str, Results], alpha: float) -> bool:
+def _shown(gate: Gate, cells: Cells, alpha: float) -> bool:
     a, b = gate.left, gate.right
-    metric = tested_metrics(list(stages.values())).get(a.metric)
-    if metric is None or not (
-        metric.kind in PARTS and a.metric == b.metric and a.factor == b.factor == 1 and gate.operator in "><"
-    ):
+    found = metrics_of(*(result["metrics"] for result in cells.stages.values()))
+    metric = next((m for m in found if m.name == a.metric and m.compared and m.test), None)
+    if metric is None or not (a.metric == b.metric and a.factor == b.factor == 1 and gate.operator in "><"):
         raise UsageError(
             f"the gate '{gate.text}' has no test of significance",
             "With --gate-significant every gate is 'STAGE.METRIC > STAGE.METRIC' (or <) of one metric that is tested.",
         )
-    estimate = pair(a.metric, metric, stages[a.stage], stages[b.stage]).estimate
-    if estimate is None or estimate.p_value is None or not backed(estimate.p_value, estimate.low, estimate.high, alpha):
+    cell = cells.of(metric, a.stage, b.stage)
+    if cell.p_value is None or not backed(cell.p_value, cell.difference_low, cell.difference_high, alpha):
         return False
-    return (estimate.value > 0) == (gate.operator == ">")
+    return ((cell.difference or 0.0) > 0) == (gate.operator == ">")

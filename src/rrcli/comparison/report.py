@@ -17,23 +17,23 @@ from rrcli.comparison import formats
 from rrcli.comparison.curves import Curves, read_curves
 from rrcli.comparison.results import Cell, Comparison, MetricRow, Results, generations_of
 from rrcli.errors import RRError, UsageError
-from rrcli.evaluation.metrics import METRICS
+from rrcli.evaluation.metrics import PERPLEXITY, REASONING_ACCURACY, TOKEN_ACCURACY
 from rrcli.evaluation.stats import wilson
 
-CHARTED = ("perplexity", "token_accuracy", "reasoning_accuracy")
-# Tags of the training curves, and how they are called.
-CURVES = {
+CHARTED = (PERPLEXITY, TOKEN_ACCURACY, REASONING_ACCURACY)
+# Tags of the training curves, and their labels.
+CURVE_LABELS = {
     "train/loss/final_ce": "loss of the last pass, nats",
     "train/loss/total": "total loss",
     "evaluation/during_training/perplexity": "perplexity of held-out text",
     "evaluation/during_training/reasoning_accuracy": "reasoning accuracy, %",
 }
-COSTS = {"flops_per_token": "MFLOP per token", "decode_tokens_per_sec": "tokens/s when decoding"}
+COST_LABELS = {"flops_per_token": "MFLOP per token", "decode_tokens_per_sec": "tokens/s when decoding"}
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing and what it shows; `svg` is an element to put into the page as it is."""
+    """A drawing and its title; `svg` is an element that goes into the page as it is."""
 
     title: str
     svg: str
@@ -41,7 +41,11 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
-    """Charts of one kind; `missing` says why there are none."""
+    """Charts of one kind.
+
+    Attributes:
+        about: what they show, in words. missing: shown instead if there are no charts.
+    """
 
     title: str
     about: str
@@ -50,10 +54,10 @@ class Section:
 
 
 def check_report_path(path: str) -> None:
-    """Refuse, before anything is computed, a report that could not be written.
+    """Check that a report can be written, before anything is computed.
 
     Raises:
-        UsageError: another form than HTML. RRError: the libraries are not installed.
+        UsageError: the file is not HTML. RRError: the libraries are not installed.
     """
     from importlib.util import find_spec
 
@@ -77,7 +81,7 @@ def render(comparison: Comparison, logs: Path) -> str:
 
     source = files("rrcli.comparison").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["svg"] = Markup  # ours, from `charts`: text that users gave is escaped in it
+    environment.filters["svg"] = Markup  # made by `charts`, where text of users is escaped
     runs = [result["stage"] for result in comparison.results]
     return environment.from_string(source).render(
         stages=comparison.stages,
@@ -86,7 +90,7 @@ def render(comparison: Comparison, logs: Path) -> str:
         gates=comparison.gates,
         note=formats.note(comparison),
         rows=[_table_row(row, comparison.stages) for row in comparison.rows],
-        sections=_sections(comparison, read_curves(logs, dict.fromkeys(runs), CURVES)),
+        sections=_sections(comparison, read_curves(logs, dict.fromkeys(runs), CURVE_LABELS)),
         generations=[_marked(g.prompt, g.texts) for g in generations_of(comparison.results)],
         provenance=_provenance(comparison.results),
     )
@@ -100,7 +104,7 @@ def _table_row(row: MetricRow, stages: Sequence[str]) -> dict[str, Any]:
     for cell, depths in zip(cells, row.depths or [[]] * len(cells), strict=True):
         cell["depths"] = formats.depth_line(depths, row)
     label = formats.row_label(row)
-    return {"name": row.name, "label": label.strip(), "indented": label.startswith(" "), "cells": cells}
+    return {"name": row.metric.name, "label": label.strip(), "indented": label.startswith(" "), "cells": cells}
 
 
 def _table_cell(cell: Cell, row: MetricRow) -> dict[str, Any]:
@@ -119,7 +123,7 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
     from rrcli.comparison import charts
 
     stages, results = comparison.stages, comparison.results
-    labels = {name: ", ".join(filter(None, (METRICS[name].label, METRICS[name].unit))) for name in CHARTED}
+    labels = {metric.name: ", ".join(filter(None, (metric.label, metric.unit))) for metric in CHARTED}
     named = dict(zip(stages, results, strict=True))
 
     def stage_charts() -> Iterator[Chart]:
@@ -136,8 +140,8 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
 
     def difficulty_charts() -> Iterator[Chart]:
         levels = sorted({r["difficulty"] for result in results for r in _graded(result)}, key=_natural)
-        label = labels["reasoning_accuracy"]
-        # One chart for each task: a line from one task to another would mean nothing.
+        label = labels[REASONING_ACCURACY.name]
+        # One chart for each task, because a line from one task to another has no meaning.
         for words, group in groupby(levels, lambda level: _natural(level)[0]):
             same = list(group)
             values = {stage: _by_difficulty(result, same) for stage, result in named.items()}
@@ -146,8 +150,8 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
                         charts.against(values, stages, words or "difficulty", label, ticks=ticks))  # fmt: skip
 
     def cost_charts() -> Iterator[Chart]:
-        for cost, x_label in COSTS.items():
-            for name in ("reasoning_accuracy", "perplexity"):
+        for cost, x_label in COST_LABELS.items():
+            for name in (REASONING_ACCURACY.name, PERPLEXITY.name):
                 values = {stage: _cost(result, cost, name) for stage, result in named.items()}
                 if any(values.values()):
                     title = f"{labels[name]} against {x_label}"
@@ -155,21 +159,22 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
 
     def curve_charts() -> Iterator[Chart]:
         runs = [result["stage"] for result in results]
-        for tag, label in CURVES.items():
+        for tag, label in CURVE_LABELS.items():
             if tag in curves:
                 yield Chart(label, charts.training(curves[tag], runs, label))
 
     return [
-        Section("By stage", "With 95 % intervals; the dotted line is the first stage.", list(stage_charts()),
-                "No stage has perplexity or an accuracy."),
+        Section("By stage", "With 95 % intervals; the dotted line marks the value of the first stage.",
+                list(stage_charts()), "No stage has perplexity or an accuracy."),
         Section("By depth", "Every stage with a recursion, measured with 0, 1, ... passes after pass 0.",
                 list(depth_charts()), "No stage was measured at more than one depth."),
-        Section("By difficulty", "Reasoning accuracy with Wilson's 95 % intervals.", list(difficulty_charts()),
-                "No problem in these results states its difficulty."),
-        Section("Quality against cost", "Cheap is left for FLOPs, and right for speed on this machine.",
+        Section("By difficulty", "Reasoning accuracy with Wilson's 95 % intervals.",
+                list(difficulty_charts()), "No problem in these results has a difficulty."),
+        Section("Quality against cost",
+                "Cheaper is further left for FLOPs, and further right for speed on this machine.",
                 list(cost_charts()), "No stage has both a quality and a cost ('rr eval' without --skip-performance)."),
-        Section("Training", "Thin: every step. Strong: their moving average.", list(curve_charts()),
-                "The log folder holds no training curves of these stages."),
+        Section("Training", "The thin line shows every step, the strong line their moving average.",
+                list(curve_charts()), "The log folder holds no training curves of these stages."),
     ]  # fmt: skip
 
 
@@ -213,7 +218,7 @@ def _by_difficulty(result: Results, levels: Sequence[Any]) -> list[tuple[float, 
 
 
 def _marked(prompt: str, texts: Sequence[str | None]) -> dict[str, Any]:
-    """Return what the stages wrote, each as (text, whether it differs from the first stage's) pieces."""
+    """Return the texts of the stages in pieces: (text, whether it differs from the first stage's text)."""
     first = _tokens(texts[0] or "")
     marked: list[list[tuple[str, bool]] | None] = []
     for text in texts:
@@ -230,12 +235,12 @@ def _marked(prompt: str, texts: Sequence[str | None]) -> dict[str, Any]:
 
 
 def _tokens(text: str) -> list[str]:
-    """Cut a text into words with the space before them, and marks; together they are the text."""
+    """Cut a text into words and punctuation marks, each with the space before it; joined, they are the text again."""
     return re.findall(r"\s*\w+|\s*[^\w\s]|\s+", text)
 
 
 def _provenance(results: Sequence[Results]) -> list[tuple[str, list[str]]]:
-    """Return what each stage was measured from: (what, a text for each stage)."""
+    """Return the origin of each stage's results: (what, a text for each stage)."""
     columns = [_origin(result) for result in results]
     names = dict.fromkeys(name for column in columns for name in column)
     return [(name, [column.get(name, "-") for column in columns]) for name in names]

@@ -1,7 +1,8 @@
-"""What `rr compare` found: cells, rows, claims, and the whole. Data only; `pairing` fills it, `formats` writes it."""
+"""The values that `rr compare` computes: pairs, cells, rows, claims, and the comparison as a whole. Data only."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,19 +10,44 @@ from rrcli.evaluation.metrics import Metric
 from rrcli.evaluation.stats import Estimate
 from rrcli.files import finite
 
+# The content of a results file.
 Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The difference of one metric between a stage and a reference stage, over the records that both hold.
+
+    Attributes:
+        estimate: on the scale of the test (nats, shares, scores); None if the two stages cannot be paired.
+        same: whether all records have the same outcome in both stages.
+        discordant: the share of problems that exactly one of the two stages solves.
+        common, of, others: number of records in both stages, in the reference, and in the other stage.
+        conflicts: number of records with the same key but of different content (`Part.identity`).
+    """
+
+    estimate: Estimate | None = None
+    same: bool = False
+    discordant: float = 0.0
+    common: int = 0
+    of: int = 0
+    others: int = 0
+    conflicts: int = 0
 
 
 @dataclass
 class Cell:
-    """One stage's value of one metric, and its difference to the first stage.
+    """One stage's value of one metric, and its difference to a reference stage; in a table, that is the first stage.
 
     Attributes:
         value, low, high: the metric with its interval (None where it was not measured).
-        difference, difference_low, difference_high: paired; percent for perplexity and cost, points for shares.
-        p_value, p_adjusted: of "no difference", before and after Holm's correction.
-        verdict: better, worse, differs, within noise, same, not comparable, or '' (the first stage, costs).
-        n: the records behind the difference: those that both stages hold.
+        difference, difference_low, difference_high: with its interval, over the records in both stages; in percent for
+            perplexity and costs, in points for shares, else in the metric's unit.
+        p_value, p_adjusted: of the hypothesis "no difference", before and after Holm's correction.
+        verdict: better, worse, differs, within noise, same, not comparable, no claim (it rests on a broken surgery), or
+            '' (the first stage, costs).
+        n: number of records that the difference is computed from.
+        pair: the records and estimate that the difference comes from; None for the first stage and for costs.
     """
 
     value: float | None = None
@@ -34,40 +60,54 @@ class Cell:
     p_adjusted: float | None = None
     verdict: str = ""
     n: int = 0
+    pair: Pair | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {name: value for name, value in vars(self).items() if name != "pair"}
 
 
 @dataclass
 class MetricRow:
-    """One metric over all stages; `depths` has each stage's values at depth 0, 1, ..., where it was measured so."""
+    """One metric over all stages.
 
-    name: str
+    Attributes:
+        cells: one for each stage.
+        depths: each stage's values at depth 0, 1, ...; empty if no stage was measured at more than one depth.
+    """
+
     metric: Metric
     cells: list[Cell]
     depths: list[list[float | None]] = field(default_factory=list)
 
-    @property
-    def relative(self) -> bool:
-        """Whether differences are percent of the first stage's value rather than in the metric's own unit."""
-        return self.name == "perplexity" or self.metric.kind == "cost"
 
-
-@dataclass
+@dataclass(frozen=True)
 class Claim:
-    """A difference that a sentence speaks about: metric `name` of `result` against `reference`."""
+    """A difference that a sentence speaks about.
+
+    Attributes:
+        what: what makes the difference, in words. against: the reference stage, in words.
+        before: the value of the reference stage. cell: the stage's value and its difference to the reference stage.
+        pair, estimate: those of the cell, which are never None for a claim.
+    """
 
     what: str
     against: str
-    name: str
     metric: Metric
+    before: float
+    cell: Cell
+    pair: Pair
     estimate: Estimate
-    result: Results
-    reference: Results
-    p_adjusted: float = 1.0
+
+    @property
+    def p_adjusted(self) -> float:
+        """The corrected p-value; 1 if all records are identical, so that there is nothing to test."""
+        return 1.0 if self.cell.p_adjusted is None else self.cell.p_adjusted
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """A gate as it was written, the values of its two sides, and whether it holds."""
+    """A gate as the user wrote it, the values of its two sides, and whether it holds."""
 
     gate: str
     left: float
@@ -76,8 +116,8 @@ class GateResult:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """What each stage wrote after one prompt; None where a stage has no such prompt."""
+class PromptTexts:
+    """The texts that the stages wrote after one prompt; None for a stage without this prompt."""
 
     prompt: str
     texts: list[str | None]
@@ -85,10 +125,11 @@ class Generation:
 
 @dataclass
 class Comparison:
-    """Everything that `rr compare` shows; `results` are what it was made from, in the order of `stages`.
+    """Everything that `rr compare` shows.
 
     Attributes:
-        broken_surgery: said first, where surgery did not preserve the baseline; the command then fails.
+        stages: labels of the stages: their names, or paths of results files. results: the content of their files.
+        broken_surgery: a sentence that is shown first if surgery did not preserve the baseline; the command then fails.
     """
 
     stages: list[str]
@@ -96,7 +137,7 @@ class Comparison:
     claims: list[Claim] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    generations: list[Generation] = field(default_factory=list)
+    generations: list[PromptTexts] = field(default_factory=list)
     gates: list[GateResult] = field(default_factory=list)
     alpha: float = 0.05
     results: list[Results] = field(default_factory=list)
@@ -110,14 +151,14 @@ class Comparison:
             "stages": self.stages,
             "alpha": self.alpha,
             "rows": [
-                {"name": row.name, "label": row.metric.label, "unit": row.metric.unit, "better": row.metric.better}
-                | {"cells": [vars(cell) for cell in row.cells]}
+                {name: getattr(row.metric, name) for name in ("name", "label", "unit", "better")}
+                | {"cells": [cell.to_dict() for cell in row.cells]}
                 | ({"by_depth": row.depths} if row.depths else {})
                 for row in self.rows
             ],
             "claims": [
                 finite(vars(claim.estimate))
-                | {"what": claim.what, "metric": claim.name, "p_adjusted": claim.p_adjusted}
+                | {"what": claim.what, "metric": claim.metric.name, "p_adjusted": claim.p_adjusted}
                 for claim in self.claims
             ],
             "broken_surgery": self.broken_surgery or None,
@@ -128,11 +169,19 @@ class Comparison:
         }
 
 
-def generations_of(results: list[Results]) -> list[Generation]:
-    """Return every prompt of any stage, with what each stage wrote after it."""
+def speakers(stages: Mapping[str, Results]) -> dict[str, str]:
+    """Return stage -> the label of its results; if two files are of the same stage, the first one counts."""
+    labels: dict[str, str] = {}
+    for label, result in stages.items():
+        labels.setdefault(result["stage"], label)
+    return labels
+
+
+def generations_of(results: list[Results]) -> list[PromptTexts]:
+    """Return every prompt of any stage, with the text that each stage wrote after it."""
     texts = [
         {r["prompt"]: r["text"] for r in result["records"].get("generations", ()) if "prompt" in r}
         for result in results
     ]
     prompts = dict.fromkeys(prompt for stage in texts for prompt in stage)
-    return [Generation(prompt, [stage.get(prompt) for stage in texts]) for prompt in prompts]
+    return [PromptTexts(prompt, [stage.get(prompt) for stage in texts]) for prompt in prompts]

@@ -1,37 +1,51 @@
-"""A comparison in words: what surgery, fine-tuning and recursion are shown to have done, and what to be careful about.
+"""A comparison in words: what surgery, fine-tuning and recursion changed, and what the reader has to be careful about.
 
-Four sentences answer the four questions of an experiment; every one names its numbers, its interval and its n. Warnings
-name what else differs between two stages than the model, and how many records they share.
+The sentences answer the four questions of an experiment, each with its values, the interval, and the number of records.
+The warnings name what differs between two stages beside the model, and how many records they have in common.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from rrcli.comparison.pairing import Pair, backed, direction, pair, scale_of, tested_metrics
-from rrcli.comparison.preservation import REACHING, Preservation
-from rrcli.comparison.results import Claim, Results
+from rrcli.comparison.pairing import Cells
+from rrcli.comparison.preservation import MEASURING_SETTINGS, Preservation
+from rrcli.comparison.records import PARTS
+from rrcli.comparison.results import Claim, MetricRow, Pair, Results, speakers
 from rrcli.evaluation import stats
+from rrcli.evaluation.metrics import BITS_PER_BYTE, PERPLEXITY, REASONING_ACCURACY, Metric
 
-NOUNS = {"documents": "documents", "problems": "problems", "generations": "prompts"}
 PROVENANCE = ("seed", "dtype", "device", "machine", "hardware", "rr", "python")
 
 
-# -- what to be careful about ------------------------------------------------------------------------------------------
+# -- warnings ------------------------------------------------------------------------------------------
 
 
-def differences(label: str, first: str, result: Results, reference: Results) -> list[str]:
-    """Return a warning that names everything beside the model in which two measurements differ, if anything does."""
+def warnings(stages: Mapping[str, Results], rows: Sequence[MetricRow]) -> list[str]:
+    """Return what the reader should know about how the stages were measured and paired with the first one."""
+    (first, reference), *others = stages.items()
+    told = _sampled(stages)
+    for column, (label, result) in enumerate(others, start=1):
+        told += _measured_differently(label, first, result=result, reference=reference)
+        pairs = [(row.metric, found) for row in rows if (found := row.cells[column].pair) is not None]
+        same_tokenizer = result["model"]["tokenizer"] == reference["model"]["tokenizer"]
+        told += _shared_in_part(label, first, pairs, same_tokenizer=same_tokenizer)
+    return told
+
+
+def _measured_differently(label: str, first: str, *, result: Results, reference: Results) -> list[str]:
+    """Return a warning that names all differences of two measurements beside the model, if there are any."""
     a, b = reference, result
     found = [f"{name} ({_data(a)} and {_data(b)})" for name in ("data",) if _data(a) != _data(b)]
-    for place, names in (("provenance", PROVENANCE), ("settings", REACHING)):
+    for place, names in (("provenance", PROVENANCE), ("settings", MEASURING_SETTINGS)):
         for name in names:
             before, after = (r.get(place, {}).get(name) for r in (a, b))
-            # What an older version did not record is not known to differ.
+            # A value that an older version did not record is not known to differ.
             if before != after and None not in (before, after):
                 found.append(f"{name} ({before} and {after})")
     if a["model"]["tokenizer"] != b["model"]["tokenizer"]:
-        found.append("tokenizer (metrics per token do not compare, bits per byte do)")
+        found.append("tokenizer (so only bits per byte can be compared, not metrics per token)")
     versions = [r["provenance"]["versions"] for r in (a, b)]
     for package in sorted(versions[0].keys() | versions[1].keys()):
         before, after = (v.get(package, "none") for v in versions)
@@ -40,133 +54,148 @@ def differences(label: str, first: str, result: Results, reference: Results) -> 
     return [f"{first} and {label} were measured with different {', '.join(found)}"] if found else []
 
 
-def samples(labels: list[str], results: list[Results]) -> list[str]:
+def _sampled(stages: Mapping[str, Results]) -> list[str]:
     """Return a warning if a stage was measured on a sample of its documents."""
-    counts = [
-        (label, r["data"].get("documents"), r["data"].get("held_out")) for label, r in zip(labels, results, strict=True)
-    ]
+    counts = [(label, r["data"].get("documents"), r["data"].get("held_out")) for label, r in stages.items()]
     told = [f"{label} ({n:,} of {held_out:,})" for label, n, held_out in counts if held_out and n < held_out]
     if not told:
         return []
-    return [f"only a sample of the documents was scored (--max-samples), which is for trying out: {', '.join(told)}"]
+    return [
+        "only a sample of the documents was scored (--max-samples), which is enough to try things out but not for "
+        f"conclusions: {', '.join(told)}"
+    ]
 
 
-def overlaps(label: str, first: str, pairs: dict[str, Pair], same_tokenizer: bool) -> list[str]:
-    """Return a warning for each kind of record that two stages share in part, not at all, or under false keys.
+def _shared_in_part(label: str, first: str, pairs: Sequence[tuple[Metric, Pair]], *, same_tokenizer: bool) -> list[str]:
+    """Return a warning for each kind of record that is not the same in both stages.
 
     Args:
-        pairs: how each metric was paired, by the metric's name.
+        pairs: how each metric was paired.
     """
     told: dict[str, str] = {}
-    for name, found in pairs.items():
-        noun = f"samples of {name.split('/')[1]}" if found.part == "harness" else NOUNS[found.part]
-        if noun in told or name.startswith("reasoning_accuracy/"):
+    for metric, found in pairs:
+        part = PARTS[metric.part]
+        noun = f"samples of {metric.task}" if metric.part == "harness" else part.noun
+        if noun in told or (metric.part == "problems" and metric.task):  # the metric over all tasks has them all
             continue
         if not found.common:
-            told[noun] = f"{first} and {label} share none of their {noun} ({found.of} and {found.others})"
-        elif found.conflicts and (same_tokenizer or found.part != "documents"):
+            told[noun] = f"{first} and {label} have no {noun} in common ({found.of} and {found.others})"
+        elif found.conflicts and (same_tokenizer or metric.part != "documents"):
             told[noun] = (
-                f"{first} and {label}: {found.conflicts} of {found.common} common {noun} differ in what they hold "
-                f"({_held(found.part)}), so these are not compared"
+                f"{first} and {label}: {found.conflicts} of the {found.common} {noun} in both have different content "
+                f"({part.held}), so {noun} are not compared"
             )
         elif found.common < max(found.of, found.others):
             told[noun] = (
-                f"{first} and {label}: {noun} are compared on {found.common} common of {found.of} "
-                f"(and {found.others}); the values shown are each stage's own"
+                f"{first} and {label}: only the {found.common} {noun} in both are compared, of {found.of} and "
+                f"{found.others}; the values in the table are over all {noun} of each stage"
             )
     return list(told.values())
-
-
-def _held(part: str) -> str:
-    return {"documents": "tokens or bytes", "problems": "question or answer"}.get(part, "prompt or target")
 
 
 def _data(result: Results) -> str:
     return f"{result['data'].get('source', 'data')} {result['data']['fingerprint']}"
 
 
-# -- what is shown -----------------------------------------------------------------------------------------------------
+# -- answers -----------------------------------------------------------------------------------------------------
 
 
-def claims(stages: dict[str, Results], *, sound: bool = True) -> list[Claim]:
-    """Return the differences that the sentences speak about: fine-tuning, and recursion beyond it.
+@dataclass(frozen=True)
+class Question:
+    """A question that a sentence answers: does `what` make `stage` different from `reference`?
+
+    Attributes:
+        what: what was done to the model, in words. against: the reference stage, in words.
+    """
+
+    what: str
+    stage: str
+    reference: str
+    against: str
+
+
+FINE_TUNING = Question("Fine-tuning without recursion", "finetuned_vanilla", "baseline", "the baseline")
+RECURSION = Question("Recursion, beyond fine-tuning", "finetuned_recursive", "finetuned_vanilla", "vanilla fine-tuning")
+BOTH = Question("Recursive fine-tuning", "finetuned_recursive", "baseline", "the baseline")
+
+
+def claims(cells: Cells, metrics: Sequence[Metric], *, sound: bool = True) -> list[Claim]:
+    """Return the differences that the sentences speak about: that of fine-tuning, and that of recursion beyond it.
 
     Args:
+        metrics: those of the table.
         sound: whether surgery preserved the baseline; if not, nothing is claimed about recursion.
     """
-    found = [("Fine-tuning without recursion", "finetuned_vanilla", "baseline", "the baseline")]
-    if not sound:
-        pass
-    elif {"finetuned_vanilla", "finetuned_recursive"} <= stages.keys():
-        words = ("Recursion, beyond fine-tuning", "vanilla fine-tuning")
-        found.append((words[0], "finetuned_recursive", "finetuned_vanilla", words[1]))
-    else:
-        found.append(("Recursive fine-tuning", "finetuned_recursive", "baseline", "the baseline"))
-    return [
-        claim
-        for what, stage, reference, against in found
-        if {stage, reference} <= stages.keys()
-        for claim in _claims(what, against, stages[stage], stages[reference])
-    ]
+    labels = speakers(cells.stages)
+    questions = [FINE_TUNING]
+    if sound:
+        questions.append(RECURSION if {"finetuned_vanilla", "finetuned_recursive"} <= labels.keys() else BOTH)
+    told: list[Claim] = []
+    for question in questions:
+        if {question.stage, question.reference} <= labels.keys():
+            stage, reference = labels[question.stage], labels[question.reference]
+            found = [_claim(question, metric, cells, stage=stage, reference=reference) for metric in metrics]
+            # Accuracies come first, then perplexity.
+            told += sorted(filter(None, found), key=lambda claim: claim.metric.part == "documents")
+    return told
 
 
-def _claims(what: str, against: str, result: Results, reference: Results) -> list[Claim]:
-    same_tokens = result["model"]["tokenizer"] == reference["model"]["tokenizer"]
-    told = []
-    for name, metric in tested_metrics([result, reference]).items():
-        spoken = name in ("reasoning_accuracy", "perplexity" if same_tokens else "bits_per_byte")
-        # A value that was not finite stands as null in the results.
-        known = all(r["metrics"].get(name, {}).get("value") is not None for r in (result, reference))
-        if (spoken or metric.kind == "harness") and known:
-            estimate = pair(name, metric, result, reference).estimate
-            if estimate is not None:
-                told.append(Claim(what, against, name, metric, estimate, result, reference))
-    return sorted(told, key=lambda claim: claim.metric.kind == "documents")  # answers first, then text
+def _claim(question: Question, metric: Metric, cells: Cells, *, stage: str, reference: str) -> Claim | None:
+    """Return the difference in a metric; None if no sentence is about this metric, or if it cannot be paired."""
+    result, other = cells.stages[stage], cells.stages[reference]
+    same_tokens = result["model"]["tokenizer"] == other["model"]["tokenizer"]
+    spoken = metric in (REASONING_ACCURACY, PERPLEXITY if same_tokens else BITS_PER_BYTE) or metric.part == "harness"
+    # A value that was not finite is null in a results file.
+    before = other["metrics"].get(metric.name, {}).get("value")
+    if not spoken or before is None:
+        return None
+    cell = cells.of(metric, stage, reference)
+    if cell.pair is None or cell.pair.estimate is None:
+        return None
+    return Claim(question.what, question.against, metric, before, cell, cell.pair, cell.pair.estimate)
 
 
 def sentences(
-    stages: dict[str, Results], told: list[Claim], alpha: float, preserved: Preservation | None = None
+    stages: Mapping[str, Results], told: list[Claim], alpha: float, *, preserved: Preservation | None = None
 ) -> list[str]:
     """Answer: did surgery preserve the baseline, did fine-tuning help, did recursion help beyond it, at what cost."""
+    known = {stage: stages[label] for stage, label in speakers(stages).items()}
     said = [preserved.sentence()] if preserved is not None else []
     said += [_tell(claim, alpha) for claim in told]
     if preserved is not None and preserved.broken:
-        return [*said, "Nothing is said about recursion: what rests on a broken surgery shows nothing of it."]
-    if {"finetuned_vanilla", "finetuned_recursive"} <= stages.keys():
-        said += _cost(stages["finetuned_recursive"], stages["finetuned_vanilla"])
-    elif {"baseline", "finetuned_recursive"} <= stages.keys():
-        said.append("What recursion adds to fine-tuning needs stage finetuned_vanilla beside it.")
+        return [*said, "Nothing is said about recursion, because surgery changed the model."]
+    if {"finetuned_vanilla", "finetuned_recursive"} <= known.keys():
+        said += _cost(known["finetuned_recursive"], known["finetuned_vanilla"])
+    elif {"baseline", "finetuned_recursive"} <= known.keys():
+        said.append("To see what recursion adds to fine-tuning, measure stage finetuned_vanilla too.")
     return said
 
 
 def _tell(claim: Claim, alpha: float) -> str:
-    metric, estimate = claim.metric, claim.estimate
-    scale, label = scale_of(claim.name, metric), metric.label.strip()
-    label = label if metric.kind == "harness" else label.lower()
-    unit = "%" if claim.name == "perplexity" else "points" if metric.unit == "%" else metric.unit
+    metric, cell, n = claim.metric, claim.cell, claim.estimate.n
+    label = metric.label if metric.part == "harness" else metric.label.lower()
+    unit = "%" if metric.relative else "points" if metric.unit == "%" else metric.unit
     digits = 1 if unit in ("%", "points") else 3
-    before, after = (r["metrics"][claim.name]["value"] for r in (claim.reference, claim.result))
-    values = f"{before:.4g} -> {after:.4g}{f' {metric.unit}' if metric.unit else ''}"
+    values = f"{claim.before:.4g} -> {cell.value:.4g}{f' {metric.unit}' if metric.unit else ''}"
     change, low, high = (
-        f"{scale(x):+.{digits}f}" if math.isfinite(x) else "?" for x in (estimate.value, estimate.low, estimate.high)
+        "?" if x is None else f"{x:+.{digits}f}" for x in (cell.difference, cell.difference_low, cell.difference_high)
     )
-    facts = f"{values}, {change}{f' {unit}' if unit else ''} [{low}, {high}], {_p(claim.p_adjusted)}"
-    if backed(claim.p_adjusted, estimate.low, estimate.high, alpha):
-        found = direction(metric, estimate.value)
-        verb = "differs from" if found == "differs" else f"is {found} than"
-        return f"{claim.what}: {label} {verb} {claim.against}'s, {facts}, n = {estimate.n}."
-    text = f"{claim.what}: no effect on {label} is shown with n = {estimate.n}, {facts}"
+    noun = PARTS[metric.part].noun
+    difference = f"a difference of {change}{f' {unit}' if unit else ''} [95 % interval {low} to {high}]"
+    facts = f"{values}, {difference}, {_p(claim.p_adjusted)}, n = {n} {noun}"
+    if cell.verdict in ("better", "worse", "differs"):
+        verb = "differs from" if cell.verdict == "differs" else f"is {cell.verdict} than"
+        return f"{claim.what}: {label} {verb} {claim.against}'s ({facts})."
+    text = f"{claim.what}: no effect on {label} is shown ({facts})."
     needed = _needed(claim, alpha)
-    if needed is None or needed <= estimate.n:  # enough alone, but not among all the metrics of the table
-        return f"{text}."
-    noun = "documents" if metric.kind == "documents" else "problems"
-    return f"{text}; about {needed:,} {noun} would be needed to show a difference of this size."
+    if needed is None or needed <= n:  # n is enough for this test alone, but not for all tests of the table together
+        return text
+    return f"{text} About {needed:,} {noun} would be needed to show a difference of this size."
 
 
 def _needed(claim: Claim, alpha: float) -> int | None:
-    found = pair(claim.name, claim.metric, claim.result, claim.reference)
-    if found.discordant:
-        return stats.problems_needed(claim.estimate.value, found.discordant, alpha)
+    if claim.pair.discordant:
+        return stats.problems_needed(claim.estimate.value, claim.pair.discordant, alpha)
     return stats.units_needed(claim.estimate, alpha)
 
 
@@ -184,7 +213,7 @@ def _cost(result: Results, reference: Results) -> list[str]:
         before, after = ((r.get("training") or {}).get(key) for r in (reference, result))
         if before and after is not None:
             factors.append(f"{after / before:.2f} x the {label}")
-    return [f"What recursion costs against vanilla: {', '.join(factors)}."] if factors else []
+    return [f"Cost of recursion compared with vanilla fine-tuning: {', '.join(factors)}."] if factors else []
 
 
 def _p(p: float) -> str:

@@ -1,71 +1,218 @@
-"""From records to metrics: what each metric is called, which way is better, and how it is computed with its interval.
+"""Computes metrics, with their intervals, from records; and describes each metric as a value.
 
-Records are per document, per problem and per prompt; lists in them have one entry per depth, pass 0 first, and the last
-one is the stage's own depth. Nothing here needs torch, so `rr compare` and tests compute the same numbers.
+There is a record for each document, problem and prompt. Lists in a record have one entry for each depth, pass 0 first;
+the last entry is at the depth of the stage. This module needs no torch, so `rr compare` computes the same numbers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, Literal
 
 from rrcli.evaluation import stats
 
-Records = Mapping[str, Sequence[Mapping[str, Any]]]
+# What was measured on one document, problem or prompt; and all records of a stage: part -> records.
+Record = Mapping[str, Any]
+Records = Mapping[str, Sequence[Record]]
+
+PartName = Literal["documents", "problems", "generations", "harness", ""]
+Test = Literal["ratio", "mcnemar", "bootstrap", "mcnemar_or_bootstrap", ""]
+Scale = Literal["exp", "bits", "percent", ""]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown and compared.
+    """A metric: its name, how it is computed from records, and how two stages are compared by it.
 
     Attributes:
-        label, unit: for people. better: 'lower', 'higher' or '' (neither is).
-        kind: how two stages are compared: 'documents' (paired ratio), 'problems' (McNemar), 'prompts' (paired
-            bootstrap), 'harness' (McNemar where every score is 0 or 1, else paired bootstrap), 'cost' (the relative
-            difference, never tested) or 'shown' (values only).
+        name: its key in a results file. label, unit: for people.
+        better: 'lower', 'higher' or '' (neither is).
+        part: the kind of records that stages are compared on; '' if there is none.
+        field: the field of a record that holds its score. size: the field that a document's total is divided by.
+        scale: how an estimate becomes the metric's value: 'exp' (perplexity from nats per token), 'bits' (from nats),
+            'percent' (from a share) or '' (it is the value).
+        test: how the difference of two stages is tested: 'ratio' (of totals over documents), 'mcnemar', 'bootstrap',
+            'mcnemar_or_bootstrap' (McNemar if every score is 0 or 1) or '' (it is not tested).
+        relative: whether a difference is shown in percent of the other stage's value. Metrics that are relative but not
+            tested are costs.
+        task: the reasoning task, or the task of lm-eval; '' if the metric is not about a single task.
+        compared: whether `rr compare` has a row for it.
     """
 
+    name: str
     label: str
-    unit: str
-    better: str
-    kind: str
+    unit: str = ""
+    _: KW_ONLY
+    better: str = ""
+    part: PartName = ""
+    field: str = ""
+    size: str = ""
+    scale: Scale = ""
+    test: Test = ""
+    relative: bool = False
+    task: str = ""
+    compared: bool = True
+
+    @property
+    def per_token(self) -> bool:
+        """Whether stages can be compared only if they have the same tokenizer."""
+        return self.size == "tokens"
+
+    def records(self, measured: Records) -> dict[str, Record]:
+        """Return key -> record, for the records that the metric is computed from."""
+        found = measured.get(self.part, ())
+        if self.part == "harness":
+            found = [r for r in found if self.name == f"harness/{r['task']}/{r['metric']}"]
+        elif self.part == "problems" and self.task:
+            labels = task_labels(r["task"] for r in found)
+            found = [r for r in found if labels[r["task"]] == self.task]
+        elif self.part == "generations":  # records of an older version lack newer fields
+            found = [r for r in found if r.get(self.field) is not None]
+        return {r["key"]: r for r in found}
+
+    def score(self, record: Record, depth: int = -1) -> float:
+        """Return the score of a record: a document's total (nats or hits), or that of an answer, a text or a sample."""
+        by_depth = self.part in ("documents", "problems")
+        return float(record[self.field][depth] if by_depth else record[self.field])
+
+    def totals(self, measured: Records, depth: int = -1) -> dict[str, tuple[float, float]]:
+        """Return key -> (total, size) of each document: nats or hits, and tokens or bytes."""
+        return {key: (self.score(r, depth), r[self.size]) for key, r in self.records(measured).items()}
+
+    def in_unit(self, value: float) -> float:
+        """Convert an estimate (nats per token or byte, a share) to the metric's unit."""
+        match self.scale:
+            case "exp":
+                return math.exp(value) if value < 700 else math.inf
+            case "bits":
+                return value / math.log(2)
+            case "percent":
+                return 100 * value
+            case _:
+                return value
+
+    def shown_difference(self, value: float) -> float:
+        """Convert an estimated difference to what is shown: percent for perplexity, else the metric's unit."""
+        return 100 * math.expm1(min(value, 700)) if self.scale == "exp" else self.in_unit(value)
 
 
-METRICS: dict[str, Metric] = {
-    "perplexity": Metric("Perplexity", "", "lower", "documents"),
-    "bits_per_byte": Metric("Bits per byte", "bits", "lower", "documents"),
-    "token_accuracy": Metric("Token accuracy", "%", "higher", "documents"),
-    "reasoning_accuracy": Metric("Reasoning accuracy", "%", "higher", "problems"),
-    "relevance": Metric("Relevance", "nats/token", "higher", "prompts"),
-    "distinct_2": Metric("Distinct-2", "", "higher", "prompts"),
-    "rep_4": Metric("Rep-4", "", "lower", "prompts"),
-    "length": Metric("Length", "tokens", "", "prompts"),
-    "finished": Metric("Ended by itself", "", "", "prompts"),
-    "prefill_tokens_per_sec": Metric("Prefill", "tokens/s", "higher", "cost"),
-    "decode_tokens_per_sec": Metric("Decode", "tokens/s", "higher", "cost"),
-    "time_per_output_token": Metric("Time per token", "ms", "lower", "cost"),
-    "time_per_output_token/sequential": Metric("  all passes for each token", "ms", "lower", "cost"),
-    "time_per_output_token/pass_0": Metric("  pass 0 alone", "ms", "lower", "cost"),
-    "memory_mb": Metric("Peak memory", "MB", "lower", "cost"),
-    "cache_bytes_per_token": Metric("Cache per token", "bytes", "lower", "cost"),
-    "flops_per_token": Metric("FLOPs per token", "MFLOP", "lower", "cost"),
-    "avg_refine_steps": Metric("Refine steps per chunk", "", "", "shown"),
-    "avg_chunk_length": Metric("Tokens per chunk", "", "", "shown"),
-    "commit_rate": Metric("Commit rate", "", "", "shown"),
-    "fix_rate": Metric("Fix rate", "", "", "shown"),
-    "break_rate": Metric("Break rate", "", "", "shown"),
-    "commit_ece": Metric("Calibration error of committing", "", "", "shown"),
-    "commit_ece_weighted": Metric("  tokens weighed as in training", "", "", "shown"),
-    "decode/avg_refine_steps": Metric("Refine steps per chunk, decoding", "", "", "shown"),
-    "decode/avg_chunk_length": Metric("Tokens per chunk, decoding", "", "", "shown"),
-    "decode/commit_rate": Metric("Commit rate, decoding", "", "", "shown"),
+PERPLEXITY = Metric(
+    "perplexity", "Perplexity", better="lower",
+    part="documents", field="nll", size="tokens", scale="exp", test="ratio", relative=True,
+)  # fmt: skip
+BITS_PER_BYTE = Metric(
+    "bits_per_byte", "Bits per byte", "bits", better="lower",
+    part="documents", field="nll", size="bytes", scale="bits", test="ratio",
+)  # fmt: skip
+TOKEN_ACCURACY = Metric(
+    "token_accuracy", "Token accuracy", "%", better="higher",
+    part="documents", field="correct", size="tokens", scale="percent", test="ratio",
+)  # fmt: skip
+REASONING_ACCURACY = Metric(
+    "reasoning_accuracy", "Reasoning accuracy", "%", better="higher",
+    part="problems", field="correct", scale="percent", test="mcnemar",
+)  # fmt: skip
+
+
+def _of_text(name: str, label: str, unit: str = "", *, better: str = "") -> Metric:
+    return Metric(name, label, unit, better=better, part="generations", field=name, test="bootstrap")
+
+
+def _cost(name: str, label: str, unit: str, *, better: str = "lower") -> Metric:
+    return Metric(name, label, unit, better=better, relative=True)
+
+
+# Every metric with a fixed name, in the order in which they are shown.
+KNOWN: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        PERPLEXITY,
+        BITS_PER_BYTE,
+        TOKEN_ACCURACY,
+        Metric("word_perplexity", "Word perplexity", compared=False),
+        Metric("byte_perplexity", "Byte perplexity", compared=False),
+        Metric("tokens", "Tokens", compared=False),
+        REASONING_ACCURACY,
+        Metric("reasoning_accuracy_strict", "Reasoning accuracy strict", "%", compared=False),
+        _of_text("relevance", "Relevance", "nats/token", better="higher"),
+        _of_text("distinct_2", "Distinct-2", better="higher"),
+        _of_text("rep_4", "Rep-4", better="lower"),
+        _of_text("length", "Length", "tokens"),
+        _of_text("finished", "Ended by itself"),
+        _cost("prefill_tokens_per_sec", "Prefill", "tokens/s", better="higher"),
+        _cost("decode_tokens_per_sec", "Decode", "tokens/s", better="higher"),
+        _cost("time_per_output_token", "Time per token", "ms"),
+        _cost("time_per_output_token/sequential", "  all passes for each token", "ms"),
+        _cost("time_per_output_token/pass_0", "  pass 0 alone", "ms"),
+        _cost("memory_mb", "Peak memory", "MB"),
+        _cost("cache_bytes_per_token", "Cache per token", "bytes"),
+        _cost("flops_per_token", "FLOPs per token", "MFLOP"),
+        Metric("avg_refine_steps", "Refine steps per chunk"),
+        Metric("avg_chunk_length", "Tokens per chunk"),
+        Metric("commit_rate", "Commit rate"),
+        Metric("fix_rate", "Fix rate"),
+        Metric("break_rate", "Break rate"),
+        Metric("commit_ece", "Calibration error of committing"),
+        Metric("commit_ece_weighted", "  tokens weighed as in training"),
+        Metric("decode/avg_refine_steps", "Refine steps per chunk, decoding"),
+        Metric("decode/avg_chunk_length", "Tokens per chunk, decoding"),
+        Metric("decode/commit_rate", "Commit rate, decoding"),
+    )
 }
 
 
+def metrics_of(*measured: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
+    """Return the metrics of one or more stages, in the order in which they are shown.
+
+    This is the only place that reads the names of metrics. The order is that of `KNOWN`; the accuracy of each reasoning
+    task and then lm-eval's metrics follow the overall accuracy, and the stability at each pass follows the commit rate.
+    Metrics with unknown names come last and are not compared.
+
+    Args:
+        measured: for each stage, the `metrics` of its results file: name -> value, low, high, n, better.
+    """
+    entries: dict[str, Mapping[str, Any]] = {}
+    for values in measured:
+        entries |= {name: entry for name, entry in values.items() if name not in entries}
+    tasks = [name for name in entries if name.startswith("reasoning_accuracy/")]
+    places = {name: place for place, name in enumerate(KNOWN)}
+    after_accuracy = places["reasoning_accuracy_strict"]
+    found: list[tuple[int, int, Metric]] = []  # place of a known metric, steps after it, metric
+    for name, entry in entries.items():
+        kind, _, rest = name.partition("/")
+        where, stability, step = name.partition("stability@")
+        if name in KNOWN:
+            found.append((places[name], 0, KNOWN[name]))
+        elif kind == "reasoning_accuracy":
+            metric = replace(REASONING_ACCURACY, name=name, label=f"  {rest}", task=rest, compared=len(tasks) > 1)
+            found.append((after_accuracy, 1, metric))
+        elif kind == "harness":
+            found.append((after_accuracy, 2, _of_harness(name, rest, entry)))
+        elif stability and where in ("", "decode/"):
+            label = f"Stability at pass {step}{', decoding' if where else ''}"
+            found.append((places[f"{where}commit_rate"], 1, Metric(name, label)))
+        else:
+            found.append((len(KNOWN), 0, Metric(name, name.replace("_", " ").capitalize(), compared=False)))
+    return [metric for *_, metric in sorted(found, key=lambda item: item[:2])]
+
+
+def _of_harness(name: str, rest: str, entry: Mapping[str, Any]) -> Metric:
+    """Return the metric `harness/TASK/METRIC`, in lm-eval's unit; the entry says which direction is better."""
+    return Metric(
+        name,
+        rest.replace("/", " "),
+        better=entry.get("better", ""),
+        part="harness",
+        field="score",
+        test="mcnemar_or_bootstrap",
+        task=rest.partition("/")[0],
+    )
+
+
 def from_records(records: Records) -> dict[str, dict[str, Any]]:
-    """Return every metric that the records allow: name -> value, low, high, n."""
+    """Return every metric that can be computed from the records: name -> value, low, high, n."""
     return {
         **_document_metrics(records.get("documents", ()), -1),
         **_problem_metrics(records.get("problems", ())),
@@ -86,42 +233,11 @@ def by_depth(records: Records) -> dict[str, list[dict[str, Any]]]:
     return table
 
 
-def document_totals(records: Records, name: str, depth: int = -1) -> dict[str, tuple[float, float]]:
-    """Return for each document (total, size) of a document metric: nats or hits, over tokens or bytes.
-
-    For perplexity and bits per byte the total is in nats, so that their ratio's exponential or its share of ln 2 is the
-    metric.
-    """
-    field, size = {
-        "perplexity": ("nll", "tokens"),
-        "bits_per_byte": ("nll", "bytes"),
-        "token_accuracy": ("correct", "tokens"),
-    }[name]
-    return {r["key"]: (r[field][depth], r[size]) for r in records.get("documents", ())}
-
-
-def from_ratio(name: str, ratio: float) -> float:
-    """Turn the estimated ratio of a document metric into the metric's own unit."""
-    if name == "perplexity":
-        return math.exp(ratio) if ratio < 700 else math.inf
-    return ratio / math.log(2) if name == "bits_per_byte" else 100 * ratio
-
-
-def _bounded(name: str, value: float) -> float:
-    return min(100.0, max(0.0, value)) if name == "token_accuracy" else value
-
-
 def task_labels(specs: Iterable[str]) -> dict[str, str]:
     """Return a short name for each task: its generator or file, or the whole spec where one occurs twice."""
     specs = list(dict.fromkeys(specs))
     names = [spec.partition(":")[0].rpartition("/")[2] for spec in specs]
     return {spec: name if names.count(name) == 1 else spec for spec, name in zip(specs, names, strict=True)}
-
-
-def stability_label(name: str) -> str:
-    """Return what `stability@1`, or `decode/stability@1`, is called in tables."""
-    where, _, step = name.rpartition("stability@")
-    return f"Stability at pass {step}{', decoding' if where else ''}"
 
 
 def distinct_n(tokens: Sequence[int], n: int = 2) -> float:
@@ -135,27 +251,30 @@ def rep_n(tokens: Sequence[int], n: int = 4) -> float:
     return 1.0 - distinct_n(tokens, n)
 
 
-def _document_metrics(documents: Sequence[Mapping[str, Any]], depth: int) -> dict[str, dict[str, Any]]:
+def _document_metrics(documents: Sequence[Record], depth: int) -> dict[str, dict[str, Any]]:
     if not documents:
         return {}
     metrics = {}
-    for name in ("perplexity", "bits_per_byte", "token_accuracy"):
-        pairs = list(document_totals({"documents": documents}, name, depth).values())
-        estimate = stats.ratio([total for total, _ in pairs], [size for _, size in pairs])
-        metrics[name] = {
-            "value": from_ratio(name, estimate.value),
-            "low": _bounded(name, from_ratio(name, estimate.low)),
-            "high": _bounded(name, from_ratio(name, estimate.high)),
+    for metric in (PERPLEXITY, BITS_PER_BYTE, TOKEN_ACCURACY):
+        totals, sizes = zip(*metric.totals({"documents": documents}, depth).values(), strict=True)
+        estimate = stats.ratio(totals, sizes)
+        low, high = metric.in_unit(estimate.low), metric.in_unit(estimate.high)
+        if metric.scale == "percent":
+            low, high = max(0.0, low), min(100.0, high)
+        metrics[metric.name] = {
+            "value": metric.in_unit(estimate.value),
+            "low": low,
+            "high": high,
             "n": len(documents),
         }
     nats = math.fsum(r["nll"][depth] for r in documents)
     for name, size in (("word_perplexity", "words"), ("byte_perplexity", "bytes")):
-        metrics[name] = {"value": from_ratio("perplexity", nats / max(1, sum(r[size] for r in documents)))}
+        metrics[name] = {"value": PERPLEXITY.in_unit(nats / max(1, sum(r[size] for r in documents)))}
     metrics["tokens"] = {"value": sum(r["tokens"] for r in documents)}
     return metrics
 
 
-def _problem_metrics(problems: Sequence[Mapping[str, Any]], depth: int = -1) -> dict[str, dict[str, Any]]:
+def _problem_metrics(problems: Sequence[Record], depth: int = -1) -> dict[str, dict[str, Any]]:
     if not problems:
         return {}
     metrics = {"reasoning_accuracy": _share([r["correct"][depth] for r in problems])}
@@ -165,7 +284,7 @@ def _problem_metrics(problems: Sequence[Mapping[str, Any]], depth: int = -1) -> 
     return metrics
 
 
-def _generation_metrics(generations: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _generation_metrics(generations: Sequence[Record]) -> dict[str, dict[str, Any]]:
     if not generations:
         return {}
     n = len(generations)

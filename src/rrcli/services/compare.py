@@ -1,25 +1,19 @@
-"""`rr compare`: put stages side by side, with paired statistics, and say in words what is shown and what is noise."""
+"""`rr compare`: reads the results of stages and compares them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rrcli.comparison import gates, pairing, sentences
-from rrcli.comparison.preservation import Preservation, hold
+from rrcli.comparison.compare import compare_stages
+from rrcli.comparison.gates import read_gate
+from rrcli.comparison.preservation import Preservation, check_preserved
 from rrcli.comparison.report import check_report_path
-from rrcli.comparison.results import Cell, Comparison, Generation, MetricRow, Results, generations_of
+from rrcli.comparison.results import Comparison, Results, generations_of, speakers
 from rrcli.errors import RRError, UsageError, suggest
-from rrcli.evaluation.metrics import Metric
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import read_json
 from rrcli.settings import STAGES, CompareSettings
-
-TRAINING_ROWS = (
-    ("tokens", "Training tokens", "k", 1e3),
-    ("seconds", "Training time", "s", 1.0),
-    ("flops", "Training FLOPs", "T", 1e12),
-)
 
 
 def compare(settings: CompareSettings, names: Sequence[str], directory: Path) -> Comparison:
@@ -30,64 +24,53 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
 
     Raises:
         UsageError: an unknown stage, one that is named twice, or a gate that cannot be read.
-        RRError: a stage without results, or results that cannot be read.
+        RRError: a stage without results, results that cannot be read, or that hold no generations to show.
     """
     workspace = Workspace(directory, settings)
     if settings.report:
         check_report_path(settings.report)
+    stages = {name: _read(workspace, name) for name in _named(names, workspace)}
+    comparison = compare_stages(
+        stages,
+        [read_gate(text, stages) for text in settings.gate],
+        alpha=settings.alpha,
+        significant=settings.gate_significant,
+        preserved=_preserved(stages, workspace),
+    )
+    if settings.generations:
+        comparison.generations = generations_of(comparison.results)
+        if not comparison.generations:
+            raise RRError("the results hold no generations", "'rr eval' without --skip-generation makes them.")
+    return comparison
+
+
+def _named(names: Sequence[str], workspace: Workspace) -> list[str]:
+    """Return the given names, or every stage that was measured if no name was given."""
     names = list(names) or [stage for stage in STAGES if workspace.results_file(stage).exists()]
     if not names:
-        raise RRError(f"{directory / settings.output_dir} holds no results", "'rr run' measures every stage.")
+        raise RRError(
+            f"{workspace.directory / workspace.settings.output_dir} holds no results", "'rr run' measures every stage."
+        )
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise UsageError(f"'{twice}' is named twice", "Name each stage or results file once.")
-    results = [_read(workspace, name) for name in names]
-    labelled = dict(zip(names, results, strict=True))
-    read = [gates.read_gate(text, labelled) for text in settings.gate]
-    rows, warnings = _rows(names, results)
-    stages = {r["stage"]: r for r in reversed(results)}  # of two files of one stage, the first speaks for it
-    preserved = _preserved(stages, workspace)
-    broken = preserved is not None and preserved.broken
-    told = sentences.claims(stages, sound=not broken)
-    told = [claim for claim in told if any(row.name == claim.name for row in rows)]
-    pairing.correct(rows, told, results, settings.alpha)
-    if broken:
-        _withdraw(rows, results)
-    return Comparison(
-        names,
-        rows + _training_rows(results),
-        told,
-        sentences.sentences(stages, told, settings.alpha, preserved),
-        warnings,
-        _generations(results) if settings.generations else [],
-        [gates.check(gate, labelled, settings.alpha, significant=settings.gate_significant) for gate in read],
-        settings.alpha,
-        results,
-        preserved.sentence() if preserved is not None and preserved.broken else "",
-    )
+    return names
 
 
-def _preserved(stages: dict[str, Results], workspace: Workspace) -> Preservation | None:
-    """Hold the stage after surgery against the baseline: the two that are compared, or those that recursion rests on.
+def _preserved(stages: Mapping[str, Results], workspace: Workspace) -> Preservation | None:
+    """Check that surgery preserved the baseline, if both stages are compared or a recursive stage is.
 
-    Recursive stages rest on the surgery of this folder, even where it is not among what is compared; that it held is
-    then not worth a word.
+    A recursive stage rests on the surgery of this folder even if that stage is not compared. Then only a surgery that
+    changed the model is reported.
     """
-    if {"baseline", SURGERY_STAGE} <= stages.keys():
-        return hold(stages[SURGERY_STAGE], stages["baseline"])
+    compared = {stage: stages[label] for stage, label in speakers(stages).items()}
+    if {"baseline", SURGERY_STAGE} <= compared.keys():
+        return check_preserved(compared[SURGERY_STAGE], compared["baseline"])
     files = [workspace.results_file(stage) for stage in (SURGERY_STAGE, "baseline")]
-    if "finetuned_recursive" not in stages or not all(file.is_file() for file in files):
+    if "finetuned_recursive" not in compared or not all(file.is_file() for file in files):
         return None
-    found = hold(*(stages.get(stage) or _read(workspace, stage) for stage in (SURGERY_STAGE, "baseline")))
+    found = check_preserved(*(compared.get(stage) or _read(workspace, stage) for stage in (SURGERY_STAGE, "baseline")))
     return found if found.broken else None
-
-
-def _withdraw(rows: list[MetricRow], results: list[Results]) -> None:
-    """Take back what the table says about recursion."""
-    for row in rows:
-        for cell, result in zip(row.cells, results, strict=True):
-            if result["stage"] == "finetuned_recursive" and cell.verdict in ("better", "worse", "differs"):
-                cell.verdict = "no claim"
 
 
 def _read(workspace: Workspace, name: str) -> Results:
@@ -106,47 +89,3 @@ def _read(workspace: Workspace, name: str) -> Results:
     if missing:
         raise RRError(f"{file} is no evaluation: it has no '{missing[0]}'", f"Make it anew with '{maker}'.")
     return results
-
-
-def _rows(labels: list[str], results: list[Results]) -> tuple[list[MetricRow], list[str]]:
-    """Return the tested and the cost rows, and what is to be said about how the stages were measured and paired."""
-    rows, pairs = [], {}
-    for name, metric in pairing.tested_metrics(results).items():
-        row, pairs[name] = pairing.cells(name, metric, results)
-        if any(cell.value is not None for cell in row):
-            rows.append(MetricRow(name, metric, row, _depths(name, results)))
-    warnings = sentences.samples(labels, results)
-    for number, (label, result) in enumerate(zip(labels, results, strict=True)):
-        if number:
-            warnings += sentences.differences(label, labels[0], result, results[0])
-            paired = {name: column[number] for name, column in pairs.items() if column[number] is not None}
-            same_tokenizer = result["model"]["tokenizer"] == results[0]["model"]["tokenizer"]
-            warnings += sentences.overlaps(label, labels[0], paired, same_tokenizer)
-    return rows, warnings
-
-
-def _depths(name: str, results: list[Results]) -> list[list[float | None]]:
-    """Return a metric's value at every depth of each stage, if any stage was measured at more than one."""
-    values = [[entry["value"] for entry in r.get("by_depth", {}).get(name, ())] for r in results]
-    return values if max(map(len, values)) > 1 else []
-
-
-def _training_rows(results: list[Results]) -> list[MetricRow]:
-    rows = []
-    for key, label, unit, scale in TRAINING_ROWS:
-        cells = [Cell(value=r["training"][key] / scale if r.get("training") else None) for r in results]
-        if any(cell.value is not None for cell in cells):
-            rows.append(MetricRow(f"training_{key}", Metric(label, unit, "", "cost"), cells))
-    return rows
-
-
-def _generations(results: list[Results]) -> list[Generation]:
-    """Return what the stages wrote.
-
-    Raises:
-        RRError: no stage has generations.
-    """
-    found = generations_of(results)
-    if not found:
-        raise RRError("the results hold no generations", "'rr eval' without --skip-generation makes them.")
-    return found

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rrcli.comparison.preservation import Preservation, hold
+from rrcli.comparison.preservation import Preservation, check_preserved
 from rrcli.data.problem_files import FileTask, trained_questions
 from rrcli.data.prompts import read_prompts, stop_strings
 from rrcli.errors import RRError, UsageError
@@ -138,7 +138,7 @@ def evaluate(
 def _preserved(results: dict[str, Any], workspace: Workspace) -> Preservation | None:
     """Hold the stage after surgery against the baseline's results, if there are any."""
     file = workspace.results_file("baseline")
-    return hold(finite(results), read_json(file, "rr eval --stage baseline")) if file.is_file() else None
+    return check_preserved(finite(results), read_json(file, "rr eval --stage baseline")) if file.is_file() else None
 
 
 def _data(settings: EvalSettings, directory: Path) -> EvalData:

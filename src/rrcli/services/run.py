@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from rrcli.comparison.preservation import hold, require
+from rrcli.comparison.preservation import check_preserved, require_preserved
 from rrcli.experiment.planning import DONE, Load, Step, plan, status_of
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import read_json
@@ -40,4 +40,4 @@ def run(
 
 def _require_preserved(workspace: Workspace) -> None:
     after, base = (read_json(workspace.results_file(s), "rr run") for s in (SURGERY_STAGE, "baseline"))
-    require(hold(after, base))
+    require_preserved(check_preserved(after, base))
