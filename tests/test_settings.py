@@ -14,13 +14,19 @@ from hypothesis import strategies as st
 
 from rrcli import settings
 from rrcli.errors import UsageError
+from rrcli.experiment.workspace import eval_inputs, surgery_inputs, train_inputs
 from rrcli.settings import (
+    NOTHING,
+    NUMBERS,
     SECTIONS,
     SETTINGS_FILE,
+    SIDECAR,
+    WEIGHTS,
     BoardSettings,
     CommonSettings,
     CompareSettings,
     EvalSettings,
+    Reach,
     SurgerySettings,
     TrainSettings,
 )
@@ -246,6 +252,50 @@ def test_every_option_has_help_and_a_default_that_it_would_accept(
 ) -> None:
     assert item.metadata["help"]
     assert settings.load(cls, tmp_path, {item.name: item.default}) == cls()
+
+
+MODES = ("recursive", "vanilla")
+INPUTS = {
+    SurgerySettings: (SIDECAR, lambda chosen: [surgery_inputs(chosen, "base")]),
+    TrainSettings: (
+        WEIGHTS,
+        lambda chosen: [train_inputs(chosen, m, "start", "data") for m in ("recursive", "vanilla")],
+    ),
+    EvalSettings: (NUMBERS, lambda chosen: [eval_inputs(chosen, "baseline", "model", "data")]),
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "item"),
+    [(cls, item) for cls in INPUTS for item in dataclasses.fields(cls)],
+    ids=lambda value: getattr(value, "name", getattr(value, "SECTION", "")),
+)
+def test_an_option_changes_the_inputs_of_what_it_reaches_and_of_nothing_else(
+    cls: type[CommonSettings], item: dataclasses.Field[Any]
+) -> None:
+    what, inputs = INPUTS[cls]
+    value = other_value(cls, item)
+    for phase in ("b", "c") if cls is TrainSettings else ("",):
+        before = cls(**({"phase": phase} if phase else {}))
+        recursive = item.metadata["only"] in ("", "recursive") or (item.metadata["only"] == "lora" and phase == "b")
+        vanilla = recursive and item.metadata["only"] != "recursive" and (item.name, phase) != ("phase", "c")
+        reached = [what in item.metadata["reaches"] and kind for kind in (recursive, vanilla)]
+        changed = inputs(dataclasses.replace(before, **{item.name: value}))
+        assert [a != b for a, b in zip(inputs(before), changed, strict=True)] == reached[: len(changed)]
+
+
+def test_in_vanilla_training_a_phase_is_lora_or_everything() -> None:
+    inputs = {phase: train_inputs(TrainSettings(phase=phase), "vanilla", "start", "data") for phase in ("a", "b", "c")}
+    assert inputs["b"] != inputs["c"] == inputs["a"]
+
+
+def test_only_what_a_stage_makes_is_reached_and_kinds_are_those_of_training() -> None:
+    for cls, item in OPTIONS:
+        assert isinstance(item.metadata["reaches"], Reach)
+        assert item.metadata["only"] in (("", "recursive", "lora") if cls is TrainSettings else ("",))
+        reaches = item.metadata["reaches"]
+        if cls is not CommonSettings:
+            assert reaches in (NOTHING, INPUTS[cls][0] if cls in INPUTS else NOTHING)
 
 
 def test_no_command_redefines_a_common_option() -> None:

@@ -10,8 +10,9 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from enum import Flag, auto
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -22,19 +23,52 @@ BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "n
 STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive")
 
 
+class Reach(Flag):
+    """What an option changes: with all that reach a thing unchanged, making it again would give the same.
+
+    `rr run` makes anew what was made from other values, so this decides what becomes stale; see `experiment.identity`.
+
+    Attributes:
+        SIDECAR: what `rr surgery` makes. WEIGHTS: what `rr train` makes. NUMBERS: what `rr eval` measures.
+        CONTENT: it names files, a model or tasks, which are identified by what they hold and not by their name.
+        NOTHING: it decides how fast, where, or what else is shown and kept.
+    """
+
+    NOTHING = 0
+    SIDECAR = auto()
+    WEIGHTS = auto()
+    NUMBERS = auto()
+    CONTENT = auto()
+
+
+NOTHING, SIDECAR, WEIGHTS, NUMBERS, CONTENT = Reach.NOTHING, Reach.SIDECAR, Reach.WEIGHTS, Reach.NUMBERS, Reach.CONTENT
+
+
 def option(
     default: Any,
     help: str,
     *,
+    reaches: Reach,
+    only: str = "",
     panel: str = "Options",
     choices: tuple[str, ...] = (),
     minimum: float | None = None,
     maximum: float | None = None,
     aliases: tuple[str, ...] = (),
 ) -> Any:
-    """Declare one option; everything that is known about it goes into the field's metadata."""
-    metadata = {"help": help, "panel": panel, "choices": choices, "minimum": minimum, "maximum": maximum}
-    metadata |= {"aliases": aliases}
+    """Declare one option; everything that is known about it goes into the field's metadata.
+
+    Args:
+        reaches: what it changes. only: the one kind of training in which it does, "recursive" or "lora" (phase b).
+    """
+    metadata: dict[str, Any] = {
+        "help": help,
+        "panel": panel,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+    }
+    metadata |= {"aliases": aliases, "reaches": reaches, "only": only}
     return field(default=default, metadata=metadata)
 
 
@@ -57,6 +91,7 @@ class CommonSettings:
         "Base model: 'default' (embedded), a hub id, a folder or a .gguf file.",
         panel=MODEL,
         aliases=("--model-path", "--model-name"),
+        reaches=CONTENT,
     )
     data: str = option(
         "default",
@@ -65,9 +100,13 @@ class CommonSettings:
         "completion, or messages: then the completion, or what the assistant says, is trained on. "
         "One tenth is held out for evaluation.",
         panel=MODEL,
+        reaches=CONTENT,
     )
     text_field: str = option(
-        "text", "Field or column that holds the text, in .jsonl, .csv, .parquet and the hub.", panel=MODEL
+        "text",
+        "Field or column that holds the text, in .jsonl, .csv, .parquet and the hub.",
+        panel=MODEL,
+        reaches=CONTENT,
     )
     task: tuple[str, ...] = option(
         (),
@@ -75,19 +114,23 @@ class CommonSettings:
         "tenth is evaluated and the rest trained on (FILE.jsonl:held_out=all evaluates all of it and trains on none); "
         "repeat for several. [default: embedded]",
         panel=MODEL,
+        reaches=CONTENT,
     )
-    device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", panel=MODEL)
+    device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", panel=MODEL, reaches=NUMBERS)
     dtype: str = option(
         "auto",
         "Number format of the weights.",
         panel=MODEL,
         choices=("auto", "float32", "bfloat16", "float16"),
+        reaches=WEIGHTS | NUMBERS,
     )
-    trust_remote_code: bool = option(False, "Run code that comes with the model.", panel=MODEL)
-    seed: int = option(0, "Seed of everything that is drawn.", minimum=0)
-    log_dir: str = option("logs", "TensorBoard logs.", panel=FILES)
-    checkpoint_dir: str = option("checkpoints", "Surgery results and training checkpoints.", panel=FILES)
-    output_dir: str = option("eval_results", "Evaluation results.", panel=FILES)
+    trust_remote_code: bool = option(False, "Run code that comes with the model.", panel=MODEL, reaches=NOTHING)
+    seed: int = option(0, "Seed of everything that is drawn.", minimum=0, reaches=SIDECAR | WEIGHTS | NUMBERS)
+    log_dir: str = option("logs", "TensorBoard logs.", panel=FILES, reaches=NOTHING)
+    checkpoint_dir: str = option(
+        "checkpoints", "Surgery results and training checkpoints.", panel=FILES, reaches=NOTHING
+    )
+    output_dir: str = option("eval_results", "Evaluation results.", panel=FILES, reaches=NOTHING)
 
 
 @dataclass(frozen=True)
@@ -103,10 +146,10 @@ class SurgerySettings(CommonSettings):
 
     SECTION = "surgery"
 
-    span: str = option("all", "Decoder layers to run again: 'all' or START:END.")
-    max_steps: int = option(2, "The most passes after pass 0 (1 to 8).", minimum=1, maximum=8)
-    cell_width: int = option(0, "Inner width of the feedback cell; 0 = the hidden size.", minimum=0)
-    chunk_width: int = option(16, "Positions drafted and refined together, in tokens.", minimum=1)
+    span: str = option("all", "Decoder layers to run again: 'all' or START:END.", reaches=SIDECAR)
+    max_steps: int = option(2, "The most passes after pass 0 (1 to 8).", minimum=1, maximum=8, reaches=SIDECAR)
+    cell_width: int = option(0, "Inner width of the feedback cell; 0 = the hidden size.", minimum=0, reaches=SIDECAR)
+    chunk_width: int = option(16, "Positions drafted and refined together, in tokens.", minimum=1, reaches=SIDECAR)
 
 
 @dataclass(frozen=True)
@@ -115,70 +158,120 @@ class TrainSettings(CommonSettings):
 
     SECTION = "train"
 
-    steps: int = option(300, "Optimiser steps.", minimum=1)
-    batch_size: int = option(8, "Examples in a step.", minimum=1)
-    gradient_accumulation: int = option(1, "Parts that a step's batch is computed in.", minimum=1)
-    lr: float = option(2e-5, "Peak learning rate (AdamW).", minimum=0)
-    sidecar_lr: float = option(1e-3, "Peak learning rate of the feedback cell and the boundary head.", minimum=0)
-    warmup_steps: int = option(20, "Steps of linear warm-up; the schedule follows.", minimum=0)
+    steps: int = option(300, "Optimiser steps.", minimum=1, reaches=WEIGHTS)
+    batch_size: int = option(8, "Examples in a step.", minimum=1, reaches=WEIGHTS)
+    gradient_accumulation: int = option(1, "Parts that a step's batch is computed in.", minimum=1, reaches=WEIGHTS)
+    lr: float = option(2e-5, "Peak learning rate (AdamW).", minimum=0, reaches=WEIGHTS)
+    sidecar_lr: float = option(
+        1e-3,
+        "Peak learning rate of the feedback cell and the boundary head.",
+        minimum=0,
+        reaches=WEIGHTS,
+        only="recursive",
+    )
+    warmup_steps: int = option(20, "Steps of linear warm-up; the schedule follows.", minimum=0, reaches=WEIGHTS)
     schedule: str = option(
         "cosine",
         "Learning rate after the warm-up: cosine or linear to a tenth, or constant.",
         choices=("cosine", "linear", "constant"),
+        reaches=WEIGHTS,
     )
     ema: float = option(
         0.0,
         "Average the weights over steps with this decay, e.g. 0.999, and evaluate and save the average; 0 = off.",
         minimum=0,
         maximum=0.99999,
+        reaches=WEIGHTS,
     )
     num_processes: int = option(
         1,
         "Processes that share every batch, one GPU each; torchrun and accelerate launch set it themselves.",
         minimum=1,
+        reaches=NOTHING,
     )
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass to save memory.", reaches=NOTHING
+    )
     compile: bool = option(
-        False, "Compile the decoder layers (torch.compile); the first step of each kind takes up to a minute longer."
+        False,
+        "Compile the decoder layers (torch.compile); the first step of each kind takes up to a minute longer.",
+        reaches=NOTHING,
     )
-    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices.", minimum=0)
-    max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0 = never.", minimum=0)
-    max_length: int = option(256, "Longest example, in tokens; longer text is cut.", minimum=8)
+    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices.", minimum=0, reaches=WEIGHTS)
+    max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0 = never.", minimum=0, reaches=WEIGHTS)
+    max_length: int = option(256, "Longest example, in tokens; longer text is cut.", minimum=8, reaches=WEIGHTS)
     packing: bool = option(
-        False, "Lay several short examples into one row of --max-length, where they do not see one another."
+        False,
+        "Lay several short examples into one row of --max-length, where they do not see one another.",
+        reaches=WEIGHTS,
     )
     chat_template: bool = option(
-        True, "Show problems and conversations through the tokenizer's chat template, if it has one."
+        True, "Show problems and conversations through the tokenizer's chat template, if it has one.", reaches=WEIGHTS
     )
-    task_share: float = option(0.75, "Share of reasoning problems in a batch; the rest is text.", minimum=0, maximum=1)
+    task_share: float = option(
+        0.75, "Share of reasoning problems in a batch; the rest is text.", minimum=0, maximum=1, reaches=WEIGHTS
+    )
     phase: str = option(
         "c",
         "What trains: a = the sidecar, base frozen; b = a and LoRA on the span, which wants an --lr of about 2e-4; "
         "c = everything. Vanilla: b = the same LoRA, c = everything.",
         choices=("a", "b", "c"),
+        reaches=WEIGHTS,
     )
-    max_steps: int = option(0, "Train with at most this many passes; 0 = all that surgery made.", minimum=0)
-    chunk_width: int = option(0, "Window of the chunk metrics, in tokens; 0 = as surgery set it.", minimum=0)
-    eval_interval: int = option(100, "Evaluate every so many steps; 0 = never.", minimum=0)
-    eval_samples: int = option(64, "Documents, and problems per task, in these evaluations.", minimum=1)
-    save_interval: int = option(100, "Save a checkpoint every so many steps.", minimum=1)
-    keep: int = option(2, "Checkpoints to keep, beside the best one.", minimum=1)
-    histograms: int = option(0, "Log histograms of parameters and gradients every so many steps; 0 = never.", minimum=0)
-    callback: str = option("", "MODULE:FUNCTION that is called after every step, for metrics of your own.")
+    max_steps: int = option(
+        0,
+        "Train with at most this many passes; 0 = all that surgery made.",
+        minimum=0,
+        reaches=WEIGHTS,
+        only="recursive",
+    )
+    chunk_width: int = option(
+        0,
+        "Window of the chunk metrics, in tokens; 0 = as surgery set it.",
+        minimum=0,
+        reaches=WEIGHTS,
+        only="recursive",
+    )
+    eval_interval: int = option(100, "Evaluate every so many steps; 0 = never.", minimum=0, reaches=NOTHING)
+    eval_samples: int = option(
+        64, "Documents, and problems per task, in these evaluations.", minimum=1, reaches=NOTHING
+    )
+    save_interval: int = option(100, "Save a checkpoint every so many steps.", minimum=1, reaches=NOTHING)
+    keep: int = option(2, "Checkpoints to keep, beside the best one.", minimum=1, reaches=NOTHING)
+    histograms: int = option(
+        0, "Log histograms of parameters and gradients every so many steps; 0 = never.", minimum=0, reaches=NOTHING
+    )
+    callback: str = option(
+        "", "MODULE:FUNCTION that is called after every step, for metrics of your own.", reaches=NOTHING
+    )
     run_name: str = option(
-        "", "Folder name under logs and checkpoints. [default: the stage that it trains]", panel=FILES
+        "", "Folder name under logs and checkpoints. [default: the stage that it trains]", panel=FILES, reaches=NOTHING
     )
-    lora_rank: int = option(16, "Rank of the adapters.", panel=LORA, minimum=1)
-    lora_alpha: int = option(32, "Adapters are scaled by alpha / rank.", panel=LORA, minimum=1)
-    final_weight: float = option(1.0, "Weight of final_ce.", panel=LOSS, minimum=0)
-    masked_weight: float = option(0.5, "Weight of masked_ce.", panel=LOSS, minimum=0)
-    halt_weight: float = option(0.05, "Weight of halt.", panel=LOSS, minimum=0)
-    ponder_weight: float = option(0.01, "Weight of ponder, after its warm-up.", panel=LOSS, minimum=0)
-    stability_weight: float = option(0.01, "Weight of stability.", panel=LOSS, minimum=0)
+    lora_rank: int = option(16, "Rank of the adapters.", panel=LORA, minimum=1, reaches=WEIGHTS, only="lora")
+    lora_alpha: int = option(
+        32, "Adapters are scaled by alpha / rank.", panel=LORA, minimum=1, reaches=WEIGHTS, only="lora"
+    )
+    final_weight: float = option(1.0, "Weight of final_ce.", panel=LOSS, minimum=0, reaches=WEIGHTS)
+    masked_weight: float = option(0.5, "Weight of masked_ce.", panel=LOSS, minimum=0, reaches=WEIGHTS, only="recursive")
+    halt_weight: float = option(0.05, "Weight of halt.", panel=LOSS, minimum=0, reaches=WEIGHTS, only="recursive")
+    ponder_weight: float = option(
+        0.01, "Weight of ponder, after its warm-up.", panel=LOSS, minimum=0, reaches=WEIGHTS, only="recursive"
+    )
+    stability_weight: float = option(
+        0.01, "Weight of stability.", panel=LOSS, minimum=0, reaches=WEIGHTS, only="recursive"
+    )
     supervised_share: float = option(
-        0.5, "Share of positions that intermediate passes learn from.", panel=LOSS, minimum=0, maximum=1
+        0.5,
+        "Share of positions that intermediate passes learn from.",
+        panel=LOSS,
+        minimum=0,
+        maximum=1,
+        reaches=WEIGHTS,
+        only="recursive",
     )
-    commit_margin: float = option(0.02, "A pass must gain more than this to be worth it, in nats.", panel=LOSS)
+    commit_margin: float = option(
+        0.02, "A pass must gain more than this to be worth it, in nats.", panel=LOSS, reaches=WEIGHTS, only="recursive"
+    )
 
 
 @dataclass(frozen=True)
@@ -188,34 +281,44 @@ class EvalSettings(CommonSettings):
     SECTION = "eval"
 
     max_length: int = option(
-        0, "Window of the perplexity, in tokens; 0 = the model's context, at most 1024.", minimum=0
+        0, "Window of the perplexity, in tokens; 0 = the model's context, at most 1024.", minimum=0, reaches=NUMBERS
     )
-    stride: int = option(0, "Tokens that a window moves on by; 0 = the window's length.", minimum=0)
+    stride: int = option(0, "Tokens that a window moves on by; 0 = the window's length.", minimum=0, reaches=NUMBERS)
     max_samples: int = option(
-        0, "Score only this many documents (a seeded choice), and problems of a --harness task; 0 = all.", minimum=0
+        0,
+        "Score only this many documents (a seeded choice), and problems of a --harness task; 0 = all.",
+        minimum=0,
+        reaches=NUMBERS,
     )
-    problems: int = option(250, "Problems per reasoning task; of a file, at most these.", minimum=1)
+    problems: int = option(250, "Problems per reasoning task; of a file, at most these.", minimum=1, reaches=NUMBERS)
     num_fewshot: int = option(
-        -1, "Solved examples before each problem; -1 = none, and for --harness as the task says.", minimum=-1
+        -1,
+        "Solved examples before each problem; -1 = none, and for --harness as the task says.",
+        minimum=-1,
+        reaches=NUMBERS,
     )
     stop: tuple[str, ...] = option(
-        ("\nQuestion:",), "Text that ends an answer, with \\n for a line break; repeat for several."
+        ("\nQuestion:",), "Text that ends an answer, with \\n for a line break; repeat for several.", reaches=NUMBERS
     )
-    max_new_tokens: int = option(48, "Longest answer, in tokens.", minimum=1)
+    max_new_tokens: int = option(48, "Longest answer, in tokens.", minimum=1, reaches=NUMBERS)
     prompts: str = option(
-        "", "Prompts to continue: a .txt file, one on each line, or a .jsonl file with 'prompt'. [default: embedded]"
+        "",
+        "Prompts to continue: a .txt file, one on each line, or a .jsonl file with 'prompt'. [default: embedded]",
+        reaches=NUMBERS,
     )
     harness: tuple[str, ...] = option(
-        (), "Tasks of lm-evaluation-harness by name, comma-separated, or local task .yaml files or folders of them."
+        (),
+        "Tasks of lm-evaluation-harness by name, comma-separated, or local task .yaml files or folders of them.",
+        reaches=NUMBERS,
     )
-    batch_tokens: int = option(8192, "Tokens in a batch.", minimum=1)
-    depth: int = option(-1, "Passes after pass 0 for recursive stages; -1 = all.", minimum=-1)
-    chat_template: bool = option(True, "Ask through the tokenizer's chat template, if it has one.")
-    skip_perplexity: bool = option(False, "Leave out perplexity and token accuracy.")
-    skip_reasoning: bool = option(False, "Leave out reasoning accuracy.")
-    skip_generation: bool = option(False, "Leave out the sample generations.")
-    skip_performance: bool = option(False, "Leave out speed, memory and FLOPs.")
-    tensorboard: bool = option(True, "Log the results for TensorBoard.")
+    batch_tokens: int = option(8192, "Tokens in a batch.", minimum=1, reaches=NUMBERS)
+    depth: int = option(-1, "Passes after pass 0 for recursive stages; -1 = all.", minimum=-1, reaches=NUMBERS)
+    chat_template: bool = option(True, "Ask through the tokenizer's chat template, if it has one.", reaches=NUMBERS)
+    skip_perplexity: bool = option(False, "Leave out perplexity and token accuracy.", reaches=NUMBERS)
+    skip_reasoning: bool = option(False, "Leave out reasoning accuracy.", reaches=NUMBERS)
+    skip_generation: bool = option(False, "Leave out the sample generations.", reaches=NUMBERS)
+    skip_performance: bool = option(False, "Leave out speed, memory and FLOPs.", reaches=NUMBERS)
+    tensorboard: bool = option(True, "Log the results for TensorBoard.", reaches=NOTHING)
 
 
 @dataclass(frozen=True)
@@ -224,13 +327,21 @@ class GenerateSettings(CommonSettings):
 
     SECTION = "generate"
 
-    max_new_tokens: int = option(128, "Longest continuation, in tokens.", minimum=1)
-    temperature: float = option(0.0, "Sample at this temperature; 0 = always the most likely token.", minimum=0)
-    top_p: float = option(1.0, "Sample from the likeliest tokens that hold this share.", minimum=0, maximum=1)
-    top_k: int = option(0, "Sample from this many of the likeliest tokens; 0 = all.", minimum=0)
-    depth: int = option(-1, "Passes after pass 0 for recursive stages; -1 = all.", minimum=-1)
-    chunk_width: int = option(0, "Tokens drafted and refined together; 0 = as surgery set it.", minimum=0)
-    stop: tuple[str, ...] = option((), "Text to end in front of, with \\n for a line break; repeat for several.")
+    max_new_tokens: int = option(128, "Longest continuation, in tokens.", minimum=1, reaches=NOTHING)
+    temperature: float = option(
+        0.0, "Sample at this temperature; 0 = always the most likely token.", minimum=0, reaches=NOTHING
+    )
+    top_p: float = option(
+        1.0, "Sample from the likeliest tokens that hold this share.", minimum=0, maximum=1, reaches=NOTHING
+    )
+    top_k: int = option(0, "Sample from this many of the likeliest tokens; 0 = all.", minimum=0, reaches=NOTHING)
+    depth: int = option(-1, "Passes after pass 0 for recursive stages; -1 = all.", minimum=-1, reaches=NOTHING)
+    chunk_width: int = option(
+        0, "Tokens drafted and refined together; 0 = as surgery set it.", minimum=0, reaches=NOTHING
+    )
+    stop: tuple[str, ...] = option(
+        (), "Text to end in front of, with \\n for a line break; repeat for several.", reaches=NOTHING
+    )
 
 
 @dataclass(frozen=True)
@@ -239,25 +350,31 @@ class CompareSettings(CommonSettings):
 
     SECTION = "compare"
 
-    alpha: float = option(0.05, "Family-wise error rate of the verdicts.", minimum=0, maximum=1)
-    generations: bool = option(False, "Also show what the stages wrote after each prompt, side by side.")
+    alpha: float = option(0.05, "Family-wise error rate of the verdicts.", minimum=0, maximum=1, reaches=NOTHING)
+    generations: bool = option(
+        False, "Also show what the stages wrote after each prompt, side by side.", reaches=NOTHING
+    )
     gate: tuple[str, ...] = option(
         (),
         "Fail (exit code 3) unless this holds of the values shown, noise or not: SIDE > SIDE, or < >= <= ==; a side is "
         "STAGE.METRIC, NUMBER * STAGE.METRIC or a number; repeat for several.",
         panel=GATES,
+        reaches=NOTHING,
     )
     gate_significant: bool = option(
-        False, "A gate also needs the paired test to show the difference, at alpha.", panel=GATES
+        False, "A gate also needs the paired test to show the difference, at alpha.", panel=GATES, reaches=NOTHING
     )
     format: str = option(
         "auto",
         "Form of the output; auto = table, or as the suffix of --out says.",
         panel=OUTPUT,
         choices=("auto", "table", "json", "csv", "markdown"),
+        reaches=NOTHING,
     )
-    out: str = option("", "Write to this file in place of the screen.", panel=OUTPUT)
-    report: str = option("", "Also write a report with charts to this .html file (extra: report).", panel=OUTPUT)
+    out: str = option("", "Write to this file in place of the screen.", panel=OUTPUT, reaches=NOTHING)
+    report: str = option(
+        "", "Also write a report with charts to this .html file (extra: report).", panel=OUTPUT, reaches=NOTHING
+    )
 
 
 @dataclass(frozen=True)
@@ -266,10 +383,10 @@ class BoardSettings(CommonSettings):
 
     SECTION = "board"
 
-    port: int = option(6006, "First port to try.", minimum=0, maximum=65535)
-    host: str = option("127.0.0.1", "Address to listen on.")
-    reload_interval: int = option(5, "Seconds between looks at the logs.", minimum=1)
-    open: bool = option(False, "Also open it in the browser.")
+    port: int = option(6006, "First port to try.", minimum=0, maximum=65535, reaches=NOTHING)
+    host: str = option("127.0.0.1", "Address to listen on.", reaches=NOTHING)
+    reload_interval: int = option(5, "Seconds between looks at the logs.", minimum=1, reaches=NOTHING)
+    open: bool = option(False, "Also open it in the browser.", reaches=NOTHING)
 
 
 SECTIONS: tuple[type[CommonSettings], ...] = (
@@ -289,6 +406,17 @@ def own_fields(cls: type[CommonSettings]) -> list[Field[Any]]:
     """Return the options that a section adds to the common ones (all of them for the common section)."""
     common = {item.name for item in fields(CommonSettings)} if cls is not CommonSettings else set()
     return [item for item in fields(cls) if item.name not in common]
+
+
+def reaching(settings: CommonSettings, what: Reach, kinds: Collection[str] = ()) -> dict[str, Any]:
+    """Return the options that reach a thing, with their values: a command's own first, then the common ones.
+
+    Args:
+        kinds: what kind of training it is: "recursive", "lora", both or neither.
+    """
+    items = dict.fromkeys((*own_fields(type(settings)), *fields(CommonSettings)))
+    found = [item for item in items if what in item.metadata["reaches"] and item.metadata["only"] in ("", *kinds)]
+    return {item.name: getattr(settings, item.name) for item in found}
 
 
 def load(

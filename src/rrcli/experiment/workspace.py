@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,17 @@ from rrcli.errors import RRError, UsageError, suggest
 from rrcli.evaluation.harness import task_files as harness_files
 from rrcli.files import METRICS_FILE, checkpoints, combine, read_json, safe_name
 from rrcli.models.loading import ModelSource, base_of, resolve
-from rrcli.settings import STAGES, CommonSettings, EvalSettings, SurgerySettings, TrainSettings
+from rrcli.settings import (
+    NUMBERS,
+    SIDECAR,
+    STAGES,
+    WEIGHTS,
+    CommonSettings,
+    EvalSettings,
+    SurgerySettings,
+    TrainSettings,
+    reaching,
+)
 
 SURGERY_STAGE = "after_surgery"
 TRAINED = {"finetuned_vanilla": "vanilla", "finetuned_recursive": "recursive"}
@@ -123,21 +133,7 @@ def check_stage(stage: str) -> str:
 
 def surgery_inputs(settings: SurgerySettings, base_fingerprint: str) -> str:
     """Identify a surgery by the base model and the recursion's shape."""
-    shape = [settings.span, settings.max_steps, settings.cell_width, settings.chunk_width, settings.seed]
-    return combine("surgery", base_fingerprint, shape)
-
-
-# Settings of a training that change where it is written or what is logged, never its weights.
-WEIGHTLESS = (
-    *("eval_interval", "eval_samples", "save_interval", "keep", "run_name", "log_dir", "checkpoint_dir", "output_dir"),
-    *("model", "data", "text_field", "task", "device", "trust_remote_code"),
-    *("histograms", "callback", "gradient_checkpointing", "num_processes", "compile"),
-)
-RECURSIVE_ONLY = (
-    *("sidecar_lr", "max_steps", "chunk_width", "masked_weight", "halt_weight", "ponder_weight"),
-    *("stability_weight", "supervised_share", "commit_margin"),
-)
-LORA_ONLY = ("lora_rank", "lora_alpha")
+    return combine("surgery", base_fingerprint, list(reaching(settings, SIDECAR).values()))
 
 
 def train_inputs(
@@ -148,9 +144,8 @@ def train_inputs(
     Args:
         span: the layers that vanilla's adapters are on; see `Workspace.vanilla_span`.
     """
-    left_out = {*WEIGHTLESS, *(RECURSIVE_ONLY if mode == "vanilla" else ())}
-    left_out |= set() if settings.phase == "b" else set(LORA_ONLY)
-    values = {key: value for key, value in asdict(settings).items() if key not in left_out}
+    kinds = [kind for kind, is_one in (("recursive", mode == "recursive"), ("lora", settings.phase == "b")) if is_one]
+    values = reaching(settings, WEIGHTS, kinds)
     if mode == "vanilla":
         values |= {"phase": "b", "span": span} if settings.phase == "b" else {"phase": "c"}
     return combine("train", mode, start_fingerprint, data_fingerprint, values)
@@ -158,9 +153,7 @@ def train_inputs(
 
 def eval_inputs(settings: EvalSettings, stage: str, model_fingerprint: str, data_fingerprint: str) -> str:
     """Identify an evaluation by the model, the data and every setting that reaches the numbers."""
-    left_out = {"model", "data", "text_field", "task", "tensorboard", "trust_remote_code"}
-    left_out |= {"log_dir", "checkpoint_dir", "output_dir"}
-    values = {key: value for key, value in asdict(settings).items() if key not in left_out}
+    values = reaching(settings, NUMBERS)
     return combine("eval", stage, model_fingerprint, data_fingerprint, values, __version__)
 
 
