@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rrcli import settings
 from rrcli.errors import UsageError
-from rrcli.experiment.workspace import eval_inputs, surgery_inputs, train_inputs
+from rrcli.experiment.identity import eval_inputs, surgery_inputs, train_inputs
 from rrcli.settings import (
     NOTHING,
     NUMBERS,

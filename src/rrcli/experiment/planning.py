@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rrcli.data.sources import refuse_stdin
-from rrcli.experiment.workspace import (
-    SURGERY_STAGE,
-    Workspace,
+from rrcli.experiment.identity import (
     data_identity,
     eval_inputs,
     model_fingerprint,
@@ -17,6 +15,7 @@ from rrcli.experiment.workspace import (
     surgery_inputs,
     train_inputs,
 )
+from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import checkpoints, step_of
 from rrcli.settings import SETTINGS_FILE, CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings
 

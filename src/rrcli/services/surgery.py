@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrcli.errors import CheckFailed, RRError
-from rrcli.experiment.workspace import Workspace, surgery_inputs
+from rrcli.experiment.identity import surgery_inputs
+from rrcli.experiment.workspace import Workspace
 from rrcli.files import METRICS_FILE, SCHEMA, publish_folder, sha256, sweep, write_json
 from rrcli.models.export import check_target, fill
 from rrcli.models.inspection import inspect_weights

@@ -18,14 +18,8 @@ from rrcli.data.problem_files import FileTask
 from rrcli.data.training_data import TrainingData, task_specs
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.evaluation.held_out import held_out_data
-from rrcli.experiment.workspace import (
-    MAKERS,
-    Workspace,
-    data_identity,
-    model_fingerprint,
-    recorded_inputs,
-    train_inputs,
-)
+from rrcli.experiment.identity import data_identity, model_fingerprint, recorded_inputs, train_inputs
+from rrcli.experiment.workspace import MAKERS, Workspace
 from rrcli.files import (
     METRICS_FILE,
     TRAINER_STATE,
