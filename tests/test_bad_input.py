@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from commands import rr, rr_process
-from rrcli import demo
+from rrcli.demo import defaults
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -23,7 +23,7 @@ def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
 
 
 def model_copy(folder: Path) -> Path:
-    return Path(shutil.copytree(demo.MODEL_DIR, folder / "model"))
+    return Path(shutil.copytree(defaults.MODEL_DIR, folder / "model"))
 
 
 def nothing_written(folder: Path) -> bool:

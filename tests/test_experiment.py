@@ -231,10 +231,10 @@ def test_setup_checks_and_says_what_failed(tmp_path):
 def test_use_recursive_attaches_a_fresh_recursion_to_a_plain_model(experiment, tmp_path):
     """The guide evaluates stage after_surgery on the base model's own folder."""
     folder, _ = experiment
-    from rrcli import demo
+    from rrcli.demo import defaults
 
     done = rr(
-        *("eval", "--model-path", str(demo.MODEL_DIR), "--stage", "after_surgery", "--use-recursive"),
+        *("eval", "--model-path", str(defaults.MODEL_DIR), "--stage", "after_surgery", "--use-recursive"),
         *("--output-dir", str(tmp_path), "--log-dir", str(tmp_path), "--skip-performance", "--skip-generation"),
         folder=folder,
         **SMALL,

@@ -17,7 +17,7 @@ from rrcli.data.training_data import source_fingerprint, task_specs
 from rrcli.errors import RRError
 from rrcli.evaluation.harness import task_files as harness_files
 from rrcli.files import METRICS_FILE, combine, read_json
-from rrcli.models.loading import ModelSource, base_of
+from rrcli.models.source import ModelSource, base_of
 from rrcli.settings import (
     NUMBERS,
     SIDECAR,

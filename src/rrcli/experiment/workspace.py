@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.files import checkpoints, safe_name
-from rrcli.models.loading import ModelSource, resolve
+from rrcli.models.source import ModelSource, resolve
 from rrcli.settings import STAGES, CommonSettings, TrainSettings
 
 SURGERY_STAGE = "after_surgery"

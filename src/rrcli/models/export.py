@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rrcli.errors import RRError, UsageError
 from rrcli.files import MANIFEST, METRICS_FILE, SIDECAR, link, read_json, write_json
-from rrcli.models.loading import ModelSource
+from rrcli.models.source import ModelSource
 
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from rrcli.errors import RRError
-from rrcli.models.loading import ModelSource, load_config
+from rrcli.errors import RRError, first_line
+from rrcli.models.loading import load_config
+from rrcli.models.source import ModelSource
 from rrcli.settings import CommonSettings
 
 # What to compute in where a configuration names no dtype, other than float32. Formats of one byte are only storage.
@@ -40,9 +41,8 @@ def skeleton(settings: CommonSettings, source: ModelSource, stored: str) -> Any:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
             model.tie_weights()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RRError(
-            f"cannot build a '{config.model_type}' model from the configuration of {source.path}: {reason}",
+            f"cannot build a '{config.model_type}' model from the configuration of {source.path}: {first_line(error)}",
             "It must be a causal language model that transformers knows, or come with --trust-remote-code.",
         ) from error
     return model.eval()

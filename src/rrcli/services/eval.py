@@ -20,7 +20,8 @@ from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerpr
 from rrcli.experiment.provenance import provenance
 from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, Workspace, check_stage
 from rrcli.files import METRICS_FILE, SCHEMA, combine, finite, make_folder, read_json, write_json
-from rrcli.models.loading import ModelSource, base_of, load_for
+from rrcli.models.loading import load_for
+from rrcli.models.source import ModelSource, base_of
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings, SurgerySettings, load
 from rrcli.tracker import SUMMARY, MetricsTracker

@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from rrcli import demo
 from rrcli.data.sources import refuse_stdin
+from rrcli.demo import defaults
 from rrcli.errors import RRError
 from rrcli.evaluation.held_out import held_out_data
 from rrcli.experiment.workspace import Workspace
@@ -90,7 +90,7 @@ def _write_settings(directory: Path, given: Mapping[str, Any], overwrite: bool) 
     before = None if overwrite or not path.exists() else path.read_text(encoding="utf-8")
     changes: dict[str, dict[str, Any]] = {}
     if before is None and given.get("model", "default") == "default":
-        changes = {section: dict(values) for section, values in demo.SETTINGS.items()}
+        changes = {section: dict(values) for section, values in defaults.SETTINGS.items()}
     elif before is not None:
         if not any(value is not None for value in given.values()):
             return path

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrcli.errors import CheckFailed, RRError
+from rrcli.errors import CheckFailed, RRError, first_line
 from rrcli.experiment.identity import surgery_inputs
 from rrcli.experiment.workspace import Workspace
 from rrcli.files import METRICS_FILE, SCHEMA, publish_folder, sha256, sweep, write_json
 from rrcli.models.export import check_target, fill
 from rrcli.models.inspection import inspect_weights
-from rrcli.models.loading import ModelSource, load_for, load_tokenizer, save_folder
+from rrcli.models.loading import load_for, load_tokenizer
+from rrcli.models.saving import save_folder
+from rrcli.models.source import ModelSource
 from rrcli.recursion.config import RecursionConfig, parse_span
 from rrcli.reporting import Reporter
 from rrcli.settings import SurgerySettings
@@ -180,6 +182,5 @@ def _costs(model: Any, reporter: Reporter) -> Costs | None:
     try:
         return measure(model)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reporter.warn(f"what a token costs could not be measured for '{model.config.model_type}': {reason}")
+        reporter.warn(f"what a token costs could not be measured for '{model.config.model_type}': {first_line(error)}")
         return None

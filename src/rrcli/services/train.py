@@ -34,7 +34,9 @@ from rrcli.files import (
     unwritable,
     write_json,
 )
-from rrcli.models.loading import ModelSource, base_of, load_for, save_folder
+from rrcli.models.loading import load_for
+from rrcli.models.saving import save_folder
+from rrcli.models.source import ModelSource, base_of
 from rrcli.reporting import Reporter, Silent
 from rrcli.settings import STAGES, TrainSettings, with_changes
 from rrcli.training.callbacks import load_callback
