@@ -113,7 +113,7 @@ def test_the_environment_is_read_by_type(
         ("[trian]\nsteps = 3\n", r"unknown section \[trian\]", "Did you mean 'train'?"),
         ("[train]\nstesp = 3\n", r"unknown key 'stesp' .* section \[train\]", "Did you mean 'steps'?"),
         ("[common]\nmodle = 'x'\n", r"unknown key 'modle' .* section \[common\]", "Did you mean 'model'?"),
-        ("[train]\nzzzzzz = 3\n", "unknown key 'zzzzzz'", "Known: steps, batch_size"),
+        ("[train]\nzzzzzz = 3\n", "unknown key 'zzzzzz'", "Known: phase, steps"),
         ("train = 3\n", "'train' in .* stands outside a section", "[train]"),
         ("[train\n", "is not valid TOML", "rr setup"),
         ("[train]\nsteps = 3\nsteps = 4\n", "is not valid TOML", "rr setup"),

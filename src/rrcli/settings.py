@@ -23,6 +23,29 @@ BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "n
 STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive")
 
 
+# The panels of `--help`, in the order in which they are shown; what is used every day stands in the first.
+EVERYDAY = "Options"
+MODEL = "Model and data"
+EXAMPLES = "Training examples"
+OPTIMISER = "Optimiser"
+RECURSION = "Recursion"
+LORA = "LoRA (phase b)"
+LOSS = "Losses of recursive training"
+PERPLEXITY = "Perplexity"
+PROBLEMS = "Reasoning problems"
+PARTS = "What is measured"
+TRACKING = "Evaluation, checkpoints and logs during training"
+COMPUTE = "Device, speed and memory"
+SAMPLING = "Sampling"
+GATES = "Gates"
+FILES = "Files and folders"
+OUTPUT = "Output"
+PANELS = (
+    *(EVERYDAY, MODEL, EXAMPLES, OPTIMISER, RECURSION, LORA, LOSS, PERPLEXITY, PROBLEMS, PARTS, TRACKING),
+    *(COMPUTE, SAMPLING, GATES, FILES, OUTPUT),
+)
+
+
 class Reach(Flag):
     """What an option changes: with all that reach a thing unchanged, making it again would give the same.
 
@@ -50,7 +73,8 @@ def option(
     *,
     reaches: Reach,
     only: str = "",
-    panel: str = "Options",
+    in_run: str | None = "",
+    panel: str = EVERYDAY,
     choices: tuple[str, ...] = (),
     minimum: float | None = None,
     maximum: float | None = None,
@@ -60,24 +84,13 @@ def option(
 
     Args:
         reaches: what it changes. only: the one kind of training in which it does, "recursive" or "lora" (phase b).
+        in_run: its name in `rr run`, where the options of several commands meet; "" = its own name (one flag then sets
+            all options of that name), None = `rr run` does not offer it.
+        panel: where `--help` shows it. aliases: more names on the command line, which `--help` does not show.
     """
-    metadata: dict[str, Any] = {
-        "help": help,
-        "panel": panel,
-        "choices": choices,
-        "minimum": minimum,
-        "maximum": maximum,
-    }
-    metadata |= {"aliases": aliases, "reaches": reaches, "only": only}
+    metadata: dict[str, Any] = {"help": help, "reaches": reaches, "only": only, "in_run": in_run, "panel": panel}
+    metadata |= {"aliases": aliases, "choices": choices, "minimum": minimum, "maximum": maximum}
     return field(default=default, metadata=metadata)
-
-
-MODEL = "Model and data"
-FILES = "Files and folders"
-LOSS = "Losses"
-LORA = "LoRA (phase b)"
-GATES = "Gates"
-OUTPUT = "Output"
 
 
 @dataclass(frozen=True)
@@ -89,55 +102,48 @@ class CommonSettings:
     model: str = option(
         "default",
         "Base model: 'default' (embedded), a hub id, a folder or a .gguf file.",
+        reaches=CONTENT,
         panel=MODEL,
         aliases=("--model-path", "--model-name"),
-        reaches=CONTENT,
     )
     data: str = option(
         "default",
-        "Text: 'default' (embedded), a .txt, .jsonl, .csv or .parquet file, a folder of them, "
-        "hf://NAME[:CONFIG[:SPLIT]] for a data set of the hub, or - for standard input. Rows may also be prompt and "
-        "completion, or messages: then the completion, or what the assistant says, is trained on. "
-        "One tenth is held out for evaluation.",
-        panel=MODEL,
+        "Text: 'default' (embedded), a .txt, .jsonl, .csv or .parquet file, a folder of these, "
+        "hf://NAME[:CONFIG[:SPLIT]] for a dataset of the hub, or - for standard input. A row may also hold a prompt "
+        "and a completion, or messages: then only the completion, or what the assistant says, is learned. One tenth "
+        "is held out for evaluation.",
         reaches=CONTENT,
+        panel=MODEL,
     )
     text_field: str = option(
         "text",
-        "Field or column that holds the text, in .jsonl, .csv, .parquet and the hub.",
-        panel=MODEL,
+        "Field or column that holds the text, in .jsonl, .csv and .parquet files and datasets of the hub.",
         reaches=CONTENT,
+        panel=MODEL,
     )
     task: tuple[str, ...] = option(
         (),
-        "Reasoning task: NAME[:key=value,...] of reasoning-gym, or a .jsonl file of question and answer, of which one "
-        "tenth is evaluated and the rest trained on (FILE.jsonl:held_out=all evaluates all of it and trains on none); "
-        "repeat for several. [default: embedded]",
-        panel=MODEL,
+        "Reasoning task: NAME[:key=value,...] of reasoning-gym, or a .jsonl file with a question and an answer on each "
+        "line. One tenth of a file is held out for evaluation and the rest is trained on; FILE.jsonl:held_out=all "
+        "holds all of it out. Repeat for several tasks. [default: the embedded tasks]",
         reaches=CONTENT,
+        panel=MODEL,
     )
-    device: str = option("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", panel=MODEL, reaches=NUMBERS)
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1 or mps.", reaches=NUMBERS, panel=COMPUTE)
     dtype: str = option(
         "auto",
-        "Number format of the weights.",
-        panel=MODEL,
-        choices=("auto", "float32", "bfloat16", "float16"),
+        "Data type of the weights: auto (float32 on a CPU, elsewhere as stored), float32, bfloat16 or float16.",
         reaches=WEIGHTS | NUMBERS,
+        panel=COMPUTE,
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
-    trust_remote_code: bool = option(False, "Run code that comes with the model.", panel=MODEL, reaches=NOTHING)
-    seed: int = option(0, "Seed of everything that is drawn.", minimum=0, reaches=SIDECAR | WEIGHTS | NUMBERS)
-    log_dir: str = option("logs", "TensorBoard logs.", panel=FILES, reaches=NOTHING)
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model.", reaches=NOTHING, panel=MODEL)
+    seed: int = option(0, "Random seed.", reaches=SIDECAR | WEIGHTS | NUMBERS, minimum=0)
+    log_dir: str = option("logs", "Folder for TensorBoard logs.", reaches=NOTHING, panel=FILES)
     checkpoint_dir: str = option(
-        "checkpoints", "Surgery results and training checkpoints.", panel=FILES, reaches=NOTHING
+        "checkpoints", "Folder for the results of surgery and for training checkpoints.", reaches=NOTHING, panel=FILES
     )
-    output_dir: str = option("eval_results", "Evaluation results.", panel=FILES, reaches=NOTHING)
-
-
-@dataclass(frozen=True)
-class SetupSettings(CommonSettings):
-    """`rr setup` writes the file and has no section of its own."""
-
-    SECTION = "setup"
+    output_dir: str = option("eval_results", "Folder for evaluation results.", reaches=NOTHING, panel=FILES)
 
 
 @dataclass(frozen=True)
@@ -146,10 +152,14 @@ class SurgerySettings(CommonSettings):
 
     SECTION = "surgery"
 
-    span: str = option("all", "Decoder layers to run again: 'all' or START:END.", reaches=SIDECAR)
-    max_steps: int = option(2, "The most passes after pass 0 (1 to 8).", minimum=1, maximum=8, reaches=SIDECAR)
-    cell_width: int = option(0, "Inner width of the feedback cell; 0 = the hidden size.", minimum=0, reaches=SIDECAR)
-    chunk_width: int = option(16, "Positions drafted and refined together, in tokens.", minimum=1, reaches=SIDECAR)
+    span: str = option("all", "Decoder layers that are run again: 'all', or START:END.", reaches=SIDECAR)
+    max_steps: int = option(
+        2, "Most passes after the first one (pass 0), from 1 to 8.", reaches=SIDECAR, minimum=1, maximum=8
+    )
+    cell_width: int = option(
+        0, "Inner width of the feedback cell; 0 = the model's hidden size.", reaches=SIDECAR, minimum=0
+    )
+    chunk_width: int = option(16, "Tokens that are drafted and refined together.", reaches=SIDECAR, minimum=1)
 
 
 @dataclass(frozen=True)
@@ -158,119 +168,189 @@ class TrainSettings(CommonSettings):
 
     SECTION = "train"
 
-    steps: int = option(300, "Optimiser steps.", minimum=1, reaches=WEIGHTS)
-    batch_size: int = option(8, "Examples in a step.", minimum=1, reaches=WEIGHTS)
-    gradient_accumulation: int = option(1, "Parts that a step's batch is computed in.", minimum=1, reaches=WEIGHTS)
-    lr: float = option(2e-5, "Peak learning rate (AdamW).", minimum=0, reaches=WEIGHTS)
+    phase: str = option(
+        "c",
+        "What is trained: a = the sidecar, with the base frozen; b = the sidecar, and LoRA on the span (use an --lr of "
+        "about 2e-4); c = everything. In vanilla training: b = the same LoRA, c = everything.",
+        reaches=WEIGHTS,
+        choices=("a", "b", "c"),
+    )
+    steps: int = option(300, "Optimiser steps.", reaches=WEIGHTS, minimum=1)
+    batch_size: int = option(8, "Examples per optimiser step.", reaches=WEIGHTS, minimum=1)
+    lr: float = option(2e-5, "Peak learning rate.", reaches=WEIGHTS, minimum=0)
+    max_length: int = option(
+        256,
+        "Maximum length of an example, in tokens; longer ones are cut.",
+        reaches=WEIGHTS,
+        minimum=8,
+        in_run="train_max_length",
+    )
+    run_name: str = option(
+        "",
+        "Name of the run's folder under logs and checkpoints. [default: the stage that is trained]",
+        reaches=NOTHING,
+        in_run=None,
+    )
+    task_share: float = option(
+        0.75,
+        "Share of reasoning problems among the examples; the rest is text.",
+        reaches=WEIGHTS,
+        panel=EXAMPLES,
+        minimum=0,
+        maximum=1,
+    )
+    chat_template: bool = option(
+        True,
+        "Format problems and conversations with the tokenizer's chat template, if it has one.",
+        reaches=WEIGHTS,
+        panel=EXAMPLES,
+    )
+    packing: bool = option(
+        False,
+        "Pack several short examples into one row of the maximum length; they do not attend to one another.",
+        reaches=WEIGHTS,
+        panel=EXAMPLES,
+    )
     sidecar_lr: float = option(
         1e-3,
         "Peak learning rate of the feedback cell and the boundary head.",
-        minimum=0,
         reaches=WEIGHTS,
         only="recursive",
+        panel=OPTIMISER,
+        minimum=0,
     )
-    warmup_steps: int = option(20, "Steps of linear warm-up; the schedule follows.", minimum=0, reaches=WEIGHTS)
+    warmup_steps: int = option(20, "Steps of linear warm-up.", reaches=WEIGHTS, panel=OPTIMISER, minimum=0)
     schedule: str = option(
         "cosine",
-        "Learning rate after the warm-up: cosine or linear to a tenth, or constant.",
-        choices=("cosine", "linear", "constant"),
+        "Learning rate after the warm-up: cosine or linear decay to a tenth of the peak, or constant.",
         reaches=WEIGHTS,
+        panel=OPTIMISER,
+        choices=("cosine", "linear", "constant"),
+    )
+    weight_decay: float = option(
+        0.0, "Weight decay of AdamW, applied to matrices.", reaches=WEIGHTS, panel=OPTIMISER, minimum=0
+    )
+    max_grad_norm: float = option(
+        1.0, "Maximum norm of the gradient; 0 = no clipping.", reaches=WEIGHTS, panel=OPTIMISER, minimum=0
     )
     ema: float = option(
         0.0,
-        "Average the weights over steps with this decay, e.g. 0.999, and evaluate and save the average; 0 = off.",
+        "Decay of an exponential moving average of the weights, for example 0.999; the average is what is evaluated "
+        "and saved. 0 = off.",
+        reaches=WEIGHTS,
+        panel=OPTIMISER,
         minimum=0,
         maximum=0.99999,
-        reaches=WEIGHTS,
-    )
-    num_processes: int = option(
-        1,
-        "Processes that share every batch, one GPU each; torchrun and accelerate launch set it themselves.",
-        minimum=1,
-        reaches=NOTHING,
-    )
-    gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass to save memory.", reaches=NOTHING
-    )
-    compile: bool = option(
-        False,
-        "Compile the decoder layers (torch.compile); the first step of each kind takes up to a minute longer.",
-        reaches=NOTHING,
-    )
-    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices.", minimum=0, reaches=WEIGHTS)
-    max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0 = never.", minimum=0, reaches=WEIGHTS)
-    max_length: int = option(256, "Longest example, in tokens; longer text is cut.", minimum=8, reaches=WEIGHTS)
-    packing: bool = option(
-        False,
-        "Lay several short examples into one row of --max-length, where they do not see one another.",
-        reaches=WEIGHTS,
-    )
-    chat_template: bool = option(
-        True, "Show problems and conversations through the tokenizer's chat template, if it has one.", reaches=WEIGHTS
-    )
-    task_share: float = option(
-        0.75, "Share of reasoning problems in a batch; the rest is text.", minimum=0, maximum=1, reaches=WEIGHTS
-    )
-    phase: str = option(
-        "c",
-        "What trains: a = the sidecar, base frozen; b = a and LoRA on the span, which wants an --lr of about 2e-4; "
-        "c = everything. Vanilla: b = the same LoRA, c = everything.",
-        choices=("a", "b", "c"),
-        reaches=WEIGHTS,
     )
     max_steps: int = option(
         0,
-        "Train with at most this many passes; 0 = all that surgery made.",
-        minimum=0,
+        "Most passes after pass 0 in training; 0 = as many as surgery made.",
         reaches=WEIGHTS,
         only="recursive",
+        panel=RECURSION,
+        minimum=0,
+        in_run="train_max_steps",
     )
     chunk_width: int = option(
         0,
-        "Window of the chunk metrics, in tokens; 0 = as surgery set it.",
-        minimum=0,
+        "Window of the chunk metrics, in tokens; 0 = the chunk width of the surgery.",
         reaches=WEIGHTS,
         only="recursive",
+        panel=RECURSION,
+        minimum=0,
+        in_run="train_chunk_width",
     )
-    eval_interval: int = option(100, "Evaluate every so many steps; 0 = never.", minimum=0, reaches=NOTHING)
-    eval_samples: int = option(
-        64, "Documents, and problems per task, in these evaluations.", minimum=1, reaches=NOTHING
-    )
-    save_interval: int = option(100, "Save a checkpoint every so many steps.", minimum=1, reaches=NOTHING)
-    keep: int = option(2, "Checkpoints to keep, beside the best one.", minimum=1, reaches=NOTHING)
-    histograms: int = option(
-        0, "Log histograms of parameters and gradients every so many steps; 0 = never.", minimum=0, reaches=NOTHING
-    )
-    callback: str = option(
-        "", "MODULE:FUNCTION that is called after every step, for metrics of your own.", reaches=NOTHING
-    )
-    run_name: str = option(
-        "", "Folder name under logs and checkpoints. [default: the stage that it trains]", panel=FILES, reaches=NOTHING
-    )
-    lora_rank: int = option(16, "Rank of the adapters.", panel=LORA, minimum=1, reaches=WEIGHTS, only="lora")
+    lora_rank: int = option(16, "Rank of the adapters.", reaches=WEIGHTS, only="lora", panel=LORA, minimum=1)
     lora_alpha: int = option(
-        32, "Adapters are scaled by alpha / rank.", panel=LORA, minimum=1, reaches=WEIGHTS, only="lora"
+        32, "Scale of the adapters: alpha / rank.", reaches=WEIGHTS, only="lora", panel=LORA, minimum=1
     )
-    final_weight: float = option(1.0, "Weight of final_ce.", panel=LOSS, minimum=0, reaches=WEIGHTS)
-    masked_weight: float = option(0.5, "Weight of masked_ce.", panel=LOSS, minimum=0, reaches=WEIGHTS, only="recursive")
-    halt_weight: float = option(0.05, "Weight of halt.", panel=LOSS, minimum=0, reaches=WEIGHTS, only="recursive")
+    final_weight: float = option(
+        1.0, "Weight of final_ce, the cross-entropy of the last pass.", reaches=WEIGHTS, panel=LOSS, minimum=0
+    )
+    masked_weight: float = option(
+        0.5,
+        "Weight of masked_ce, the cross-entropy of the earlier passes.",
+        reaches=WEIGHTS,
+        only="recursive",
+        panel=LOSS,
+        minimum=0,
+    )
+    halt_weight: float = option(
+        0.05, "Weight of halt, the boundary head's own loss.", reaches=WEIGHTS, only="recursive", panel=LOSS, minimum=0
+    )
     ponder_weight: float = option(
-        0.01, "Weight of ponder, after its warm-up.", panel=LOSS, minimum=0, reaches=WEIGHTS, only="recursive"
+        0.01,
+        "Weight of ponder, the expected number of passes, after its warm-up.",
+        reaches=WEIGHTS,
+        only="recursive",
+        panel=LOSS,
+        minimum=0,
     )
     stability_weight: float = option(
-        0.01, "Weight of stability.", panel=LOSS, minimum=0, reaches=WEIGHTS, only="recursive"
+        0.01,
+        "Weight of stability, the loss of a pass that is worse than the one before it.",
+        reaches=WEIGHTS,
+        only="recursive",
+        panel=LOSS,
+        minimum=0,
     )
     supervised_share: float = option(
         0.5,
-        "Share of positions that intermediate passes learn from.",
+        "Share of the positions that masked_ce is computed on.",
+        reaches=WEIGHTS,
+        only="recursive",
         panel=LOSS,
         minimum=0,
         maximum=1,
-        reaches=WEIGHTS,
-        only="recursive",
     )
     commit_margin: float = option(
-        0.02, "A pass must gain more than this to be worth it, in nats.", panel=LOSS, reaches=WEIGHTS, only="recursive"
+        0.02,
+        "A further pass counts as useful for a token if it lowers the token's loss by more than this, in nats.",
+        reaches=WEIGHTS,
+        only="recursive",
+        panel=LOSS,
+    )
+    eval_interval: int = option(
+        100, "Steps between evaluations; 0 = no evaluation.", reaches=NOTHING, panel=TRACKING, minimum=0
+    )
+    eval_samples: int = option(
+        64, "Documents, and problems per task, in these evaluations.", reaches=NOTHING, panel=TRACKING, minimum=1
+    )
+    save_interval: int = option(100, "Steps between checkpoints.", reaches=NOTHING, panel=TRACKING, minimum=1)
+    keep: int = option(
+        2, "Number of last checkpoints to keep; the best one is kept too.", reaches=NOTHING, panel=TRACKING, minimum=1
+    )
+    histograms: int = option(
+        0,
+        "Steps between histograms of parameters and gradients in TensorBoard; 0 = none.",
+        reaches=NOTHING,
+        panel=TRACKING,
+        minimum=0,
+    )
+    callback: str = option(
+        "",
+        "Function that is called after every step, as MODULE:FUNCTION; for metrics of your own.",
+        reaches=NOTHING,
+        panel=TRACKING,
+    )
+    num_processes: int = option(
+        1,
+        "Processes that share every batch, one GPU for each; torchrun and accelerate launch set it themselves.",
+        reaches=NOTHING,
+        panel=COMPUTE,
+        minimum=1,
+    )
+    gradient_accumulation: int = option(
+        1, "Micro-batches per optimiser step.", reaches=WEIGHTS, panel=COMPUTE, minimum=1
+    )
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: less memory, more time.", reaches=NOTHING, panel=COMPUTE
+    )
+    compile: bool = option(
+        False,
+        "Compile the decoder layers with torch.compile; the first steps take up to a minute longer.",
+        reaches=NOTHING,
+        panel=COMPUTE,
     )
 
 
@@ -280,45 +360,67 @@ class EvalSettings(CommonSettings):
 
     SECTION = "eval"
 
-    max_length: int = option(
-        0, "Window of the perplexity, in tokens; 0 = the model's context, at most 1024.", minimum=0, reaches=NUMBERS
+    problems: int = option(
+        250, "Problems per reasoning task; of a file, at most this many.", reaches=NUMBERS, minimum=1
     )
-    stride: int = option(0, "Tokens that a window moves on by; 0 = the window's length.", minimum=0, reaches=NUMBERS)
     max_samples: int = option(
         0,
-        "Score only this many documents (a seeded choice), and problems of a --harness task; 0 = all.",
+        "Documents to score, chosen by the seed, and problems per --harness task; 0 = all.",
+        reaches=NUMBERS,
         minimum=0,
-        reaches=NUMBERS,
-    )
-    problems: int = option(250, "Problems per reasoning task; of a file, at most these.", minimum=1, reaches=NUMBERS)
-    num_fewshot: int = option(
-        -1,
-        "Solved examples before each problem; -1 = none, and for --harness as the task says.",
-        minimum=-1,
-        reaches=NUMBERS,
-    )
-    stop: tuple[str, ...] = option(
-        ("\nQuestion:",), "Text that ends an answer, with \\n for a line break; repeat for several.", reaches=NUMBERS
-    )
-    max_new_tokens: int = option(48, "Longest answer, in tokens.", minimum=1, reaches=NUMBERS)
-    prompts: str = option(
-        "",
-        "Prompts to continue: a .txt file, one on each line, or a .jsonl file with 'prompt'. [default: embedded]",
-        reaches=NUMBERS,
     )
     harness: tuple[str, ...] = option(
         (),
-        "Tasks of lm-evaluation-harness by name, comma-separated, or local task .yaml files or folders of them.",
+        "Tasks of lm-evaluation-harness: names, separated by commas, or .yaml files or folders of these. Repeat for "
+        "several.",
         reaches=NUMBERS,
     )
-    batch_tokens: int = option(8192, "Tokens in a batch.", minimum=1, reaches=NUMBERS)
-    depth: int = option(-1, "Passes after pass 0 for recursive stages; -1 = all.", minimum=-1, reaches=NUMBERS)
-    chat_template: bool = option(True, "Ask through the tokenizer's chat template, if it has one.", reaches=NUMBERS)
-    skip_perplexity: bool = option(False, "Leave out perplexity and token accuracy.", reaches=NUMBERS)
-    skip_reasoning: bool = option(False, "Leave out reasoning accuracy.", reaches=NUMBERS)
-    skip_generation: bool = option(False, "Leave out the sample generations.", reaches=NUMBERS)
-    skip_performance: bool = option(False, "Leave out speed, memory and FLOPs.", reaches=NUMBERS)
-    tensorboard: bool = option(True, "Log the results for TensorBoard.", reaches=NOTHING)
+    depth: int = option(
+        -1, "Passes after pass 0 in recursive stages; -1 = all.", reaches=NUMBERS, panel=RECURSION, minimum=-1
+    )
+    max_length: int = option(
+        0,
+        "Length of a window, in tokens; 0 = the model's context, at most 1024.",
+        reaches=NUMBERS,
+        panel=PERPLEXITY,
+        minimum=0,
+        in_run="eval_max_length",
+    )
+    stride: int = option(
+        0, "Tokens from one window to the next; 0 = the window's length.", reaches=NUMBERS, panel=PERPLEXITY, minimum=0
+    )
+    num_fewshot: int = option(
+        -1,
+        "Solved examples before each problem; -1 = none, and for --harness what the task says.",
+        reaches=NUMBERS,
+        panel=PROBLEMS,
+        minimum=-1,
+    )
+    max_new_tokens: int = option(
+        48, "Maximum length of an answer, in tokens.", reaches=NUMBERS, panel=PROBLEMS, minimum=1
+    )
+    stop: tuple[str, ...] = option(
+        ("\nQuestion:",),
+        "String that ends an answer, with \\n for a line break. Repeat for several.",
+        reaches=NUMBERS,
+        panel=PROBLEMS,
+    )
+    chat_template: bool = option(
+        True, "Format problems with the tokenizer's chat template, if it has one.", reaches=NUMBERS, panel=PROBLEMS
+    )
+    prompts: str = option(
+        "",
+        "Prompts for the sample generations: a .txt file with one on each line, or a .jsonl file with the field "
+        "'prompt'. [default: embedded]",
+        reaches=NUMBERS,
+        panel=PARTS,
+    )
+    skip_perplexity: bool = option(False, "Leave out perplexity and token accuracy.", reaches=NUMBERS, panel=PARTS)
+    skip_reasoning: bool = option(False, "Leave out reasoning accuracy.", reaches=NUMBERS, panel=PARTS)
+    skip_generation: bool = option(False, "Leave out the sample generations.", reaches=NUMBERS, panel=PARTS)
+    skip_performance: bool = option(False, "Leave out speed, memory and FLOPs.", reaches=NUMBERS, panel=PARTS)
+    tensorboard: bool = option(True, "Log the results to TensorBoard.", reaches=NOTHING, panel=PARTS)
+    batch_tokens: int = option(8192, "Tokens per batch.", reaches=NUMBERS, panel=COMPUTE, minimum=1)
 
 
 @dataclass(frozen=True)
@@ -327,20 +429,33 @@ class GenerateSettings(CommonSettings):
 
     SECTION = "generate"
 
-    max_new_tokens: int = option(128, "Longest continuation, in tokens.", minimum=1, reaches=NOTHING)
+    max_new_tokens: int = option(128, "Maximum number of new tokens.", reaches=NOTHING, minimum=1)
+    stop: tuple[str, ...] = option(
+        (), "String at which the text ends, with \\n for a line break. Repeat for several.", reaches=NOTHING
+    )
+    depth: int = option(
+        -1, "Passes after pass 0 in recursive stages; -1 = all.", reaches=NOTHING, panel=RECURSION, minimum=-1
+    )
+    chunk_width: int = option(
+        0,
+        "Tokens that are drafted and refined together; 0 = the chunk width of the surgery.",
+        reaches=NOTHING,
+        panel=RECURSION,
+        minimum=0,
+    )
     temperature: float = option(
-        0.0, "Sample at this temperature; 0 = always the most likely token.", minimum=0, reaches=NOTHING
+        0.0, "Sampling temperature; 0 = always the most likely token.", reaches=NOTHING, panel=SAMPLING, minimum=0
     )
     top_p: float = option(
-        1.0, "Sample from the likeliest tokens that hold this share.", minimum=0, maximum=1, reaches=NOTHING
+        1.0,
+        "Sample from the most likely tokens that together have this probability.",
+        reaches=NOTHING,
+        panel=SAMPLING,
+        minimum=0,
+        maximum=1,
     )
-    top_k: int = option(0, "Sample from this many of the likeliest tokens; 0 = all.", minimum=0, reaches=NOTHING)
-    depth: int = option(-1, "Passes after pass 0 for recursive stages; -1 = all.", minimum=-1, reaches=NOTHING)
-    chunk_width: int = option(
-        0, "Tokens drafted and refined together; 0 = as surgery set it.", minimum=0, reaches=NOTHING
-    )
-    stop: tuple[str, ...] = option(
-        (), "Text to end in front of, with \\n for a line break; repeat for several.", reaches=NOTHING
+    top_k: int = option(
+        0, "Sample from this many of the most likely tokens; 0 = all.", reaches=NOTHING, panel=SAMPLING, minimum=0
     )
 
 
@@ -350,30 +465,41 @@ class CompareSettings(CommonSettings):
 
     SECTION = "compare"
 
-    alpha: float = option(0.05, "Family-wise error rate of the verdicts.", minimum=0, maximum=1, reaches=NOTHING)
+    alpha: float = option(
+        0.05,
+        "Significance level of all verdicts together (family-wise error rate).",
+        reaches=NOTHING,
+        minimum=0,
+        maximum=1,
+    )
     generations: bool = option(
-        False, "Also show what the stages wrote after each prompt, side by side.", reaches=NOTHING
+        False, "Also show the stages' continuations of each prompt, side by side.", reaches=NOTHING, in_run=None
     )
     gate: tuple[str, ...] = option(
         (),
-        "Fail (exit code 3) unless this holds of the values shown, noise or not: SIDE > SIDE, or < >= <= ==; a side is "
-        "STAGE.METRIC, NUMBER * STAGE.METRIC or a number; repeat for several.",
-        panel=GATES,
+        "Condition on the measured values; exit code 3 if it does not hold. Form: SIDE > SIDE, or with < >= <= ==; a "
+        "side is STAGE.METRIC, NUMBER * STAGE.METRIC or a number. Repeat for several.",
         reaches=NOTHING,
+        panel=GATES,
     )
     gate_significant: bool = option(
-        False, "A gate also needs the paired test to show the difference, at alpha.", panel=GATES, reaches=NOTHING
+        False, "A gate holds only if the paired test shows the difference too, at alpha.", reaches=NOTHING, panel=GATES
     )
     format: str = option(
         "auto",
-        "Form of the output; auto = table, or as the suffix of --out says.",
+        "Format of the output: table, json, csv, markdown, or auto (by the suffix of --out, else a table).",
+        reaches=NOTHING,
         panel=OUTPUT,
         choices=("auto", "table", "json", "csv", "markdown"),
-        reaches=NOTHING,
+        in_run=None,
     )
-    out: str = option("", "Write to this file in place of the screen.", panel=OUTPUT, reaches=NOTHING)
+    out: str = option("", "File to write to instead of the screen.", reaches=NOTHING, panel=OUTPUT, in_run=None)
     report: str = option(
-        "", "Also write a report with charts to this .html file (extra: report).", panel=OUTPUT, reaches=NOTHING
+        "",
+        "Also write a report with charts to this .html file (needs the extra 'report').",
+        reaches=NOTHING,
+        panel=OUTPUT,
+        in_run=None,
     )
 
 
@@ -383,10 +509,12 @@ class BoardSettings(CommonSettings):
 
     SECTION = "board"
 
-    port: int = option(6006, "First port to try.", minimum=0, maximum=65535, reaches=NOTHING)
+    port: int = option(
+        6006, "Port to listen on; the next free one if it is taken.", reaches=NOTHING, minimum=0, maximum=65535
+    )
     host: str = option("127.0.0.1", "Address to listen on.", reaches=NOTHING)
-    reload_interval: int = option(5, "Seconds between looks at the logs.", minimum=1, reaches=NOTHING)
-    open: bool = option(False, "Also open it in the browser.", reaches=NOTHING)
+    reload_interval: int = option(5, "Seconds between two looks at the logs.", reaches=NOTHING, minimum=1)
+    open: bool = option(False, "Also open the address in a browser.", reaches=NOTHING)
 
 
 SECTIONS: tuple[type[CommonSettings], ...] = (
@@ -399,7 +527,15 @@ SECTIONS: tuple[type[CommonSettings], ...] = (
     BoardSettings,
 )
 
+# The commands that `rr run` performs, beside `rr setup`.
+PERFORMED: tuple[type[CommonSettings], ...] = (SurgerySettings, TrainSettings, EvalSettings, CompareSettings)
+
 S = TypeVar("S", bound=CommonSettings)
+
+
+def flag_name(key: str) -> str:
+    """Return how an option is written on the command line: `max_steps` -> `--max-steps`."""
+    return "--" + key.replace("_", "-")
 
 
 def own_fields(cls: type[CommonSettings]) -> list[Field[Any]]:
@@ -424,6 +560,7 @@ def load(
     directory: Path,
     flags: Mapping[str, Any] | None = None,
     *,
+    names: Mapping[str, str] | None = None,
     environment: Mapping[str, str] | None = None,
     use_file: bool = True,
 ) -> S:
@@ -431,6 +568,7 @@ def load(
 
     Args:
         flags: what stood on the command line; None for options that were not given.
+        names: how an option was written there, for error messages, where it is not its own name (`--train-max-length`).
         environment: the process's own if not given.
         use_file: whether to read `rr.toml`.
 
@@ -453,7 +591,7 @@ def load(
                     values[key] = (environment[variable], variable)
     for key, value in (flags or {}).items():
         if value is not None:
-            values[key] = (value, "--" + key.replace("_", "-"))
+            values[key] = (value, (names or {}).get(key, flag_name(key)))
     types = get_type_hints(cls)
     checked = {
         item.name: _check(item, types[item.name], *values[item.name]) for item in fields(cls) if item.name in values
