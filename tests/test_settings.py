@@ -166,7 +166,7 @@ def test_a_wrong_type_is_refused_and_its_place_named(
     tmp_path: Path, cls: type[CommonSettings], key: str, value: str
 ) -> None:
     toml(tmp_path, f"[{cls.SECTION}]\n{key} = {value}\n")
-    with pytest.raises(UsageError, match="which is no") as caught:
+    with pytest.raises(UsageError, match="which is not") as caught:
         settings.load(cls, tmp_path)
     assert f"{SETTINGS_FILE} [{cls.SECTION}] {key}" in caught.value.message
 
@@ -235,7 +235,7 @@ def test_a_choice_on_the_command_line_is_refused(tmp_path: Path) -> None:
 
 def test_the_environment_is_named_when_it_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RR_SEED", "often")
-    with pytest.raises(UsageError, match="RR_SEED is 'often', which is no int"):
+    with pytest.raises(UsageError, match="RR_SEED is 'often', which is not a whole number"):
         settings.load(CommonSettings, tmp_path)
 
 

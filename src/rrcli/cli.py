@@ -1,4 +1,4 @@
-"""The commands. Each parses, loads its settings, calls one service, and shows what it returned.
+"""The commands. Each reads its command line, loads its settings, calls one service, and shows the result.
 
 Options are declared once, in `settings`; `_command` makes them the options of a command.
 """
@@ -31,15 +31,15 @@ PANELS = (
     *(f"Options of rr {cls.SECTION}" for cls in settings.PERFORMED),
     *settings.PANELS[-2:],
 )
-# The switches among the options, and whether they are on by default; `--help` shows the half that changes that.
+# Switch -> whether it is on by default. `--help` shows the half of a switch that changes its default.
 SWITCHES = {item.name: item.default for cls in settings.SECTIONS for item in fields(cls) if item.type == "bool"}
-# The common options that a command reads, where these are not all.
+# Groups of common options, for the commands that do not read all of them.
 LOADING = ("model", "device", "dtype", "trust_remote_code", "seed", "checkpoint_dir")
 DATA = ("data", "text_field", "task")
 
 
 class Commands(TyperGroup):
-    """Turns our errors into an `error:` and a `hint:` line and an exit code, also for names that are not known."""
+    """Show an `RRError` as an `error:` and a `hint:` line, and exit with its code; so too for unknown commands."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -53,9 +53,7 @@ class Commands(TyperGroup):
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             ui.show_error(
-                Interrupted(
-                    "by the user", "What was published stays; the same command goes on, or begins its last part anew."
-                )
+                Interrupted("by the user", "Finished files are kept; run the same command again to continue from them.")
             )
             raise typer.Exit(Interrupted.exit_code) from None
 
@@ -78,7 +76,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel=FILES)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists already.", rich_help_panel=FILES)]
 Stage = Annotated[str, typer.Option("--stage", help=STAGE_HELP)]
 
 
@@ -102,8 +100,8 @@ class Flag:
     """An option of a command that `settings` declares.
 
     Attributes:
-        name: what it is called in this command. item: its declaration, kind: its type.
-        sections: the sections of `rr.toml` whose option of the declaration's name it sets.
+        name: its name in this command. item: its declaration. kind: its type.
+        sections: the sections of `rr.toml` that it belongs to. panel: where `--help` shows it.
     """
 
     name: str
@@ -113,7 +111,7 @@ class Flag:
     panel: str
 
     def parameter(self) -> inspect.Parameter:
-        """Return it as typer wants it: as an annotated parameter of a function."""
+        """Return the annotated parameter of a function that typer makes an option of."""
         metadata, default, written = self.item.metadata, self.item.default, settings.flag_name(self.name)
         if isinstance(default, tuple):
             default = "; ".join(default).replace("\n", "\\n")
@@ -144,9 +142,9 @@ def _flags(cls: type[CommonSettings], common: Collection[str] | None) -> list[Fl
 
 
 def _run_flags() -> list[Flag]:
-    """Return the options of `rr run`: those of every stage that it performs, each in its command's panel.
+    """Return the options of `rr run`: those of the commands that it performs, each in a panel, and the common ones.
 
-    An option that several commands have under one name, and with one meaning, sets them all.
+    Where several commands have an option of one name in `rr run`, one flag sets it for all of them.
     """
     flags: dict[str, Flag] = {}
     for cls in settings.PERFORMED:
@@ -165,7 +163,7 @@ def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
 
 
 class Command(TyperCommand):
-    """Shows each option under one name in its help: aliases, and the other half of a switch, work without a mention."""
+    """Show each option under one name in the help; aliases and the other half of a switch work, but are not shown."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, panel by panel."""
@@ -197,16 +195,16 @@ class Command(TyperCommand):
 def _command(
     panel: str, flags: Sequence[Flag], *, writes: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function `f(ctx, **own options)`; every flag becomes an option beside its own.
+    """Make a command of a function `f(ctx, **own options)`; its options are the function's own and `flags`.
 
     Args:
-        writes: whether it makes what it works in: then `--dir` may name a folder that is not there yet.
+        writes: whether the command creates its working directory, so that `--dir` may name a new one.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         mine = [flag for flag in flags if flag.name not in {p.name for p in own}]
-        text = "Working directory" + ("; made if it is not there." if writes else ".")
+        text = "Working directory" + ("; created if it does not exist." if writes else ".")
         directory = Annotated[Path, typer.Option("--dir", help=text, rich_help_panel=FILES)]
         debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
 
@@ -241,7 +239,7 @@ class Context:
     """One call of a command: where it works, and the options that were given on the command line.
 
     Attributes:
-        given: section of `rr.toml` -> option -> value. names: the same with how each option is written.
+        given: section of `rr.toml` -> option -> value. names: section -> option -> how it is written (`--max-steps`).
     """
 
     def __init__(self, directory: Path, values: Sequence[tuple[Flag, Any]]) -> None:
@@ -261,7 +259,7 @@ class Context:
 
 # -- the commands ------------------------------------------------------------------------------------------------------
 
-EXPERIMENT, LOOK = "The experiment", "Look at it"
+EXPERIMENT, LOOK = "Run the experiment", "Look at the results"
 
 
 @_command(EXPERIMENT, _flags(CommonSettings, None), writes=True)
@@ -292,12 +290,12 @@ def surgery(
         typer.Option(help="Prove on probe prompts that no logit changed; without this proof, weights are not loaded."),
     ] = True,
     hash: Annotated[
-        bool, typer.Option("--hash", help="Record the SHA-256 of every weight file of the base: reads them whole.")
+        bool, typer.Option("--hash", help="Record the SHA-256 of every weight file of the base, which reads them all.")
     ] = False,
     export: Annotated[
         Path | None,
         typer.Option(
-            "--export", help="Also make this folder, which stands alone: base (hard links), tokenizer and sidecar.",
+            "--export", help="Also make this folder, which needs no other: base (hard links), tokenizer and sidecar.",
             rich_help_panel=FILES, show_default=False,
         ),
     ] = None,
@@ -323,7 +321,7 @@ def surgery(
 @_command(EXPERIMENT, _flags(settings.TrainSettings, (*LOADING, *DATA, "log_dir")), writes=True)
 def train(
     ctx: Context,
-    mode: Annotated[str, typer.Option("--mode", help="vanilla or recursive.")] = "recursive",
+    mode: Annotated[str, typer.Option("--mode", help="Training mode: recursive or vanilla.")] = "recursive",
     restart: Annotated[
         bool, typer.Option("--restart", help="Delete the run's checkpoints and start again.", rich_help_panel=FILES)
     ] = False,
@@ -337,7 +335,7 @@ def train(
     ] = "",
     json: Json = False,
 ) -> None:
-    """Fine-tune, with recursion or without; goes on from the last checkpoint."""
+    """Fine-tune with or without recursion; continues from the last checkpoint."""
     from rrcli.services import train as service
 
     loaded = ctx.load(settings.TrainSettings)
@@ -361,7 +359,7 @@ def eval(
         str | None,
         typer.Option(
             "--model", "--model-path", "--model-name",
-            help="Measure this model as the stage.  \\[default: the stage's own]",
+            help="Model to measure as this stage. \\[default: the stage's own]",
             rich_help_panel=settings.MODEL, show_default=False,
         ),
     ] = None,
@@ -402,7 +400,7 @@ def compare(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Put stages side by side: what is shown, what is noise, what it cost."""
+    """Compare stages: which differences are shown, which may be noise, and what they cost."""
     from rrcli.services import compare as service
 
     loaded = ctx.load(settings.CompareSettings)
@@ -412,14 +410,15 @@ def compare(
 @_command(LOOK, _flags(settings.GenerateSettings, LOADING))
 def generate(
     ctx: Context,
-    prompt: Annotated[str, typer.Argument(help="Text to go on with; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     stage: Annotated[str | None, typer.Option("--stage", help=f"{STAGE_HELP} \\[default: the last one made]")] = None,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Colour tokens by their passes; underline what a refine pass changed.")
+        bool,
+        typer.Option("--trace", help="Colour each token by its passes; underline what a later pass changed."),
     ] = False,
     json: Json = False,
 ) -> None:
-    """Go on with a prompt; with recursion by drafting, refining and committing chunks."""
+    """Continue a prompt; a recursive model drafts, refines and commits chunks."""
     from rrcli.services import generate as service
 
     text = typer.get_text_stream("stdin").read().rstrip("\n") if prompt == "-" else prompt
@@ -435,7 +434,7 @@ def generate(
 def board(
     ctx: Context,
     check: Annotated[
-        bool, typer.Option("--check", help="Only print the runs and tags that TensorBoard finds, and exit.")
+        bool, typer.Option("--check", help="Print the runs and tags that TensorBoard finds, and exit.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -469,7 +468,7 @@ def run(
     from rrcli.services import compare as comparing
     from rrcli.services import run as service
 
-    for section in settings.PERFORMED:  # what cannot be is said now, not after hours
+    for section in settings.PERFORMED:  # so that a wrong value is refused before any work is done
         ctx.load(section)
     if dry_run:
         steps = plan(ctx.directory, ctx.load, new_options=bool(ctx.given))
@@ -527,7 +526,7 @@ def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: P
     if result.broken_surgery:
         raise CheckFailed(
             "surgery did not preserve the baseline, so nothing is said about recursion",
-            "'rr setup' checks the installation; 'rr surgery --overwrite' and 'rr eval' make the stages anew.",
+            "'rr setup' checks the installation; 'rr surgery --overwrite' and 'rr eval' make the stages again.",
         )
     require(result.gates)
 

@@ -1,7 +1,8 @@
-"""Every option of every command, in one place: its type, default, help and limits.
+"""Declare every option of every command, in one place: its type, default, help, limits and what it reaches.
 
-A value comes from, in rising order: the default here, `rr.toml`, the environment (`RR_<SECTION>_<NAME>`), the command
-line. The command line and the written `rr.toml` are both made from these dataclasses.
+A value is taken from the command line, else from the environment (`RR_<SECTION>_<NAME>`), else from `rr.toml`, else it
+is the default declared here. The command line and the `rr.toml` that `rr setup` writes are both made from these
+dataclasses.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from typing import Any, TypeVar, get_type_hints
 from rrcli.errors import UsageError, suggest
 
 SETTINGS_FILE = "rr.toml"
+KINDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive")
 
 
-# The panels of `--help`, in the order in which they are shown; what is used every day stands in the first.
+# The panels of `--help`, in the order in which they are shown. The first holds the options of every day.
 EVERYDAY = "Options"
 MODEL = "Model and data"
 EXAMPLES = "Training examples"
@@ -47,14 +49,16 @@ PANELS = (
 
 
 class Reach(Flag):
-    """What an option changes: with all that reach a thing unchanged, making it again would give the same.
+    """Which results an option changes.
 
-    `rr run` makes anew what was made from other values, so this decides what becomes stale; see `experiment.identity`.
+    A result is stale for `rr run` when an option that reaches it has another value than when the result was made; see
+    `experiment.identity`.
 
     Attributes:
-        SIDECAR: what `rr surgery` makes. WEIGHTS: what `rr train` makes. NUMBERS: what `rr eval` measures.
-        CONTENT: it names files, a model or tasks, which are identified by what they hold and not by their name.
-        NOTHING: it decides how fast, where, or what else is shown and kept.
+        SIDECAR: the sidecar that `rr surgery` makes. WEIGHTS: the weights that `rr train` makes. NUMBERS: the numbers
+            that `rr eval` measures.
+        CONTENT: none by its name; it names a model, data or tasks, which are identified by their content.
+        NOTHING: none; it decides how fast or where something is done, or what else is shown or kept.
     """
 
     NOTHING = 0
@@ -83,10 +87,11 @@ def option(
     """Declare one option; everything that is known about it goes into the field's metadata.
 
     Args:
-        reaches: what it changes. only: the one kind of training in which it does, "recursive" or "lora" (phase b).
-        in_run: its name in `rr run`, where the options of several commands meet; "" = its own name (one flag then sets
-            all options of that name), None = `rr run` does not offer it.
-        panel: where `--help` shows it. aliases: more names on the command line, which `--help` does not show.
+        reaches: which results it changes. only: the kind of training to which that is limited, "recursive" or "lora"
+            (phase b).
+        in_run: its name in `rr run`, which has the options of several commands; "" = its own name, None = `rr run` does
+            not offer it. One option of `rr run` sets all options that have its name.
+        panel: where `--help` shows it. aliases: further names on the command line, which `--help` does not show.
     """
     metadata: dict[str, Any] = {"help": help, "reaches": reaches, "only": only, "in_run": in_run, "panel": panel}
     metadata |= {"aliases": aliases, "choices": choices, "minimum": minimum, "maximum": maximum}
@@ -527,7 +532,7 @@ SECTIONS: tuple[type[CommonSettings], ...] = (
     BoardSettings,
 )
 
-# The commands that `rr run` performs, beside `rr setup`.
+# The commands that `rr run` performs after `rr setup`.
 PERFORMED: tuple[type[CommonSettings], ...] = (SurgerySettings, TrainSettings, EvalSettings, CompareSettings)
 
 S = TypeVar("S", bound=CommonSettings)
@@ -545,10 +550,10 @@ def own_fields(cls: type[CommonSettings]) -> list[Field[Any]]:
 
 
 def reaching(settings: CommonSettings, what: Reach, kinds: Collection[str] = ()) -> dict[str, Any]:
-    """Return the options that reach a thing, with their values: a command's own first, then the common ones.
+    """Return the options that reach a result, with their values: first those of the section, then the common ones.
 
     Args:
-        kinds: what kind of training it is: "recursive", "lora", both or neither.
+        kinds: the kinds of training that it is: "recursive", "lora", both or neither.
     """
     items = dict.fromkeys((*own_fields(type(settings)), *fields(CommonSettings)))
     found = [item for item in items if what in item.metadata["reaches"] and item.metadata["only"] in ("", *kinds)]
@@ -567,13 +572,13 @@ def load(
     """Build the settings of one command from every source.
 
     Args:
-        flags: what stood on the command line; None for options that were not given.
-        names: how an option was written there, for error messages, where it is not its own name (`--train-max-length`).
+        flags: option -> value on the command line; None for options that were not given.
+        names: option -> how it is written on the command line, where that is not its own name; for error messages.
         environment: the process's own if not given.
         use_file: whether to read `rr.toml`.
 
     Raises:
-        UsageError: an unknown key in `rr.toml` or a value out of its type or limits, with the place it stands.
+        UsageError: an unknown key in `rr.toml`, or a value of the wrong type or outside its limits; names the place.
     """
     file = read_file(directory) if use_file else {}
     environment = os.environ if environment is None else environment
@@ -603,7 +608,7 @@ def read_file(directory: Path) -> dict[str, dict[str, Any]]:
     """Return the sections of `rr.toml`, or nothing where there is none.
 
     Raises:
-        UsageError: no valid TOML, or an unknown section or key.
+        UsageError: the file is not valid TOML, or has an unknown section or key.
     """
     path = directory / SETTINGS_FILE
     try:
@@ -631,7 +636,11 @@ def read_file(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_file(common: CommonSettings, changes: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the text of an `rr.toml` that holds every option with its help, at its default or its changed value."""
+    """Return the text of an `rr.toml` with every option and its help.
+
+    Args:
+        common: the values of section `[common]`. changes: section -> option -> value, where it is not the default.
+    """
     lines = ["# Options of every rr command. Flags and RR_<SECTION>_<NAME> variables override them."]
     for section in SECTIONS:
         lines += ["", f"[{section.SECTION}]"]
@@ -651,8 +660,8 @@ def _check(item: Field[Any], kind: Any, value: Any, place: str) -> Any:
     try:
         value = _convert(kind, value)
     except (TypeError, ValueError) as error:
-        name = getattr(kind, "__name__", str(kind)).replace("tuple", "list of strings")
-        raise UsageError(f"{place} is {value!r}, which is no {name}") from error
+        name = KINDS.get(kind, "a list of strings")
+        raise UsageError(f"{place} is {value!r}, which is not {name}") from error
     choices, minimum = item.metadata["choices"], item.metadata["minimum"]
     if choices and value not in choices:
         raise UsageError(f"{place} is '{value}'", suggest(str(value), choices))

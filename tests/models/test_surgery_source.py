@@ -111,8 +111,8 @@ def test_a_tensor_in_two_files_without_an_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"GGUF", "no GGUF file"),
-        (b"GGML" + struct.pack("<IQQ", 3, 1, 1), "no GGUF file"),
+        (b"GGUF", "not a GGUF file"),
+        (b"GGML" + struct.pack("<IQQ", 3, 1, 1), "not a GGUF file"),
         (b"GGUF" + struct.pack("<IQQ", 9, 1, 1), "version 9"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1), "no tensors"),
     ],

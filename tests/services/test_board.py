@@ -119,7 +119,7 @@ def test_the_layout_of_custom_scalars_is_in_every_run(logged: Path) -> None:
 def test_a_log_folder_without_runs_says_what_to_do(tmp_path: Path, make: bool) -> None:
     if make:
         (tmp_path / "logs" / "empty").mkdir(parents=True)
-    with pytest.raises(RRError, match="holds no runs yet" if make else "is not there") as caught:
+    with pytest.raises(RRError, match="has no runs yet" if make else "does not exist") as caught:
         service.board(BoardSettings(), tmp_path, Silent(), lambda _: None)
     assert "rr eval --stage baseline" in caught.value.hint
     assert "--log-dir" in caught.value.hint

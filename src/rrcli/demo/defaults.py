@@ -11,22 +11,22 @@ from pathlib import Path
 MODEL_DIR = Path(__file__).parent / "model"
 TEXT_FILE = Path(__file__).parent / "text.jsonl"
 
-# Pretraining saw the easy end of each task: few steps.
+# Pretraining used easy problems of each task: few steps.
 PRETRAIN_TASKS = (
     "row_steps:min_steps=1,max_steps=1",
     "row_steps:min_steps=2,max_steps=2",
     "rotate_matrix:min_n=2,max_n=2,min_rotations=0,max_rotations=3",
 )
 
-# Evaluation and fine-tuning reach the harder end. Rows take one more step of thought for each step asked for; the
-# last task only copies digits to other places, and serves as the control.
+# Evaluation and fine-tuning also use harder problems. Each further step of a row needs one more step of computation;
+# the last task only copies digits to other places, and is the control.
 TASKS = (
     "row_steps:min_steps=2,max_steps=3",
     "row_steps:min_steps=4,max_steps=4",
     "rotate_matrix:min_n=2,max_n=2,min_rotations=0,max_rotations=3",
 )
 
-# What `rr setup` writes into rr.toml for the embedded model, beside the defaults.
+# Values in place of the defaults that `rr setup` writes into rr.toml for the embedded model.
 SETTINGS = {
     "train": {
         "steps": 600,

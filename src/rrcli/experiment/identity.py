@@ -1,7 +1,7 @@
-"""What an artefact was made from, as a hash: with equal hashes, making it again would give the same. Loads no torch.
+"""Identify what a result was made from by a hash: if the hash is equal, making the result again would give the same.
 
-Models and data are identified by their content, options by the values of those that reach the artefact: each option
-declares in `settings` what it reaches.
+Models and data are identified by their content. Options count by their values, and only those that reach the result:
+each option declares that in `settings`. Loads no torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def train_inputs(
     """Identify a training by the model it starts from, its data, and every setting that reaches the weights.
 
     Args:
-        span: the layers that vanilla's adapters are on; see `Workspace.vanilla_span`.
+        span: the layers that have LoRA adapters in vanilla training; see `Workspace.vanilla_span`.
     """
     kinds = [kind for kind, is_one in (("recursive", mode == "recursive"), ("lora", settings.phase == "b")) if is_one]
     values = reaching(settings, WEIGHTS, kinds)
@@ -63,7 +63,7 @@ def model_fingerprint(source: ModelSource, directory: Path) -> str:
 
 
 def recorded_inputs(path: Path) -> str | None:
-    """Return the inputs that a results file or a checkpoint folder was made from, or None if it is not there."""
+    """Return the inputs that a results file or a checkpoint folder was made from, or None if there is none."""
     file = path / METRICS_FILE if path.is_dir() else path
     if not file.is_file():
         return None

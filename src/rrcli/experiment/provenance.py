@@ -36,14 +36,14 @@ def provenance(settings: CommonSettings, directory: Path, device: str, dtype: st
 
 
 def _hardware(device: str) -> str:
-    """Return the name of the GPU or CPU that computed."""
+    """Return the name of the GPU or CPU."""
     if device.startswith("cuda"):
         import torch
 
         return torch.cuda.get_device_name(device)
     try:
         cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not on Linux
         cpus = []
     names = (line.partition(":")[2].strip() for line in cpus if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())

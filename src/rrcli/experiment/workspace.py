@@ -1,4 +1,4 @@
-"""The folders of one experiment and what lies where: stages meet here, on disk, and nowhere else. Loads no torch."""
+"""The files and folders of one experiment. Stages exchange results on disk, in these places alone. Loads no torch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Workspace:
         """The base model of the experiment.
 
         Raises:
-            RRError: it cannot be found, or is no more than adapters on another model.
+            RRError: it cannot be found, or it is only a LoRA adapter on another model.
         """
         source = self.resolve(self.settings.model)
         if source.manifest is not None and source.manifest.get("lora"):
@@ -64,14 +64,14 @@ class Workspace:
         return source
 
     def resolve(self, name: str) -> ModelSource:
-        """Find a model; the folder of a training run stands for its last complete checkpoint."""
+        """Find a model. Of the folder of a training run, take the last complete checkpoint."""
         path = self.directory / Path(name).expanduser()
         if name != "default" and path.is_dir() and checkpoints(path):
             return resolve(str(checkpoints(path)[-1]), self.directory)
         return resolve(name, self.directory)
 
     def vanilla_span(self, settings: TrainSettings) -> list[int] | None:
-        """Return the layers that vanilla training adapts in phase b: surgery's span, None being all of them.
+        """Return the layers that get LoRA in vanilla training in phase b: the span of the surgery; None = all layers.
 
         Raises:
             RRError: there was no surgery yet.
@@ -85,7 +85,7 @@ class Workspace:
         """Return the model that a stage measures.
 
         Raises:
-            RRError: it was not made yet; the hint is the command that makes it.
+            RRError: it was not made yet; the hint names the command that makes it.
         """
         if check_stage(stage) == "baseline":
             return self.base()
@@ -96,15 +96,15 @@ class Workspace:
             folder = found[-1] if found else self.run_folder(stage)
         source = resolve(str(folder), self.directory) if folder.exists() else None
         if source is None or source.manifest is None:
-            raise RRError(f"stage '{stage}' has no model yet: {folder} is not there", f"'{MAKERS[stage]}' makes it.")
+            raise RRError(f"stage '{stage}' has no model yet: {folder} does not exist", f"'{MAKERS[stage]}' makes it.")
         return source
 
 
 def check_stage(stage: str) -> str:
-    """Return `stage` if there is one of that name.
+    """Return `stage` if it is the name of a stage.
 
     Raises:
-        UsageError: there is none; suggests the closest.
+        UsageError: it is not; the hint suggests the closest.
     """
     if stage not in STAGES:
         raise UsageError(f"unknown stage '{stage}'", suggest(stage, STAGES))

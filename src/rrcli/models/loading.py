@@ -1,4 +1,4 @@
-"""Load what a source describes: weights, tokenizer, configuration, and the sidecar and adapters of a folder of ours."""
+"""Load a model from its source: weights, tokenizer and configuration; for a folder of rr also sidecar and adapters."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def load(
         path: 'default', a hub id, a folder or a `.gguf` file.
         dtype: auto (as stored; on a CPU always float32), float32, bfloat16 or float16.
         device: auto (cuda, then mps, then cpu), or a torch device.
-        directory: what relative paths are relative to; the current folder if not given.
-        check_hashes: read the base's weight files whole and compare them with what `rr surgery --hash` recorded.
+        directory: where relative paths start; the current folder if not given.
+        check_hashes: compute the hashes of the base's weight files, and compare them with those recorded by
+            `rr surgery --hash`.
 
     Returns:
         (model in evaluation mode, tokenizer).
@@ -75,10 +76,10 @@ def load_for(settings: CommonSettings, source: ModelSource, directory: Path) -> 
 
 
 def load_sidecar(model: Any, folder: Path, config: RecursionConfig) -> Any:
-    """Attach the recursion whose weights lie in `folder`.
+    """Attach the recursion whose weights are in `folder`.
 
     Raises:
-        RRError: the file is broken, or its tensors are not those of the configuration.
+        RRError: the file is broken, or its tensors do not match the configuration.
     """
     from safetensors.torch import load_file
 
@@ -94,7 +95,7 @@ def load_sidecar(model: Any, folder: Path, config: RecursionConfig) -> Any:
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer that lies beside a model.
+    """Load the tokenizer in the folder of a model.
 
     Raises:
         RRError: there is none, or it cannot be read.
@@ -124,10 +125,10 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
 
 
 def pick_device(device: str) -> str:
-    """Resolve `auto` to the best device there is.
+    """Resolve `auto` to the best available device.
 
     Raises:
-        UsageError: a device that torch does not know or that is not there.
+        UsageError: torch does not know the device, or it is not available.
     """
     import torch
 
@@ -138,7 +139,7 @@ def pick_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device '{device}' is not to be had: {first_line(error)}", "Try 'auto'.") from error
+        raise UsageError(f"device '{device}' is not available: {first_line(error)}", "Try 'auto'.") from error
     return device
 
 
@@ -185,7 +186,7 @@ def _unreadable(source: ModelSource, what: str, error: Exception) -> RRError:
 
 
 def _quiet() -> None:
-    """Keep transformers' bars and notices off the screen; what matters is reported by us."""
+    """Switch off the progress bars and notices of transformers; rr reports what matters itself."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

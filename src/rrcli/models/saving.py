@@ -1,4 +1,4 @@
-"""Write a folder of ours: sidecar, adapters, weights if it carries its own, tokenizer, and last the manifest."""
+"""Write a model folder of rr: sidecar, adapters, weights if it has its own, tokenizer, and last the manifest."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def save_folder(
     """Write a model's sidecar, adapters, weights (if its own), tokenizer and, last, the manifest into `folder`.
 
     Args:
-        hashes: file -> SHA-256 of the base's weight files, recorded where it is given.
-        states: what to write in place of the model's and the sidecar's own weights, of which this process has a part.
+        hashes: file -> SHA-256 of the base's weight files, to be recorded in the manifest.
+        states: weights of the model and of the sidecar, for a process that holds only shards of them.
     """
     from safetensors.torch import save_file
 

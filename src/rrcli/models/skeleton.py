@@ -1,6 +1,6 @@
 """A model without its weights: every tensor has a shape and a dtype, and no storage (torch's meta device).
 
-Layout, counts and costs per token can be read off it, in memory that does not grow with the model.
+Layout, parameter counts and costs per token can be read from it; its memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from rrcli.models.loading import load_config
 from rrcli.models.source import ModelSource
 from rrcli.settings import CommonSettings
 
-# What to compute in where a configuration names no dtype, other than float32. Formats of one byte are only storage.
+# Format on disk -> dtype to compute in, where a configuration names none; float32 for all others. Formats of one byte
+# are for storage only.
 STORED_DTYPES = {
     **dict.fromkeys(("BF16", "F8_E4M3", "F8_E5M2", "I8", "U8"), torch.bfloat16),
     "F16": torch.float16,
@@ -30,7 +31,7 @@ def skeleton(settings: CommonSettings, source: ModelSource, stored: str) -> Any:
         stored: the number format that most weights have on disk ("BF16"), for models whose configuration names none.
 
     Raises:
-        RRError: the configuration cannot be read, or no causal language model comes of it.
+        RRError: the configuration cannot be read, or is not of a causal language model.
     """
     config = load_config(source, trust_remote_code=settings.trust_remote_code)
     dtype = getattr(config, "dtype", None) or STORED_DTYPES.get(stored, torch.float32)

@@ -1,6 +1,6 @@
-"""Where a model lies: `default`, a folder, a `.gguf` file or a hub id becomes a `ModelSource`. Loads no torch.
+"""Find a model by what the user calls it: `default`, a folder, a `.gguf` file or a hub id. Loads no torch.
 
-A folder of ours holds `recursion.json`, which names the base model, or says that the folder carries its own weights.
+A folder that rr wrote has a `recursion.json`, which names the base model or says that the folder has its own weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from rrcli.models.manifest import read_manifest
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model lies. `name` is what the user called it; `path` a folder, or a `.gguf` file; `hub`: downloaded."""
+    """Where a model is.
+
+    Attributes:
+        name: what the user called it. path: a folder or a `.gguf` file. hub: whether it was downloaded from the hub.
+    """
 
     name: str
     path: Path
@@ -30,7 +34,7 @@ class ModelSource:
 
     @property
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest, if this is a folder of ours."""
+        """The manifest, if rr wrote this folder."""
         return read_manifest(self.path) if (self.path / MANIFEST).is_file() else None
 
     def fingerprint(self) -> str:
@@ -45,10 +49,10 @@ class ModelSource:
 
 
 def resolve(name: str, directory: Path) -> ModelSource:
-    """Find a model by `default`, path or hub id, and check that its files are whole. Hub models are downloaded.
+    """Find a model by `default`, path or hub id, and check that its files are complete. Hub models are downloaded.
 
     Raises:
-        UsageError: nothing of that name. RRError: no config, no weights, truncated weights, or no connection.
+        UsageError: nothing has that name. RRError: no config, no weights, truncated weights, or no connection.
     """
     if name == "default":
         return ModelSource(name, MODEL_DIR)
@@ -61,19 +65,19 @@ def resolve(name: str, directory: Path) -> ModelSource:
         path = _download(name)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise UsageError(f"the model {path} is no .gguf file", "Name a folder, a .gguf file or a hub id.")
+            raise UsageError(f"the model {path} is not a .gguf file", "Name a folder, a .gguf file or a hub id.")
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise RRError(f"{path} is no GGUF file: it does not start with 'GGUF'", "Download or copy it again.")
+                raise RRError(f"{path} is not a GGUF file: it does not start with 'GGUF'", "Download or copy it again.")
     elif not (path / MANIFEST).is_file():
         if not (path / "config.json").is_file():
-            raise RRError(f"{path} holds no config.json", "A model folder needs config.json and model*.safetensors.")
+            raise RRError(f"{path} has no config.json", "A model folder needs config.json and model*.safetensors.")
         weight_files(path)
     return ModelSource(name, path.resolve(), hub)
 
 
 def base_of(source: ModelSource, directory: Path) -> ModelSource:
-    """Return the base model that a folder of ours refers to, or `source` itself where it carries its own weights.
+    """Return the base model that a folder of rr refers to, or `source` itself if it has its own weights.
 
     Raises:
         RRError: the base is not what it was when the folder was made.
@@ -88,7 +92,7 @@ def base_of(source: ModelSource, directory: Path) -> ModelSource:
         raise RRError(
             f"the base model {recorded['source']} changed: {source.path} was made for {recorded['fingerprint']}, "
             f"found {found}",
-            "Run 'rr surgery --overwrite' for the changed model, or bring the old one back.",
+            "Run 'rr surgery --overwrite' for the changed model, or restore the old one.",
         )
     return base
 
@@ -105,9 +109,11 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:
-        raise UsageError(f"'{name}' is no folder, no .gguf file and no hub id", "Check its spelling.") from error
+        raise UsageError(
+            f"'{name}' is neither a folder nor a .gguf file nor a hub id", "Check its spelling."
+        ) from error
     except Exception as error:
         raise RRError(
-            f"the model '{name}' is no folder here and cannot be had from the hub: {first_line(error)}",
+            f"the model '{name}' is not a folder, and cannot be downloaded from the hub: {first_line(error)}",
             "Check the name and the connection, log in with 'hf auth login' for gated models, or name a local folder.",
         ) from error

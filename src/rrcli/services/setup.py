@@ -1,4 +1,4 @@
-"""`rr setup`: make the folders and `rr.toml`, and check that everything an experiment needs is there."""
+"""`rr setup`: create the folders and `rr.toml`, and check that an experiment has everything that it needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "tensorboard", "safet
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     ok: bool
@@ -38,7 +38,7 @@ class Check:
 
 @dataclass(frozen=True)
 class SetupResult:
-    """What was found and written."""
+    """The checks, and the file that holds the settings."""
 
     checks: list[Check]
     settings_file: Path
@@ -61,7 +61,7 @@ def setup(
 
     Args:
         given: section -> option -> value, as given on the command line; they are written into `rr.toml`.
-        overwrite: write a fresh `rr.toml` instead of keeping what an existing one says.
+        overwrite: write a new `rr.toml` instead of keeping the values of an existing one.
     """
     refuse_stdin(settings.data, "setup")
     workspace = Workspace(directory, settings)
@@ -102,7 +102,7 @@ def _write_settings(directory: Path, given: Mapping[str, Mapping[str, Any]], ove
     elif common.get("model", "default") == "default":
         changes |= defaults.SETTINGS
     changes |= {name: {**changes.get(name, {}), **values} for name, values in sections.items()}
-    # The environment is of this shell; the file keeps what was asked for on the command line.
+    # The file gets what was given on the command line; what the environment says is for this shell alone.
     chosen = load(CommonSettings, directory, common, environment={}, use_file=not overwrite)
     text = write_file(chosen, changes)
     if text == before:
@@ -137,7 +137,7 @@ def _self_test(reporter: Reporter) -> str:
     try:
         found = self_test()
     except Exception as error:
-        # Whatever another version of a library raises, it is what the test is there to find.
+        # Another version of a library may raise anything: to find that is what the test is for.
         said = error.message if isinstance(error, RRError) else f"{type(error).__name__}: {error}"
         hint = "Install the versions that rr was tested with: 'pipx reinstall rrcli', or 'pip install' it again."
         raise RRError(f"{said}{f' ({strange})' if strange else ''}", hint) from error

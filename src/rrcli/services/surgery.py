@@ -29,13 +29,13 @@ class SurgeryResult:
     """What surgery did.
 
     Attributes:
-        span: the layers `[start, end)` that are run again; max_steps: the most passes after pass 0.
+        span: the layers `[start, end)` that are run again. max_steps: the most passes after pass 0.
         base_parameters, added_parameters: counts. base_bytes: size of the base's weight files.
-        sidecar_bytes: size of the added weights. bytes_written: of everything in the folder; 0 for a dry run.
+        sidecar_bytes: size of the added weights. bytes_written: size of the folder; 0 in a dry run.
         costs: cache and FLOPs per token at every depth; None where the family cannot be measured.
         verified_depths: the depths whose logits were found equal to the base's, bit for bit; empty if not verified.
         hashed: whether the manifest records the SHA-256 of the base's weight files.
-        folder: where the sidecar lies, export: the folder that stands alone; None for a dry run or if not asked for.
+        folder: the folder of the sidecar. export: the self-contained folder. None in a dry run, or if not asked for.
         copied_files: weight files of the export that could not be linked.
     """
 
@@ -70,13 +70,13 @@ def surgery(
     """Attach, verify and publish; the base model's files are only read.
 
     Args:
-        verify: compare logits with those before surgery. If not, the model's weights are never loaded: layout and
+        verify: compare the logits with those before surgery. Without that, the weights are never loaded: layout and
             counts come from a skeleton without storage, so that time and memory do not grow with the model.
         hash_weights: record the SHA-256 of every weight file of the base.
-        export: also make this folder, which stands alone; relative to `directory`.
+        export: also make this self-contained folder; a relative path starts in `directory`.
 
     Raises:
-        RRError: the base is broken or has a recursion, the output exists or lies inside the base model's folder.
+        RRError: the base is broken or has a recursion, or the output exists or is inside the base model's folder.
         CheckFailed: the logits changed; nothing was written.
     """
     workspace = Workspace(directory, settings)
@@ -115,7 +115,7 @@ def surgery(
                 alone = stack.enter_context(publish_folder(export, overwrite=overwrite))
                 copied = fill(alone, base, weights.files, target)
     if copied:
-        reporter.warn(f"{copied} weight files were copied: {export} and {base.path} share no file system with links")
+        reporter.warn(f"{copied} weight files were copied: hard links from {export} to {base.path} are not possible")
     added = list(recursion.parameters())
     return SurgeryResult(
         family=model.config.model_type,
@@ -149,7 +149,7 @@ def surgery_config(settings: SurgerySettings) -> RecursionConfig:
 
 def _check_output(folder: Path, base: ModelSource, *, overwrite: bool) -> None:
     if base.path.is_dir() and folder.resolve().is_relative_to(base.path):
-        raise RRError(f"the output {folder} lies inside the base model's folder", "Choose another --checkpoint-dir.")
+        raise RRError(f"the output {folder} is inside the base model's folder", "Choose another --checkpoint-dir.")
     if folder.parent.is_dir():
         sweep(folder.parent)
     if folder.exists() and not overwrite:
@@ -164,7 +164,7 @@ def _hash(files: list[Path], reporter: Reporter) -> dict[str, str]:
 
 
 def _operate(model: Any, tokenizer: Any, config: RecursionConfig, reporter: Reporter, *, verify: bool) -> list[int]:
-    """Attach the recursion, prove what can be proved, and return the depths that were compared with the base."""
+    """Attach the recursion, verify it if asked for, and return the depths that were compared with the base."""
     from rrcli.models.verification import reference
     from rrcli.models.verification import verify as compare
     from rrcli.recursion.engine import attach
@@ -182,5 +182,5 @@ def _costs(model: Any, reporter: Reporter) -> Costs | None:
     try:
         return measure(model)
     except Exception as error:
-        reporter.warn(f"what a token costs could not be measured for '{model.config.model_type}': {first_line(error)}")
+        reporter.warn(f"the costs per token could not be measured for '{model.config.model_type}': {first_line(error)}")
         return None
