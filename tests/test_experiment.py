@@ -93,6 +93,8 @@ def test_a_second_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_
     assert again.stderr.count("done already") == 8
     plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, **SMALL, RR_TRAIN_LR="0.0003").stdout)["steps"]
     assert [step["status"] for step in plan] == ["done"] * 4 + ["stale"] * 4
+    plan = json.loads(rr("run", "--dry-run", "--json", "--lr", "0.0003", folder=folder, **SMALL).stdout)["steps"]
+    assert [step["status"] for step in plan] == ["stale"] + ["done"] * 3 + ["stale"] * 4
     plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, **SMALL, RR_SURGERY_MAX_STEPS="1").stdout)[
         "steps"
     ]

@@ -23,7 +23,7 @@ SURFACE = {"cli", "ui", "services", "__main__"}
 FLOORS = (
     {"errors", "heap"},
     {"settings", "reporting", "files", "upstream", "demo"},
-    {"recursion", "tracker"},
+    {"recursion", "tracker", "configuration"},
     {"data", "models"},
     {"evaluation"},
     {"training", "comparison"},
@@ -35,7 +35,7 @@ FLOORS = (
 )
 # Modules that read and write no tensors: not even a lazy import of torch belongs there.
 TORCH_FREE = (
-    *("errors", "settings", "files", "reporting", "ui", "cli", "heap"),
+    *("errors", "settings", "configuration", "files", "reporting", "ui", "cli", "heap"),
     *(f"data/{name}" for name in ("lines", "problem_files", "prompts", "sources", "readers", "splits", "tasks")),
     *("data/conversations", "data/document_store", "data/rendering"),
     *("models/inspection", "models/manifest", "models/source", "models/export"),

@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from rrcli import __version__, settings, ui
+from rrcli import __version__, configuration, settings, ui
 from rrcli.errors import CheckFailed, Interrupted, RRError, UsageError, suggest
 from rrcli.files import make_folder
 from rrcli.settings import STAGES, CommonSettings
@@ -254,7 +254,7 @@ class Context:
     def load(self, cls: type[settings.S], *, use_file: bool = True) -> settings.S:
         """Return the settings of a command from rr.toml, the environment and the command line."""
         given, names = (part.get("common", {}) | part.get(cls.SECTION, {}) for part in (self.given, self.names))
-        return settings.load(cls, self.directory, given, names=names, use_file=use_file)
+        return configuration.load(cls, self.directory, given, names=names, use_file=use_file)
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------

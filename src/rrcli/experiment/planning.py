@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from rrcli.configuration import SETTINGS_FILE
 from rrcli.data.sources import refuse_stdin
 from rrcli.experiment.identity import (
     data_identity,
@@ -17,7 +18,7 @@ from rrcli.experiment.identity import (
 )
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import checkpoints, step_of
-from rrcli.settings import SETTINGS_FILE, CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings
+from rrcli.settings import CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings
 
 DONE = "done"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.comparison.preservation import Preservation, hold
+from rrcli.configuration import load
 from rrcli.data.problem_files import FileTask, trained_questions
 from rrcli.data.prompts import read_prompts, stop_strings
 from rrcli.errors import RRError, UsageError
@@ -23,7 +24,7 @@ from rrcli.files import METRICS_FILE, SCHEMA, combine, finite, make_folder, read
 from rrcli.models.loading import load_for
 from rrcli.models.source import ModelSource, base_of
 from rrcli.reporting import Reporter
-from rrcli.settings import EvalSettings, SurgerySettings, load
+from rrcli.settings import EvalSettings, SurgerySettings
 from rrcli.tracker import SUMMARY, MetricsTracker
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from rrcli.configuration import SETTINGS_FILE, load, read_file, write_file
 from rrcli.data.sources import refuse_stdin
 from rrcli.demo import defaults
 from rrcli.errors import RRError
@@ -21,7 +22,7 @@ from rrcli.experiment.workspace import Workspace
 from rrcli.files import make_folder
 from rrcli.models.loading import load_config, load_tokenizer, pick_device
 from rrcli.reporting import Reporter
-from rrcli.settings import SETTINGS_FILE, CommonSettings, load, read_file, write_file
+from rrcli.settings import CommonSettings
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "tensorboard", "safetensors", "reasoning-gym")
 
