@@ -7,6 +7,7 @@ made both. Loads neither torch nor transformers.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 MODEL_DIR = Path(__file__).parent / "model"
 TEXT_FILE = Path(__file__).parent / "text.jsonl"
@@ -27,7 +28,7 @@ TASKS = (
 )
 
 # Values in place of the defaults that `rr setup` writes into rr.toml for the embedded model.
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "train": {
         "steps": 600,
         "batch_size": 128,
