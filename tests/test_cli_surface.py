@@ -213,7 +213,7 @@ def test_options_given_to_run_reach_the_settings_file_each_in_its_section(
     from rrcli.services import run as service
     from rrcli.services import setup
 
-    def first_step_alone(directory: Path, load: Any, reporter: Any, perform: Any, **_: Any) -> None:
+    def first_step_alone(*_: Any, perform: Any, **__: Any) -> None:
         perform(Step("setup", "", "missing"))
         raise RRError("stopped by the test")
 

@@ -268,7 +268,7 @@ def setup(ctx: Context, overwrite: Overwrite = False, json: Json = False) -> Non
     from rrcli.services import setup as service
 
     loaded = ctx.load(CommonSettings, use_file=not overwrite)
-    result = service.setup(loaded, ctx.directory, ctx.given, _reporter(), overwrite=overwrite)
+    result = service.setup(loaded, ctx.directory, _reporter(), given=ctx.given, overwrite=overwrite)
     if json:
         ui.show_json("setup", {"ok": result.ok, "checks": [vars(check) for check in result.checks]})
     else:
@@ -449,7 +449,7 @@ def board(
             ui.show_board_check(found)
         return
     started = (lambda board: ui.show_json("board", vars(board))) if json else ui.show_board
-    service.board(ctx.load(settings.BoardSettings), ctx.directory, _reporter(), started)
+    service.board(ctx.load(settings.BoardSettings), ctx.directory, _reporter(), started=started)
 
 
 @_command(EXPERIMENT, _run_flags(), writes=True)
@@ -477,7 +477,9 @@ def run(
         else:
             ui.show_plan(steps)
         return
-    service.run(ctx.directory, ctx.load, _reporter(), lambda step: _perform(step, ctx), new_options=bool(ctx.given))
+    service.run(
+        ctx.directory, ctx.load, _reporter(), perform=lambda step: _perform(step, ctx), new_options=bool(ctx.given)
+    )
     loaded = ctx.load(settings.CompareSettings)
     result = comparing.compare(loaded, [], ctx.directory)
     _show_comparison(result, loaded, ctx.directory, json)
@@ -540,7 +542,7 @@ def _perform(step: Any, ctx: Context) -> None:
 
     directory, reporter = ctx.directory, _reporter()
     if step.kind == "setup":
-        result = setting_up.setup(ctx.load(CommonSettings), directory, ctx.given, reporter)
+        result = setting_up.setup(ctx.load(CommonSettings), directory, reporter, given=ctx.given)
         if not result.ok:
             ui.show_setup(result)
             raise CheckFailed("the setup checks failed", "Correct what the table says, then run 'rr run' again.")

@@ -57,7 +57,7 @@ class Found:
     runs: dict[str, dict[str, list[str]]]
 
 
-def board(settings: BoardSettings, directory: Path, reporter: Reporter, started: Callable[[Board], None]) -> None:
+def board(settings: BoardSettings, directory: Path, reporter: Reporter, *, started: Callable[[Board], None]) -> None:
     """Run TensorBoard until it ends or is interrupted; `started` is called once, when it answers.
 
     Raises:

@@ -14,7 +14,7 @@ from rrcli.settings import CommonSettings
 
 
 def run(
-    directory: Path, load: Load, reporter: Reporter, perform: Callable[[Step], None], *, new_options: bool = False
+    directory: Path, load: Load, reporter: Reporter, *, perform: Callable[[Step], None], new_options: bool = False
 ) -> list[Step]:
     """Perform every step that is not done, in order; return the plan as it was at the start.
 

@@ -53,9 +53,9 @@ class SetupResult:
 def setup(
     settings: CommonSettings,
     directory: Path,
-    given: Mapping[str, Mapping[str, Any]],
     reporter: Reporter,
     *,
+    given: Mapping[str, Mapping[str, Any]],
     overwrite: bool = False,
 ) -> SetupResult:
     """Create folders and `rr.toml`, then check versions, device, disk, memory, TensorBoard, model, data and tasks.

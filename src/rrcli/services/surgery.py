@@ -107,7 +107,10 @@ def surgery(
     if not dry_run:
         with ExitStack() as stack:
             target = stack.enter_context(publish_folder(folder, overwrite=overwrite))
-            save_folder(target, model, tokenizer, base, base_fingerprint, own_weights=False, hashes=hashes)
+            save_folder(
+                target, model, tokenizer,
+                base=base, base_fingerprint=base_fingerprint, own_weights=False, hashes=hashes,
+            )  # fmt: skip
             inputs = surgery_inputs(settings, base_fingerprint)
             write_json(target / METRICS_FILE, {"schema": SCHEMA, "inputs": inputs, "verified_depths": depths})
             written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())

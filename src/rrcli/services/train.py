@@ -294,8 +294,8 @@ def _save(
             training=identity | vars(progress.spent),
         )
         save_folder(
-            target, trainer.model, trainer.tokenizer, base, base.fingerprint(),
-            own_weights=settings.phase == "c", states=states,
+            target, trainer.model, trainer.tokenizer,
+            base=base, base_fingerprint=base.fingerprint(), own_weights=settings.phase == "c", states=states,
         )  # fmt: skip
     for old in checkpoints(folder)[: -settings.keep]:
         if step_of(old) != best_step:
