@@ -314,9 +314,9 @@ def layer_settings(model: str) -> dict[str, str]:
     """Return what the ablations need to know of the model's shape."""
     from transformers import AutoConfig
 
-    from rrcli import demo
+    from rrcli.demo import defaults
 
-    config = AutoConfig.from_pretrained(demo.MODEL_DIR if model == "default" else model).get_text_config()
+    config = AutoConfig.from_pretrained(defaults.MODEL_DIR if model == "default" else model).get_text_config()
     layers, hidden = config.num_hidden_layers, config.hidden_size
     edge = max(1, layers // 4)
     return {"middle": f"{edge}:{max(edge + 1, layers - edge)}", "half": str(hidden // 2), "double": str(2 * hidden)}

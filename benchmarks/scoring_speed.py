@@ -36,7 +36,7 @@ import torch
 from engine_overhead import smollm2_file
 
 import rrcli
-from rrcli import demo
+from rrcli.demo import defaults
 from rrcli.evaluation.performance import peak_resident_mb, reset_peak_resident
 from rrcli.evaluation.perplexity import score_documents
 from rrcli.heap import keep_freed_memory
@@ -77,7 +77,7 @@ def documents(name: str, tokenizer: Any, count: int) -> list[str]:
     lengths = [round(SHORTEST * math.exp(draw.random() * math.log(LONGEST / SHORTEST))) for _ in range(count)]
     if name != "SmolLM2-135M":
         return [" ".join(f"t{draw.randrange(3, VOCABULARY)}" for _ in range(length)) for length in lengths]
-    ids = tokenizer(demo.TEXT_FILE.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(defaults.TEXT_FILE.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     starts = [draw.randrange(len(ids) - length) for length in lengths]
     return [tokenizer.decode(ids[start : start + length]) for start, length in zip(starts, lengths, strict=True)]
 

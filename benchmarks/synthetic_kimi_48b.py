@@ -130,12 +130,12 @@ def _mlp(prefix: str, names: tuple[str, str, str], hidden: int, inner: int) -> S
 
 def write_checkpoint(folder: Path, config: dict[str, Any], shards: int = SHARDS) -> int:
     """Write the folder with weights that are holes, and a tiny tokenizer; return the bytes of its tensors."""
-    from rrcli import demo
+    from rrcli.demo import defaults
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((demo.MODEL_DIR / name).read_bytes())
+        (folder / name).write_bytes((defaults.MODEL_DIR / name).read_bytes())
     shapes = tensors(config)
     sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
     total, before = sum(sizes.values()), 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from commands import rr, rr_process
-from rrcli import demo
+from rrcli.demo import defaults
 
 
 def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -23,7 +23,7 @@ def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
 
 
 def model_copy(folder: Path) -> Path:
-    return Path(shutil.copytree(demo.MODEL_DIR, folder / "model"))
+    return Path(shutil.copytree(defaults.MODEL_DIR, folder / "model"))
 
 
 def nothing_written(folder: Path) -> bool:
@@ -71,12 +71,13 @@ def test_weights_that_would_be_random_are_refused(tmp_path):
 
 def test_a_gguf_file_that_is_none(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"not a model")
-    refused(rr("eval", "--model", "x.gguf", folder=tmp_path), 1, "no GGUF file")
+    refused(rr("eval", "--model", "x.gguf", folder=tmp_path), 1, "not a GGUF file")
 
 
 def test_a_model_that_is_not_there(tmp_path):
     refused(rr("eval", "--model", "./nowhere", folder=tmp_path), 2, "does not exist")
-    refused(rr("eval", "--model", "some-org/some-model", folder=tmp_path, HF_HUB_OFFLINE="1"), 1, "cannot be had")
+    done = rr("eval", "--model", "some-org/some-model", folder=tmp_path, HF_HUB_OFFLINE="1")
+    refused(done, 1, "cannot be downloaded")
 
 
 def test_an_empty_data_file(tmp_path):

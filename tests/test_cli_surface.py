@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from typer.testing import CliRunner
 from comparing import stage_results
 from rrcli import __version__
 from rrcli.cli import app
+from rrcli.demo import defaults
+from rrcli.errors import RRError
+from rrcli.experiment.planning import Step
 from rrcli.files import write_json
-from rrcli.settings import STAGES
+from rrcli.settings import PERFORMED, SECTIONS, STAGES, CommonSettings, own_fields
 
 ESCAPE = "\x1b"
 
@@ -48,42 +52,53 @@ def plain(text: str) -> str:
 
 # -- the options -------------------------------------------------------------------------------------------------------
 
-COMMON = {
-    *("--model", "--model-path", "--model-name", "--data", "--text-field", "--task", "--device", "--dtype"),
-    *("--trust-remote-code", "--no-trust-remote-code", "--seed"),
-    *("--log-dir", "--checkpoint-dir", "--output-dir", "--dir", "--debug"),
-}
-SURFACE = {
-    "setup": COMMON | {"--overwrite", "--json"},
-    "surgery": COMMON
-    | {"--span", "--max-steps", "--cell-width", "--chunk-width"}
-    | {"--overwrite", "--dry-run", "--verify", "--no-verify", "--hash", "--export", "--json"},
-    "train": COMMON
-    | {"--mode", "--restart", "--json", "--run-name", "--phase"}
-    | {"--steps", "--batch-size", "--gradient-accumulation", "--lr", "--sidecar-lr", "--warmup-steps"}
+EVERYWHERE = {"--dir", "--debug", "--json"}
+MODEL = {"--model", "--model-path", "--model-name", "--trust-remote-code", "--no-trust-remote-code"}
+LOADING = MODEL | {"--device", "--dtype", "--seed", "--checkpoint-dir"}
+DATA = {"--data", "--text-field", "--task"}
+COMMON = LOADING | DATA | {"--log-dir", "--output-dir"}
+SURGERY = {"--span", "--max-steps", "--cell-width", "--chunk-width"}
+TRAIN = (
+    {"--phase", "--steps", "--batch-size", "--gradient-accumulation", "--lr", "--sidecar-lr", "--warmup-steps"}
     | {"--packing", "--no-packing", "--chat-template", "--no-chat-template"}
-    | {"--weight-decay", "--max-grad-norm", "--max-length", "--task-share", "--max-steps", "--chunk-width"}
-    | {"--schedule", "--ema", "--gradient-checkpointing", "--no-gradient-checkpointing", "--match-flops"}
+    | {"--weight-decay", "--max-grad-norm", "--task-share"}
+    | {"--schedule", "--ema", "--gradient-checkpointing", "--no-gradient-checkpointing"}
     | {"--histograms", "--callback", "--num-processes", "--compile", "--no-compile"}
     | {"--eval-interval", "--eval-samples", "--save-interval", "--keep"}
     | {"--final-weight", "--masked-weight", "--halt-weight", "--ponder-weight", "--stability-weight"}
-    | {"--supervised-share", "--commit-margin", "--lora-rank", "--lora-alpha"},
-    "eval": COMMON
-    | {"--stage", "--use-recursive", "--no-use-recursive", "--json"}
-    | {"--max-length", "--stride", "--max-samples", "--problems", "--max-new-tokens", "--batch-tokens", "--depth"}
+    | {"--supervised-share", "--commit-margin", "--lora-rank", "--lora-alpha"}
+)
+EVAL = (
+    {"--stride", "--max-samples", "--problems", "--max-new-tokens", "--batch-tokens", "--depth"}
     | {"--num-fewshot", "--stop", "--prompts", "--harness"}
     | {"--chat-template", "--no-chat-template", "--tensorboard", "--no-tensorboard"}
-    | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "generation", "performance")},
-    "compare": COMMON
-    | {"--alpha", "--generations", "--no-generations", "--gate", "--gate-significant", "--no-gate-significant"}
-    | {"--format", "--out", "--report", "--json"},
-    "generate": COMMON
-    | {"--stage", "--trace", "--json", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--depth"}
+    | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "generation", "performance")}
+)
+COMPARE = {"--alpha", "--gate", "--gate-significant", "--no-gate-significant"}
+OWN = {
+    "setup": COMMON | {"--overwrite"},
+    "surgery": LOADING | SURGERY | {"--overwrite", "--dry-run", "--verify", "--no-verify", "--hash", "--export"},
+    "train": LOADING
+    | DATA
+    | TRAIN
+    | {"--log-dir", "--mode", "--restart", "--match-flops", "--run-name", "--max-length", "--max-steps"}
+    | {"--chunk-width"},
+    "eval": COMMON | EVAL | {"--stage", "--use-recursive", "--no-use-recursive", "--max-length"},
+    "compare": COMPARE
+    | {"--log-dir", "--output-dir", "--generations", "--no-generations", "--format", "--out", "--report"},
+    "generate": LOADING
+    | {"--stage", "--trace", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--depth"}
     | {"--chunk-width", "--stop"},
-    "board": COMMON | {"--json", "--check", "--port", "--host", "--reload-interval", "--open", "--no-open"},
-    "run": COMMON | {"--dry-run", "--json"},
-    "status": COMMON | {"--json"},
+    "board": {"--log-dir", "--check", "--port", "--host", "--reload-interval", "--open", "--no-open"},
+    "run": COMMON
+    | SURGERY
+    | TRAIN
+    | EVAL
+    | COMPARE
+    | {"--dry-run", "--train-max-length", "--eval-max-length", "--train-max-steps", "--train-chunk-width"},
+    "status": {"--checkpoint-dir", "--output-dir"},
 }
+SURFACE = {name: options | EVERYWHERE for name, options in OWN.items()}
 
 
 def commands() -> dict[str, Any]:
@@ -119,6 +134,42 @@ def test_every_command_and_option_has_help(name: str) -> None:
     assert "Traceback" not in shown.output
 
 
+@pytest.mark.parametrize("width", [80, 160])
+@pytest.mark.parametrize("name", SURFACE)
+def test_help_can_be_read_at_any_width(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = rr(name, "--help").stdout
+    assert "…" not in shown, "an option's name is cut off"
+    assert max(map(len, shown.splitlines())) <= width
+    assert ESCAPE not in shown
+    panels = re.findall(r"╭─ (.+?) ─", shown)
+    assert panels[-2:] == ["Files and folders", "Output"]
+    assert next(panel for panel in panels if panel != "Arguments") == "Options"
+
+
+def test_help_shows_one_spelling_of_an_option_and_every_other_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    shown = plain(rr("run", "--help").stdout)
+    assert "--model <str>" in shown
+    assert "--no-chat-template Do not format" in shown
+    assert "--packing Pack" in shown
+    for hidden in ("--model-path", "--model-name", "--no-compile", " --chat-template"):
+        assert hidden not in shown
+    for name in ("--model", "--model-path", "--model-name"):
+        failed = rr("run", "--dry-run", name, "./nowhere", directory=tmp_path)
+        assert (failed.exit_code, "nowhere does not exist" in failed.stderr) == (2, True)
+
+
+def test_the_help_of_an_option_with_choices_names_them() -> None:
+    for cls in SECTIONS:
+        for item in own_fields(cls):
+            for choice in item.metadata["choices"]:
+                assert re.search(rf"\b{choice}\b", item.metadata["help"]), f"{item.name} does not explain {choice}"
+
+
 def test_help_shows_every_command() -> None:
     for flag in ("--help", "-h"):
         shown = rr(flag)
@@ -130,6 +181,87 @@ def test_help_shows_every_command() -> None:
 def test_version() -> None:
     shown = rr("--version")
     assert (shown.exit_code, shown.stdout) == (0, f"rr {__version__}\n")
+
+
+# -- rr run: the options of the stages that it performs ----------------------------------------------------------------
+
+
+def planned(directory: Path, *arguments: Any) -> list[str]:
+    shown = rr("run", "--dry-run", "--json", *arguments, directory=directory)
+    assert shown.exit_code == 0, shown.stderr
+    return [step["status"] for step in json.loads(shown.stdout)["steps"]]
+
+
+def test_an_option_of_several_stages_is_alike_in_all_of_them() -> None:
+    """One flag of `rr run` sets them all."""
+    found: dict[str, list[Any]] = {}
+    for cls in PERFORMED:
+        for item in own_fields(cls):
+            name = item.metadata["in_run"] if item.metadata["in_run"] != "" else item.name
+            if name is not None:
+                found.setdefault(name, []).append(item)
+    joined = {name: items for name, items in found.items() if len(items) > 1}
+    assert set(joined) == {"chat_template"}
+    for items in joined.values():
+        assert len({(item.type, item.default, item.metadata["choices"]) for item in items}) == 1
+    assert not found.keys() & {item.name for item in own_fields(CommonSettings)}
+
+
+def test_options_given_to_run_reach_the_settings_file_each_in_its_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rrcli.services import run as service
+    from rrcli.services import setup
+
+    def first_step_alone(*_: Any, perform: Any, **__: Any) -> None:
+        perform(Step("setup", "", "missing"))
+        raise RRError("stopped by the test")
+
+    monkeypatch.setattr(service, "run", first_step_alone)
+    monkeypatch.setattr(setup, "_self_test", lambda _: "left out")
+    given = [
+        *("--steps", 50, "--max-steps", 1, "--train-max-length", 99, "--eval-max-length", 77, "--no-chat-template"),
+        *("--gate", "1 > 0", "--seed", 3, "--stop", "END"),
+    ]
+    assert "stopped by the test" in rr("run", *given, directory=tmp_path).stderr
+    written = tomllib.loads((tmp_path / "rr.toml").read_text())
+    assert (written["common"]["seed"], written["surgery"]["max_steps"], written["surgery"]["chunk_width"]) == (3, 1, 16)
+    assert (written["train"]["steps"], written["train"]["max_steps"], written["train"]["max_length"]) == (50, 0, 99)
+    assert written["train"]["batch_size"] == defaults.SETTINGS["train"]["batch_size"]
+    assert (written["eval"]["max_length"], written["eval"]["stop"]) == (77, ["END"])
+    assert [written[section]["chat_template"] for section in ("train", "eval")] == [False, False]
+    assert written["compare"]["gate"] == ["1 > 0"]
+
+    rr("run", "--train-max-steps", 1, directory=tmp_path)
+    again = tomllib.loads((tmp_path / "rr.toml").read_text())
+    written["train"]["max_steps"] = 1
+    assert again == written
+
+
+def test_a_plan_with_given_options_begins_with_writing_them(tmp_path: Path) -> None:
+    (tmp_path / "rr.toml").write_text("")
+    assert planned(tmp_path)[0] == "done"
+    assert planned(tmp_path, "--steps", 5)[0] == "stale"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train-max-length", 3], "--train-max-length is 3"),
+        (["--eval-max-length", -1], "--eval-max-length is -1"),
+        (["--max-steps", 9], "--max-steps is 9"),
+        (["--train-max-steps", -1], "--train-max-steps is -1"),
+        (["--alpha", 2], "--alpha is 2"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, list) else "",
+)
+def test_run_refuses_every_stages_options_before_it_starts_and_names_them_as_written(
+    tmp_path: Path, arguments: list[Any], message: str
+) -> None:
+    failed = rr("run", *arguments, directory=tmp_path)
+    assert failed.exit_code == 2
+    assert message in failed.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- misspelled --------------------------------------------------------------------------------------------------------
@@ -157,7 +289,7 @@ def test_a_typo_is_a_usage_error_with_a_suggestion(tmp_path: Path, arguments: li
     assert suggestion in plain(failed.stderr)
     assert failed.stdout == ""
     assert "Traceback" not in failed.stderr
-    assert list(tmp_path.iterdir()) == [] or "eval" in arguments
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_typo_in_the_settings_file_stops_every_command(tmp_path: Path) -> None:
@@ -265,7 +397,6 @@ def test_the_hint_for_a_broken_settings_file_works(tmp_path: Path, monkeypatch: 
 
 
 def test_a_run_cannot_take_the_place_of_surgery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rrcli.errors import RRError
     from rrcli.services import train as service
 
     def stop(*_: Any, **__: Any) -> None:

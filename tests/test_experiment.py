@@ -93,6 +93,8 @@ def test_a_second_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_
     assert again.stderr.count("done already") == 8
     plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, **SMALL, RR_TRAIN_LR="0.0003").stdout)["steps"]
     assert [step["status"] for step in plan] == ["done"] * 4 + ["stale"] * 4
+    plan = json.loads(rr("run", "--dry-run", "--json", "--lr", "0.0003", folder=folder, **SMALL).stdout)["steps"]
+    assert [step["status"] for step in plan] == ["stale"] + ["done"] * 3 + ["stale"] * 4
     plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, **SMALL, RR_SURGERY_MAX_STEPS="1").stdout)[
         "steps"
     ]
@@ -231,10 +233,10 @@ def test_setup_checks_and_says_what_failed(tmp_path):
 def test_use_recursive_attaches_a_fresh_recursion_to_a_plain_model(experiment, tmp_path):
     """The guide evaluates stage after_surgery on the base model's own folder."""
     folder, _ = experiment
-    from rrcli import demo
+    from rrcli.demo import defaults
 
     done = rr(
-        *("eval", "--model-path", str(demo.MODEL_DIR), "--stage", "after_surgery", "--use-recursive"),
+        *("eval", "--model-path", str(defaults.MODEL_DIR), "--stage", "after_surgery", "--use-recursive"),
         *("--output-dir", str(tmp_path), "--log-dir", str(tmp_path), "--skip-performance", "--skip-generation"),
         folder=folder,
         **SMALL,

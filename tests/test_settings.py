@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,15 +13,21 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from rrcli import settings
+from rrcli import configuration, settings
+from rrcli.configuration import SETTINGS_FILE
 from rrcli.errors import UsageError
+from rrcli.experiment.identity import eval_inputs, surgery_inputs, train_inputs
 from rrcli.settings import (
+    NOTHING,
+    NUMBERS,
     SECTIONS,
-    SETTINGS_FILE,
+    SIDECAR,
+    WEIGHTS,
     BoardSettings,
     CommonSettings,
     CompareSettings,
     EvalSettings,
+    Reach,
     SurgerySettings,
     TrainSettings,
 )
@@ -32,7 +39,7 @@ hypothesis_settings.load_profile("patient")
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in settings.os.environ if name.startswith("RR_")]:
+    for name in [name for name in os.environ if name.startswith("RR_")]:
         monkeypatch.delenv(name)
 
 
@@ -44,40 +51,40 @@ def toml(directory: Path, text: str) -> None:
 
 
 def test_default_then_file_then_environment_then_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert settings.load(TrainSettings, tmp_path).steps == 300
+    assert configuration.load(TrainSettings, tmp_path).steps == 300
     toml(tmp_path, "[train]\nsteps = 11\n")
-    assert settings.load(TrainSettings, tmp_path).steps == 11
+    assert configuration.load(TrainSettings, tmp_path).steps == 11
     monkeypatch.setenv("RR_TRAIN_STEPS", "22")
-    assert settings.load(TrainSettings, tmp_path).steps == 22
-    assert settings.load(TrainSettings, tmp_path, {"steps": 33}).steps == 33
-    assert settings.load(TrainSettings, tmp_path, {"steps": None}).steps == 22
+    assert configuration.load(TrainSettings, tmp_path).steps == 22
+    assert configuration.load(TrainSettings, tmp_path, {"steps": 33}).steps == 33
+    assert configuration.load(TrainSettings, tmp_path, {"steps": None}).steps == 22
 
 
 def test_common_values_reach_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toml(tmp_path, '[common]\nseed = 7\ntask = ["a", "b"]\ntrust_remote_code = true\n')
     for cls in SECTIONS:
-        loaded = settings.load(cls, tmp_path)
+        loaded = configuration.load(cls, tmp_path)
         assert (loaded.seed, loaded.task, loaded.trust_remote_code) == (7, ("a", "b"), True)
     monkeypatch.setenv("RR_COMMON_SEED", "8")
-    assert settings.load(EvalSettings, tmp_path).seed == 8
+    assert configuration.load(EvalSettings, tmp_path).seed == 8
     monkeypatch.setenv("RR_SEED", "9")
-    assert settings.load(EvalSettings, tmp_path).seed == 9
+    assert configuration.load(EvalSettings, tmp_path).seed == 9
 
 
 def test_a_section_belongs_to_its_command_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toml(tmp_path, "[surgery]\nmax_steps = 5\n[eval]\nmax_length = 77\n")
     monkeypatch.setenv("RR_SURGERY_CHUNK_WIDTH", "3")
-    assert settings.load(SurgerySettings, tmp_path).max_steps == 5
-    assert settings.load(TrainSettings, tmp_path).max_steps == 0
-    assert settings.load(TrainSettings, tmp_path).max_length == 256
-    assert settings.load(SurgerySettings, tmp_path).chunk_width == 3
-    assert settings.load(TrainSettings, tmp_path).chunk_width == 0
+    assert configuration.load(SurgerySettings, tmp_path).max_steps == 5
+    assert configuration.load(TrainSettings, tmp_path).max_steps == 0
+    assert configuration.load(TrainSettings, tmp_path).max_length == 256
+    assert configuration.load(SurgerySettings, tmp_path).chunk_width == 3
+    assert configuration.load(TrainSettings, tmp_path).chunk_width == 0
 
 
 def test_no_file_and_no_folder_mean_the_defaults(tmp_path: Path) -> None:
-    assert settings.load(CommonSettings, tmp_path) == CommonSettings()
+    assert configuration.load(CommonSettings, tmp_path) == CommonSettings()
     (tmp_path / "file").touch()
-    assert settings.load(CommonSettings, tmp_path / "file") == CommonSettings()
+    assert configuration.load(CommonSettings, tmp_path / "file") == CommonSettings()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +102,7 @@ def test_the_environment_is_read_by_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, text: str, name: str, value: Any
 ) -> None:
     monkeypatch.setenv(variable, text)
-    assert getattr(settings.load(EvalSettings, tmp_path), name) == value
+    assert getattr(configuration.load(EvalSettings, tmp_path), name) == value
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -107,7 +114,7 @@ def test_the_environment_is_read_by_type(
         ("[trian]\nsteps = 3\n", r"unknown section \[trian\]", "Did you mean 'train'?"),
         ("[train]\nstesp = 3\n", r"unknown key 'stesp' .* section \[train\]", "Did you mean 'steps'?"),
         ("[common]\nmodle = 'x'\n", r"unknown key 'modle' .* section \[common\]", "Did you mean 'model'?"),
-        ("[train]\nzzzzzz = 3\n", "unknown key 'zzzzzz'", "Known: steps, batch_size"),
+        ("[train]\nzzzzzz = 3\n", "unknown key 'zzzzzz'", "Known: phase, steps"),
         ("train = 3\n", "'train' in .* stands outside a section", "[train]"),
         ("[train\n", "is not valid TOML", "rr setup"),
         ("[train]\nsteps = 3\nsteps = 4\n", "is not valid TOML", "rr setup"),
@@ -117,7 +124,7 @@ def test_a_file_that_means_nothing_is_refused(tmp_path: Path, text: str, message
     toml(tmp_path, text)
     for cls in (TrainSettings, CompareSettings):
         with pytest.raises(UsageError, match=message) as caught:
-            settings.load(cls, tmp_path)
+            configuration.load(cls, tmp_path)
         assert caught.value.exit_code == 2
         assert hint in caught.value.hint
         assert str(tmp_path / SETTINGS_FILE) in caught.value.message
@@ -126,20 +133,20 @@ def test_a_file_that_means_nothing_is_refused(tmp_path: Path, text: str, message
 def test_a_key_outside_every_section_is_told_where_it_belongs(tmp_path: Path) -> None:
     toml(tmp_path, 'model = "x"\n')
     with pytest.raises(UsageError, match="outside a section") as caught:
-        settings.load(CommonSettings, tmp_path)
+        configuration.load(CommonSettings, tmp_path)
     assert "[common]" in caught.value.hint
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / SETTINGS_FILE).write_bytes(b"[train]\n# \xff\n")
     with pytest.raises(UsageError, match="is not valid TOML"):
-        settings.load(TrainSettings, tmp_path)
+        configuration.load(TrainSettings, tmp_path)
 
 
 def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / SETTINGS_FILE).mkdir()
     with pytest.raises(UsageError, match="cannot be read"):
-        settings.load(TrainSettings, tmp_path)
+        configuration.load(TrainSettings, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +167,8 @@ def test_a_wrong_type_is_refused_and_its_place_named(
     tmp_path: Path, cls: type[CommonSettings], key: str, value: str
 ) -> None:
     toml(tmp_path, f"[{cls.SECTION}]\n{key} = {value}\n")
-    with pytest.raises(UsageError, match="which is no") as caught:
-        settings.load(cls, tmp_path)
+    with pytest.raises(UsageError, match="which is not") as caught:
+        configuration.load(cls, tmp_path)
     assert f"{SETTINGS_FILE} [{cls.SECTION}] {key}" in caught.value.message
 
 
@@ -169,7 +176,7 @@ def test_a_wrong_type_is_refused_and_its_place_named(
 def test_tasks_are_strings(tmp_path: Path, value: str) -> None:
     toml(tmp_path, f"[common]\ntask = {value}\n")
     with pytest.raises(UsageError, match=r"\[common\] task"):
-        settings.load(CommonSettings, tmp_path)
+        configuration.load(CommonSettings, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +194,7 @@ def test_tasks_are_strings(tmp_path: Path, value: str) -> None:
 )
 def test_a_value_below_its_least_is_refused(tmp_path: Path, cls: type[CommonSettings], key: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"--{key.replace('_', '-')} is") as caught:
-        settings.load(cls, tmp_path, {key: value})
+        configuration.load(cls, tmp_path, {key: value})
     assert "at least" in caught.value.hint
 
 
@@ -195,7 +202,7 @@ def test_a_value_below_its_least_is_refused(tmp_path: Path, cls: type[CommonSett
 def test_a_number_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("RR_TRAIN_LR", value)
     with pytest.raises(UsageError, match="RR_TRAIN_LR"):
-        settings.load(TrainSettings, tmp_path)
+        configuration.load(TrainSettings, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -211,26 +218,26 @@ def test_a_number_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_a_value_beyond_its_range_is_refused(tmp_path: Path, cls: type[CommonSettings], key: str, value: float) -> None:
     with pytest.raises(UsageError):
-        settings.load(cls, tmp_path, {key: value})
+        configuration.load(cls, tmp_path, {key: value})
 
 
 def test_a_choice_is_refused_with_the_closest(tmp_path: Path) -> None:
     toml(tmp_path, "[common]\ndtype = 'bfloat61'\n")
     with pytest.raises(UsageError, match=r"\[common\] dtype is 'bfloat61'") as caught:
-        settings.load(CommonSettings, tmp_path)
+        configuration.load(CommonSettings, tmp_path)
     assert caught.value.hint == "Did you mean 'bfloat16'?"
 
 
 def test_a_choice_on_the_command_line_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--dtype is 'int4'") as caught:
-        settings.load(CommonSettings, tmp_path, {"dtype": "int4"})
+        configuration.load(CommonSettings, tmp_path, {"dtype": "int4"})
     assert "float32" in caught.value.hint
 
 
 def test_the_environment_is_named_when_it_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RR_SEED", "often")
-    with pytest.raises(UsageError, match="RR_SEED is 'often', which is no int"):
-        settings.load(CommonSettings, tmp_path)
+    with pytest.raises(UsageError, match="RR_SEED is 'often', which is not a whole number"):
+        configuration.load(CommonSettings, tmp_path)
 
 
 # -- the declarations --------------------------------------------------------------------------------------------------
@@ -245,7 +252,51 @@ def test_every_option_has_help_and_a_default_that_it_would_accept(
     tmp_path: Path, cls: type[CommonSettings], item: dataclasses.Field[Any]
 ) -> None:
     assert item.metadata["help"]
-    assert settings.load(cls, tmp_path, {item.name: item.default}) == cls()
+    assert configuration.load(cls, tmp_path, {item.name: item.default}) == cls()
+
+
+MODES = ("recursive", "vanilla")
+INPUTS = {
+    SurgerySettings: (SIDECAR, lambda chosen: [surgery_inputs(chosen, "base")]),
+    TrainSettings: (
+        WEIGHTS,
+        lambda chosen: [train_inputs(chosen, m, "start", "data") for m in ("recursive", "vanilla")],
+    ),
+    EvalSettings: (NUMBERS, lambda chosen: [eval_inputs(chosen, "baseline", "model", "data")]),
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "item"),
+    [(cls, item) for cls in INPUTS for item in dataclasses.fields(cls)],
+    ids=lambda value: getattr(value, "name", getattr(value, "SECTION", "")),
+)
+def test_an_option_changes_the_inputs_of_what_it_reaches_and_of_nothing_else(
+    cls: type[CommonSettings], item: dataclasses.Field[Any]
+) -> None:
+    what, inputs = INPUTS[cls]
+    value = other_value(cls, item)
+    for phase in ("b", "c") if cls is TrainSettings else ("",):
+        before = cls(**({"phase": phase} if phase else {}))
+        recursive = item.metadata["only"] in ("", "recursive") or (item.metadata["only"] == "lora" and phase == "b")
+        vanilla = recursive and item.metadata["only"] != "recursive" and (item.name, phase) != ("phase", "c")
+        reached = [what in item.metadata["reaches"] and kind for kind in (recursive, vanilla)]
+        changed = inputs(dataclasses.replace(before, **{item.name: value}))
+        assert [a != b for a, b in zip(inputs(before), changed, strict=True)] == reached[: len(changed)]
+
+
+def test_in_vanilla_training_a_phase_is_lora_or_everything() -> None:
+    inputs = {phase: train_inputs(TrainSettings(phase=phase), "vanilla", "start", "data") for phase in ("a", "b", "c")}
+    assert inputs["b"] != inputs["c"] == inputs["a"]
+
+
+def test_only_what_a_stage_makes_is_reached_and_kinds_are_those_of_training() -> None:
+    for cls, item in OPTIONS:
+        assert isinstance(item.metadata["reaches"], Reach)
+        assert item.metadata["only"] in (("", "recursive", "lora") if cls is TrainSettings else ("",))
+        reaches = item.metadata["reaches"]
+        if cls is not CommonSettings:
+            assert reaches in (NOTHING, INPUTS[cls][0] if cls in INPUTS else NOTHING)
 
 
 def test_no_command_redefines_a_common_option() -> None:
@@ -281,13 +332,13 @@ def other_value(cls: type[CommonSettings], item: dataclasses.Field[Any]) -> Any:
 
 
 def written(directory: Path, common: CommonSettings, changes: dict[str, dict[str, Any]]) -> None:
-    toml(directory, settings.write_file(common, changes))
+    toml(directory, configuration.write_file(common, changes))
 
 
 def test_the_written_file_gives_the_defaults_back(tmp_path: Path) -> None:
     written(tmp_path, CommonSettings(), {})
     for cls in SECTIONS:
-        assert settings.load(cls, tmp_path) == cls()
+        assert configuration.load(cls, tmp_path) == cls()
     document = tomllib.loads((tmp_path / SETTINGS_FILE).read_text())
     assert {(name, key) for name, table in document.items() for key in table} == {
         (cls.SECTION, item.name) for cls, item in OPTIONS
@@ -301,22 +352,22 @@ def test_every_changed_option_comes_back(tmp_path: Path) -> None:
     for cls in SECTIONS:
         expected = cls(**(changes["common"] | changes[cls.SECTION]))
         assert expected != cls()
-        assert settings.load(cls, tmp_path) == expected
+        assert configuration.load(cls, tmp_path) == expected
 
 
 @given(st.text(st.characters(exclude_characters="\x7f", exclude_categories=["Cs"])), st.lists(st.text('ab"\\\n,;:= é')))
 def test_any_text_comes_back_from_the_file(text: str, tasks: list[str]) -> None:
-    document = tomllib.loads(settings.write_file(CommonSettings(model=text, task=tuple(tasks)), {}))
+    document = tomllib.loads(configuration.write_file(CommonSettings(model=text, task=tuple(tasks)), {}))
     assert document["common"]["model"] == text
     assert document["common"]["task"] == tasks
 
 
 def test_a_delete_character_comes_back_from_the_file() -> None:
-    document = tomllib.loads(settings.write_file(CommonSettings(model="a\x7fb"), {}))
+    document = tomllib.loads(configuration.write_file(CommonSettings(model="a\x7fb"), {}))
     assert document["common"]["model"] == "a\x7fb"
 
 
 @given(st.floats(0, allow_infinity=False))
 def test_any_number_comes_back_from_the_file(value: float) -> None:
-    document = tomllib.loads(settings.write_file(CommonSettings(), {"train": {"lr": value}}))
+    document = tomllib.loads(configuration.write_file(CommonSettings(), {"train": {"lr": value}}))
     assert document["train"]["lr"] == value

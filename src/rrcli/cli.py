@@ -1,6 +1,6 @@
-"""The commands. Each parses, loads its settings, calls one service, and shows what it returned.
+"""The commands. Each reads its command line, loads its settings, calls one service, and shows the result.
 
-Options are declared once, in `settings`; `_command` turns a settings class into the command's flags.
+Options are declared once, in `settings`; `_command` makes them the options of a command.
 """
 
 from __future__ import annotations
@@ -8,26 +8,38 @@ from __future__ import annotations
 import inspect
 import os
 import signal
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from collections.abc import Callable, Collection, Sequence
+from copy import copy
+from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from rrcli import __version__, settings, ui
+from rrcli import __version__, configuration, settings, ui
 from rrcli.errors import CheckFailed, Interrupted, RRError, UsageError, suggest
 from rrcli.files import make_folder
-from rrcli.settings import STAGES
+from rrcli.settings import STAGES, CommonSettings
 from rrcli.training.launching import speaks
 
 FILES, OUTPUT = settings.FILES, settings.OUTPUT
 STAGE_HELP = f"Stage: {', '.join(STAGES)}."
+# The panels of `--help` from top to bottom; in `rr run` each command that it performs has one.
+PANELS = (
+    *settings.PANELS[:-2],
+    *(f"Options of rr {cls.SECTION}" for cls in settings.PERFORMED),
+    *settings.PANELS[-2:],
+)
+# Switch -> whether it is on by default. `--help` shows the half of a switch that changes its default.
+SWITCHES = {item.name: item.default for cls in settings.SECTIONS for item in fields(cls) if item.type == "bool"}
+# Groups of common options, for the commands that do not read all of them.
+LOADING = ("model", "device", "dtype", "trust_remote_code", "seed", "checkpoint_dir")
+DATA = ("data", "text_field", "task")
 
 
 class Commands(TyperGroup):
-    """Turns our errors into an `error:` and a `hint:` line and an exit code, also for names that are not known."""
+    """Show an `RRError` as an `error:` and a `hint:` line, and exit with its code; so too for unknown commands."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -41,9 +53,7 @@ class Commands(TyperGroup):
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             ui.show_error(
-                Interrupted(
-                    "by the user", "What was published stays; the same command goes on, or begins its last part anew."
-                )
+                Interrupted("by the user", "Finished files are kept; run the same command again to continue from them.")
             )
             raise typer.Exit(Interrupted.exit_code) from None
 
@@ -66,7 +76,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel=FILES)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists already.", rich_help_panel=FILES)]
 Stage = Annotated[str, typer.Option("--stage", help=STAGE_HELP)]
 
 
@@ -85,91 +95,180 @@ def main(
     """Accept the options that stand before a command."""
 
 
+@dataclass(frozen=True)
+class Flag:
+    """An option of a command that `settings` declares.
+
+    Attributes:
+        name: its name in this command. item: its declaration. kind: its type.
+        sections: the sections of `rr.toml` that it belongs to. panel: where `--help` shows it.
+    """
+
+    name: str
+    item: Field[Any]
+    kind: Any
+    sections: tuple[str, ...]
+    panel: str
+
+    def parameter(self) -> inspect.Parameter:
+        """Return the annotated parameter of a function that typer makes an option of."""
+        metadata, default, written = self.item.metadata, self.item.default, settings.flag_name(self.name)
+        if isinstance(default, tuple):
+            default = "; ".join(default).replace("\n", "\\n")
+        shown = f" [default: {default}]" if default not in ("", ()) and self.kind is not bool else ""
+        text = metadata["help"]
+        if len(self.sections) > 1:
+            text += f" For {' and '.join(f'rr {section}' for section in self.sections)}."
+        names = [f"{written}/--no-{written[2:]}"] if self.kind is bool else [written, *metadata["aliases"]]
+        annotation = list[str] | None if self.kind == tuple[str, ...] else self.kind | None
+        option = typer.Option(
+            *names,
+            help=(text + shown).replace("[", r"\["),  # help is rich markup
+            rich_help_panel=self.panel,
+            show_default=False,
+        )
+        return _parameter(self.name, None, Annotated[annotation, option])
+
+
+def _flags(cls: type[CommonSettings], common: Collection[str] | None) -> list[Flag]:
+    """Return the options of a command: those of its section, then the common ones named (None = all)."""
+    types = get_type_hints(cls)
+    own = [] if cls is CommonSettings else settings.own_fields(cls)
+    flags = [Flag(item.name, item, types[item.name], (cls.SECTION,), item.metadata["panel"]) for item in own]
+    for item in fields(CommonSettings):
+        if common is None or item.name in common:
+            flags.append(Flag(item.name, item, types[item.name], ("common",), item.metadata["panel"]))
+    return flags
+
+
+def _run_flags() -> list[Flag]:
+    """Return the options of `rr run`: those of the commands that it performs, each in a panel, and the common ones.
+
+    Where several commands have an option of one name in `rr run`, one flag sets it for all of them.
+    """
+    flags: dict[str, Flag] = {}
+    for cls in settings.PERFORMED:
+        types = get_type_hints(cls)
+        for item in settings.own_fields(cls):
+            name = item.metadata["in_run"] if item.metadata["in_run"] != "" else item.name
+            if name in flags:
+                flags[name] = replace(flags[name], sections=(*flags[name].sections, cls.SECTION))
+            elif name is not None:
+                flags[name] = Flag(name, item, types[item.name], (cls.SECTION,), f"Options of rr {cls.SECTION}")
+    return [*flags.values(), *_flags(CommonSettings, None)]
+
+
+def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+class Command(TyperCommand):
+    """Show each option under one name in the help; aliases and the other half of a switch work, but are not shown."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, panel by panel."""
+        shown = copy(self)
+        shown.params = [self._under_one_name(p) for p in sorted(self.get_params(ctx), key=self._place)]
+        shown.add_help_option = False  # it is among the parameters
+        TyperCommand.format_help(shown, ctx, formatter)
+
+    @staticmethod
+    def _place(parameter: Any) -> int:
+        return PANELS.index(getattr(parameter, "rich_help_panel", None) or settings.EVERYDAY)
+
+    @staticmethod
+    def _under_one_name(parameter: Any) -> Any:
+        if parameter.param_type_name == "argument":
+            return parameter
+        shown = copy(parameter)
+        shown.metavar = "" if parameter.is_flag else parameter.metavar  # a switch takes no value
+        long, short = (
+            [name for name in parameter.opts if name.startswith("--") is is_long] for is_long in (True, False)
+        )
+        shown.opts, shown.secondary_opts = long[:1] + short, []
+        if parameter.secondary_opts and SWITCHES.get(parameter.name, parameter.default):
+            shown.opts, shown.show_default = parameter.secondary_opts[:1], False
+            shown.help = f"Do not {parameter.help[0].lower()}{parameter.help[1:]}"
+        return shown
+
+
 def _command(
-    cls: type[settings.CommonSettings], panel: str, *, writes: bool = False
+    panel: str, flags: Sequence[Flag], *, writes: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function `f(ctx, **own options)`; every option of `cls` becomes a flag beside its own.
+    """Make a command of a function `f(ctx, **own options)`; its options are the function's own and `flags`.
 
     Args:
-        writes: whether it makes what it works in: then `--dir` may name a folder that is not there yet.
+        writes: whether the command creates its working directory, so that `--dir` may name a new one.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        types = get_type_hints(cls)
-        flags = [_flag(item, types[item.name]) for item in fields(cls) if item.name not in {p.name for p in own}]
-        help_text = "Working directory" + ("; made if it is not there." if writes else ".")
-        directory = inspect.Parameter(
-            "dir", inspect.Parameter.KEYWORD_ONLY, default=Path("."),
-            annotation=Annotated[Path, typer.Option("--dir", help=help_text, rich_help_panel=FILES)],
-        )  # fmt: skip
-        debug = inspect.Parameter(
-            "debug", inspect.Parameter.KEYWORD_ONLY, default=False,
-            annotation=Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)],
-        )  # fmt: skip
+        mine = [flag for flag in flags if flag.name not in {p.name for p in own}]
+        text = "Working directory" + ("; created if it does not exist." if writes else ".")
+        directory = Annotated[Path, typer.Option("--dir", help=text, rich_help_panel=FILES)]
+        debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
 
         def call(**values: Any) -> None:
             if values.pop("debug"):
                 os.environ["RR_DEBUG"] = "1"
-            flagged = {flag.name: values.pop(flag.name) for flag in flags}
-            context = Context(values.pop("dir").resolve(), cls, flagged)
+            context = Context(values.pop("dir").resolve(), [(flag, values.pop(flag.name)) for flag in mine])
             if writes and not values.get("dry_run"):
                 make_folder(context.directory)
             elif not writes and not context.directory.is_dir():
                 raise UsageError(f"the directory {context.directory} does not exist", "'rr setup --dir' makes it.")
             function(context, **values)
 
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [*flags, directory, debug]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        parameters += [flag.parameter() for flag in mine]
+        parameters += [_parameter("dir", Path("."), directory), _parameter("debug", False, debug)]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters}
-        call.__doc__ = function.__doc__
-        app.command(function.__name__, rich_help_panel=panel)(call)
+        paragraphs = inspect.getdoc(function).split("\n\n")  # type: ignore[union-attr]
+        call.__doc__ = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+        switch = next((flag.name for flag in mine if flag.kind is bool and not flag.item.default), "")
+        opposite = "--no-" + switch.replace("_", "-")
+        epilog = f"Every switch has an opposite, such as {opposite}, to override rr.toml. " if switch else ""
+        epilog += "An option that is not given is taken from its RR_ variable, else from rr.toml, else its default."
+        app.command(function.__name__, rich_help_panel=panel, cls=Command, epilog=epilog)(call)
         return function
 
     return register
 
 
-def _flag(item: Any, kind: Any) -> inspect.Parameter:
-    name = "--" + item.name.replace("_", "-")
-    default = item.default
-    if isinstance(default, tuple):
-        default = "; ".join(default).replace("\n", "\\n")
-    shown = f" [default: {default}]" if default not in ("", ()) and kind is not bool else ""
-    choices = item.metadata["choices"]
-    text = item.metadata["help"] + (f" One of {', '.join(choices)}." if choices else "") + shown
-    text = text.replace("[", r"\[")  # help is rich markup
-    names = [f"{name}/--no-{name[2:]}"] if kind is bool else [name, *item.metadata["aliases"]]
-    annotation = list[str] | None if kind == tuple[str, ...] else kind | None
-    option = typer.Option(*names, help=text, rich_help_panel=item.metadata["panel"], show_default=False)
-    return inspect.Parameter(
-        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
-    )
-
-
 class Context:
-    """One call of a command: where it works, and the flags that were given."""
+    """One call of a command: where it works, and the options that were given on the command line.
 
-    def __init__(self, directory: Path, cls: type[settings.CommonSettings], flags: dict[str, Any]) -> None:
-        self.directory, self.cls = directory, cls
-        self.flags = {key: tuple(v) if isinstance(v, list) else v for key, v in flags.items() if v not in (None, [])}
+    Attributes:
+        given: section of `rr.toml` -> option -> value. names: section -> option -> how it is written (`--max-steps`).
+    """
+
+    def __init__(self, directory: Path, values: Sequence[tuple[Flag, Any]]) -> None:
+        self.directory = directory
+        self.given: dict[str, dict[str, Any]] = {}
+        self.names: dict[str, dict[str, str]] = {}
+        for flag, value in values:
+            for section in flag.sections if value not in (None, []) else ():
+                self.given.setdefault(section, {})[flag.item.name] = tuple(value) if isinstance(value, list) else value
+                self.names.setdefault(section, {})[flag.item.name] = settings.flag_name(flag.name)
 
     def load(self, cls: type[settings.S], *, use_file: bool = True) -> settings.S:
-        """Return the settings of a command from rr.toml, the environment and the flags."""
-        return settings.load(cls, self.directory, self.flags, use_file=use_file)
+        """Return the settings of a command from rr.toml, the environment and the command line."""
+        given, names = (part.get("common", {}) | part.get(cls.SECTION, {}) for part in (self.given, self.names))
+        return configuration.load(cls, self.directory, given, names=names, use_file=use_file)
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------
 
-EXPERIMENT, LOOK = "The experiment", "Look at it"
+EXPERIMENT, LOOK = "Run the experiment", "Look at the results"
 
 
-@_command(settings.SetupSettings, EXPERIMENT, writes=True)
+@_command(EXPERIMENT, _flags(CommonSettings, None), writes=True)
 def setup(ctx: Context, overwrite: Overwrite = False, json: Json = False) -> None:
     """Create folders and rr.toml, and check that everything is there."""
     from rrcli.services import setup as service
 
-    loaded = ctx.load(settings.SetupSettings, use_file=not overwrite)
-    result = service.setup(loaded, ctx.directory, ctx.flags, _reporter(), overwrite=overwrite)
+    loaded = ctx.load(CommonSettings, use_file=not overwrite)
+    result = service.setup(loaded, ctx.directory, _reporter(), given=ctx.given, overwrite=overwrite)
     if json:
         ui.show_json("setup", {"ok": result.ok, "checks": [vars(check) for check in result.checks]})
     else:
@@ -181,22 +280,22 @@ def setup(ctx: Context, overwrite: Overwrite = False, json: Json = False) -> Non
         ui.show_next("Settings:", result.settings_file, "rr eval --stage baseline   (or 'rr run' for everything)")
 
 
-@_command(settings.SurgerySettings, EXPERIMENT, writes=True)
+@_command(EXPERIMENT, _flags(settings.SurgerySettings, LOADING), writes=True)
 def surgery(
     ctx: Context,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing.")] = False,
     verify: Annotated[
         bool,
-        typer.Option(help="Prove on probe prompts that no logit changed; without, the weights are not even loaded."),
+        typer.Option(help="Prove on probe prompts that no logit changed; without this proof, weights are not loaded."),
     ] = True,
     hash: Annotated[
-        bool, typer.Option("--hash", help="Record the SHA-256 of every weight file of the base: reads them whole.")
+        bool, typer.Option("--hash", help="Record the SHA-256 of every weight file of the base, which reads them all.")
     ] = False,
     export: Annotated[
         Path | None,
         typer.Option(
-            "--export", help="Also make this folder, which stands alone: base (hard links), tokenizer and sidecar.",
+            "--export", help="Also make this folder, which needs no other: base (hard links), tokenizer and sidecar.",
             rich_help_panel=FILES, show_default=False,
         ),
     ] = None,
@@ -219,17 +318,24 @@ def surgery(
         ui.show_next("Sidecar:", result.folder, "rr eval --stage after_surgery")
 
 
-@_command(settings.TrainSettings, EXPERIMENT, writes=True)
+@_command(EXPERIMENT, _flags(settings.TrainSettings, (*LOADING, *DATA, "log_dir")), writes=True)
 def train(
     ctx: Context,
-    mode: Annotated[str, typer.Option("--mode", help="vanilla or recursive.")] = "recursive",
-    restart: Annotated[bool, typer.Option("--restart", help="Drop the run's checkpoints and begin anew.")] = False,
+    mode: Annotated[str, typer.Option("--mode", help="Training mode: recursive or vanilla.")] = "recursive",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Delete the run's checkpoints and start again.", rich_help_panel=FILES)
+    ] = False,
     match_flops: Annotated[
-        str, typer.Option("--match-flops", help="Train vanilla to the FLOPs that this run (its name) spent.")
+        str,
+        typer.Option(
+            "--match-flops",
+            help="Train vanilla until it has spent the FLOPs of the run of this name.",
+            rich_help_panel=settings.OPTIMISER,
+        ),
     ] = "",
     json: Json = False,
 ) -> None:
-    """Fine-tune, with recursion or without; goes on from the last checkpoint."""
+    """Fine-tune with or without recursion; continues from the last checkpoint."""
     from rrcli.services import train as service
 
     loaded = ctx.load(settings.TrainSettings)
@@ -245,7 +351,7 @@ def train(
     ui.show_next("Checkpoint:", result.checkpoint, command)
 
 
-@_command(settings.EvalSettings, EXPERIMENT, writes=True)
+@_command(EXPERIMENT, _flags(settings.EvalSettings, None), writes=True)
 def eval(
     ctx: Context,
     stage: Stage = "baseline",
@@ -253,14 +359,17 @@ def eval(
         str | None,
         typer.Option(
             "--model", "--model-path", "--model-name",
-            help="Measure this model as the stage.  \\[default: the stage's own]",
+            help="Model to measure as this stage. \\[default: the stage's own]",
             rich_help_panel=settings.MODEL, show_default=False,
         ),
     ] = None,
     use_recursive: Annotated[
         bool | None,
-        typer.Option("--use-recursive/--no-use-recursive", help="With or without recursion. \\[default: as the stage]",
-                     show_default=False),
+        typer.Option(
+            "--use-recursive/--no-use-recursive",
+            help="Measure with recursion; --no-use-recursive measures without. \\[default: as the stage]",
+            show_default=False,
+        ),
     ] = None,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -283,7 +392,7 @@ def eval(
     ui.show_next("Results:", result.file, command)
 
 
-@_command(settings.CompareSettings, LOOK)
+@_command(LOOK, _flags(settings.CompareSettings, ("log_dir", "output_dir")))
 def compare(
     ctx: Context,
     stages: Annotated[
@@ -291,24 +400,25 @@ def compare(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Put stages side by side: what is shown, what is noise, what it cost."""
+    """Compare stages: which differences are shown, which may be noise, and what they cost."""
     from rrcli.services import compare as service
 
     loaded = ctx.load(settings.CompareSettings)
     _show_comparison(service.compare(loaded, stages or [], ctx.directory), loaded, ctx.directory, json)
 
 
-@_command(settings.GenerateSettings, LOOK)
+@_command(LOOK, _flags(settings.GenerateSettings, LOADING))
 def generate(
     ctx: Context,
-    prompt: Annotated[str, typer.Argument(help="Text to go on with; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     stage: Annotated[str | None, typer.Option("--stage", help=f"{STAGE_HELP} \\[default: the last one made]")] = None,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Colour tokens by their passes; underline what a refine pass changed.")
+        bool,
+        typer.Option("--trace", help="Colour each token by its passes; underline what a later pass changed."),
     ] = False,
     json: Json = False,
 ) -> None:
-    """Go on with a prompt; with recursion by drafting, refining and committing chunks."""
+    """Continue a prompt; a recursive model drafts, refines and commits chunks."""
     from rrcli.services import generate as service
 
     text = typer.get_text_stream("stdin").read().rstrip("\n") if prompt == "-" else prompt
@@ -320,11 +430,11 @@ def generate(
     ui.show_generation(result, trace=trace)
 
 
-@_command(settings.BoardSettings, LOOK)
+@_command(LOOK, _flags(settings.BoardSettings, ("log_dir",)))
 def board(
     ctx: Context,
     check: Annotated[
-        bool, typer.Option("--check", help="Only print the runs and tags that TensorBoard finds, and exit.")
+        bool, typer.Option("--check", help="Print the runs and tags that TensorBoard finds, and exit.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -339,37 +449,46 @@ def board(
             ui.show_board_check(found)
         return
     started = (lambda board: ui.show_json("board", vars(board))) if json else ui.show_board
-    service.board(ctx.load(settings.BoardSettings), ctx.directory, _reporter(), started)
+    service.board(ctx.load(settings.BoardSettings), ctx.directory, _reporter(), started=started)
 
 
-@_command(settings.SetupSettings, EXPERIMENT, writes=True)
+@_command(EXPERIMENT, _run_flags(), writes=True)
 def run(
     ctx: Context,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")] = False,
     json: Json = False,
 ) -> None:
-    """Run the whole experiment: every stage that is missing or out of date, then the comparison."""
+    """Run the whole experiment: every stage that is missing or out of date, then the comparison.
+
+    Options that are given here are written to rr.toml, as by 'rr setup', so that the next 'rr run' is of the same
+    experiment. --max-steps and --chunk-width are those of the surgery, which training follows; --train-max-steps and
+    --train-chunk-width train with others.
+    """
     from rrcli.experiment.planning import plan
     from rrcli.services import compare as comparing
     from rrcli.services import run as service
 
+    for section in settings.PERFORMED:  # so that a wrong value is refused before any work is done
+        ctx.load(section)
     if dry_run:
-        steps = plan(ctx.directory, ctx.load, new_options=bool(ctx.flags))
+        steps = plan(ctx.directory, ctx.load, new_options=bool(ctx.given))
         if json:
             ui.show_json("plan", {"steps": [vars(step) | {"command": step.command} for step in steps]})
         else:
             ui.show_plan(steps)
         return
-    service.run(ctx.directory, ctx.load, _reporter(), lambda step: _perform(step, ctx), new_options=bool(ctx.flags))
+    service.run(
+        ctx.directory, ctx.load, _reporter(), perform=lambda step: _perform(step, ctx), new_options=bool(ctx.given)
+    )
     loaded = ctx.load(settings.CompareSettings)
     result = comparing.compare(loaded, [], ctx.directory)
     _show_comparison(result, loaded, ctx.directory, json)
     if json:
         return
-    ui.show_next("Results:", ctx.directory / ctx.load(settings.SetupSettings).output_dir, "rr board")
+    ui.show_next("Results:", ctx.directory / ctx.load(CommonSettings).output_dir, "rr board")
 
 
-@_command(settings.SetupSettings, LOOK)
+@_command(LOOK, _flags(CommonSettings, ("checkpoint_dir", "output_dir")))
 def status(ctx: Context, json: Json = False) -> None:
     """Show what is done, stale or missing, and which command comes next."""
     from rrcli.services import status as service
@@ -409,7 +528,7 @@ def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: P
     if result.broken_surgery:
         raise CheckFailed(
             "surgery did not preserve the baseline, so nothing is said about recursion",
-            "'rr setup' checks the installation; 'rr surgery --overwrite' and 'rr eval' make the stages anew.",
+            "'rr setup' checks the installation; 'rr surgery --overwrite' and 'rr eval' make the stages again.",
         )
     require_gates(result.gates)
 
@@ -423,7 +542,7 @@ def _perform(step: Any, ctx: Context) -> None:
 
     directory, reporter = ctx.directory, _reporter()
     if step.kind == "setup":
-        result = setting_up.setup(ctx.load(settings.SetupSettings), directory, ctx.flags, reporter)
+        result = setting_up.setup(ctx.load(CommonSettings), directory, reporter, given=ctx.given)
         if not result.ok:
             ui.show_setup(result)
             raise CheckFailed("the setup checks failed", "Correct what the table says, then run 'rr run' again.")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from commands import rr
 from comparing import compared, four_stages, publish, results
-from rrcli import demo
 from rrcli.comparison import preservation
+from rrcli.demo import defaults
 from rrcli.errors import CheckFailed
 from rrcli.files import write_json
 
@@ -219,7 +219,7 @@ def test_run_trains_nothing_on_a_broken_surgery(measured: Path, tmp_path: Path, 
 
 def _altered(folder: Path, change: Any) -> Path:
     """Write the embedded model into a folder, with other weights."""
-    shutil.copytree(demo.MODEL_DIR, folder)
+    shutil.copytree(defaults.MODEL_DIR, folder)
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from rrcli import demo
 from rrcli.data.batching import Batch, collate
 from rrcli.data.rendering import IGNORED, encode_prompt
 from rrcli.data.splits import is_held_out
 from rrcli.data.tasks import Task, prompt_of
 from rrcli.data.training_data import TRAINING_SEEDS, TrainingData, source_fingerprint, task_specs, training_seed
+from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.held_out import held_out_data
 from rrcli.settings import CommonSettings, EvalSettings, TrainSettings
@@ -87,7 +87,7 @@ def test_nothing_held_out_is_told(tmp_path: Path) -> None:
 
 
 def test_the_embedded_tasks_are_used_where_none_is_named() -> None:
-    assert task_specs(CommonSettings()) == demo.TASKS
+    assert task_specs(CommonSettings()) == defaults.TASKS
     assert task_specs(CommonSettings(task=("gcd",))) == ("gcd",)
 
 
@@ -105,9 +105,9 @@ def test_what_is_left_out_is_told(stories: Path) -> None:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     transformers = pytest.importorskip("transformers")
-    if not (demo.MODEL_DIR / "tokenizer.json").exists():
+    if not (defaults.MODEL_DIR / "tokenizer.json").exists():
         pytest.skip("the embedded tokenizer is not there")
-    return transformers.AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    return transformers.AutoTokenizer.from_pretrained(defaults.MODEL_DIR)
 
 
 def training(directory: Path, tokenizer: Any, **changes: Any) -> TrainingData:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from rrcli import demo
 from rrcli.data.rendering import encode_question, example_of, question_text, solved_problem, text_of
 from rrcli.data.tasks import Problem
+from rrcli.demo import defaults
 from rrcli.errors import RRError
 from rrcli.settings import EvalSettings, TrainSettings
 
@@ -42,7 +42,7 @@ SETTINGS = TrainSettings()
 
 @pytest.fixture
 def tokenizer() -> Any:
-    return transformers.AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    return transformers.AutoTokenizer.from_pretrained(defaults.MODEL_DIR)
 
 
 def learned(tokenizer: Any, example: tuple[list[int], list[bool]]) -> list[str]:

@@ -13,9 +13,9 @@ import pytest
 from pyarrow import parquet
 from test_data import jsonl, write
 
-from rrcli import demo
 from rrcli.data import sources
 from rrcli.data.sources import Dropped, fingerprint, read_documents, source_files
+from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 
 
@@ -74,7 +74,7 @@ def test_the_embedded_text_is_there() -> None:
     documents = list(read_documents("default", Path("/nowhere")))
     assert len(documents) > 500
     assert len(set(documents)) == len(documents)
-    assert source_files("default", Path("/nowhere")) == [demo.TEXT_FILE]
+    assert source_files("default", Path("/nowhere")) == [defaults.TEXT_FILE]
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rrcli import demo
 from rrcli.data.splits import HELD_OUT_SHARE, content_hash, is_held_out
 from rrcli.data.tasks import Problem, Task, parse_spec, prompt_of
+from rrcli.demo import defaults
 from rrcli.errors import UsageError
 
 # A busy machine must not fail a property: no limit of time for an example.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
-SPECS = ("chain_sum:min_terms=2,max_terms=3", *demo.TASKS)
+SPECS = ("chain_sum:min_terms=2,max_terms=3", *defaults.TASKS)
 OTHERS = ("gcd", "spell_backward", "letter_counting", "number_sorting", "base_conversion", "sudoku")
 
 
@@ -166,7 +166,7 @@ def test_any_answer_has_a_score(answer: str) -> None:
         assert 0 <= task.score(answer, problem) <= 1
 
 
-ANSWERED = [(task, task.problems(1, 0, held_out=True)[0]) for task in map(Task, demo.TASKS)]
+ANSWERED = [(task, task.problems(1, 0, held_out=True)[0]) for task in map(Task, defaults.TASKS)]
 
 
 def test_an_answer_that_a_scorer_cannot_read_is_wrong() -> None:

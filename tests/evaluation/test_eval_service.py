@@ -10,7 +10,7 @@ import pytest
 
 import rrcli
 from rrcli.errors import RRError, UsageError
-from rrcli.experiment.workspace import data_identity
+from rrcli.experiment.identity import data_identity
 from rrcli.reporting import Silent
 from rrcli.services import eval as service
 from rrcli.services import surgery, train

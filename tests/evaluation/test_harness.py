@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import rrcli
-from rrcli import demo
 from rrcli.data.problem_files import FileTask
 from rrcli.data.tasks import Task
+from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.answers import solve_problems
 from rrcli.evaluation.evaluate import evaluate_model
@@ -66,7 +66,7 @@ SETTINGS = EvalSettings(max_new_tokens=16, num_fewshot=-1)
 
 
 def rows(count=40):
-    for problem in Task(demo.TASKS[0]).problems(count, seed=0, held_out=True):
+    for problem in Task(defaults.TASKS[0]).problems(count, seed=0, held_out=True):
         yield problem.question, problem.answer
 
 

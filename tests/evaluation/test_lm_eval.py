@@ -15,7 +15,7 @@ import torch
 from test_smollm2 import gguf
 
 import rrcli
-from rrcli import demo
+from rrcli.demo import defaults
 from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.settings import EvalSettings
 
@@ -26,7 +26,7 @@ TEXTS = [
     "Once upon a time there was a small cat that lived in a very old house near the river.\n\nIts name was Émile.",
     "Ann walks to the market.  She buys a loaf of bread, two apples and a cup of tea. Then she goes home again. " * 3,
     # Enough for the rounding of fp32, about 1e-6 nats a token and of either sign, to even out.
-    *(json.loads(line)["text"] for line in demo.TEXT_FILE.read_text(encoding="utf-8").splitlines()[:10]),
+    *(json.loads(line)["text"] for line in defaults.TEXT_FILE.read_text(encoding="utf-8").splitlines()[:10]),
 ]
 ONLY_TEXT = EvalSettings(max_length=64, skip_reasoning=True, skip_generation=True, skip_performance=True)
 NAMES = ("word_perplexity", "byte_perplexity", "bits_per_byte")

@@ -94,7 +94,7 @@ def test_weights_that_cannot_be_linked_are_copied_and_it_is_said(
 def test_an_export_that_would_harm_something_is_refused(
     model: Path, tmp_path: Path, where: str, overwrite: bool
 ) -> None:
-    with pytest.raises(RRError, match=r"lie in each other|exists already"):
+    with pytest.raises(RRError, match=r"contain one another|exists already"):
         operate(tmp_path, export=Path(where), overwrite=overwrite, verify=False)
     assert written(tmp_path) == []
     inspect_weights(model)
@@ -110,7 +110,7 @@ def test_an_export_replaces_only_an_export_and_only_when_asked(model: Path, tmp_
     assert not (tmp_path / "alone" / "stale").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(RRError, match="is no export"):
+    with pytest.raises(RRError, match="is not an export"):
         operate(tmp_path, export=Path("mine"), overwrite=True, verify=False)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
     inspect_weights(model)

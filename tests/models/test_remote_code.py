@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import rrcli
 from families import ROUNDING, far, tokens
-from rrcli import demo
+from rrcli.demo import defaults
 from rrcli.errors import RRError
 from rrcli.files import write_json
 from rrcli.recursion.config import RecursionConfig
@@ -154,7 +154,7 @@ def write(path, **changes):
     }
     write_json(path / "config.json", {"model_type": "pocket", "vocab_size": 97, "auto_map": classes} | changes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (path / name).write_bytes((demo.MODEL_DIR / name).read_bytes())
+        (path / name).write_bytes((defaults.MODEL_DIR / name).read_bytes())
     scope: dict = {"__name__": "pocket"}
     exec(compile(CODE, "modeling_pocket.py", "exec"), scope)
     torch.manual_seed(0)

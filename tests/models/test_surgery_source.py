@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import rrcli
 from operating import operate, sidecar, written
-from rrcli import demo
+from rrcli.demo import defaults
 from rrcli.errors import RRError
 from rrcli.models.inspection import inspect_weights
 from rrcli.models.manifest import read_manifest
@@ -111,8 +111,8 @@ def test_a_tensor_in_two_files_without_an_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"GGUF", "no GGUF file"),
-        (b"GGML" + struct.pack("<IQQ", 3, 1, 1), "no GGUF file"),
+        (b"GGUF", "not a GGUF file"),
+        (b"GGML" + struct.pack("<IQQ", 3, 1, 1), "not a GGUF file"),
         (b"GGUF" + struct.pack("<IQQ", 9, 1, 1), "version 9"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1), "no tensors"),
     ],
@@ -147,7 +147,7 @@ def test_a_byte_between_the_samples_is_seen_by_hashes_only(tmp_path: Path, monke
     # The samples would cover all of so small a file.
     monkeypatch.setattr("rrcli.files.BLOCK_BYTES", 1024)
     folder = tmp_path / "model"
-    shutil.copytree(demo.MODEL_DIR, folder)
+    shutil.copytree(defaults.MODEL_DIR, folder)
     operate(tmp_path, hash_weights=True, verify=False)
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())

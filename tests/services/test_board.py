@@ -119,8 +119,8 @@ def test_the_layout_of_custom_scalars_is_in_every_run(logged: Path) -> None:
 def test_a_log_folder_without_runs_says_what_to_do(tmp_path: Path, make: bool) -> None:
     if make:
         (tmp_path / "logs" / "empty").mkdir(parents=True)
-    with pytest.raises(RRError, match="holds no runs yet" if make else "is not there") as caught:
-        service.board(BoardSettings(), tmp_path, Silent(), lambda _: None)
+    with pytest.raises(RRError, match="has no runs yet" if make else "does not exist") as caught:
+        service.board(BoardSettings(), tmp_path, Silent(), started=lambda _: None)
     assert "rr eval --stage baseline" in caught.value.hint
     assert "--log-dir" in caught.value.hint
 
@@ -134,11 +134,11 @@ def test_an_open_host_is_warned_about_and_an_impossible_one_refused(
         seen.append(found)
         raise KeyboardInterrupt  # Ctrl-C ends it from the moment its address is shown
 
-    service.board(BoardSettings(host="0.0.0.0", port=0), logged, reporter, stop)
+    service.board(BoardSettings(host="0.0.0.0", port=0), logged, reporter, started=stop)
     assert "without a password" in reporter.warnings[0]
     assert seen[0].url.startswith("http://localhost:")
     with pytest.raises(RRError, match=r"cannot listen on 192\.0\.2\.1"):
-        service.board(BoardSettings(host="192.0.2.1"), logged, Silent(), stop)
+        service.board(BoardSettings(host="192.0.2.1"), logged, Silent(), started=stop)
 
 
 def test_no_free_port_at_the_end_of_the_range(logged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_no_free_port_at_the_end_of_the_range(logged: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(service.socket.socket, "bind", refuse)
     with pytest.raises(RRError, match="no free port from 65530 to 65535"):
-        service.board(BoardSettings(port=65530), logged, Silent(), lambda _: None)
+        service.board(BoardSettings(port=65530), logged, Silent(), started=lambda _: None)
 
 
 def test_no_browser_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 
 from comparing import publish, results
-from rrcli import settings, ui
+from rrcli import configuration, settings, ui
 from rrcli.errors import RRError
 from rrcli.files import MANIFEST, METRICS_FILE, write_json
 from rrcli.services.status import Status, status
 
 
 def looked(folder: Path, **flags: Any) -> Status:
-    return status(folder, lambda cls: settings.load(cls, folder, flags))
+    return status(folder, lambda cls: configuration.load(cls, folder, flags))
 
 
 def checkpoint(run: Path, step: int, steps: int, **scalars: float) -> Path:

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 import rrcli
 from operating import logits, operate, sidecar, skeleton_of, written
-from rrcli import demo
 from rrcli.cli import app
+from rrcli.demo import defaults
 from rrcli.errors import CheckFailed, RRError
 from rrcli.models import verification
 from rrcli.models.inspection import inspect_weights
-from rrcli.models.loading import ModelSource
 from rrcli.models.skeleton import skeleton
+from rrcli.models.source import ModelSource
 from rrcli.reporting import Silent
 from rrcli.settings import SurgerySettings
 
@@ -200,7 +200,7 @@ def rr(*arguments: str, directory: Path) -> Any:
 def test_the_table_says_what_was_added_and_what_it_costs(tmp_path: Path) -> None:
     shown = rr("--export", "alone", directory=tmp_path)
     assert shown.exit_code == 0, shown.stderr
-    layers = AutoConfig.from_pretrained(demo.MODEL_DIR).num_hidden_layers
+    layers = AutoConfig.from_pretrained(defaults.MODEL_DIR).num_hidden_layers
     again = f"0:{layers} run again"
     for words in ("llama", again, "bit-identical", "KiB/token", "MFLOPs", "FlopCounterMode", "do not grow"):
         assert words in shown.stdout

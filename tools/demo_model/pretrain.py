@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rrcli.data.tasks import Problem, Task, prompt_of
-from rrcli.demo import MODEL_DIR, PRETRAIN_TASKS, TASKS, TEXT_FILE
+from rrcli.demo.defaults import MODEL_DIR, PRETRAIN_TASKS, TASKS, TEXT_FILE
 from tools.demo_model.text import load_stories, save_stories, write_stories
 from tools.demo_model.tokenizer import CONTEXT, train_tokenizer
 

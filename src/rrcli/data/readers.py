@@ -14,7 +14,7 @@ from typing import Any
 
 from rrcli.data.conversations import FIELDS, MESSAGES, TEXT, Document, conversation, kind_of
 from rrcli.data.lines import json_objects
-from rrcli.errors import RRError, UsageError
+from rrcli.errors import RRError, UsageError, first_line
 
 HUB = "hf://"
 PARQUET_ROWS = 1024
@@ -112,7 +112,7 @@ def parquet_rows(path: Path, field: str) -> Iterator[Document]:
                     yield values[field] or "" if kind == TEXT else conversation(values, kind, f"{path}, row {row}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         where = f"{path}, row {row}" if row else str(path)
-        raise RRError(f"cannot read {where}: {_first_line(error)}", "Is the file whole? Make or fetch it again.") from (
+        raise RRError(f"cannot read {where}: {first_line(error)}", "Is the file whole? Make or fetch it again.") from (
             error
         )
 
@@ -149,7 +149,7 @@ def hub_rows(spec: str, directory: Path, field: str) -> Iterator[Document]:
     except Exception as error:  # the library raises dozens of kinds: its own, httpx's, pyarrow's, fsspec's
         where = f"{spec}, row {row + 1}" if row else spec
         hint = "Check the name, the configuration and the split, and the connection (HF_HUB_OFFLINE forbids it)."
-        raise RRError(f"cannot read {where}: {_first_line(error)}", hint) from error
+        raise RRError(f"cannot read {where}: {first_line(error)}", hint) from error
 
 
 def _encodable(text: str, place: str) -> str:
@@ -185,10 +185,6 @@ def _other(names: list[str]) -> str:
         return "No field holds text."
     named = f"--text-field {names[0]}" if len(names) == 1 else f"--text-field with one of {', '.join(names)}"
     return f"Name the field that holds the text: {named}."
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _missing(what: str, extra: str) -> UsageError:

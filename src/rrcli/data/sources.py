@@ -26,10 +26,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrcli import demo
 from rrcli.data import readers
 from rrcli.data.conversations import Document
 from rrcli.data.lines import decoded_lines, file_lines
+from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 from rrcli.files import combine
 
@@ -114,7 +114,7 @@ def source_files(spec: str, directory: Path) -> list[Path]:
         UsageError: it does not exist, or holds no readable kind of file.
     """
     if spec == "default":
-        return [demo.TEXT_FILE]
+        return [defaults.TEXT_FILE]
     path = (directory / spec).expanduser()
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())

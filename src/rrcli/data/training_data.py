@@ -11,7 +11,6 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from rrcli import demo
 from rrcli.data.conversations import question_of
 from rrcli.data.document_store import DocumentStore
 from rrcli.data.problem_files import FileTask, evaluated_whole, is_file_task, open_task
@@ -19,6 +18,7 @@ from rrcli.data.rendering import IGNORED, Example, example_of, solved_problem
 from rrcli.data.sources import Dropped, fingerprint, read_documents
 from rrcli.data.splits import is_held_out
 from rrcli.data.tasks import Task
+from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 from rrcli.files import combine
 from rrcli.settings import CommonSettings, TrainSettings
@@ -39,7 +39,7 @@ def source_fingerprint(settings: CommonSettings, directory: Path) -> str:
 
 def task_specs(settings: CommonSettings) -> tuple[str, ...]:
     """Return the reasoning tasks in use: those that were asked for, else the embedded ones."""
-    return settings.task or demo.TASKS
+    return settings.task or defaults.TASKS
 
 
 class TrainingData:

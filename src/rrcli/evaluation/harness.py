@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rrcli.errors import RRError, UsageError, suggest
+from rrcli.errors import RRError, UsageError, first_line, suggest
 from rrcli.evaluation.samples import SampleLog
 from rrcli.evaluation.stats import normal_quantile
 from rrcli.files import finite
@@ -144,7 +144,7 @@ def _load(manager: Any, name: str) -> Any:
         return manager.load([name])
     except Exception as error:
         raise RRError(
-            f"the --harness task '{name}' cannot be loaded: {_first_line(error)}",
+            f"the --harness task '{name}' cannot be loaded: {first_line(error)}",
             "Its data comes from the Hugging Face hub or from the files that its .yaml names: check the connection, "
             "HF_HUB_OFFLINE and the paths.",
         ) from error
@@ -211,7 +211,7 @@ def _evaluate(harness: Any, task: HarnessTask, settings: EvalSettings, reporter:
             if harness.batch_size_per_gpu == 1:
                 raise RRError(f"memory runs out for one request of '{task.name}'", "Use a smaller --dtype.") from error
         except Exception as error:
-            raise RRError(f"lm-eval cannot run '{task.name}': {_first_line(error)}") from error
+            raise RRError(f"lm-eval cannot run '{task.name}': {first_line(error)}") from error
         harness.batch_size_per_gpu //= 2
         reporter.warn(f"memory ran out: '{task.name}' begins again in batches of {harness.batch_size_per_gpu}")
 
@@ -267,8 +267,3 @@ def _samples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _named(metric: str, kind: str) -> str:
     return metric if kind == "none" else f"{metric}/{kind}"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

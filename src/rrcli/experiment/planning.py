@@ -1,4 +1,4 @@
-"""What `rr run` would do: every step of the experiment with its status, from what is on disk. Loads no torch."""
+"""Plan an experiment: every step of `rr run` with its status, read from the files on disk. Loads no torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from rrcli.configuration import SETTINGS_FILE
 from rrcli.data.sources import refuse_stdin
-from rrcli.experiment.workspace import (
-    SURGERY_STAGE,
-    Workspace,
+from rrcli.experiment.identity import (
     data_identity,
     eval_inputs,
     model_fingerprint,
@@ -17,14 +16,15 @@ from rrcli.experiment.workspace import (
     surgery_inputs,
     train_inputs,
 )
+from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import checkpoints, step_of
-from rrcli.settings import SETTINGS_FILE, CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings
+from rrcli.settings import CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings
 
 DONE = "done"
 
 
 class Load(Protocol):
-    """How settings are made: from `rr.toml`, the environment and the flags."""
+    """Makes the settings of a class from `rr.toml`, the environment and the command line."""
 
     def __call__(self, cls: type[S]) -> S: ...
 
@@ -60,7 +60,7 @@ ORDER = (
     ("train", "recursive"),
     ("eval", "finetuned_recursive"),
 )
-# What each step is made from: if any of these has to be done, so has the step.
+# What each step is made from: if one of these has to be done, the step has to be done after it.
 NEEDS = {
     ("eval", "baseline"): (("setup", ""),),
     ("surgery", ""): (("setup", ""),),
@@ -77,7 +77,7 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
 
     Args:
         load: makes the settings of a class, as the command line would.
-        new_options: options stand on the command line that `rr.toml` does not hold yet.
+        new_options: options were given on the command line, which `rr setup` has to write into `rr.toml` first.
     """
     refuse_stdin(load(CommonSettings).data, "run")
     steps: dict[tuple[str, str], Step] = {}
@@ -86,7 +86,7 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
         needs = NEEDS | {("train", "vanilla"): (("surgery", ""),)}
     for kind, target in ORDER:
         waiting = [steps[need] for need in needs.get((kind, target), ()) if steps[need].status != DONE]
-        # A missing rr.toml means the defaults and flags are at hand, so the rest can be judged without it.
+        # Without rr.toml the settings are the defaults and the command line: the other steps can be judged too.
         waiting = [step for step in waiting if step.kind != "setup"]
         if waiting:
             there = _exists(kind, target, directory, load)
@@ -99,7 +99,7 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
 
 
 def status_of(kind: str, target: str, directory: Path, load: Load) -> Step:
-    """Return one step with its status; what it is made from must be there."""
+    """Return one step with its status; what it is made from must exist."""
     if kind == "setup":
         there = (directory / SETTINGS_FILE).is_file()
         return Step(kind, target, DONE if there else "missing", "" if there else f"no {SETTINGS_FILE} yet")
@@ -122,7 +122,7 @@ def status_of(kind: str, target: str, directory: Path, load: Load) -> Step:
     found = checkpoints(workspace.run_folder(f"finetuned_{target}"))
     step = _status(kind, target, recorded_inputs(found[-1]) if found else None, expected)
     if step.status == DONE and step_of(found[-1]) < training.steps:
-        return Step(kind, target, "unfinished", f"goes on from step {step_of(found[-1])} of {training.steps}")
+        return Step(kind, target, "unfinished", f"continues from step {step_of(found[-1])} of {training.steps}")
     return step
 
 

@@ -1,8 +1,8 @@
-"""A folder that stands alone: the base model's files under their own names, the sidecar, and a manifest.
+"""Export a self-contained folder: the base model's files under their own names, the sidecar, and a manifest.
 
-Weight files are hard links, so an export of a 92 GB model takes no space of its own; small files are copies, so that
-editing the export leaves the base alone. Writing over a linked file would reach the base: nothing here does, and
-safetensors (0.8 and later) replaces a file instead of truncating it.
+Weight files are hard links, so the export of a 92 GB model takes no further space. Small files are copies, so that
+editing the export does not change the base. Overwriting a linked file would change the base: nothing here does that,
+and safetensors (0.8 and later) replaces a file instead of truncating it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from pathlib import Path
 
 from rrcli.errors import RRError, UsageError
 from rrcli.files import MANIFEST, METRICS_FILE, SIDECAR, link, read_json, write_json
-from rrcli.models.loading import ModelSource
+from rrcli.models.source import ModelSource
 
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 
 
 def check_target(target: Path, base: ModelSource, sidecar: Path, *, overwrite: bool) -> None:
-    """Refuse a target that would harm something, before any work is done.
+    """Refuse, before any work is done, a target that would destroy something.
 
     Raises:
         UsageError: a `.gguf` base, which stock `from_pretrained` cannot read from a folder alone.
-        RRError: it exists, was not made by an export, or contains or lies in the base model or the sidecar's folder.
+        RRError: the target exists or was not made by an export; or it is inside the folder of the base model or of the
+            sidecar, or contains it.
     """
     if base.is_gguf:
         raise UsageError(
@@ -31,13 +32,13 @@ def check_target(target: Path, base: ModelSource, sidecar: Path, *, overwrite: b
     resolved = target.resolve()
     for other, what in ((base.path, "the base model's folder"), (sidecar.resolve(), "the sidecar's folder")):
         if resolved.is_relative_to(other) or other.is_relative_to(resolved):
-            raise RRError(f"the export {target} and {what}, {other}, lie in each other", "Choose another --export.")
+            raise RRError(f"the export {target} and {what}, {other}, contain one another", "Choose another --export.")
     if not target.exists():
         return
     if not overwrite:
         raise RRError(f"{target} exists already", "Use --overwrite to replace it.")
     if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise RRError(f"{target} is no export of 'rr surgery', it is not replaced", "Choose another --export.")
+        raise RRError(f"{target} is not an export of 'rr surgery' and is not replaced", "Choose another --export.")
 
 
 def fill(folder: Path, base: ModelSource, weights: list[Path], sidecar: Path) -> int:

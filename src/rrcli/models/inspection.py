@@ -1,4 +1,4 @@
-"""What a model's files say about themselves: index and headers are compared, tensor data is never read. No torch."""
+"""Check the weight files of a model by their index and headers; tensor data is never read. Loads no torch."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Weights:
     """The weights of a model, as their headers describe them.
 
     Attributes:
-        files: the files they lie in. size: bytes of these files. tensors: how many there are (0 = not counted).
-        dtype: the number format that holds most bytes, in safetensors' words ("BF16"); empty for GGUF.
+        files: the weight files. size: their bytes. tensors: the number of tensors (0 = not counted).
+        dtype: the number format of most bytes, as safetensors calls it ("BF16"); empty for GGUF.
     """
 
     files: list[Path]
@@ -45,8 +45,8 @@ def inspect_weights(source: Path) -> Weights:
     """Check the weight files of a model folder, or a `.gguf` file, and return what they hold.
 
     Raises:
-        RRError: a file that is missing, truncated or malformed, a number format that is not known, a tensor that is not
-            where the index says. Every problem of the folder is collected; the message names the first and counts them.
+        RRError: a file is missing, truncated or malformed, a number format is unknown, or a tensor is not where the
+            index says. All problems of the folder are collected; the message names the first and counts the others.
     """
     files = weight_files(source)
     size = sum(file.stat().st_size for file in files)
@@ -93,7 +93,7 @@ def _index_problems(source: Path, headers: dict[str, dict[str, Any]]) -> Iterabl
     weight_map = read_json(source / INDEX, "the model's author")["weight_map"]
     for tensor, shard in weight_map.items():
         if tensor not in headers[shard]:
-            yield f"{source / INDEX} names the tensor '{tensor}' in {shard}, which does not hold it"
+            yield f"{source / INDEX} names the tensor '{tensor}' in {shard}, which does not have it"
 
 
 def _gguf_tensors(path: Path) -> int:
@@ -101,12 +101,12 @@ def _gguf_tensors(path: Path) -> int:
     with path.open("rb") as file:
         start = file.read(16)
     if len(start) < 16 or start[:4] != b"GGUF":
-        raise RRError(f"{path} is no GGUF file: it does not start with 'GGUF' and a header", HINT)
+        raise RRError(f"{path} is not a GGUF file: it does not start with 'GGUF' and a header", HINT)
     version, tensors = struct.unpack("<IQ", start[4:])
     if version not in GGUF_VERSIONS:
         raise RRError(
             f"{path} is GGUF version {version}", f"Versions {GGUF_VERSIONS[0]} and {GGUF_VERSIONS[1]} are read."
         )
     if not tensors:
-        raise RRError(f"{path} holds no tensors", HINT)
+        raise RRError(f"{path} has no tensors", HINT)
     return int(tensors)

@@ -1,11 +1,11 @@
-"""`recursion.json`, the manifest that makes a folder one of ours: what it must hold, and reading it strictly. No torch.
+"""Read and check `recursion.json`, the manifest of a model folder that rr wrote. Loads no torch.
 
 key        value
 schema     the version of this table
 base       source (path, hub id or `default`), fingerprint; sha256 (file -> digest) where `rr surgery --hash` wrote it
-weights    "base": the folder refers to its base model; "own": it carries all weights itself
+weights    "base": the folder refers to its base model; "own": it has all weights itself
 recursion  the recursion's configuration, or null
-lora       whether adapters of peft lie beside it; false where the key is missing
+lora       whether the folder has adapters of peft; false where the key is missing
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from rrcli.recursion.config import RecursionConfig
 REQUIRED, OPTIONAL = ("schema", "base", "weights", "recursion"), ("lora",)
 BASE_REQUIRED, BASE_OPTIONAL = ("source", "fingerprint"), ("sha256",)
 WEIGHTS = ("base", "own")
-HINT = "Make the folder anew with 'rr surgery' or 'rr train', or read it with the rr that wrote it."
+HINT = "Make the folder again with 'rr surgery' or 'rr train', or read it with the version of rr that wrote it."
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read and check the manifest of a folder.
 
     Raises:
-        RRError: it is missing, cut off, lacks a key, holds an unknown one, or a value that means nothing.
+        RRError: it is missing or cut off, lacks a key, or has an unknown key or an invalid value.
     """
     path = folder / MANIFEST
     manifest = read_json(path, "rr surgery")
@@ -47,10 +47,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def compare_hashes(folder: Path, base: Path) -> None:
-    """Read the weight files of `base` whole and compare them with the hashes in the manifest of `folder`.
+    """Compute the hashes of the weight files of `base`, and compare them with those in the manifest of `folder`.
 
     Raises:
-        RRError: no hashes were recorded, or a file is another than the one that was hashed.
+        RRError: no hashes were recorded, or a file has another hash.
     """
     recorded = read_manifest(folder)["base"].get("sha256") if (folder / MANIFEST).is_file() else None
     if not recorded:
@@ -60,7 +60,7 @@ def compare_hashes(folder: Path, base: Path) -> None:
         if found != recorded.get(file.name):
             raise RRError(
                 f"{file} changed: its SHA-256 was {recorded.get(file.name)}, found {found}",
-                "Run 'rr surgery --overwrite' for the changed model, or bring the old one back.",
+                "Run 'rr surgery --overwrite' for the changed model, or restore the old one.",
             )
 
 

@@ -1,6 +1,6 @@
 """A model without its weights: every tensor has a shape and a dtype, and no storage (torch's meta device).
 
-Layout, counts and costs per token can be read off it, in memory that does not grow with the model.
+Layout, parameter counts and costs per token can be read from it; its memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from rrcli.errors import RRError
-from rrcli.models.loading import ModelSource, load_config
+from rrcli.errors import RRError, first_line
+from rrcli.models.loading import load_config
+from rrcli.models.source import ModelSource
 from rrcli.settings import CommonSettings
 
-# What to compute in where a configuration names no dtype, other than float32. Formats of one byte are only storage.
+# Format on disk -> dtype to compute in, where a configuration names none; float32 for all others. Formats of one byte
+# are for storage only.
 STORED_DTYPES = {
     **dict.fromkeys(("BF16", "F8_E4M3", "F8_E5M2", "I8", "U8"), torch.bfloat16),
     "F16": torch.float16,
@@ -29,7 +31,7 @@ def skeleton(settings: CommonSettings, source: ModelSource, stored: str) -> Any:
         stored: the number format that most weights have on disk ("BF16"), for models whose configuration names none.
 
     Raises:
-        RRError: the configuration cannot be read, or no causal language model comes of it.
+        RRError: the configuration cannot be read, or is not of a causal language model.
     """
     config = load_config(source, trust_remote_code=settings.trust_remote_code)
     dtype = getattr(config, "dtype", None) or STORED_DTYPES.get(stored, torch.float32)
@@ -40,9 +42,8 @@ def skeleton(settings: CommonSettings, source: ModelSource, stored: str) -> Any:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=settings.trust_remote_code)
             model.tie_weights()
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RRError(
-            f"cannot build a '{config.model_type}' model from the configuration of {source.path}: {reason}",
+            f"cannot build a '{config.model_type}' model from the configuration of {source.path}: {first_line(error)}",
             "It must be a causal language model that transformers knows, or come with --trust-remote-code.",
         ) from error
     return model.eval()

@@ -27,8 +27,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 START_SECONDS = 120
 # Plugins whose tags `--check` asks for; all of them answer run -> tag -> description under `tags`.
 PLUGINS = ("scalars", "text", "images", "histograms")
-# TensorBoard under watch: it ends when its standard input does, which is when the process that started it is gone,
-# however that ended. (A signal on the parent's death exists on Linux only.)
+# TensorBoard, which ends when its standard input is closed. That happens whenever the process that started it ends, in
+# whatever way. (A signal at the end of the parent exists on Linux only.)
 WATCHED = """
 import os, signal, sys, threading
 def watch():
@@ -42,7 +42,7 @@ run_main()
 
 @dataclass(frozen=True)
 class Board:
-    """Where TensorBoard listens, the line that reaches it from another machine, and what it reads."""
+    """Where TensorBoard listens, the ssh command that reaches it from another machine, and the logs that it reads."""
 
     url: str
     tunnel: str
@@ -57,7 +57,7 @@ class Found:
     runs: dict[str, dict[str, list[str]]]
 
 
-def board(settings: BoardSettings, directory: Path, reporter: Reporter, started: Callable[[Board], None]) -> None:
+def board(settings: BoardSettings, directory: Path, reporter: Reporter, *, started: Callable[[Board], None]) -> None:
     """Run TensorBoard until it ends or is interrupted; `started` is called once, when it answers.
 
     Raises:
@@ -69,8 +69,8 @@ def board(settings: BoardSettings, directory: Path, reporter: Reporter, started:
         reporter.warn(f"port {settings.port} is taken, using {port}")
     if settings.host not in LOOPBACK:
         reporter.warn(
-            f"listening on {settings.host}: whoever reaches this machine on port {port} can read every log, text and "
-            "setting in it, without a password"
+            f"listening on {settings.host}: everyone who reaches this machine on port {port} can read every log, text "
+            "and setting, without a password"
         )
     with _serving(settings, logs, port) as (process, address):
         tunnel = f"ssh -L {port}:localhost:{port} {_user_at_host()}"
@@ -79,7 +79,7 @@ def board(settings: BoardSettings, directory: Path, reporter: Reporter, started:
             if settings.open:
                 _open(address, reporter)
             code = process.wait()
-        except KeyboardInterrupt:  # the way to end it, from when its address is shown
+        except KeyboardInterrupt:  # the usual way to end it
             return
         raise _ended(process, code)
 
@@ -88,7 +88,7 @@ def check(settings: BoardSettings, directory: Path) -> Found:
     """Start TensorBoard on a free port, ask it for its runs and tags, and stop it.
 
     Raises:
-        RRError: as `board`; or a run on disk that TensorBoard does not show.
+        RRError: as `board`; or TensorBoard does not show a run that is on disk.
     """
     logs = _logs(settings, directory)
     expected = {str(file.parent.relative_to(logs)) for file in _event_files(logs)}
@@ -98,7 +98,7 @@ def check(settings: BoardSettings, directory: Path) -> Found:
             tags = {plugin: _get(address, f"data/plugin/{plugin}/tags") for plugin in PLUGINS}
             names = _get(address, "data/runs")
             runs = {name: {plugin: sorted(tags[plugin].get(name, ())) for plugin in PLUGINS} for name in sorted(names)}
-            if expected <= runs.keys() and runs == before:  # loaded in steps: two equal answers are the end
+            if expected <= runs.keys() and runs == before:  # it loads in steps: after two equal answers it is done
                 return Found(logs, runs)
             before = runs
             time.sleep(1)
@@ -114,11 +114,11 @@ def _event_files(logs: Path) -> Iterator[Path]:
 
 def _logs(settings: BoardSettings, directory: Path) -> Path:
     logs = Workspace(directory, settings).log_folder()
-    hint = "'rr eval --stage baseline' or 'rr train' writes some; --log-dir names another folder."
+    hint = "'rr eval --stage baseline' and 'rr train' write logs; --log-dir names another folder."
     if not logs.is_dir():
-        raise RRError(f"the log folder {logs} is not there", hint)
+        raise RRError(f"the log folder {logs} does not exist", hint)
     if next(_event_files(logs), None) is None:
-        raise RRError(f"{logs} holds no runs yet", hint)
+        raise RRError(f"{logs} has no runs yet", hint)
     return logs
 
 
@@ -131,12 +131,12 @@ def _serving(settings: BoardSettings, logs: Path, port: int) -> Iterator[tuple[s
     command += ["--reload_interval", str(settings.reload_interval)]
     shown = "localhost" if settings.host in LOOPBACK or settings.host in ("0.0.0.0", "::") else settings.host
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
-    with tempfile.TemporaryFile() as errors:  # a pipe that nobody reads would fill up
-        # A session of its own: Ctrl-C reaches us alone, and we stop it.
+    with tempfile.TemporaryFile() as errors:  # a pipe that nobody reads becomes full and blocks
+        # In its own session Ctrl-C does not reach it; this process stops it.
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
         )
-        process.stderr = errors  # type: ignore[assignment]
+        process.stderr = errors
         try:
             _wait_for(process, address)
             yield process, address
@@ -163,7 +163,7 @@ def _wait_for(process: subprocess.Popen[bytes], address: str) -> None:
 
 
 def _get(address: str, path: str) -> Any:
-    """Return the JSON that TensorBoard answers; the proxies of the environment are left aside.
+    """Return the JSON that TensorBoard answers; the proxies of the environment are not used.
 
     Raises:
         RRError: no answer.
@@ -202,7 +202,7 @@ def _free_port(host: str, first: int) -> int:
                 return int(probe.getsockname()[1])
         except OSError as error:
             if error.errno == errno.EACCES:
-                raise RRError(f"port {port} needs the rights of root", "Name one from 1024 on with --port.") from error
+                raise RRError(f"port {port} needs root privileges", "Name one from 1024 on with --port.") from error
             if error.errno != errno.EADDRINUSE:
                 raise RRError(f"cannot listen on {host}: {error.strerror}", "Use --host 127.0.0.1.") from error
     raise RRError(f"no free port from {first} to {last}", "Name another with --port.")

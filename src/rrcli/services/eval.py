@@ -10,26 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.comparison.preservation import Preservation, check_preserved
+from rrcli.configuration import load
 from rrcli.data.problem_files import FileTask, trained_questions
 from rrcli.data.prompts import read_prompts, stop_strings
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.harness import harness_tasks, load_tasks
 from rrcli.evaluation.held_out import EvalData, held_out_data
 from rrcli.evaluation.samples import SampleLog
-from rrcli.experiment.workspace import (
-    MAKERS,
-    SURGERY_STAGE,
-    Workspace,
-    check_stage,
-    data_identity,
-    eval_inputs,
-    model_fingerprint,
-    provenance,
-)
+from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerprint
+from rrcli.experiment.provenance import provenance
+from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, Workspace, check_stage
 from rrcli.files import METRICS_FILE, SCHEMA, combine, finite, make_folder, read_json, write_json
-from rrcli.models.loading import ModelSource, base_of, load_for
+from rrcli.models.loading import load_for
+from rrcli.models.source import ModelSource, base_of
 from rrcli.reporting import Reporter
-from rrcli.settings import EvalSettings, SurgerySettings, load
+from rrcli.settings import EvalSettings, SurgerySettings
 from rrcli.tracker import SUMMARY, MetricsTracker
 
 

@@ -1,4 +1,4 @@
-"""`rr run`: the whole experiment. Runs what is missing or out of date, skips what is done, goes on where it stopped."""
+"""`rr run`: the whole experiment. Runs what is missing or stale, skips what is done, continues where it stopped."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rrcli.settings import CommonSettings
 
 
 def run(
-    directory: Path, load: Load, reporter: Reporter, perform: Callable[[Step], None], *, new_options: bool = False
+    directory: Path, load: Load, reporter: Reporter, *, perform: Callable[[Step], None], new_options: bool = False
 ) -> list[Step]:
     """Perform every step that is not done, in order; return the plan as it was at the start.
 
     Args:
-        perform: does one step (the command line wires the services together, since they don't know each other).
+        perform: does one step. The command line provides it, since services do not import one another.
 
     Raises:
         CheckFailed: surgery did not preserve the baseline; nothing is trained on it.
     """
     planned = plan(directory, load, new_options=new_options)
     for number, step in enumerate(planned, start=1):
-        # Judged again: what came before may have changed what this one is made from.
+        # Its status is looked up again: the steps before it may have changed what it is made from.
         now = step if step.kind == "setup" else status_of(step.kind, step.target, directory, load)
         if now.status == DONE:
             reporter.note(f"[{number}/{len(planned)}] {now.command}: done already")

@@ -1,4 +1,4 @@
-"""`rr setup`: make the folders and `rr.toml`, and check that everything an experiment needs is there."""
+"""`rr setup`: create the folders and `rr.toml`, and check that an experiment has everything that it needs."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from typing import Any
 
 import psutil
 
-from rrcli import demo
+from rrcli.configuration import SETTINGS_FILE, load, read_file, write_file
 from rrcli.data.sources import refuse_stdin
+from rrcli.demo import defaults
 from rrcli.errors import RRError
 from rrcli.evaluation.held_out import held_out_data
 from rrcli.experiment.workspace import Workspace
 from rrcli.files import make_folder
 from rrcli.models.loading import load_config, load_tokenizer, pick_device
 from rrcli.reporting import Reporter
-from rrcli.settings import SETTINGS_FILE, SetupSettings, load, read_file, write_file
+from rrcli.settings import CommonSettings
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "tensorboard", "safetensors", "reasoning-gym")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     ok: bool
@@ -38,7 +39,7 @@ class Check:
 
 @dataclass(frozen=True)
 class SetupResult:
-    """What was found and written."""
+    """The checks, and the file that holds the settings."""
 
     checks: list[Check]
     settings_file: Path
@@ -50,13 +51,18 @@ class SetupResult:
 
 
 def setup(
-    settings: SetupSettings, directory: Path, given: Mapping[str, Any], reporter: Reporter, *, overwrite: bool = False
+    settings: CommonSettings,
+    directory: Path,
+    reporter: Reporter,
+    *,
+    given: Mapping[str, Mapping[str, Any]],
+    overwrite: bool = False,
 ) -> SetupResult:
     """Create folders and `rr.toml`, then check versions, device, disk, memory, TensorBoard, model, data and tasks.
 
     Args:
-        given: the options that stood on the command line; they are written into `rr.toml`.
-        overwrite: write a fresh `rr.toml` instead of keeping what an existing one says.
+        given: section -> option -> value, as given on the command line; they are written into `rr.toml`.
+        overwrite: write a new `rr.toml` instead of keeping the values of an existing one.
     """
     refuse_stdin(settings.data, "setup")
     workspace = Workspace(directory, settings)
@@ -85,19 +91,21 @@ def setup(
     return SetupResult(checks, file)
 
 
-def _write_settings(directory: Path, given: Mapping[str, Any], overwrite: bool) -> Path:
+def _write_settings(directory: Path, given: Mapping[str, Mapping[str, Any]], overwrite: bool) -> Path:
     path = directory / SETTINGS_FILE
     before = None if overwrite or not path.exists() else path.read_text(encoding="utf-8")
-    changes: dict[str, dict[str, Any]] = {}
-    if before is None and given.get("model", "default") == "default":
-        changes = {section: dict(values) for section, values in demo.SETTINGS.items()}
-    elif before is not None:
-        if not any(value is not None for value in given.values()):
-            return path
-        changes = {section: values for section, values in read_file(directory).items() if section != "common"}
-    # The environment is of this shell; the file keeps what was asked for on the command line.
-    common = load(SetupSettings, directory, given, environment={}, use_file=not overwrite)
-    text = write_file(common, changes)
+    if before is not None and not given:
+        return path
+    common, sections = given.get("common", {}), {name: v for name, v in given.items() if name != "common"}
+    changes: dict[str, Mapping[str, Any]] = {}
+    if before is not None:
+        changes |= {name: values for name, values in read_file(directory).items() if name != "common"}
+    elif common.get("model", "default") == "default":
+        changes |= defaults.SETTINGS
+    changes |= {name: {**changes.get(name, {}), **values} for name, values in sections.items()}
+    # The file gets what was given on the command line; what the environment says is for this shell alone.
+    chosen = load(CommonSettings, directory, common, environment={}, use_file=not overwrite)
+    text = write_file(chosen, changes)
     if text == before:
         return path
     try:
@@ -130,7 +138,7 @@ def _self_test(reporter: Reporter) -> str:
     try:
         found = self_test()
     except Exception as error:
-        # Whatever another version of a library raises, it is what the test is there to find.
+        # Another version of a library may raise anything: to find that is what the test is for.
         said = error.message if isinstance(error, RRError) else f"{type(error).__name__}: {error}"
         hint = "Install the versions that rr was tested with: 'pipx reinstall rrcli', or 'pip install' it again."
         raise RRError(f"{said}{f' ({strange})' if strange else ''}", hint) from error
@@ -139,7 +147,7 @@ def _self_test(reporter: Reporter) -> str:
     return f"{found}{f'; {strange}' if strange else ''}"
 
 
-def _device(settings: SetupSettings) -> str:
+def _device(settings: CommonSettings) -> str:
     import torch
 
     device = pick_device(settings.device)
@@ -187,7 +195,7 @@ def _tokenizer(workspace: Workspace) -> str:
     return f"{len(tokenizer):,} tokens, {chat} a chat template"
 
 
-def _data(settings: SetupSettings, directory: Path) -> str:
+def _data(settings: CommonSettings, directory: Path) -> str:
     data = held_out_data(settings, directory, problems_per_task=1)
     names = ", ".join(task.name for task in data.tasks)
     return f"{len(data.documents):,} held-out documents; tasks {names}"

@@ -1,4 +1,4 @@
-"""`rr status`: how far the experiment is. Reads files alone: no torch, no weights."""
+"""`rr status`: how far the experiment is. Reads small files only: no torch, no weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class StageStatus:
     """A stage, or another training run, in the workspace.
 
     Attributes:
-        model, results: done, missing, stale or unfinished; empty where nothing of the kind is expected.
+        model, results: done, missing, stale or unfinished; empty where the stage has none.
         detail: why a status is not `done`, in a few words.
-        checkpoint: the last complete one. step, steps: how far it is and how far it is to go. bytes: the size of all
-            checkpoints of the run.
-        metrics: the last evaluation's, or those that were measured last in training (`during_training`).
+        checkpoint: the last complete one. step, steps: its step, and the last step of the training. bytes: the size of
+            all checkpoints of the run.
+        metrics: those of the evaluation, or the last ones measured in training (`during_training`).
     """
 
     name: str
@@ -58,7 +58,7 @@ def status(directory: Path, load: Load) -> Status:
         load: makes the settings of a class, as the command line would.
 
     Raises:
-        RRError: the settings name a model, data or tasks that are not there.
+        RRError: the settings name a model, data or tasks that do not exist.
     """
     workspace = Workspace(directory, load(CommonSettings))
     steps = plan(directory, load)
@@ -120,7 +120,7 @@ def _results(workspace: Workspace, stage: str) -> dict[str, float | None]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return a file that may be missing or torn as nothing: the plan says what has to be made anew."""
+    """Return the content of a file, or nothing if it is missing or broken: the plan says what has to be made again."""
     try:
         return read_json(path, "rr run")
     except RRError:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrcli.errors import CheckFailed, RRError
-from rrcli.experiment.workspace import Workspace, surgery_inputs
+from rrcli.errors import CheckFailed, RRError, first_line
+from rrcli.experiment.identity import surgery_inputs
+from rrcli.experiment.workspace import Workspace
 from rrcli.files import METRICS_FILE, SCHEMA, publish_folder, sha256, sweep, write_json
 from rrcli.models.export import check_target, fill
 from rrcli.models.inspection import inspect_weights
-from rrcli.models.loading import ModelSource, load_for, load_tokenizer, save_folder
+from rrcli.models.loading import load_for, load_tokenizer
+from rrcli.models.saving import save_folder
+from rrcli.models.source import ModelSource
 from rrcli.recursion.config import RecursionConfig, parse_span
 from rrcli.reporting import Reporter
 from rrcli.settings import SurgerySettings
@@ -26,13 +29,13 @@ class SurgeryResult:
     """What surgery did.
 
     Attributes:
-        span: the layers `[start, end)` that are run again; max_steps: the most passes after pass 0.
+        span: the layers `[start, end)` that are run again. max_steps: the most passes after pass 0.
         base_parameters, added_parameters: counts. base_bytes: size of the base's weight files.
-        sidecar_bytes: size of the added weights. bytes_written: of everything in the folder; 0 for a dry run.
+        sidecar_bytes: size of the added weights. bytes_written: size of the folder; 0 in a dry run.
         costs: cache and FLOPs per token at every depth; None where the family cannot be measured.
         verified_depths: the depths whose logits were found equal to the base's, bit for bit; empty if not verified.
         hashed: whether the manifest records the SHA-256 of the base's weight files.
-        folder: where the sidecar lies, export: the folder that stands alone; None for a dry run or if not asked for.
+        folder: the folder of the sidecar. export: the self-contained folder. None in a dry run, or if not asked for.
         copied_files: weight files of the export that could not be linked.
     """
 
@@ -67,13 +70,13 @@ def surgery(
     """Attach, verify and publish; the base model's files are only read.
 
     Args:
-        verify: compare logits with those before surgery. If not, the model's weights are never loaded: layout and
+        verify: compare the logits with those before surgery. Without that, the weights are never loaded: layout and
             counts come from a skeleton without storage, so that time and memory do not grow with the model.
         hash_weights: record the SHA-256 of every weight file of the base.
-        export: also make this folder, which stands alone; relative to `directory`.
+        export: also make this self-contained folder; a relative path starts in `directory`.
 
     Raises:
-        RRError: the base is broken or has a recursion, the output exists or lies inside the base model's folder.
+        RRError: the base is broken or has a recursion, or the output exists or is inside the base model's folder.
         CheckFailed: the logits changed; nothing was written.
     """
     workspace = Workspace(directory, settings)
@@ -104,7 +107,10 @@ def surgery(
     if not dry_run:
         with ExitStack() as stack:
             target = stack.enter_context(publish_folder(folder, overwrite=overwrite))
-            save_folder(target, model, tokenizer, base, base_fingerprint, own_weights=False, hashes=hashes)
+            save_folder(
+                target, model, tokenizer,
+                base=base, base_fingerprint=base_fingerprint, own_weights=False, hashes=hashes,
+            )  # fmt: skip
             inputs = surgery_inputs(settings, base_fingerprint)
             write_json(target / METRICS_FILE, {"schema": SCHEMA, "inputs": inputs, "verified_depths": depths})
             written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
@@ -112,7 +118,7 @@ def surgery(
                 alone = stack.enter_context(publish_folder(export, overwrite=overwrite))
                 copied = fill(alone, base, weights.files, target)
     if copied:
-        reporter.warn(f"{copied} weight files were copied: {export} and {base.path} share no file system with links")
+        reporter.warn(f"{copied} weight files were copied: hard links from {export} to {base.path} are not possible")
     added = list(recursion.parameters())
     return SurgeryResult(
         family=model.config.model_type,
@@ -146,7 +152,7 @@ def surgery_config(settings: SurgerySettings) -> RecursionConfig:
 
 def _check_output(folder: Path, base: ModelSource, *, overwrite: bool) -> None:
     if base.path.is_dir() and folder.resolve().is_relative_to(base.path):
-        raise RRError(f"the output {folder} lies inside the base model's folder", "Choose another --checkpoint-dir.")
+        raise RRError(f"the output {folder} is inside the base model's folder", "Choose another --checkpoint-dir.")
     if folder.parent.is_dir():
         sweep(folder.parent)
     if folder.exists() and not overwrite:
@@ -161,7 +167,7 @@ def _hash(files: list[Path], reporter: Reporter) -> dict[str, str]:
 
 
 def _operate(model: Any, tokenizer: Any, config: RecursionConfig, reporter: Reporter, *, verify: bool) -> list[int]:
-    """Attach the recursion, prove what can be proved, and return the depths that were compared with the base."""
+    """Attach the recursion, verify it if asked for, and return the depths that were compared with the base."""
     from rrcli.models.verification import reference
     from rrcli.models.verification import verify as compare
     from rrcli.recursion.engine import attach
@@ -179,6 +185,5 @@ def _costs(model: Any, reporter: Reporter) -> Costs | None:
     try:
         return measure(model)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reporter.warn(f"what a token costs could not be measured for '{model.config.model_type}': {reason}")
+        reporter.warn(f"the costs per token could not be measured for '{model.config.model_type}': {first_line(error)}")
         return None

@@ -18,14 +18,8 @@ from rrcli.data.problem_files import FileTask
 from rrcli.data.training_data import TrainingData, task_specs
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.evaluation.held_out import held_out_data
-from rrcli.experiment.workspace import (
-    MAKERS,
-    Workspace,
-    data_identity,
-    model_fingerprint,
-    recorded_inputs,
-    train_inputs,
-)
+from rrcli.experiment.identity import data_identity, model_fingerprint, recorded_inputs, train_inputs
+from rrcli.experiment.workspace import MAKERS, Workspace
 from rrcli.files import (
     METRICS_FILE,
     TRAINER_STATE,
@@ -40,7 +34,9 @@ from rrcli.files import (
     unwritable,
     write_json,
 )
-from rrcli.models.loading import ModelSource, base_of, load_for, save_folder
+from rrcli.models.loading import load_for
+from rrcli.models.saving import save_folder
+from rrcli.models.source import ModelSource, base_of
 from rrcli.reporting import Reporter, Silent
 from rrcli.settings import STAGES, TrainSettings, with_changes
 from rrcli.training.callbacks import load_callback
@@ -298,8 +294,8 @@ def _save(
             training=identity | vars(progress.spent),
         )
         save_folder(
-            target, trainer.model, trainer.tokenizer, base, base.fingerprint(),
-            own_weights=settings.phase == "c", states=states,
+            target, trainer.model, trainer.tokenizer,
+            base=base, base_fingerprint=base.fingerprint(), own_weights=settings.phase == "c", states=states,
         )  # fmt: skip
     for old in checkpoints(folder)[: -settings.keep]:
         if step_of(old) != best_step:

@@ -1,0 +1,83 @@
+"""Identify what a result was made from by a hash: if the hash is equal, making the result again would give the same.
+
+Models and data are identified by their content. Options count by their values, and only those that reach the result:
+each option declares that in `settings`. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from rrcli import __version__
+from rrcli.data.problem_files import is_file_task, task_file
+from rrcli.data.prompts import prompts_file
+from rrcli.data.training_data import source_fingerprint, task_specs
+from rrcli.errors import RRError
+from rrcli.evaluation.harness import task_files as harness_files
+from rrcli.files import METRICS_FILE, combine, read_json
+from rrcli.models.source import ModelSource, base_of
+from rrcli.settings import (
+    NUMBERS,
+    SIDECAR,
+    WEIGHTS,
+    CommonSettings,
+    EvalSettings,
+    SurgerySettings,
+    TrainSettings,
+    reaching,
+)
+
+
+def surgery_inputs(settings: SurgerySettings, base_fingerprint: str) -> str:
+    """Identify a surgery by the base model and the recursion's shape."""
+    return combine("surgery", base_fingerprint, list(reaching(settings, SIDECAR).values()))
+
+
+def train_inputs(
+    settings: TrainSettings, mode: str, start_fingerprint: str, data_fingerprint: str, span: Any = None
+) -> str:
+    """Identify a training by the model it starts from, its data, and every setting that reaches the weights.
+
+    Args:
+        span: the layers that have LoRA adapters in vanilla training; see `Workspace.vanilla_span`.
+    """
+    kinds = [kind for kind, is_one in (("recursive", mode == "recursive"), ("lora", settings.phase == "b")) if is_one]
+    values = reaching(settings, WEIGHTS, kinds)
+    if mode == "vanilla":
+        values |= {"phase": "b", "span": span} if settings.phase == "b" else {"phase": "c"}
+    return combine("train", mode, start_fingerprint, data_fingerprint, values)
+
+
+def eval_inputs(settings: EvalSettings, stage: str, model_fingerprint: str, data_fingerprint: str) -> str:
+    """Identify an evaluation by the model, the data and every setting that reaches the numbers."""
+    values = reaching(settings, NUMBERS)
+    return combine("eval", stage, model_fingerprint, data_fingerprint, values, __version__)
+
+
+def model_fingerprint(source: ModelSource, directory: Path) -> str:
+    """Identify the weights of a stage: the folder's own, and the base's where it refers to one."""
+    base = base_of(source, directory)
+    return source.fingerprint() if base is source else combine(source.fingerprint(), base.fingerprint())
+
+
+def recorded_inputs(path: Path) -> str | None:
+    """Return the inputs that a results file or a checkpoint folder was made from, or None if there is none."""
+    file = path / METRICS_FILE if path.is_dir() else path
+    if not file.is_file():
+        return None
+    try:
+        return read_json(file, "rr run").get("inputs")
+    except RRError:
+        return None
+
+
+def data_identity(settings: CommonSettings, directory: Path) -> str:
+    """Identify the text, the tasks and the prompts that the settings name, by the bytes of their files."""
+    files = [task_file(spec, directory) for spec in task_specs(settings) if is_file_task(spec)]
+    if isinstance(settings, EvalSettings):
+        files += [prompts_file(settings.prompts, directory)] if settings.prompts else []
+        files += harness_files(settings.harness, directory)
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return combine(source_fingerprint(settings, directory), task_specs(settings), *([hashes] if hashes else []))
