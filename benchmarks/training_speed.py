@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,10 @@ from engine_overhead import smollm2
 from torch.nn import functional as F
 
 import rrcli
-from rrcli.data.batching import Batch
 from rrcli.evaluation.performance import peak_resident_mb, reset_peak_resident
 from rrcli.heap import keep_freed_memory
-from rrcli.recursion.losses import LossWeights, compute_losses, sample_windows
+from rrcli.recursion.batch import IGNORED, Batch
+from rrcli.recursion.losses import LossWeights, StepPlan, compute_losses, sample_windows
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Silent
 from rrcli.settings import TrainSettings
@@ -62,7 +63,7 @@ class Batches:
         """Return the batch of a step."""
         self.asked.append(time.perf_counter())
         ids = torch.randint(0, self.vocabulary, self.shape, generator=torch.Generator().manual_seed(step))
-        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
+        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
         return Batch(ids, torch.ones_like(ids), labels)
 
     def seconds(self) -> list[float]:
@@ -151,10 +152,11 @@ def added_alone(way: str, rows: int, tokens: int) -> None:
     if way == "naive":
         naive(readout, batch, max(DEPTHS)).backward()
     else:
-        sampled = sample_windows(batch.labels, 16, 0.5, torch.Generator().manual_seed(0))
-        arguments = (batch.input_ids, batch.attention_mask, batch.labels)
-        n = int(sampled.sum())
-        compute_losses(readout, *arguments, LossWeights(), batch.tokens, 16, sampled, n).total.backward()
+        sampled = sample_windows(batch, width=16, share=0.5, generator=torch.Generator().manual_seed(0))
+        plan = StepPlan(
+            depth=max(DEPTHS), weights=LossWeights(), chunk_width=16, tokens=batch.tokens, sampled=int(sampled.sum())
+        )
+        compute_losses(readout, replace(batch, sampled=sampled), plan=plan).total.backward()
     print(json.dumps(peak_resident_mb() - before))
 
 

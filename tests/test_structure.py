@@ -38,6 +38,7 @@ TORCH_FREE = (
     *("errors", "settings", "files", "reporting", "ui", "cli", "heap"),
     *(f"data/{name}" for name in ("lines", "problem_files", "prompts", "sources", "readers", "splits", "tasks")),
     *("data/conversations", "data/document_store", "data/rendering"),
+    *("recursion/batch", "recursion/config"),
     *("models/inspection", "models/manifest", "models/export"),
     *("evaluation/stats", "evaluation/metrics", "evaluation/judging", "evaluation/samples"),
     *("comparison", "experiment/planning"),

@@ -111,7 +111,7 @@ def test_packing_that_is_not_exact_is_refused_before_it_trains(operated, monkeyp
 
 def _joined(examples):
     """Lay all examples into one row in which they see one another."""
-    from rrcli.data.batching import Batch
+    from rrcli.recursion.batch import Batch
 
     ids = torch.tensor([[token for example in examples for token in example[0]]])
     numbers = torch.tensor([[n for n, example in enumerate(examples) for _ in example[0]]])

@@ -12,6 +12,7 @@ import rrcli
 from rrcli.data.training_data import TrainingData
 from rrcli.errors import RRError, UsageError
 from rrcli.files import checkpoints
+from rrcli.recursion.batch import IGNORED
 from rrcli.reporting import Silent
 from rrcli.services import train as service
 from rrcli.services.surgery import surgery
@@ -52,7 +53,7 @@ def test_vanilla_equals_a_plain_loop(tmp_path):
         optimizer.param_groups[0]["lr"] = SETTINGS.lr * learning_rate_factor(step, SETTINGS)
         batch = data.batch(step)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.max_grad_norm)
         optimizer.step()

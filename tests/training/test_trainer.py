@@ -69,10 +69,10 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def raises_above(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real = trainer_module.compute_losses
 
-    def small(readout, ids, *rest):
-        if len(ids) > rows:
+    def small(readout, batch, *, plan):
+        if len(batch.labels) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(readout, ids, *rest)
+        return real(readout, batch, plan=plan)
 
     monkeypatch.setattr(trainer_module, "compute_losses", small)
 

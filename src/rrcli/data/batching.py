@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import psutil
 import torch
 from torch import Tensor
 
-from rrcli.data.rendering import IGNORED
 from rrcli.errors import RRError
+from rrcli.recursion.batch import IGNORED, Batch
 from rrcli.reporting import Reporter
 
 # What a batch on a CPU is good for, in tokens: beyond it, activations leave the caches and nothing is gained.
@@ -19,26 +18,6 @@ CPU_TOKENS = 512
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass
-class Batch:
-    """One step's examples, padded on the right; `labels[t]` is what position t should predict next, -100 = no loss.
-
-    Where rows hold several examples (see `packing`), `position_ids` begin anew with each, and `examples` are their
-    numbers in the batch.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    position_ids: Tensor | None = None
-    examples: Tensor | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Loss-bearing tokens."""
-        return int(self.labels.ne(IGNORED).sum())
 
 
 def collate(examples: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:

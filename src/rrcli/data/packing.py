@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rrcli.data.batching import Batch
-from rrcli.data.rendering import IGNORED
 from rrcli.errors import UsageError
+from rrcli.recursion.batch import IGNORED, Batch
 from rrcli.recursion.readout import Readout
 
 # Lengths of the examples that a model is tried on, in tokens.

@@ -9,22 +9,20 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rrcli import demo
 from rrcli.data.conversations import question_of
 from rrcli.data.document_store import DocumentStore
 from rrcli.data.problem_files import FileTask, evaluated_whole, is_file_task, open_task
-from rrcli.data.rendering import IGNORED, Example, example_of, solved_problem
+from rrcli.data.rendering import Example, example_of, solved_problem
 from rrcli.data.sources import Dropped, fingerprint, read_documents
 from rrcli.data.splits import is_held_out
 from rrcli.data.tasks import Task
 from rrcli.errors import RRError, UsageError
 from rrcli.files import combine
+from rrcli.recursion.batch import IGNORED, Batch
 from rrcli.settings import CommonSettings, TrainSettings
-
-if TYPE_CHECKING:
-    from rrcli.data.batching import Batch
 
 # Training draws problems from the seeds that begin here, evaluation and pretraining from those below.
 TRAINING_SEEDS = 2**30

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rrcli.recursion.batch import Batch
 from rrcli.recursion.calibration import MARGIN
 from rrcli.recursion.chunk_metrics import ChunkTotals, teacher_forced_chunks
 from rrcli.recursion.readout import Readout
@@ -35,6 +36,28 @@ class LossWeights:
     stability: float = 0.01
     margin: float = MARGIN
     share: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What holds for every part of one optimiser step, in whichever parts and processes it is computed.
+
+    Sums over positions are divided by the counts of the whole step, so that the losses and gradients of its parts add
+    up, and a part with few tokens does not weigh as much as one with many.
+
+    Attributes:
+        depth: how many passes after pass 0 are run; 0 for a model without a recursion.
+        weights: the weight of each loss.
+        chunk_width: the window of the chunk metrics, in loss-bearing positions.
+        tokens: how many positions of the step bear loss.
+        sampled: how many of them intermediate passes learn from.
+    """
+
+    depth: int
+    weights: LossWeights
+    chunk_width: int
+    tokens: int
+    sampled: int
 
 
 @dataclass
@@ -55,48 +78,32 @@ class LossTerms:
     feedback_norm: Tensor
 
 
-def compute_losses(
-    readout: Readout,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor,
-    weights: LossWeights,
-    tokens_in_step: int,
-    chunk_width: int,
-    sampled: Tensor,
-    sampled_in_step: int,
-    position_ids: Tensor | None = None,
-    examples: Tensor | None = None,
-) -> LossTerms:
-    """Run the model at its current depth and return the losses.
+def compute_losses(readout: Readout, batch: Batch, *, plan: StepPlan) -> LossTerms:
+    """Run the model on a part of a step and return its losses.
 
     Args:
-        input_ids, attention_mask: `[batch, position]`; labels: the same shape, -100 where there is no loss; label t is
-            what position t should predict next (already shifted).
-        tokens_in_step: loss-bearing tokens of the whole optimiser step, over all parts and processes. Sums are divided
-            by it, so that parts with few tokens do not weigh as much as parts with many.
-        sampled: `[batch, position]`, what intermediate passes learn from; see `sample_windows`.
-        sampled_in_step: how many positions are sampled in the whole optimiser step.
-        position_ids, examples: `[batch, position]`, where rows are packed: positions within each example, and numbers
-            of the examples. The model then tells them apart by the positions, in place of the mask.
+        batch: the part, on the model's device. Where its rows are packed, the model tells their examples apart by their
+            positions, in place of the mask.
+        plan: of the whole step.
     """
-    packed = position_ids is not None
-    passes = readout.passes(input_ids, None if packed else attention_mask, position_ids)
-    depth = len(passes.hidden) - 1
-    loss_bearing = labels.ne(-100)
-    targets = labels[loss_bearing]
+    weights, depth = plan.weights, plan.depth
+    mask = batch.attention_mask if batch.position_ids is None else None
+    passes = readout.passes(batch.input_ids, mask, batch.position_ids, depth=depth)
+    loss_bearing = batch.loss_bearing
+    targets = batch.labels[loss_bearing]
 
     final, final_prediction = readout.token_losses(passes.hidden[-1][loss_bearing], targets, predict=depth > 0)
-    parts = {"final_ce": final.sum() / tokens_in_step}
+    parts = {"final_ce": final.sum() / plan.tokens}
     if depth == 0:
         total = weights.final * parts["final_ce"]
         mean = [parts["final_ce"].detach()]
         return LossTerms(total, _detached(parts, total), mean, ChunkTotals(), passes.feedback_norm)
 
-    example = _examples(loss_bearing, examples)
-    windows = _windows(example, chunk_width)
+    example = _example_of_each(batch)
+    windows = _windows(example, plan.chunk_width)
+    sampled = loss_bearing if batch.sampled is None else batch.sampled
     index = sampled[loss_bearing].nonzero().squeeze(1)
-    scale = 1 / sampled_in_step
+    scale = 1 / plan.sampled
     earlier, predictions = [], []
     for hidden in passes.hidden[:-1]:
         ce, prediction = readout.token_losses(hidden[loss_bearing][index], targets[index])
@@ -131,33 +138,31 @@ def compute_losses(
     return LossTerms(total, _detached(parts, total), means, chunks, passes.feedback_norm)
 
 
-def sample_windows(
-    labels: Tensor, width: int, share: float, generator: torch.Generator, examples: Tensor | None = None
-) -> Tensor:
+def sample_windows(batch: Batch, *, width: int, share: float, generator: torch.Generator) -> Tensor:
     """Draw the positions that intermediate passes learn from: whole windows, so that they give the chunk metrics too.
 
     Drawn once for the whole step, before it is cut into parts, and the same however its examples lie in rows.
 
     Args:
-        labels: `[batch, position]`, -100 where there is no loss. generator: on the CPU.
-        examples: `[batch, position]` numbers of the examples where rows are packed.
+        width: loss-bearing positions in a window. share: of the windows, 0 to 1. generator: on the CPU.
 
     Returns:
-        `[batch, position]` booleans, at least one true where any label bears loss.
+        `[row, position]` booleans, at least one true where any label bears loss.
     """
-    loss_bearing = labels.ne(-100)
-    windows = _windows(_examples(loss_bearing, examples), width)
+    windows = _windows(_example_of_each(batch), width)
     if not len(windows):
-        return loss_bearing
+        return batch.loss_bearing
     chosen = torch.rand(int(windows.max()) + 1, generator=generator).to(windows.device) < share
     if not chosen[windows].any():
         chosen[0] = True
-    return loss_bearing.masked_scatter(loss_bearing, chosen[windows])
+    return batch.loss_bearing.masked_scatter(batch.loss_bearing, chosen[windows])
 
 
-def _examples(loss_bearing: Tensor, examples: Tensor | None) -> Tensor:
+def _example_of_each(batch: Batch) -> Tensor:
     """Return `[n]`: the example of each loss-bearing position, which is its row unless rows are packed."""
-    return loss_bearing.nonzero()[:, 0] if examples is None else examples[loss_bearing]
+    if batch.examples is None:
+        return batch.loss_bearing.nonzero()[:, 0]
+    return batch.examples[batch.loss_bearing]
 
 
 def _windows(example: Tensor, width: int) -> Tensor:

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 from typing import Any
@@ -25,13 +25,13 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from rrcli.data.batching import Batch
 from rrcli.data.training_data import TrainingData
 from rrcli.errors import Interrupted, RRError
 from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import EvalData
+from rrcli.recursion.batch import Batch
 from rrcli.recursion.chunk_metrics import ChunkTotals
-from rrcli.recursion.losses import LossTerms, LossWeights, compute_losses, sample_windows
+from rrcli.recursion.losses import LossTerms, LossWeights, StepPlan, compute_losses, sample_windows
 from rrcli.recursion.products import FLOPS, through_onednn
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Reporter, sparkline
@@ -91,9 +91,9 @@ class Computation(torch.nn.Module):
         self.model, self.recursion = model, getattr(model, "recursion", None)
         self.readout = Readout(model)
 
-    def forward(self, *arguments: Any) -> tuple[torch.Tensor, LossTerms]:
+    def forward(self, batch: Batch, plan: StepPlan) -> tuple[torch.Tensor, LossTerms]:
         """Return the loss to call `backward` on, and all of them; see `compute_losses`."""
-        terms = compute_losses(self.readout, *arguments)
+        terms = compute_losses(self.readout, batch, plan=plan)
         return terms.total, terms
 
 
@@ -160,9 +160,9 @@ class Trainer:
                 seconds = time.perf_counter() - began
                 spent.steps += 1
                 spent.tokens += batch.tokens
-                spent.positions += batch.input_ids.numel()
+                spent.positions += batch.positions
                 spent.seconds += seconds
-                spent.flops += self.progress.flops_by_depth[depth] * batch.input_ids.numel()
+                spent.flops += self.progress.flops_by_depth[depth] * batch.positions
                 used, share = _memory(self.model.device)
                 scalars |= {
                     "train/lr": lr,
@@ -226,7 +226,7 @@ class Trainer:
         if 0 not in self.progress.flops_by_depth:
             self.gradients(first, 0, 0)
             self.optimizer.adamw.zero_grad(set_to_none=True)
-        positions = sum(self.data.batch(step).input_ids.numel() for step in range(SAMPLED_BATCHES)) / SAMPLED_BATCHES
+        positions = sum(self.data.batch(step).positions for step in range(SAMPLED_BATCHES)) / SAMPLED_BATCHES
         return max(1, round(flops / (positions * self.progress.flops_by_depth[0])))
 
     def _update(self, step: int) -> None:
@@ -246,22 +246,30 @@ class Trainer:
                 "AdamW keeps 8 bytes for each weight that trains: try --phase a or b, or a smaller model.",
             )
 
-    def _accumulate(self, batch: Batch, step: int, depth: int) -> tuple[dict[str, float], ChunkTotals, float]:
-        """Add up the gradients of this process's rows; return its share of the scalars, chunk totals and FLOPs."""
-        settings, device = self.settings, self.model.device
+    def _plan(self, batch: Batch, step: int, depth: int) -> tuple[Batch, StepPlan]:
+        """Return a step's batch with its sampled positions, and what holds for all parts of it."""
+        settings = self.settings
         weights = LossWeights(
             settings.final_weight, settings.masked_weight, settings.halt_weight,
             settings.ponder_weight * min(1.0, (step + 1) / max(1, settings.steps // 4)),
             settings.stability_weight, settings.commit_margin, settings.supervised_share,
         )  # fmt: skip
-        if self.recursion is not None:
-            self.recursion.depth = depth
-        seed = settings.seed * 1_000_003 + step
-        torch.manual_seed(seed + self.processes.rank * 2**32)  # what processes draw (dropout) differs
         width = settings.chunk_width or (self.recursion.config.chunk_width if self.recursion is not None else 1)
-        sampled = sample_windows(
-            batch.labels, width, weights.share, torch.Generator().manual_seed(seed), batch.examples
+        generator = torch.Generator().manual_seed(self._seed(step))
+        sampled = sample_windows(batch, width=width, share=weights.share, generator=generator)
+        plan = StepPlan(
+            depth=depth, weights=weights, chunk_width=width, tokens=batch.tokens, sampled=int(sampled.sum())
         )
+        return replace(batch, sampled=sampled), plan
+
+    def _seed(self, step: int) -> int:
+        return self.settings.seed * 1_000_003 + step
+
+    def _accumulate(self, batch: Batch, step: int, depth: int) -> tuple[dict[str, float], ChunkTotals, float]:
+        """Add up the gradients of this process's rows; return its share of the scalars, chunk totals and FLOPs."""
+        settings, device = self.settings, self.model.device
+        torch.manual_seed(self._seed(step) + self.processes.rank * 2**32)  # what processes draw (dropout) differs
+        batch, plan = self._plan(batch, step, depth)
         counter = None
         entered = ExitStack()
         if not settings.compile:
@@ -278,27 +286,16 @@ class Trainer:
         try:
             own = self.processes.rows(len(batch.labels))
             for begin in range(own.start, own.stop, self.progress.rows):
-                part = slice(begin, min(begin + self.progress.rows, own.stop))
-                n = int(batch.labels[part].ne(-100).sum())
-                if not n and not self.processes.sharded:
+                part = batch.part(slice(begin, min(begin + self.progress.rows, own.stop)))
+                if not part.tokens and not self.processes.sharded:
                     continue
                 with autocast:
-                    total, terms = self.computation(
-                        batch.input_ids[part].to(device),
-                        batch.attention_mask[part].to(device),
-                        batch.labels[part].to(device),
-                        weights,
-                        batch.tokens,
-                        width,
-                        sampled[part].to(device),
-                        int(sampled.sum()),
-                        *(None if t is None else t[part].to(device) for t in (batch.position_ids, batch.examples)),
-                    )
+                    total, terms = self.computation(part.to(device), plan)
                 total.backward()
                 chunks.add(terms.chunks)
                 values = {f"train/loss/{name}": value for name, value in terms.parts.items()}
                 if depth:
-                    values["train/feedback_norm"] = terms.feedback_norm * (n / batch.tokens)
+                    values["train/feedback_norm"] = terms.feedback_norm * (part.tokens / plan.tokens)
                     values |= {f"train/depth_ce/{k}": ce for k, ce in enumerate(terms.depth_ce)}
                 for tag, value in values.items():
                     sums[tag] = sums.get(tag, 0.0) + float(value)
@@ -316,7 +313,7 @@ class Trainer:
                 scalars[tag] = scalars.get(tag, 0.0) + value
             chunks.add(own_chunks)
             flops += own_flops
-        self.progress.flops_by_depth.setdefault(depth, flops / batch.input_ids.numel())
+        self.progress.flops_by_depth.setdefault(depth, flops / batch.positions)
         return scalars | {f"train/generation/{name}": value for name, value in chunks.metrics().items()}
 
     def _after_step(self, done: int, stopped: bool) -> None:
