@@ -39,7 +39,8 @@ import rrcli
 from rrcli.evaluation.performance import peak_resident_mb, reset_peak_resident
 from rrcli.heap import keep_freed_memory
 from rrcli.recursion.batch import IGNORED, Batch
-from rrcli.recursion.losses import LossWeights, StepPlan, compute_losses, sample_windows
+from rrcli.recursion.config import LossWeights
+from rrcli.recursion.losses import StepPlan, compute_losses, sample_windows
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Silent
 from rrcli.settings import TrainSettings

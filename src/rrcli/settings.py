@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from rrcli.errors import UsageError, suggest
+from rrcli.recursion.config import LossWeights, RecursionConfig
 
 SETTINGS_FILE = "rr.toml"
 BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -104,9 +105,11 @@ class SurgerySettings(CommonSettings):
     SECTION = "surgery"
 
     span: str = option("all", "Decoder layers to run again: 'all' or START:END.")
-    max_steps: int = option(2, "The most passes after pass 0 (1 to 8).", minimum=1, maximum=8)
+    max_steps: int = option(RecursionConfig.max_steps, "The most passes after pass 0 (1 to 8).", minimum=1, maximum=8)
     cell_width: int = option(0, "Inner width of the feedback cell; 0 = the hidden size.", minimum=0)
-    chunk_width: int = option(16, "Positions drafted and refined together, in tokens.", minimum=1)
+    chunk_width: int = option(
+        RecursionConfig.chunk_width, "Positions drafted and refined together, in tokens.", minimum=1
+    )
 
 
 @dataclass(frozen=True)
@@ -170,15 +173,17 @@ class TrainSettings(CommonSettings):
     )
     lora_rank: int = option(16, "Rank of the adapters.", panel=LORA, minimum=1)
     lora_alpha: int = option(32, "Adapters are scaled by alpha / rank.", panel=LORA, minimum=1)
-    final_weight: float = option(1.0, "Weight of final_ce.", panel=LOSS, minimum=0)
-    masked_weight: float = option(0.5, "Weight of masked_ce.", panel=LOSS, minimum=0)
-    halt_weight: float = option(0.05, "Weight of halt.", panel=LOSS, minimum=0)
-    ponder_weight: float = option(0.01, "Weight of ponder, after its warm-up.", panel=LOSS, minimum=0)
-    stability_weight: float = option(0.01, "Weight of stability.", panel=LOSS, minimum=0)
+    final_weight: float = option(LossWeights.final, "Weight of final_ce.", panel=LOSS, minimum=0)
+    masked_weight: float = option(LossWeights.masked, "Weight of masked_ce.", panel=LOSS, minimum=0)
+    halt_weight: float = option(LossWeights.halt, "Weight of halt.", panel=LOSS, minimum=0)
+    ponder_weight: float = option(LossWeights.ponder, "Weight of ponder, after its warm-up.", panel=LOSS, minimum=0)
+    stability_weight: float = option(LossWeights.stability, "Weight of stability.", panel=LOSS, minimum=0)
     supervised_share: float = option(
-        0.5, "Share of positions that intermediate passes learn from.", panel=LOSS, minimum=0, maximum=1
+        LossWeights.share, "Share of positions that intermediate passes learn from.", panel=LOSS, minimum=0, maximum=1
     )
-    commit_margin: float = option(0.02, "A pass must gain more than this to be worth it, in nats.", panel=LOSS)
+    commit_margin: float = option(
+        LossWeights.margin, "A pass must gain more than this to be worth it, in nats.", panel=LOSS
+    )
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from rrcli.data.batching import collate
 from rrcli.data.packing import check_packing, pack
 from rrcli.errors import UsageError
 from rrcli.recursion.batch import IGNORED, Batch
-from rrcli.recursion.config import RecursionConfig
+from rrcli.recursion.config import LossWeights, RecursionConfig
 from rrcli.recursion.engine import attach
-from rrcli.recursion.losses import LossTerms, LossWeights, StepPlan, compute_losses, sample_windows
+from rrcli.recursion.losses import LossTerms, StepPlan, compute_losses, sample_windows
 from rrcli.recursion.readout import Readout
 
 DENSE = ("llama", "qwen3", "gemma2", "mistral", "gpt2")

@@ -13,9 +13,9 @@ from rrcli.recursion import readout as readout_module
 from rrcli.recursion.batch import IGNORED, Batch
 from rrcli.recursion.boundary_head import BoundaryHead
 from rrcli.recursion.chunk_metrics import teacher_forced_chunks
-from rrcli.recursion.config import RecursionConfig
+from rrcli.recursion.config import LossWeights, RecursionConfig
 from rrcli.recursion.engine import attach
-from rrcli.recursion.losses import LossWeights, StepPlan, compute_losses, sample_windows
+from rrcli.recursion.losses import StepPlan, compute_losses, sample_windows
 from rrcli.recursion.readout import Readout
 
 MAX_STEPS = 2

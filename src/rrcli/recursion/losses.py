@@ -20,22 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rrcli.recursion.batch import Batch
-from rrcli.recursion.calibration import MARGIN
 from rrcli.recursion.chunk_metrics import ChunkTotals, teacher_forced_chunks
+from rrcli.recursion.config import LossWeights
 from rrcli.recursion.readout import Readout
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """The weight of each loss in the total; `margin` is in nats, `share` the sampled share of positions."""
-
-    final: float = 1.0
-    masked: float = 0.5
-    halt: float = 0.05
-    ponder: float = 0.01
-    stability: float = 0.01
-    margin: float = MARGIN
-    share: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)

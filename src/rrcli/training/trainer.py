@@ -31,7 +31,8 @@ from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import EvalData
 from rrcli.recursion.batch import Batch
 from rrcli.recursion.chunk_metrics import ChunkTotals
-from rrcli.recursion.losses import LossTerms, LossWeights, StepPlan, compute_losses, sample_windows
+from rrcli.recursion.config import LossWeights
+from rrcli.recursion.losses import LossTerms, StepPlan, compute_losses, sample_windows
 from rrcli.recursion.products import FLOPS, through_onednn
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Reporter, sparkline
