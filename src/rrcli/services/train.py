@@ -186,7 +186,7 @@ def train(
         with optimizer.published():
             if processes.sharded:
                 parts = [part for part in (model, trainer.recursion) if part is not None]
-                states = tuple(whole_state(part, optimizer.dtype, processes) for part in parts)
+                states = tuple(whole_state(part, trainer.dtype, processes) for part in parts)
             processes.on_main(lambda: _save(trainer, step, folder, identity, inputs, base, state, raw, states))
 
     data = TrainingData(_within_context(settings, model, reporter), directory, tokenizer)

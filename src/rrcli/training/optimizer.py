@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rrcli.errors import RRError
 from rrcli.settings import TrainSettings
@@ -39,33 +40,39 @@ def _trained(model: Any, settings: TrainSettings) -> list[tuple[str, torch.nn.Pa
     return named
 
 
+def prepare_parameters(model: Any, settings: TrainSettings) -> dict[str, torch.dtype]:
+    """Let what the phase trains have gradients, and hold it in fp32; return the format each was loaded in, by name.
+
+    In fp32 whatever the model was loaded in: a step of 1e-5 of a bfloat16 weight is lost in its rounding.
+    """
+    model.requires_grad_(settings.phase == "c")
+    for parameter in model.lora.parameters() if settings.phase == "b" else ():
+        parameter.requires_grad_(True)
+    formats = {}
+    for name, parameter, _ in _trained(model, settings):
+        formats[name] = parameter.dtype
+        parameter.data = parameter.data.float()
+    return formats
+
+
 class Optimizer:
     """AdamW over what the phase trains of the model (nothing, its adapters, everything) and the sidecar.
 
-    Each has its own learning rate; adapters learn at the model's.
+    Each has its own learning rate; adapters learn at the model's. Weight decay applies to matrices only. The schedule
+    is a function of the step, so it has no state to save.
 
-    What trains is held in fp32, whatever the model was loaded in: a step of 1e-5 of a bfloat16 weight is lost in its
-    rounding. The forward then computes in the model's own format under autocast. With `--ema` an average of the weights
-    goes along. `published` puts the weights into the model that are evaluated and saved: averaged, and in the model's
-    format.
+    Parameters train in fp32 (see `prepare_parameters`). With `--ema` an average of the weights goes along. `published`
+    puts the weights into the model that are evaluated and saved: averaged, and in the format that the model was loaded
+    in.
 
-    Weight decay applies to matrices only. The schedule is a function of the step, so it has no state to save.
+    Args:
+        model: its parameters are prepared and, where processes share them, sharded.
+        formats: what `prepare_parameters` returned.
     """
 
-    def __init__(self, model: Any, settings: TrainSettings, shard: Callable[[], None] | None = None) -> None:
-        """`shard` cuts the parameters among processes, once they are those that train."""
-        self.settings, self.sharded = settings, shard is not None
-        model.requires_grad_(settings.phase == "c")
-        for parameter in model.lora.parameters() if settings.phase == "b" else ():
-            parameter.requires_grad_(True)
+    def __init__(self, model: Any, settings: TrainSettings, formats: dict[str, torch.dtype]) -> None:
+        self.settings, self.formats = settings, formats
         named = _trained(model, settings)
-        self.formats = [p.dtype for _, p, _ in named]
-        self.dtype = model.dtype
-        for _, parameter, _ in named:
-            parameter.data = parameter.data.float()
-        if shard is not None:
-            shard()
-            named = _trained(model, settings)
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         names: dict[tuple[float, float], list[str]] = {}
         for name, parameter, lr in named:
@@ -75,6 +82,7 @@ class Optimizer:
             names.setdefault((lr, decay), []).append(name)
         self.names = [name for group in names.values() for name in group]
         self.trained = {name: parameter for name, parameter, _ in named}
+        self.sharded = any(isinstance(parameter, DTensor) for parameter in self.trained.values())
         self.average = {n: p.detach().clone() for n, p in self.trained.items()} if settings.ema else {}
         # Fused: one pass over memory in place of a dozen.
         self.adamw = torch.optim.AdamW(list(groups.values()), betas=BETAS, fused=True)
@@ -111,8 +119,8 @@ class Optimizer:
             return
         before = [parameter.data for parameter in self.trained.values()]
         try:
-            for (name, parameter), dtype in zip(self.trained.items(), self.formats, strict=True):
-                parameter.data = self.average.get(name, parameter.data).to(dtype)
+            for name, parameter in self.trained.items():
+                parameter.data = self.average.get(name, parameter.data).to(self.formats[name])
             yield
         finally:
             for parameter, data in zip(self.trained.values(), before, strict=True):
@@ -122,9 +130,8 @@ class Optimizer:
     def _published_in_place(self) -> Iterator[None]:
         before = {name: tensor.clone() for name, tensor in self.weights().items() if name.startswith("raw/")}
         with torch.no_grad():
-            for (name, parameter), dtype in zip(self.trained.items(), self.formats, strict=True):
-                if before:
-                    parameter.copy_(self.average.get(name, parameter).to(dtype))
+            for name, parameter in self.trained.items() if before else ():
+                parameter.copy_(self.average.get(name, parameter).to(self.formats[name]))
         try:
             yield
         finally:
@@ -137,7 +144,7 @@ class Optimizer:
 
         Tied parameters occur once: a parameter is named once.
         """
-        if not self.average and all(dtype == torch.float32 for dtype in self.formats):
+        if not self.average and all(dtype == torch.float32 for dtype in self.formats.values()):
             return {}
         raw = {f"raw/{name}": p.detach().contiguous() for name, p in self.trained.items()}
         return raw | {f"average/{name}": t for name, t in self.average.items()}

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from random import Random
 from typing import Any
 
@@ -39,7 +38,7 @@ from rrcli.reporting import Reporter, sparkline
 from rrcli.settings import EvalSettings, TrainSettings
 from rrcli.tracker import MetricsTracker
 from rrcli.training.callbacks import StepContext
-from rrcli.training.optimizer import Optimizer
+from rrcli.training.optimizer import Optimizer, prepare_parameters
 from rrcli.training.processes import Processes
 from rrcli.training.red_flags import RedFlags
 from rrcli.training.sharding import gathered, shard
@@ -127,8 +126,12 @@ class Trainer:
         self.recursion = getattr(model, "recursion", None)
         self.processes = processes or Processes(settings.device)
         self.computation = Computation(model)
-        cut = partial(shard, self.computation, model, self.processes) if self.processes.sharded else None
-        self.optimizer = Optimizer(model, settings, cut)
+        # What the forward computes in, under autocast, whatever the weights train in.
+        self.dtype = model.dtype
+        formats = prepare_parameters(model, settings)
+        if self.processes.sharded:
+            shard(self.computation, model, self.processes)
+        self.optimizer = Optimizer(model, settings, formats)
         self.progress = Progress(-(-settings.batch_size // (settings.gradient_accumulation * self.processes.count)))
         self.losses: dict[str, float] = {}
 
@@ -282,7 +285,7 @@ class Trainer:
             entered.enter_context(counter)
         chunks, sums = ChunkTotals(), dict[str, float]()
         autocast = torch.autocast(
-            device.type, dtype=torch.bfloat16, enabled=self.optimizer.dtype != torch.float32, cache_enabled=False
+            device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32, cache_enabled=False
         )
         try:
             own = self.processes.rows(len(batch.labels))
