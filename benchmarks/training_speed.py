@@ -93,7 +93,7 @@ def ours(model: Any, data: Batches, steps: int, depth: int, folder: Path) -> tup
         model.zero_grad(set_to_none=True)
         if recursion is not None:
             recursion.detach()
-    return seconds, trainer.progress.flops_by_depth[depth]
+    return seconds, trainer.state.flops_by_depth[depth]
 
 
 def theirs(model: Any, data: Batches, steps: int, folder: Path) -> list[float]:

@@ -216,7 +216,7 @@ def test_one_process_is_alone(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     alone = join("cpu")
     assert (alone, alone.main, alone.rows(5)) == (Processes("cpu"), True, slice(0, 5))
-    assert alone.gathered("x") == ["x"]
+    assert alone.gather("x") == ["x"]
 
 
 def test_every_example_belongs_to_one_process():

@@ -220,7 +220,7 @@ def train(
         if error.exit_code == 1 and kept:
             error.hint = f"The last good checkpoint is {kept[-1]}. {error.hint}".strip()
         raise
-    spent, steps = trainer.progress.spent, trainer.settings.steps
+    spent, steps = trainer.state.spent, trainer.settings.steps
     return TrainResult(
         name, mode, checkpoints(folder)[-1], first, steps, spent.tokens, spent.flops, spent.seconds, trainer.losses
     )
@@ -279,7 +279,7 @@ def _save(
     """Publish the checkpoint of a step, then drop those that are neither among the last `--keep` nor the best."""
     from safetensors.torch import save_file
 
-    settings, progress = trainer.settings, trainer.progress
+    settings, progress = trainer.settings, trainer.state
     best_step = progress.best.get("step")
     trainer.tracker.flush()  # first: what a checkpoint has behind it must be logged, even if killed right after
     with publish_folder(folder / f"step-{step:06d}", overwrite=True) as target:
@@ -313,14 +313,14 @@ def _save(
 def _resume(trainer: Trainer, checkpoint: Path, made_by: str) -> None:
     from safetensors.torch import load_file
 
-    from rrcli.training.trainer import Progress, Spent
+    from rrcli.training.trainer import Spent, TrainingState
 
     folder = checkpoint / TRAINER_STATE
     trainer.optimizer.load_state(load_file(folder / "optimizer.safetensors"))
     if (folder / "weights.safetensors").exists():
         trainer.optimizer.load_weights(load_file(folder / "weights.safetensors"))
     saved = read_json(folder / "progress.json", made_by)
-    trainer.progress = Progress(
+    trainer.state = TrainingState(
         rows=saved["rows"],
         spent=Spent(**saved["spent"]),
         flops_by_depth={int(depth): flops for depth, flops in saved["flops_by_depth"].items()},

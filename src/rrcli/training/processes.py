@@ -59,7 +59,7 @@ class Processes:
         """Return which rows of a global batch are this process's own: as many for each where they divide evenly."""
         return slice(self.rank * examples // self.count, (self.rank + 1) * examples // self.count)
 
-    def gathered(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """Return the value of every process, in their order, to all of them."""
         if self.count == 1:
             return [value]

@@ -35,7 +35,7 @@ def shard(root: nn.Module, model: Any, processes: Processes) -> None:
 
 
 @contextmanager
-def gathered(root: nn.Module) -> Iterator[None]:
+def unsharded(root: nn.Module) -> Iterator[None]:
     """Hold what is outside of the layers whole: for forwards that do not go through `root`'s own."""
     if not isinstance(root, FSDPModule):
         yield

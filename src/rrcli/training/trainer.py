@@ -41,7 +41,7 @@ from rrcli.training.callbacks import StepContext
 from rrcli.training.optimizer import Optimizer, prepare_parameters
 from rrcli.training.processes import Processes
 from rrcli.training.red_flags import RedFlags
-from rrcli.training.sharding import gathered, shard
+from rrcli.training.sharding import shard, unsharded
 
 # The same tag in every run, so that TensorBoard draws vanilla and recursive into one chart.
 INTERVAL_TAG = "during_training"
@@ -62,7 +62,7 @@ class Spent:
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """What a checkpoint remembers beside weights and optimiser.
 
     Attributes:
@@ -132,7 +132,7 @@ class Trainer:
         if self.processes.sharded:
             shard(self.computation, model, self.processes)
         self.optimizer = Optimizer(model, settings, formats)
-        self.progress = Progress(-(-settings.batch_size // (settings.gradient_accumulation * self.processes.count)))
+        self.state = TrainingState(-(-settings.batch_size // (settings.gradient_accumulation * self.processes.count)))
         self.losses: dict[str, float] = {}
 
     def train(self, first: int, stopped: list[int]) -> None:
@@ -141,10 +141,10 @@ class Trainer:
         Raises:
             RRError: a loss that is not finite, a callback that failed, no memory left. Interrupted: stopped and saved.
         """
-        settings, spent = self.settings, self.progress.spent
+        settings, spent = self.settings, self.state.spent
         guessing = math.log(self.computation.readout.vocabulary)
-        flags = RedFlags(settings.steps, self.progress.raised, guessing)
-        self.progress.raised = flags.raised
+        flags = RedFlags(settings.steps, self.state.raised, guessing)
+        self.state.raised = flags.raised
         history: list[float] = []
         self.model.train()
         with self.reporter.progress(f"train {self.name}", settings.steps, "steps") as bar:
@@ -166,7 +166,7 @@ class Trainer:
                 spent.tokens += batch.tokens
                 spent.positions += batch.positions
                 spent.seconds += seconds
-                spent.flops += self.progress.flops_by_depth[depth] * batch.positions
+                spent.flops += self.state.flops_by_depth[depth] * batch.positions
                 used, share = _memory(self.model.device)
                 scalars |= {
                     "train/lr": lr,
@@ -181,7 +181,7 @@ class Trainer:
                     self._warn(message, done)
                 history = [*history, scalars["train/loss/total"]][-SPARK_STEPS:]
                 bar.advance(note=_note(scalars, history))
-                stop = any(self.processes.gathered(bool(stopped)))
+                stop = any(self.processes.gather(bool(stopped)))
                 self._after_step(done, stop)
                 if stop and done < settings.steps:
                     raise Interrupted(
@@ -207,31 +207,31 @@ class Trainer:
                 own = self._accumulate(batch, step, depth)
             except torch.OutOfMemoryError:
                 if self.processes.sharded:  # the others are in the middle of the same layer
-                    raise _too_large(step, self.progress.rows) from None
+                    raise _too_large(step, self.state.rows) from None
                 own = None
-            parts = self.processes.gathered(own)
+            parts = self.processes.gather(own)
             if None not in parts:
                 if not self.processes.sharded:
                     self.processes.add_gradients(self.optimizer.trained.values())
                 return self._joined(batch, depth, parts)
-            rows = self.progress.rows
+            rows = self.state.rows
             self.optimizer.adamw.zero_grad(set_to_none=True)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if rows == 1:
                 raise _too_large(step, rows)
-            self.progress.rows = -(-rows // 2)
-            self._warn(f"out of memory: going on with {self.progress.rows} examples at a time instead of {rows}", step)
+            self.state.rows = -(-rows // 2)
+            self._warn(f"out of memory: going on with {self.state.rows} examples at a time instead of {rows}", step)
 
     def steps_for(self, flops: float) -> int:
         """Return in how many steps this run spends `flops`, from the mean cost of its first batches."""
         first = self.data.batch(0)
-        if 0 not in self.progress.flops_by_depth:
+        if 0 not in self.state.flops_by_depth:
             self.gradients(first, 0, 0)
             self.optimizer.adamw.zero_grad(set_to_none=True)
         positions = sum(self.data.batch(step).positions for step in range(SAMPLED_BATCHES)) / SAMPLED_BATCHES
-        return max(1, round(flops / (positions * self.progress.flops_by_depth[0])))
+        return max(1, round(flops / (positions * self.state.flops_by_depth[0])))
 
     def _update(self, step: int) -> None:
         """Take the optimiser step.
@@ -244,7 +244,7 @@ class Trainer:
             self.optimizer.step(step)
         except torch.OutOfMemoryError:
             fits = False
-        if not all(self.processes.gathered(fits)):
+        if not all(self.processes.gather(fits)):
             raise RRError(
                 f"out of memory in the optimiser's part of step {step + 1}, which is not saved",
                 "AdamW keeps 8 bytes for each weight that trains: try --phase a or b, or a smaller model.",
@@ -278,7 +278,7 @@ class Trainer:
         entered = ExitStack()
         if not settings.compile:
             entered.enter_context(through_onednn(self.model))
-        if depth not in self.progress.flops_by_depth:
+        if depth not in self.state.flops_by_depth:
             counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
             # Not compiled: the compiler gives up, for good, on what it first sees under a counter.
             entered.enter_context(torch.compiler.set_stance("force_eager"))
@@ -289,8 +289,8 @@ class Trainer:
         )
         try:
             own = self.processes.rows(len(batch.labels))
-            for begin in range(own.start, own.stop, self.progress.rows):
-                part = batch.part(slice(begin, min(begin + self.progress.rows, own.stop)))
+            for begin in range(own.start, own.stop, self.state.rows):
+                part = batch.part(slice(begin, min(begin + self.state.rows, own.stop)))
                 if not part.tokens and not self.processes.sharded:
                     continue
                 with autocast:
@@ -317,7 +317,7 @@ class Trainer:
                 scalars[tag] = scalars.get(tag, 0.0) + value
             chunks.add(own_chunks)
             flops += own_flops
-        self.progress.flops_by_depth.setdefault(depth, flops / batch.positions)
+        self.state.flops_by_depth.setdefault(depth, flops / batch.positions)
         return scalars | {f"train/generation/{name}": value for name, value in chunks.metrics().items()}
 
     def _after_step(self, done: int, stopped: bool) -> None:
@@ -355,14 +355,14 @@ class Trainer:
             seed=settings.seed, max_new_tokens=32, skip_performance=True, depth=-1, task=settings.task,
             chat_template=settings.chat_template,
         )  # fmt: skip
-        with self.optimizer.published(), gathered(self.computation):
+        with self.optimizer.published(), unsharded(self.computation):
             found = evaluate_model(
                 self.model, self.tokenizer, self.evaluation, self.tracker, done, stage=INTERVAL_TAG, settings=limits
             )
         perplexity = self.processes.from_main(found["metrics"].get("perplexity", {}).get("value", math.inf))
-        if not perplexity < self.progress.best.get("perplexity", math.inf):
+        if not perplexity < self.state.best.get("perplexity", math.inf):
             return False
-        self.progress.best = {"step": done, "perplexity": perplexity}
+        self.state.best = {"step": done, "perplexity": perplexity}
         return True
 
     def _log_histograms(self, done: int) -> None:
