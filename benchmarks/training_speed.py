@@ -45,8 +45,9 @@ from rrcli.recursion.readout import Readout
 from rrcli.reporting import Silent
 from rrcli.settings import TrainSettings
 from rrcli.tracker import MetricsTracker
-from rrcli.training import trainer as trainer_module
+from rrcli.training import step_plan
 from rrcli.training.optimizer import BETAS
+from rrcli.training.trainer import Trainer
 
 SPEED, RECURSION, MEMORY = 0.95, 1.15, 0.5
 DEPTHS = (1, 2)
@@ -80,16 +81,17 @@ def ours(model: Any, data: Batches, steps: int, depth: int, folder: Path) -> tup
         schedule="constant", eval_interval=0, save_interval=steps + 2,
     )  # fmt: skip
     recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=max(DEPTHS))) if depth else None
-    sampled, trainer_module.sampled_depth = trainer_module.sampled_depth, lambda *_: depth
+    sampled, step_plan.sampled_depth = step_plan.sampled_depth, lambda *_: depth
     try:
         with MetricsTracker(folder / "logs") as tracker:
-            trainer = trainer_module.Trainer(
-                settings, "benchmark", model, None, data, None, tracker, Silent(), lambda *_: None
-            )  # type: ignore[arg-type]
+            trainer = Trainer(
+                settings, model, None, name="benchmark", data=data, tracker=tracker, reporter=Silent(),  # type: ignore[arg-type]
+                save=lambda *_: None,
+            )  # fmt: skip
             trainer.train(0, [])
             seconds = data.seconds()
     finally:
-        trainer_module.sampled_depth = sampled
+        step_plan.sampled_depth = sampled
         model.zero_grad(set_to_none=True)
         if recursion is not None:
             recursion.detach()
@@ -98,7 +100,8 @@ def ours(model: Any, data: Batches, steps: int, depth: int, folder: Path) -> tup
 
 def theirs(model: Any, data: Batches, steps: int, folder: Path) -> list[float]:
     """Train with transformers' Trainer; return the seconds of the steps."""
-    from transformers import PrinterCallback, Trainer, TrainingArguments
+    from transformers import PrinterCallback, TrainingArguments
+    from transformers import Trainer as TheirTrainer
 
     def collate(numbers: list[int]) -> dict[str, torch.Tensor]:
         batch = data.batch(numbers[0] // data.shape[0])
@@ -112,7 +115,7 @@ def theirs(model: Any, data: Batches, steps: int, folder: Path) -> list[float]:
         dataloader_pin_memory=False, use_cpu=model.device.type == "cpu", remove_unused_columns=False,
     )  # fmt: skip
     numbers = list(range((steps + 2) * data.shape[0]))
-    trainer = Trainer(model=model, args=arguments, data_collator=collate, train_dataset=numbers)
+    trainer = TheirTrainer(model=model, args=arguments, data_collator=collate, train_dataset=numbers)
     trainer.remove_callback(PrinterCallback)
     trainer._get_train_sampler = lambda *_: None  # in order
     trainer.train()

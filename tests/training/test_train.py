@@ -17,7 +17,7 @@ from rrcli.reporting import Silent
 from rrcli.services import train as service
 from rrcli.services.surgery import surgery
 from rrcli.settings import SurgerySettings, TrainSettings
-from rrcli.training import trainer
+from rrcli.training import step_plan
 from rrcli.training.optimizer import learning_rate_factor
 
 SETTINGS = TrainSettings(
@@ -66,7 +66,7 @@ def test_vanilla_equals_a_plain_loop(tmp_path):
 
 def test_recursive_at_depth_0_equals_vanilla(operated, monkeypatch):
     service.train(SETTINGS, "vanilla", operated, Silent())
-    monkeypatch.setattr(trainer, "sampled_depth", lambda *_: 0)
+    monkeypatch.setattr(step_plan, "sampled_depth", lambda *_: 0)
     service.train(SETTINGS, "recursive", operated, Silent())
     assert losses(operated, "finetuned_recursive") == pytest.approx(losses(operated, "finetuned_vanilla"), rel=1e-6)
 
@@ -109,10 +109,10 @@ def test_every_parameter_moves_in_phase_c(operated):
 
 
 def test_depth_is_the_same_for_everyone_who_asks():
-    drawn = [trainer.sampled_depth(0, step, 3) for step in range(300)]
-    assert drawn == [trainer.sampled_depth(0, step, 3) for step in range(300)]
+    drawn = [step_plan.sampled_depth(0, step, 3) for step in range(300)]
+    assert drawn == [step_plan.sampled_depth(0, step, 3) for step in range(300)]
     assert set(drawn) == {1, 2, 3}
-    assert drawn != [trainer.sampled_depth(1, step, 3) for step in range(300)]
+    assert drawn != [step_plan.sampled_depth(1, step, 3) for step in range(300)]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoint(tmp_path):

@@ -98,6 +98,10 @@ class Optimizer:
         """Return the parameters that have a gradient."""
         return [p for group in self.adamw.param_groups for p in group["params"] if p.grad is not None]
 
+    def forget_gradients(self) -> None:
+        """Drop all gradients and free their memory."""
+        self.adamw.zero_grad(set_to_none=True)
+
     @torch.no_grad()
     def step(self, step: int) -> None:
         """Take optimiser step `step` (from 0), drop the gradients, and let the average follow.
@@ -105,7 +109,7 @@ class Optimizer:
         The average's decay warms up, min(decay, (1 + t) / (10 + t)), so that it does not stick to the start.
         """
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.forget_gradients()
         decay = min(self.settings.ema, (1 + step) / (10 + step))
         for name, average in self.average.items():
             average.lerp_(self.trained[name].detach(), 1 - decay)

@@ -11,18 +11,14 @@ What it does, and its limits:
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from random import Random
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from rrcli.data.training_data import TrainingData
 from rrcli.errors import Interrupted, RRError
@@ -30,57 +26,25 @@ from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import EvalData
 from rrcli.recursion.batch import Batch
 from rrcli.recursion.chunk_metrics import ChunkTotals
-from rrcli.recursion.config import LossWeights
-from rrcli.recursion.losses import LossTerms, StepPlan, compute_losses, sample_windows
-from rrcli.recursion.products import FLOPS, through_onednn
+from rrcli.recursion.losses import LossTerms, StepPlan, compute_losses
+from rrcli.recursion.products import through_onednn
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Reporter, sparkline
-from rrcli.settings import EvalSettings, TrainSettings
+from rrcli.settings import EvalSettings, TrainSettings, with_changes
 from rrcli.tracker import MetricsTracker
 from rrcli.training.callbacks import StepContext
+from rrcli.training.checkpoint import TrainingState
+from rrcli.training.flops import counted_flops
+from rrcli.training.memory import give_back, memory_use, too_large, too_large_for_the_optimizer
 from rrcli.training.optimizer import Optimizer, prepare_parameters
 from rrcli.training.processes import Processes
 from rrcli.training.red_flags import RedFlags
 from rrcli.training.sharding import shard, unsharded
+from rrcli.training.step_plan import plan_step, step_seed
 
 # The same tag in every run, so that TensorBoard draws vanilla and recursive into one chart.
 INTERVAL_TAG = "during_training"
 SPARK_STEPS = 60
-# How many batches stand for all when a step's cost is estimated.
-SAMPLED_BATCHES = 64
-
-
-@dataclass
-class Spent:
-    """What a run cost so far."""
-
-    steps: int = 0
-    tokens: int = 0
-    positions: int = 0
-    seconds: float = 0.0
-    flops: float = 0.0
-
-
-@dataclass
-class TrainingState:
-    """What a checkpoint remembers beside weights and optimiser.
-
-    Attributes:
-        flops_by_depth: FLOPs for each position of a batch, forward and backward, by depth.
-        rows: examples that are computed at a time (less than asked for after running out of memory).
-        best: `step` and `perplexity` of the best evaluation so far. raised: the red flags that were shown.
-    """
-
-    rows: int
-    spent: Spent = field(default_factory=Spent)
-    flops_by_depth: dict[int, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-    raised: list[str] = field(default_factory=list)
-
-
-def sampled_depth(seed: int, step: int, deepest: int) -> int:
-    """Return the depth of a step, uniform in 1..deepest and the same for everyone who asks (0 without recursion)."""
-    return Random(f"depth/{seed}/{step}").randint(1, deepest) if deepest else 0
 
 
 class Computation(torch.nn.Module):
@@ -109,18 +73,19 @@ class Trainer:
     def __init__(
         self,
         settings: TrainSettings,
-        name: str,
         model: Any,
         tokenizer: Any,
+        *,
+        name: str,
         data: TrainingData,
-        evaluation: EvalData | None,
         tracker: MetricsTracker,
         reporter: Reporter,
         save: Callable[[Trainer, int], None],
+        evaluation: EvalData | None = None,
         callback: Callable[[StepContext], object] | None = None,
         processes: Processes | None = None,
     ) -> None:
-        self.settings, self.name, self.model, self.tokenizer = settings, name, model, tokenizer
+        self.settings, self.model, self.tokenizer, self.name = settings, model, tokenizer, name
         self.data, self.evaluation, self.tracker, self.reporter = data, evaluation, tracker, reporter
         self.save, self.callback = save, callback
         self.recursion = getattr(model, "recursion", None)
@@ -152,8 +117,8 @@ class Trainer:
             for step in range(first, settings.steps):
                 began, done = time.perf_counter(), step + 1
                 lr = self.optimizer.set_step(step)
-                batch, depth = self.data.batch(step), self.depth(step)
-                scalars = self.gradients(batch, step, depth)
+                batch, plan = self.planned(step)
+                scalars = self.gradients(batch, plan, step=step)
                 parameters = self.optimizer.parameters()
                 norm = _number(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
                 if not math.isfinite(scalars["train/loss/total"]) or not math.isfinite(norm):
@@ -163,21 +128,21 @@ class Trainer:
                 self._update(step)
                 seconds = time.perf_counter() - began
                 spent.steps += 1
-                spent.tokens += batch.tokens
+                spent.tokens += plan.tokens
                 spent.positions += batch.positions
                 spent.seconds += seconds
-                spent.flops += self.state.flops_by_depth[depth] * batch.positions
-                used, share = _memory(self.model.device)
+                spent.flops += self.state.flops_by_depth[plan.depth] * batch.positions
+                used, share = memory_use(self.model.device)
                 scalars |= {
                     "train/lr": lr,
                     "train/gradient_norm": norm,
-                    "train/performance/tokens_per_sec": batch.tokens / seconds,
+                    "train/performance/tokens_per_sec": plan.tokens / seconds,
                     "train/performance/memory_mb": used / 2**20,
                 }
                 for tag, value in scalars.items():
                     self.tracker.log_scalar(tag, value, done)
                 self.losses = {t.rpartition("/")[2]: v for t, v in scalars.items() if t.startswith("train/loss/")}
-                for message in flags.observe(done, scalars, depth, share):
+                for message in flags.observe(done, scalars, plan.depth, share):
                     self._warn(message, done)
                 history = [*history, scalars["train/loss/total"]][-SPARK_STEPS:]
                 bar.advance(note=_note(scalars, history))
@@ -189,14 +154,16 @@ class Trainer:
                         "The same command goes on from there.",
                     )
 
-    def depth(self, step: int) -> int:
-        """Return how many passes after pass 0 a step trains."""
-        if self.recursion is None:
-            return 0
-        deepest = min(self.settings.max_steps or 99, self.recursion.config.max_steps)
-        return sampled_depth(self.settings.seed, step, deepest)
+    def planned(self, step: int) -> tuple[Batch, StepPlan]:
+        """Return the batch of a step (from 0) and what holds for all parts of it."""
+        config = None if self.recursion is None else self.recursion.config
+        return plan_step(self.data.batch(step), step, self.settings, config)
 
-    def gradients(self, batch: Batch, step: int, depth: int) -> dict[str, float]:
+    def set_steps(self, steps: int) -> None:
+        """Change how many steps there are, before the first one."""
+        self.settings = self.optimizer.settings = with_changes(self.settings, steps=steps)
+
+    def gradients(self, batch: Batch, plan: StepPlan, *, step: int) -> dict[str, float]:
         """Leave a step's gradients in the parameters and return its scalars, in as large parts as memory allows.
 
         Raises:
@@ -204,34 +171,23 @@ class Trainer:
         """
         while True:
             try:
-                own = self._accumulate(batch, step, depth)
+                own = self._accumulate(batch, plan, step)
             except torch.OutOfMemoryError:
                 if self.processes.sharded:  # the others are in the middle of the same layer
-                    raise _too_large(step, self.state.rows) from None
+                    raise too_large(step, self.state.rows) from None
                 own = None
             parts = self.processes.gather(own)
             if None not in parts:
                 if not self.processes.sharded:
                     self.processes.add_gradients(self.optimizer.trained.values())
-                return self._joined(batch, depth, parts)
+                return self._joined(batch, plan.depth, parts)
             rows = self.state.rows
-            self.optimizer.adamw.zero_grad(set_to_none=True)
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            self.optimizer.forget_gradients()
+            give_back()
             if rows == 1:
-                raise _too_large(step, rows)
+                raise too_large(step, rows)
             self.state.rows = -(-rows // 2)
             self._warn(f"out of memory: going on with {self.state.rows} examples at a time instead of {rows}", step)
-
-    def steps_for(self, flops: float) -> int:
-        """Return in how many steps this run spends `flops`, from the mean cost of its first batches."""
-        first = self.data.batch(0)
-        if 0 not in self.state.flops_by_depth:
-            self.gradients(first, 0, 0)
-            self.optimizer.adamw.zero_grad(set_to_none=True)
-        positions = sum(self.data.batch(step).positions for step in range(SAMPLED_BATCHES)) / SAMPLED_BATCHES
-        return max(1, round(flops / (positions * self.state.flops_by_depth[0])))
 
     def _update(self, step: int) -> None:
         """Take the optimiser step.
@@ -245,50 +201,22 @@ class Trainer:
         except torch.OutOfMemoryError:
             fits = False
         if not all(self.processes.gather(fits)):
-            raise RRError(
-                f"out of memory in the optimiser's part of step {step + 1}, which is not saved",
-                "AdamW keeps 8 bytes for each weight that trains: try --phase a or b, or a smaller model.",
-            )
+            raise too_large_for_the_optimizer(step)
 
-    def _plan(self, batch: Batch, step: int, depth: int) -> tuple[Batch, StepPlan]:
-        """Return a step's batch with its sampled positions, and what holds for all parts of it."""
-        settings = self.settings
-        weights = LossWeights(
-            settings.final_weight, settings.masked_weight, settings.halt_weight,
-            settings.ponder_weight * min(1.0, (step + 1) / max(1, settings.steps // 4)),
-            settings.stability_weight, settings.commit_margin, settings.supervised_share,
-        )  # fmt: skip
-        width = settings.chunk_width or (self.recursion.config.chunk_width if self.recursion is not None else 1)
-        generator = torch.Generator().manual_seed(self._seed(step))
-        sampled = sample_windows(batch, width=width, share=weights.share, generator=generator)
-        plan = StepPlan(
-            depth=depth, weights=weights, chunk_width=width, tokens=batch.tokens, sampled=int(sampled.sum())
-        )
-        return replace(batch, sampled=sampled), plan
-
-    def _seed(self, step: int) -> int:
-        return self.settings.seed * 1_000_003 + step
-
-    def _accumulate(self, batch: Batch, step: int, depth: int) -> tuple[dict[str, float], ChunkTotals, float]:
+    def _accumulate(self, batch: Batch, plan: StepPlan, step: int) -> tuple[dict[str, float], ChunkTotals, float]:
         """Add up the gradients of this process's rows; return its share of the scalars, chunk totals and FLOPs."""
-        settings, device = self.settings, self.model.device
-        torch.manual_seed(self._seed(step) + self.processes.rank * 2**32)  # what processes draw (dropout) differs
-        batch, plan = self._plan(batch, step, depth)
-        counter = None
-        entered = ExitStack()
-        if not settings.compile:
-            entered.enter_context(through_onednn(self.model))
-        if depth not in self.state.flops_by_depth:
-            counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
-            # Not compiled: the compiler gives up, for good, on what it first sees under a counter.
-            entered.enter_context(torch.compiler.set_stance("force_eager"))
-            entered.enter_context(counter)
-        chunks, sums = ChunkTotals(), dict[str, float]()
+        device, known = self.model.device, self.state.flops_by_depth
+        # What processes draw in the forward (dropout) differs.
+        torch.manual_seed(step_seed(self.settings.seed, step) + self.processes.rank * 2**32)
         autocast = torch.autocast(
             device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32, cache_enabled=False
         )
-        try:
-            own = self.processes.rows(len(batch.labels))
+        own = self.processes.rows(len(batch.labels))
+        chunks, sums = ChunkTotals(), dict[str, float]()
+        with (
+            nullcontext() if self.settings.compile else through_onednn(self.model),
+            nullcontext() if plan.depth in known else counted_flops() as counter,
+        ):
             for begin in range(own.start, own.stop, self.state.rows):
                 part = batch.part(slice(begin, min(begin + self.state.rows, own.stop)))
                 if not part.tokens and not self.processes.sharded:
@@ -298,14 +226,12 @@ class Trainer:
                 total.backward()
                 chunks.add(terms.chunks)
                 values = {f"train/loss/{name}": value for name, value in terms.parts.items()}
-                if depth:
+                if plan.depth:
                     values["train/feedback_norm"] = terms.feedback_norm * (part.tokens / plan.tokens)
                     values |= {f"train/depth_ce/{k}": ce for k, ce in enumerate(terms.depth_ce)}
                 for tag, value in values.items():
                     sums[tag] = sums.get(tag, 0.0) + float(value)
-        finally:
-            entered.close()
-        return sums, chunks, counter.get_total_flops() if counter is not None else 0.0
+        return sums, chunks, 0.0 if counter is None else counter.get_total_flops()
 
     def _joined(
         self, batch: Batch, depth: int, parts: list[tuple[dict[str, float], ChunkTotals, float]]
@@ -380,15 +306,6 @@ def _number(value: torch.Tensor) -> float:
     return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
-def _too_large(step: int, rows: int) -> RRError:
-    return RRError(
-        f"out of memory in step {step + 1}, even with {'one example' if rows == 1 else f'{rows} examples'} at a time",
-        "Try --gradient-checkpointing, a lower --max-length, --phase a or b, or --dtype bfloat16."
-        if rows == 1
-        else "Try a higher --gradient-accumulation, or --gradient-checkpointing.",
-    )
-
-
 def _not_finite(settings: TrainSettings, step: int, loss: float, norm: float) -> RRError:
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
     return RRError(
@@ -404,16 +321,3 @@ def _note(scalars: dict[str, float], history: list[float]) -> str:
         parts.append(f"commit {scalars['train/generation/commit_rate']:.0%}")
     parts.append(f"{scalars['train/performance/tokens_per_sec']:,.0f} tok/s")
     return "  ".join([*parts, f"{scalars['train/performance/memory_mb']:,.0f} MB"])
-
-
-def _memory(device: Any) -> tuple[float, float]:
-    """Return the used bytes (CUDA's peak, the process's own on a CPU) and the used share of what there is."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        # What the allocator holds in reserve is not used up.
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.max_memory_allocated(device), 1 - (free + idle) / total
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return psutil.Process().memory_info().rss, 1 - memory.available / memory.total
