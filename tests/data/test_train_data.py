@@ -157,7 +157,8 @@ def test_no_example_is_longer_than_the_context(operated):
     reporter = Silent()
     settings = changed(run_name="long", data="long.jsonl", task_share=0.0, max_length=4096, batch_size=1, steps=2)
     service.train(settings, "vanilla", operated, reporter)
-    assert f"--max-length is 4096, the model's context {context} tokens: the latter holds" in reporter.warnings
+    said = f"--max-length is 4096, but the model's context is {context} tokens: examples are cut to those"
+    assert said in reporter.warnings
     assert f"2 of 2 examples were longer than {context} tokens and were cut" in reporter.warnings
 
 

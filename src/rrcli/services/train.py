@@ -1,44 +1,36 @@
-"""`rr train`: find or make the run, train it to its last step (see `trainer`), and keep its checkpoints.
+"""`rr train`: prepare the run, build what it needs, and train it to its last step.
 
-Ctrl-C and SIGTERM finish the step and save; checkpoints are published whole or not at all. With several processes the
-main one writes checkpoints and logs and speaks; the others wait for it.
+    prepare   what the run is, from settings and folders (see `experiment/training_run`); its folder; its processes
+    build     the model with its adapters, the data to train on and to evaluate on
+    loop      train (see `training/trainer`) with logs and checkpoints (see `training/checkpoint`)
+
+Ctrl-C and SIGTERM end the training after the current step, which is saved. With several processes, the main one writes
+checkpoints and logs and reports to the user; the others wait for it.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrcli.data.problem_files import FileTask
 from rrcli.data.training_data import TrainingData, task_specs
-from rrcli.errors import RRError, UsageError, suggest
+from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.held_out import EvalData, held_out_data
-from rrcli.experiment.workspace import (
-    MAKERS,
-    Workspace,
-    data_identity,
-    model_fingerprint,
-    recorded_inputs,
-    train_inputs,
-)
+from rrcli.experiment.training_run import TrainingRun, prepare_training
+from rrcli.experiment.workspace import recorded_inputs
 from rrcli.files import (
-    METRICS_FILE,
     checkpoints,
-    combine,
     make_folder,
-    read_json,
     remove_folder,
-    step_of,
     sweep,
     unwritable,
 )
 from rrcli.models.loading import ModelSource, base_of, load_for
 from rrcli.reporting import Reporter, Silent
-from rrcli.settings import STAGES, TrainSettings, with_changes
-from rrcli.training.callbacks import StepContext, load_callback
+from rrcli.settings import TrainSettings, with_changes
 from rrcli.training.launching import launch, launched
 from rrcli.training.stop_signals import stop_signals
 
@@ -47,17 +39,16 @@ if TYPE_CHECKING:
     from rrcli.training.processes import Processes
     from rrcli.training.trainer import Trainer
 
-MODES = ("vanilla", "recursive")
-MATCHED_RUN = "vanilla_equal_flops"
-
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training left behind.
+    """What a training produced and what it cost.
 
     Attributes:
-        checkpoint: the last complete checkpoint. first_step: where this call began (0 unless resumed).
-        losses: the named losses of the last step.
+        checkpoint: the last complete checkpoint.
+        first_step: the step that this call began with (0 unless it resumed a run). steps: of the whole run.
+        tokens, flops, seconds: spent on the whole run; tokens are those that bear loss.
+        losses: the losses of the last step, by name.
     """
 
     run: str
@@ -80,18 +71,19 @@ def train(
     restart: bool = False,
     match_flops: str = "",
 ) -> TrainResult:
-    """Train a run to its last step, going on from its last complete checkpoint if there is one.
+    """Train a run to its last step, continuing from its last complete checkpoint if there is one.
 
     Args:
-        mode: 'vanilla' or 'recursive' (which starts from what surgery wrote).
-        restart: drop the run's checkpoints and begin anew.
+        mode: 'vanilla', or 'recursive', which starts from the result of surgery.
+        directory: the working directory.
+        restart: delete the run's checkpoints and logs, and start at step 0.
         match_flops: train to the FLOPs that the run of this name spent; its number of steps follows from them.
 
     Raises:
         UsageError: settings that contradict each other. RRError: no surgery yet, checkpoints of other settings, broken
             data, a loss that is not finite. Interrupted: stopped by the user after saving.
     """
-    training = _prepare(settings, mode, directory, match_flops)
+    training = prepare_training(settings, mode, directory, match_flops=match_flops)
     if settings.num_processes > 1 and not launched():
         _check_shares(settings, settings.num_processes)
         return launch(
@@ -137,98 +129,11 @@ def train(
 # -- prepare -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Training:
-    """What one training is: all that is known of it before anything is loaded.
-
-    Attributes:
-        name: of the run. folder: of its checkpoints. logs: of its TensorBoard events.
-        start: the model it starts from. span: the layers that vanilla adapts in phase b; None means all of them.
-        inputs: the hash of what the run is made from: a run of other inputs is not continued.
-        flops: what it shall spend, where `--match-flops` says so; 0 means that the settings say how many steps.
-        callback: what is called after every step, or None.
-        resumed_from: the checkpoint that it goes on from; None where it begins.
-    """
-
-    settings: TrainSettings
-    mode: str
-    directory: Path
-    name: str
-    folder: Path
-    logs: Path
-    start: ModelSource
-    span: list[int] | None
-    inputs: str
-    flops: float
-    callback: Callable[[StepContext], object] | None
-    resumed_from: Path | None = None
-
-    @property
-    def first_step(self) -> int:
-        """How many steps are done already."""
-        return step_of(self.resumed_from) if self.resumed_from else 0
-
-    @property
-    def made_by(self) -> str:
-        """The command that makes the run, for error messages."""
-        return MAKERS.get(self.name, "rr train")
-
-
-def _prepare(settings: TrainSettings, mode: str, directory: Path, match_flops: str) -> _Training:
-    """Return what the training is.
-
-    Raises:
-        UsageError: settings that contradict each other. RRError: a model or a run that is not there yet.
-    """
-    if mode not in MODES:
-        raise UsageError(f"mode is '{mode}'", suggest(mode, MODES))
-    if mode == "vanilla" and settings.phase == "a":
-        raise UsageError("vanilla training in phase a has nothing to train", "Phase a trains the sidecar only.")
-    workspace = Workspace(directory, settings)
-    if match_flops and mode != "vanilla":
-        raise UsageError("--match-flops is for vanilla training", "Use it with --mode vanilla.")
-    flops = _spent_flops(workspace, match_flops) if match_flops else 0.0
-    name = settings.run_name or (MATCHED_RUN if match_flops else f"finetuned_{mode}")
-    if name in STAGES and name != f"finetuned_{mode}":
-        raise UsageError(f"run name '{name}' is a stage of its own", "Choose another --run-name.")
-    folder = workspace.run_folder(name)
-    callback = load_callback(settings.callback, directory)
-    start = workspace.base() if mode == "vanilla" else workspace.stage_model("after_surgery")
-    span = workspace.vanilla_span(settings) if mode == "vanilla" else None
-    identity = data_identity(settings, directory)
-    inputs = train_inputs(settings, mode, model_fingerprint(start, directory), identity, span)
-    return _Training(
-        settings=settings,
-        mode=mode,
-        directory=directory,
-        name=name,
-        folder=folder,
-        logs=workspace.log_folder(name),
-        start=start,
-        span=span,
-        inputs=combine(inputs, "equal FLOPs", flops) if flops else inputs,
-        flops=flops,
-        callback=callback,
-    )
-
-
-def _spent_flops(workspace: Workspace, run: str) -> float:
-    """Return the FLOPs that a run spent on training.
-
-    Raises:
-        RRError: it has no checkpoint.
-    """
-    found = checkpoints(workspace.run_folder(run))
-    if not found:
-        raise RRError(f"--match-flops: the run '{run}' has no checkpoint", "Train it first.")
-    return read_json(found[-1] / METRICS_FILE, MAKERS.get(run, "rr train"))["training"]["flops"]
-
-
 def _check_shares(settings: TrainSettings, count: int) -> None:
-    """Refuse what several processes cannot share.
+    """Refuse what `count` processes cannot share evenly.
 
     Raises:
-        UsageError: standard input, or a batch that they cannot share evenly.
+        UsageError: data from standard input, or a batch size that is no multiple of their number.
     """
     if count > 1 and settings.data == "-":
         raise UsageError("standard input cannot be read by several processes", "Save the data, and name the file.")
@@ -240,7 +145,7 @@ def _check_shares(settings: TrainSettings, count: int) -> None:
 
 
 def _check_shards(settings: TrainSettings, processes: Processes) -> None:
-    """Refuse what cannot be done where every process holds a part of the weights only.
+    """Refuse what cannot be trained where every process holds only a part of the weights.
 
     Raises:
         UsageError: packing, or a phase with a frozen base.
@@ -256,8 +161,8 @@ def _check_shards(settings: TrainSettings, processes: Processes) -> None:
         )
 
 
-def _open_folder(training: _Training, processes: Processes, *, restart: bool) -> Path | None:
-    """Make the run's folder, or empty it for a restart; return the checkpoint to go on from.
+def _open_folder(training: TrainingRun, processes: Processes, *, restart: bool) -> Path | None:
+    """Make the run's folder, empty for a restart; return the checkpoint to continue from, or None.
 
     Raises:
         RRError: the folder holds a run of other inputs.
@@ -284,11 +189,12 @@ def _open_folder(training: _Training, processes: Processes, *, restart: bool) ->
 # -- build -------------------------------------------------------------------------------------------------------------
 
 
-def _load_model(training: _Training, device: str) -> tuple[Any, Any]:
-    """Return the model, with what the phase adds to it, and its tokenizer.
+def _load_model(training: TrainingRun, device: str) -> tuple[Any, Any]:
+    """Return the model with what the phase adds to it, and its tokenizer.
 
     Raises:
-        UsageError: a model in float16. RRError: one that does not go with its tokenizer, or that cannot be compiled.
+        UsageError: the model is in float16. RRError: its vocabulary is smaller than the tokenizer's, or it cannot be
+            compiled.
     """
     settings, resumed = training.settings, training.resumed_from
     source = ModelSource(str(resumed), resumed) if resumed else training.start
@@ -312,9 +218,9 @@ def _load_model(training: _Training, device: str) -> tuple[Any, Any]:
 
 
 def _load_data(
-    training: _Training, model: Any, tokenizer: Any, reporter: Reporter
+    training: TrainingRun, model: Any, tokenizer: Any, reporter: Reporter
 ) -> tuple[EvalData | None, TrainingData]:
-    """Return what is measured at intervals (None: nothing is), and what is trained on."""
+    """Return the data that is measured at intervals (None where nothing is), and the data that is trained on."""
     settings, directory = training.settings, training.directory
     samples = settings.eval_samples
     evaluation = held_out_data(settings, directory, samples, samples) if settings.eval_interval else None
@@ -324,18 +230,20 @@ def _load_data(
 
 
 def _within_context(settings: TrainSettings, model: Any, reporter: Reporter) -> TrainSettings:
-    """Lower the longest example to what the model can take."""
+    """Return settings whose longest example fits into the model's context; warn where that is shorter."""
     from rrcli.data.batching import context_length
 
     context = context_length(model)
     if settings.max_length <= context:
         return settings
-    reporter.warn(f"--max-length is {settings.max_length}, the model's context {context} tokens: the latter holds")
+    reporter.warn(
+        f"--max-length is {settings.max_length}, but the model's context is {context} tokens: examples are cut to those"
+    )
     return with_changes(settings, max_length=context)
 
 
 def _tell_about(data: TrainingData, reporter: Reporter) -> None:
-    """Say what was left out of the text, and how much of each file of problems is trained on."""
+    """Report what was left out of the text, and how many problems of each file are trained on."""
     if data.notice:
         reporter.note(data.notice)
     for task in data.tasks:
@@ -348,7 +256,7 @@ def _tell_about(data: TrainingData, reporter: Reporter) -> None:
 
 
 def _run(
-    training: _Training,
+    training: TrainingRun,
     model: Any,
     tokenizer: Any,
     *,
@@ -357,13 +265,13 @@ def _run(
     reporter: Reporter,
     processes: Processes,
 ) -> Trainer:
-    """Train to the last step with logs and checkpoints; return the trainer as it is then."""
+    """Train to the last step, with logs and checkpoints, and return the trainer."""
     from rrcli.data.packing import check_packing
     from rrcli.tracker import SUMMARY, MetricsTracker
     from rrcli.training.flops import steps_for
     from rrcli.training.trainer import INTERVAL_TAG, Trainer
 
-    kept = _checkpoints_of(training)
+    saved = _checkpoints_of(training)
     logs = training.logs if processes.main else None
     with MetricsTracker(logs, purge_step=training.first_step + 1) as tracker, stop_signals() as stopped:
         trainer = Trainer(
@@ -374,7 +282,7 @@ def _run(
             data=data,
             tracker=tracker,
             reporter=reporter,
-            save=kept.save,
+            save=saved.save,
             evaluation=evaluation,
             callback=training.callback,
             processes=processes,
@@ -382,13 +290,13 @@ def _run(
         if training.settings.packing:
             check_packing(trainer.computation.readout)
         if training.resumed_from:
-            kept.resume(trainer, training.resumed_from)
+            saved.resume(trainer, training.resumed_from)
         if training.flops:
             trainer.set_steps(steps_for(trainer, training.flops))
         shown = ["train/loss/total"] + [f"evaluation/{INTERVAL_TAG}/perplexity"] * (evaluation is not None)
         shown += [f"final/{metric}" for metric in SUMMARY]  # `rr eval` logs them into the same run
         tracker.log_hparams({"mode": training.mode, **asdict(trainer.settings)}, shown)
-        data.drawn = data.cut = data.skipped = 0
+        data.drawn = data.cut = data.skipped = 0  # what was drawn to estimate costs does not count
         try:
             trainer.train(training.first_step, stopped)
         finally:
@@ -397,7 +305,7 @@ def _run(
     return trainer
 
 
-def _checkpoints_of(training: _Training) -> Checkpoints:
+def _checkpoints_of(training: TrainingRun) -> Checkpoints:
     from rrcli.training.checkpoint import Checkpoints
 
     settings = training.settings

@@ -18,7 +18,7 @@ from rrcli.settings import TrainSettings
 
 
 def plan_step(
-    batch: Batch, step: int, settings: TrainSettings, recursion: RecursionConfig | None
+    batch: Batch, step: int, settings: TrainSettings, *, recursion: RecursionConfig | None
 ) -> tuple[Batch, StepPlan]:
     """Return a step's batch with its sampled positions, and what holds for all parts of it.
 

@@ -157,7 +157,7 @@ class Trainer:
     def planned(self, step: int) -> tuple[Batch, StepPlan]:
         """Return the batch of a step (from 0) and what holds for all parts of it."""
         config = None if self.recursion is None else self.recursion.config
-        return plan_step(self.data.batch(step), step, self.settings, config)
+        return plan_step(self.data.batch(step), step, self.settings, recursion=config)
 
     def set_steps(self, steps: int) -> None:
         """Change how many steps there are, before the first one."""
