@@ -1,14 +1,15 @@
-"""What training minimises. One function for vanilla and recursive: vanilla is depth 0.
+"""The losses that training minimises. One function for vanilla and recursive training: vanilla is depth 0.
 
-    final_ce    cross-entropy of the last pass, all loss-bearing tokens
-    masked_ce   the same of passes 0..d-1, on a sampled share of the windows of text (deep supervision)
+    final_ce    cross-entropy of the last pass at all loss-bearing positions
+    masked_ce   the same of passes 0..d-1, at the positions of sampled windows (deep supervision)
     halt        the boundary head's BCE; label 1 where the next pass gains no more than a margin; weighted by how far
-                the gain is from the margin, mean within each example, so that it does not matter how a batch is cut
+                the gain is from the margin and averaged within each example, so that it does not depend on how a batch
+                is cut into parts
     ponder      expected number of passes, Σ_k Π_{j<k} (1 - p_j), differentiable
     stability   mean SiLU(CE(k) - CE(k-1)): a later pass may not be worse
     total       their weighted sum
 
-The boundary head reads detached states: it learns to judge the passes, it does not bend them.
+The boundary head reads detached states: it learns to judge the passes, and its losses do not change them.
 """
 
 from __future__ import annotations
@@ -49,13 +50,14 @@ class StepPlan:
 
 @dataclass
 class LossTerms:
-    """The losses of one batch part, each already divided by the step's count of tokens.
+    """The losses of one part of a step, already divided by the counts of the whole step.
 
     Attributes:
         total: what to call `backward` on.
         parts: the named losses, detached.
         depth_ce: this part's share of the mean cross-entropy of each pass at the sampled positions, in nats.
-        chunks: totals of the chunk metrics; feedback_norm: see `Passes`.
+        chunks: totals of the chunk metrics.
+        feedback_norm: see `Passes`.
     """
 
     total: Tensor
@@ -128,13 +130,14 @@ def compute_losses(readout: Readout, batch: Batch, *, plan: StepPlan) -> LossTer
 def sample_windows(batch: Batch, *, width: int, share: float, generator: torch.Generator) -> Tensor:
     """Draw the positions that intermediate passes learn from: whole windows, so that they give the chunk metrics too.
 
-    Drawn once for the whole step, before it is cut into parts, and the same however its examples lie in rows.
+    They are drawn once for the whole step, before it is cut into parts, and do not depend on how its examples are laid
+    into rows.
 
     Args:
         width: loss-bearing positions in a window. share: of the windows, 0 to 1. generator: on the CPU.
 
     Returns:
-        `[row, position]` booleans, at least one true where any label bears loss.
+        `[row, position]` booleans, at least one True if any position bears loss.
     """
     windows = _windows(_example_of_each(batch), width)
     if not len(windows):

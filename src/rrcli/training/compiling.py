@@ -1,7 +1,8 @@
-"""`--compile`: the decoder layers by torch.compile, one graph for all of them.
+"""`--compile`: compile the decoder layers with torch.compile.
 
-Only a layer's own forward is compiled, not its call: the recursion's hooks stay plain Python around it. Whole models
-take minutes where equal layers share one compilation. Shapes are dynamic: every batch has its own width.
+Only the forward of a layer is compiled, not its call, so the recursion's hooks around it stay plain Python. Equal
+layers share one compilation, whereas compiling a whole model takes minutes. Shapes are dynamic, as every batch has
+another width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The optimiser of a training: which parameters learn how fast, and its state as plain tensors that can be saved."""
+"""The optimiser of a training: what trains, at which learning rate, and the state to save, as plain tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FINAL_SHARE = 0.1
 
 
 def learning_rate_factor(step: int, settings: TrainSettings) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up, then the schedule, down to a tenth."""
+    """Return the factor of the peak learning rate at a step: linear warm-up, then the schedule, down to a tenth."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
@@ -84,7 +84,7 @@ class Optimizer:
         self.trained = {name: parameter for name, parameter, _ in named}
         self.sharded = any(isinstance(parameter, DTensor) for parameter in self.trained.values())
         self.average = {n: p.detach().clone() for n, p in self.trained.items()} if settings.ema else {}
-        # Fused: one pass over memory in place of a dozen.
+        # Fused: it goes over the memory once instead of a dozen times.
         self.adamw = torch.optim.AdamW(list(groups.values()), betas=BETAS, fused=True)
 
     def set_step(self, step: int) -> float:
@@ -104,9 +104,9 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, step: int) -> None:
-        """Take optimiser step `step` (from 0), drop the gradients, and let the average follow.
+        """Take optimiser step `step` (from 0), free the gradients, and update the average.
 
-        The average's decay warms up, min(decay, (1 + t) / (10 + t)), so that it does not stick to the start.
+        The decay of the average warms up as min(decay, (1 + t) / (10 + t)), so that it soon forgets the first weights.
         """
         self.adamw.step()
         self.forget_gradients()
@@ -116,8 +116,8 @@ class Optimizer:
 
     @contextmanager
     def published(self) -> Iterator[None]:
-        """Let the model hold the weights to evaluate and save; the ones in training come back afterwards."""
-        if self.sharded:  # a shard's memory is known to others: change what is in it
+        """Within this context the model holds the weights to evaluate and save; then the ones in training come back."""
+        if self.sharded:  # torch holds references to a shard's memory, so its content has to be replaced
             with self._published_in_place():
                 yield
             return
@@ -144,9 +144,9 @@ class Optimizer:
                     self.trained[name.removeprefix("raw/")].copy_(tensor)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return what `published` hides: the fp32 weights in training and their average; nothing where they are equal.
+        """Return the fp32 weights in training and their average; nothing where the published weights are the same.
 
-        Tied parameters occur once: a parameter is named once.
+        Tied parameters occur once.
         """
         if not self.average and all(dtype == torch.float32 for dtype in self.formats.values()):
             return {}
@@ -180,6 +180,9 @@ class Optimizer:
         for key, tensor in tensors.items():
             name, _, entry = key.rpartition("/")
             if name not in index:
-                raise RRError(f"the saved optimiser state knows a parameter '{name}', the model does not", "--restart")
+                raise RRError(
+                    f"the saved optimiser state has a parameter '{name}', which the model does not have",
+                    "Train anew with --restart.",
+                )
             state.setdefault(index[name], {})[entry] = cut_like(tensor, self.trained[name])
         self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})

@@ -1,12 +1,12 @@
 """The training loop: one for vanilla and recursive fine-tuning.
 
 What it does, and its limits:
-- every batch, its order, its depth and its sampled windows follow from (seed, step), so a resumed run continues exactly
+- batches, their order, depths and sampled windows follow from (seed, step), so a resumed run continues exactly
 - losses are summed and divided by the counts of the whole step, so it does not matter in which parts it is computed
-- weights train in fp32; a model that was loaded in bfloat16 computes in it, under autocast
-- out of memory: the parts of a batch become half as large, the step is computed again
-- a non-finite loss or gradient stops before the optimiser step; the last checkpoint stays
-- several processes, one device each: each computes its rows of every batch (see `processes`)
+- weights train in fp32; a model that was loaded in bfloat16 computes in bfloat16, under autocast
+- when memory runs out, the step is computed again in parts of half the size
+- a non-finite loss or gradient stops the training before the optimiser step; the last checkpoint stays
+- several processes have a device each, and each computes its rows of every batch (see `processes`)
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SPARK_STEPS = 60
 
 
 class Computation(torch.nn.Module):
-    """What a step computes of some rows, with all that it reads below it, so that it can be sharded as one module."""
+    """The forward of a part of a step, as one module that holds all weights it reads, so that it can be sharded."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -65,9 +65,11 @@ class Trainer:
     """Trains `model` in place.
 
     Args:
-        evaluation: what is measured at intervals, or None.
-        save: writes a checkpoint after a step; every process calls it. callback: called after every step, or None.
-        processes: which of how many processes this is. Tracker, reporter and callback are those of the main one.
+        name: the name of the run.
+        save: writes the checkpoint of a step; every process calls it.
+        evaluation: the data that is measured at intervals; None for no such measurement.
+        callback: called after every step by the main process; None for nothing.
+        processes: which of how many processes this is; by default the only one.
     """
 
     def __init__(
@@ -101,10 +103,10 @@ class Trainer:
         self.losses: dict[str, float] = {}
 
     def train(self, first: int, stopped: list[int]) -> None:
-        """Train from step `first` (from 0) to the last; `stopped` becomes non-empty when the user wants an end.
+        """Train from step `first` (from 0) to the last one; `stopped` becomes non-empty when the user wants to stop.
 
         Raises:
-            RRError: a loss that is not finite, a callback that failed, no memory left. Interrupted: stopped and saved.
+            RRError: a loss is not finite, a callback failed, or memory ran out. Interrupted: stopped after saving.
         """
         settings, spent = self.settings, self.state.spent
         guessing = math.log(self.computation.readout.vocabulary)
@@ -160,14 +162,14 @@ class Trainer:
         return plan_step(self.data.batch(step), step, self.settings, recursion=config)
 
     def set_steps(self, steps: int) -> None:
-        """Change how many steps there are, before the first one."""
+        """Change how many steps the run has; `train` reads it when it begins."""
         self.settings = self.optimizer.settings = with_changes(self.settings, steps=steps)
 
     def gradients(self, batch: Batch, plan: StepPlan, *, step: int) -> dict[str, float]:
-        """Leave a step's gradients in the parameters and return its scalars, in as large parts as memory allows.
+        """Compute the gradients of a step, in as large parts as memory allows, and return its scalars by tag.
 
         Raises:
-            RRError: even one example is too much for the memory.
+            RRError: memory does not even hold one example, or parts cannot become smaller because weights are sharded.
         """
         while True:
             try:
@@ -193,7 +195,7 @@ class Trainer:
         """Take the optimiser step.
 
         Raises:
-            RRError: out of memory, where some weights may have moved and others not.
+            RRError: memory ran out, where some weights may have changed and others not.
         """
         fits = True
         try:
@@ -236,7 +238,7 @@ class Trainer:
     def _joined(
         self, batch: Batch, depth: int, parts: list[tuple[dict[str, float], ChunkTotals, float]]
     ) -> dict[str, float]:
-        """Return a step's scalars from what every process computed of it."""
+        """Return the scalars of a step from the shares that the processes computed."""
         chunks, scalars, flops = ChunkTotals(), dict[str, float](), 0.0
         for own, own_chunks, own_flops in parts:
             for tag, value in own.items():
@@ -247,7 +249,7 @@ class Trainer:
         return scalars | {f"train/generation/{name}": value for name, value in chunks.metrics().items()}
 
     def _after_step(self, done: int, stopped: bool) -> None:
-        """Call back, evaluate and save where it is time to."""
+        """Call the callback, then evaluate and save if this step is due."""
         settings, last = self.settings, done == self.settings.steps
         failed, cause = self._call_back(done)
         improved = False
@@ -259,7 +261,7 @@ class Trainer:
             raise RRError(failed, "The step is saved: correct the function, and the same command goes on.") from cause
 
     def _call_back(self, done: int) -> tuple[str, Exception | None]:
-        """Let the main process call `--callback`; return to all of them what went wrong, and to it the exception."""
+        """Let the main process call `--callback`; return to all what went wrong, and to it the exception."""
         failed, cause = "", None
         if self.callback is None:
             return failed, cause
@@ -274,7 +276,7 @@ class Trainer:
     def _evaluate(self, done: int) -> bool:
         """Measure the weights that would be saved; return whether they are the best so far.
 
-        Every process does the same, so that none waits for hours; the main one's numbers count.
+        Every process does the same work, so that none waits for the others; the numbers of the main one count.
         """
         settings = self.settings
         limits = EvalSettings(
