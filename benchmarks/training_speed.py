@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,18 @@ from engine_overhead import smollm2
 from torch.nn import functional as F
 
 import rrcli
-from rrcli.data.batching import Batch
 from rrcli.evaluation.performance import peak_resident_mb, reset_peak_resident
 from rrcli.heap import keep_freed_memory
-from rrcli.recursion.losses import LossWeights, compute_losses, sample_windows
+from rrcli.recursion.batch import IGNORED, Batch
+from rrcli.recursion.config import LossWeights
+from rrcli.recursion.losses import StepPlan, compute_losses, sample_windows
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Silent
 from rrcli.settings import TrainSettings
 from rrcli.tracker import MetricsTracker
-from rrcli.training import trainer as trainer_module
+from rrcli.training import step_plan
 from rrcli.training.optimizer import BETAS
+from rrcli.training.trainer import Trainer
 
 SPEED, RECURSION, MEMORY = 0.95, 1.15, 0.5
 DEPTHS = (1, 2)
@@ -62,7 +65,7 @@ class Batches:
         """Return the batch of a step."""
         self.asked.append(time.perf_counter())
         ids = torch.randint(0, self.vocabulary, self.shape, generator=torch.Generator().manual_seed(step))
-        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
+        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
         return Batch(ids, torch.ones_like(ids), labels)
 
     def seconds(self) -> list[float]:
@@ -78,25 +81,27 @@ def ours(model: Any, data: Batches, steps: int, depth: int, folder: Path) -> tup
         schedule="constant", eval_interval=0, save_interval=steps + 2,
     )  # fmt: skip
     recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=max(DEPTHS))) if depth else None
-    sampled, trainer_module.sampled_depth = trainer_module.sampled_depth, lambda *_: depth
+    sampled, step_plan.sampled_depth = step_plan.sampled_depth, lambda *_: depth
     try:
         with MetricsTracker(folder / "logs") as tracker:
-            trainer = trainer_module.Trainer(
-                settings, "benchmark", model, None, data, None, tracker, Silent(), lambda *_: None
-            )  # type: ignore[arg-type]
+            trainer = Trainer(
+                settings, model, None, name="benchmark", data=data, tracker=tracker, reporter=Silent(),  # type: ignore[arg-type]
+                save=lambda *_: None,
+            )  # fmt: skip
             trainer.train(0, [])
             seconds = data.seconds()
     finally:
-        trainer_module.sampled_depth = sampled
+        step_plan.sampled_depth = sampled
         model.zero_grad(set_to_none=True)
         if recursion is not None:
             recursion.detach()
-    return seconds, trainer.progress.flops_by_depth[depth]
+    return seconds, trainer.state.flops_by_depth[depth]
 
 
 def theirs(model: Any, data: Batches, steps: int, folder: Path) -> list[float]:
     """Train with transformers' Trainer; return the seconds of the steps."""
-    from transformers import PrinterCallback, Trainer, TrainingArguments
+    from transformers import PrinterCallback, TrainingArguments
+    from transformers import Trainer as TheirTrainer
 
     def collate(numbers: list[int]) -> dict[str, torch.Tensor]:
         batch = data.batch(numbers[0] // data.shape[0])
@@ -110,7 +115,7 @@ def theirs(model: Any, data: Batches, steps: int, folder: Path) -> list[float]:
         dataloader_pin_memory=False, use_cpu=model.device.type == "cpu", remove_unused_columns=False,
     )  # fmt: skip
     numbers = list(range((steps + 2) * data.shape[0]))
-    trainer = Trainer(model=model, args=arguments, data_collator=collate, train_dataset=numbers)
+    trainer = TheirTrainer(model=model, args=arguments, data_collator=collate, train_dataset=numbers)
     trainer.remove_callback(PrinterCallback)
     trainer._get_train_sampler = lambda *_: None  # in order
     trainer.train()
@@ -151,10 +156,11 @@ def added_alone(way: str, rows: int, tokens: int) -> None:
     if way == "naive":
         naive(readout, batch, max(DEPTHS)).backward()
     else:
-        sampled = sample_windows(batch.labels, 16, 0.5, torch.Generator().manual_seed(0))
-        arguments = (batch.input_ids, batch.attention_mask, batch.labels)
-        n = int(sampled.sum())
-        compute_losses(readout, *arguments, LossWeights(), batch.tokens, 16, sampled, n).total.backward()
+        sampled = sample_windows(batch, width=16, share=0.5, generator=torch.Generator().manual_seed(0))
+        plan = StepPlan(
+            depth=max(DEPTHS), weights=LossWeights(), chunk_width=16, tokens=batch.tokens, sampled=int(sampled.sum())
+        )
+        compute_losses(readout, replace(batch, sampled=sampled), plan=plan).total.backward()
     print(json.dumps(peak_resident_mb() - before))
 
 

@@ -11,6 +11,8 @@ from dataclasses import Field, dataclass, field, fields, replace
 from enum import Flag, auto
 from typing import Any, TypeVar
 
+from rrcli.recursion.config import LossWeights, RecursionConfig
+
 STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive")
 
 
@@ -148,12 +150,21 @@ class SurgerySettings(CommonSettings):
 
     span: str = option("all", "Decoder layers that are run again: 'all', or START:END.", reaches=SIDECAR)
     max_steps: int = option(
-        2, "Most passes after the first one (pass 0), from 1 to 8.", reaches=SIDECAR, minimum=1, maximum=8
+        RecursionConfig.max_steps,
+        "Most passes after the first one (pass 0), from 1 to 8.",
+        reaches=SIDECAR,
+        minimum=1,
+        maximum=8,
     )
     cell_width: int = option(
         0, "Inner width of the feedback cell; 0 = the model's hidden size.", reaches=SIDECAR, minimum=0
     )
-    chunk_width: int = option(16, "Tokens that are drafted and refined together.", reaches=SIDECAR, minimum=1)
+    chunk_width: int = option(
+        RecursionConfig.chunk_width,
+        "Tokens that are drafted and refined together.",
+        reaches=SIDECAR,
+        minimum=1,
+    )
 
 
 @dataclass(frozen=True)
@@ -259,10 +270,14 @@ class TrainSettings(CommonSettings):
         32, "Scale of the adapters: alpha / rank.", reaches=WEIGHTS, only="lora", panel=LORA, minimum=1
     )
     final_weight: float = option(
-        1.0, "Weight of final_ce, the cross-entropy of the last pass.", reaches=WEIGHTS, panel=LOSS, minimum=0
+        LossWeights.final,
+        "Weight of final_ce, the cross-entropy of the last pass.",
+        reaches=WEIGHTS,
+        panel=LOSS,
+        minimum=0,
     )
     masked_weight: float = option(
-        0.5,
+        LossWeights.masked,
         "Weight of masked_ce, the cross-entropy of the earlier passes.",
         reaches=WEIGHTS,
         only="recursive",
@@ -270,10 +285,15 @@ class TrainSettings(CommonSettings):
         minimum=0,
     )
     halt_weight: float = option(
-        0.05, "Weight of halt, the boundary head's own loss.", reaches=WEIGHTS, only="recursive", panel=LOSS, minimum=0
+        LossWeights.halt,
+        "Weight of halt, the boundary head's own loss.",
+        reaches=WEIGHTS,
+        only="recursive",
+        panel=LOSS,
+        minimum=0,
     )
     ponder_weight: float = option(
-        0.01,
+        LossWeights.ponder,
         "Weight of ponder, the expected number of passes, after its warm-up.",
         reaches=WEIGHTS,
         only="recursive",
@@ -281,7 +301,7 @@ class TrainSettings(CommonSettings):
         minimum=0,
     )
     stability_weight: float = option(
-        0.01,
+        LossWeights.stability,
         "Weight of stability, the loss of a pass that is worse than the one before it.",
         reaches=WEIGHTS,
         only="recursive",
@@ -289,7 +309,7 @@ class TrainSettings(CommonSettings):
         minimum=0,
     )
     supervised_share: float = option(
-        0.5,
+        LossWeights.share,
         "Share of the positions that masked_ce is computed on.",
         reaches=WEIGHTS,
         only="recursive",
@@ -298,7 +318,7 @@ class TrainSettings(CommonSettings):
         maximum=1,
     )
     commit_margin: float = option(
-        0.02,
+        LossWeights.margin,
         "A further pass counts as useful for a token if it lowers the token's loss by more than this, in nats.",
         reaches=WEIGHTS,
         only="recursive",

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from rrcli.data.batching import Batch, collate
-from rrcli.data.rendering import IGNORED, encode_prompt
+from rrcli.data.batching import collate
+from rrcli.data.rendering import encode_prompt
 from rrcli.data.splits import is_held_out
 from rrcli.data.tasks import Task, prompt_of
 from rrcli.data.training_data import TRAINING_SEEDS, TrainingData, source_fingerprint, task_specs, training_seed
 from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.held_out import held_out_data
+from rrcli.recursion.batch import IGNORED, Batch
 from rrcli.settings import CommonSettings, EvalSettings, TrainSettings
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from families import build, wake
-from rrcli.data.batching import Batch, collate
+from rrcli.data.batching import collate
 from rrcli.data.packing import check_packing, pack
-from rrcli.data.rendering import IGNORED
 from rrcli.errors import UsageError
-from rrcli.recursion.config import RecursionConfig
+from rrcli.recursion.batch import IGNORED, Batch
+from rrcli.recursion.config import LossWeights, RecursionConfig
 from rrcli.recursion.engine import attach
-from rrcli.recursion.losses import LossTerms, LossWeights, compute_losses, sample_windows
+from rrcli.recursion.losses import LossTerms, StepPlan, compute_losses, sample_windows
 from rrcli.recursion.readout import Readout
 
 DENSE = ("llama", "qwen3", "gemma2", "mistral", "gpt2")
@@ -30,14 +31,12 @@ def examples(count: int = 7) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def losses(model: Any, batch: Batch) -> LossTerms:
+def losses(model: Any, batch: Batch, depth: int) -> LossTerms:
     weights = LossWeights(share=0.5)
     generator = torch.Generator().manual_seed(5)
-    sampled = sample_windows(batch.labels, WIDTH, weights.share, generator, batch.examples)
-    return compute_losses(
-        *(Readout(model), batch.input_ids, batch.attention_mask, batch.labels, weights, batch.tokens, WIDTH, sampled),
-        *(int(sampled.sum()), batch.position_ids, batch.examples),
-    )
+    sampled = sample_windows(batch, width=WIDTH, share=weights.share, generator=generator)
+    plan = StepPlan(depth=depth, weights=weights, chunk_width=WIDTH, tokens=batch.tokens, sampled=int(sampled.sum()))
+    return compute_losses(Readout(model), replace(batch, sampled=sampled), plan=plan)
 
 
 def test_examples_lie_where_they_fit_best() -> None:
@@ -63,8 +62,7 @@ def test_packed_losses_and_gradients_are_those_of_separate_rows(family: str, dep
     def run(batch: Batch) -> tuple[LossTerms, dict[str, torch.Tensor]]:
         model = build(family)  # without dropout, which would draw other positions
         recursion = wake(attach(model, RecursionConfig(max_steps=2, chunk_width=WIDTH)))
-        recursion.depth = depth
-        terms = losses(model, batch)
+        terms = losses(model, batch, depth)
         terms.total.backward()
         named = [*model.named_parameters(), *recursion.named_parameters()]
         return terms, {name: p.grad for name, p in named if p.grad is not None}

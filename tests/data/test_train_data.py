@@ -111,7 +111,7 @@ def test_packing_that_is_not_exact_is_refused_before_it_trains(operated, monkeyp
 
 def _joined(examples):
     """Lay all examples into one row in which they see one another."""
-    from rrcli.data.batching import Batch
+    from rrcli.recursion.batch import Batch
 
     ids = torch.tensor([[token for example in examples for token in example[0]]])
     numbers = torch.tensor([[n for n, example in enumerate(examples) for _ in example[0]]])
@@ -157,7 +157,8 @@ def test_no_example_is_longer_than_the_context(operated):
     reporter = Silent()
     settings = changed(run_name="long", data="long.jsonl", task_share=0.0, max_length=4096, batch_size=1, steps=2)
     service.train(settings, "vanilla", operated, reporter)
-    assert f"--max-length is 4096, the model's context {context} tokens: the latter holds" in reporter.warnings
+    said = f"--max-length is 4096, but the model's context is {context} tokens: examples are cut to those"
+    assert said in reporter.warnings
     assert f"2 of 2 examples were longer than {context} tokens and were cut" in reporter.warnings
 
 

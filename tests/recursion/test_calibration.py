@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
 import torch
 
-from rrcli.recursion.calibration import BINS, MARGIN, errors, joined, reliability, table
+from rrcli.recursion.calibration import BINS, errors, joined, reliability, table
+from rrcli.recursion.config import LossWeights
 from rrcli.settings import TrainSettings
 
 
@@ -23,7 +25,9 @@ def test_bins_and_errors_are_those_of_a_loop():
         for t in range(400):
             gain = float(losses[k, t].double() - losses[k + 1, t].double())
             p = float(commit[k, t])
-            rows[min(BINS - 1, math.floor(p * BINS))].append((p, gain <= MARGIN, min(1.0, abs(gain - MARGIN))))
+            rows[min(BINS - 1, math.floor(p * BINS))].append(
+                (p, gain <= LossWeights.margin, min(1.0, abs(gain - LossWeights.margin)))
+            )
     bins = reliability(commit, losses)
     for row, found in zip(rows, table(bins), strict=True):
         assert found["n"] == len(row)
@@ -58,4 +62,5 @@ def test_a_head_that_is_right_has_no_error_and_one_that_is_sure_and_wrong_has_th
 
 
 def test_the_margin_is_the_one_of_training():
-    assert TrainSettings().commit_margin == MARGIN
+    default = inspect.signature(reliability).parameters["margin"].default
+    assert TrainSettings().commit_margin == LossWeights().margin == default

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from families import build, far, tokens, uncached, wake
 from rrcli.recursion import readout as readout_module
+from rrcli.recursion.batch import IGNORED, Batch
 from rrcli.recursion.boundary_head import BoundaryHead
 from rrcli.recursion.chunk_metrics import teacher_forced_chunks
-from rrcli.recursion.config import RecursionConfig
+from rrcli.recursion.config import LossWeights, RecursionConfig
 from rrcli.recursion.engine import attach
-from rrcli.recursion.losses import LossWeights, compute_losses, sample_windows
+from rrcli.recursion.losses import StepPlan, compute_losses, sample_windows
 from rrcli.recursion.readout import Readout
 
 MAX_STEPS = 2
@@ -32,25 +35,26 @@ def batch(rows=4):
     ids = tokens(rows, 12)
     mask = torch.ones_like(ids)
     mask[2, :3] = 0
-    labels = tokens(rows, 12, seed=1).masked_fill(mask == 0, -100)
-    labels[0, :10] = -100
-    labels[3, ::2] = -100
+    labels = tokens(rows, 12, seed=1).masked_fill(mask == 0, IGNORED)
+    labels[0, :10] = IGNORED
+    labels[3, ::2] = IGNORED
     return ids, mask, labels
 
 
-def losses(model, data, weights=ALL, tokens_in_step=None, seed=0):
-    ids, mask, labels = data
-    count = int(labels.ne(-100).sum()) if tokens_in_step is None else tokens_in_step
-    sampled = sample_windows(labels, WIDTH, weights.share, torch.Generator().manual_seed(seed))
+def losses(model, data, weights=ALL, tokens_in_step=None, seed=0, depth=MAX_STEPS):
+    part = Batch(*data)
+    count = part.tokens if tokens_in_step is None else tokens_in_step
+    sampled = sample_windows(part, width=WIDTH, share=weights.share, generator=torch.Generator().manual_seed(seed))
     # Where all positions are sampled, the step's count of them is that of its tokens.
     total = count if weights.share == 1 else int(sampled.sum())
-    return compute_losses(Readout(model), ids, mask, labels, weights, count, WIDTH, sampled, total)
+    plan = StepPlan(depth=depth, weights=weights, chunk_width=WIDTH, tokens=count, sampled=total)
+    return compute_losses(Readout(model), replace(part, sampled=sampled), plan=plan)
 
 
 def naive(model, recursion, data, weights=ALL):
     """Return the losses by their definitions: every pass is a forward of its own at that depth."""
     ids, mask, labels = data
-    bearing = labels.ne(-100)
+    bearing = labels.ne(IGNORED)
     targets, n = labels[bearing], int(bearing.sum())
     ce, commit, states = [], [], []
     span_end = recursion.layers[recursion.end]
@@ -117,9 +121,9 @@ def test_at_depth_0_the_loss_is_plain_cross_entropy(family, attach_one):
     if not attach_one:
         recursion.detach()
     ids, mask, labels = batch()
-    terms = losses(model, (ids, mask, labels), tokens_in_step=50)
+    terms = losses(model, (ids, mask, labels), tokens_in_step=50, depth=0)
     logits = model(ids, attention_mask=mask, use_cache=False).logits
-    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / 50
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum") / 50
     torch.testing.assert_close(terms.total, expected, rtol=1e-5, atol=1e-6)
     assert set(terms.parts) == {"total", "final_ce"}
     assert terms.chunks.metrics() == {}
@@ -171,7 +175,7 @@ def test_parts_of_a_batch_sum_to_the_whole():
     model, recursion = awake()
     ids, mask, labels = batch()
     weights = LossWeights(share=1.0)
-    count = int(labels.ne(-100).sum())
+    count = int(labels.ne(IGNORED).sum())
     whole = losses(model, (ids, mask, labels), weights)
     expected = gradients(whole.total, model, recursion)
     parts = []
@@ -190,13 +194,36 @@ def test_parts_of_a_batch_sum_to_the_whole():
     assert metrics == whole.chunks
 
 
+def test_a_part_of_a_batch_is_cut_from_all_of_its_tensors():
+    ids, mask, labels = batch()
+    whole = Batch(ids, mask, labels, sampled=labels.ne(IGNORED))
+    part = whole.part(slice(1, 3)).to("cpu")
+    assert torch.equal(part.input_ids, ids[1:3])
+    assert torch.equal(part.attention_mask, mask[1:3])
+    assert torch.equal(part.labels, labels[1:3])
+    assert part.sampled is not None
+    assert torch.equal(part.sampled, part.loss_bearing)
+    assert (part.position_ids, part.examples) == (None, None)
+    assert (whole.tokens, whole.positions, part.tokens) == (29, 48, 21)
+
+
+@torch.no_grad()
+def test_all_positions_are_sampled_unless_a_batch_says_which():
+    model, _ = awake()
+    part = Batch(*batch())
+    plan = StepPlan(depth=MAX_STEPS, weights=ALL, chunk_width=WIDTH, tokens=part.tokens, sampled=part.tokens)
+    found, expected = compute_losses(Readout(model), part, plan=plan), losses(model, batch())
+    assert torch.equal(found.total, expected.total)
+    assert found.chunks == expected.chunks
+
+
 @torch.no_grad()
 def test_neither_the_order_of_rows_nor_more_padding_changes_a_loss():
     model, _ = awake()
     ids, mask, labels = batch()
     expected = losses(model, (ids, mask, labels))
     order = torch.tensor([2, 0, 3, 1])
-    padded = [F.pad(t, (0, 5), value=value) for t, value in ((ids, 7), (mask, 0), (labels, -100))]
+    padded = [F.pad(t, (0, 5), value=value) for t, value in ((ids, 7), (mask, 0), (labels, IGNORED))]
     for data in ((ids[order], mask[order], labels[order]), tuple(padded)):
         found = losses(model, data)
         for name, value in expected.parts.items():
@@ -232,7 +259,7 @@ def test_the_chunk_metrics_are_those_of_every_passes_predictions():
     model, recursion = awake()
     ids, mask, labels = batch()
     terms = losses(model, (ids, mask, labels))
-    bearing = labels.ne(-100)
+    bearing = labels.ne(IGNORED)
     predictions, windows, number = [], [], 0
     for k in range(MAX_STEPS + 1):
         with recursion.at_depth(k):

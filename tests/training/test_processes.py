@@ -43,9 +43,9 @@ def train_and_record(settings: TrainSettings, folder: Path) -> int:
     """Train, and note the token ids of every part that this process computed, in its order."""
     real, seen = trainer_module.compute_losses, []
 
-    def recording(readout, ids, *rest):
-        seen.append(ids)
-        return real(readout, ids, *rest)
+    def recording(readout, batch, *, plan):
+        seen.append(batch.input_ids)
+        return real(readout, batch, plan=plan)
 
     trainer_module.compute_losses = recording
     try:
@@ -77,11 +77,11 @@ def train_without_memory_in_process_1(settings: TrainSettings, folder: Path) -> 
     """Train where the second process has memory for one example at a time, and from its sixth try on for none."""
     real, tries = trainer_module.compute_losses, []
 
-    def small(readout, ids, *rest):
-        tries.append(len(ids))
-        if os.environ["RANK"] == "1" and (len(ids) > 1 or len(tries) > 5):
+    def small(readout, batch, *, plan):
+        tries.append(len(batch.labels))
+        if os.environ["RANK"] == "1" and (len(batch.labels) > 1 or len(tries) > 5):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(readout, ids, *rest)
+        return real(readout, batch, plan=plan)
 
     trainer_module.compute_losses = small
     service.train(settings, "recursive", folder, Silent(), restart=True)
@@ -216,7 +216,7 @@ def test_one_process_is_alone(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     alone = join("cpu")
     assert (alone, alone.main, alone.rows(5)) == (Processes("cpu"), True, slice(0, 5))
-    assert alone.gathered("x") == ["x"]
+    assert alone.gather("x") == ["x"]
 
 
 def test_every_example_belongs_to_one_process():

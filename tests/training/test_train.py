@@ -12,11 +12,12 @@ import rrcli
 from rrcli.data.training_data import TrainingData
 from rrcli.errors import RRError, UsageError
 from rrcli.files import checkpoints
+from rrcli.recursion.batch import IGNORED
 from rrcli.reporting import Silent
 from rrcli.services import train as service
 from rrcli.services.surgery import surgery
 from rrcli.settings import SurgerySettings, TrainSettings
-from rrcli.training import trainer
+from rrcli.training import step_plan
 from rrcli.training.optimizer import learning_rate_factor
 
 SETTINGS = TrainSettings(
@@ -52,7 +53,7 @@ def test_vanilla_equals_a_plain_loop(tmp_path):
         optimizer.param_groups[0]["lr"] = SETTINGS.lr * learning_rate_factor(step, SETTINGS)
         batch = data.batch(step)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.max_grad_norm)
         optimizer.step()
@@ -65,7 +66,7 @@ def test_vanilla_equals_a_plain_loop(tmp_path):
 
 def test_recursive_at_depth_0_equals_vanilla(operated, monkeypatch):
     service.train(SETTINGS, "vanilla", operated, Silent())
-    monkeypatch.setattr(trainer, "sampled_depth", lambda *_: 0)
+    monkeypatch.setattr(step_plan, "sampled_depth", lambda *_: 0)
     service.train(SETTINGS, "recursive", operated, Silent())
     assert losses(operated, "finetuned_recursive") == pytest.approx(losses(operated, "finetuned_vanilla"), rel=1e-6)
 
@@ -108,10 +109,10 @@ def test_every_parameter_moves_in_phase_c(operated):
 
 
 def test_depth_is_the_same_for_everyone_who_asks():
-    drawn = [trainer.sampled_depth(0, step, 3) for step in range(300)]
-    assert drawn == [trainer.sampled_depth(0, step, 3) for step in range(300)]
+    drawn = [step_plan.sampled_depth(0, step, 3) for step in range(300)]
+    assert drawn == [step_plan.sampled_depth(0, step, 3) for step in range(300)]
     assert set(drawn) == {1, 2, 3}
-    assert drawn != [trainer.sampled_depth(1, step, 3) for step in range(300)]
+    assert drawn != [step_plan.sampled_depth(1, step, 3) for step in range(300)]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoint(tmp_path):

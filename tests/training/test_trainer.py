@@ -69,10 +69,10 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def raises_above(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real = trainer_module.compute_losses
 
-    def small(readout, ids, *rest):
-        if len(ids) > rows:
+    def small(readout, batch, *, plan):
+        if len(batch.labels) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(readout, ids, *rest)
+        return real(readout, batch, plan=plan)
 
     monkeypatch.setattr(trainer_module, "compute_losses", small)
 
@@ -348,7 +348,7 @@ def test_red_flags_reach_the_screen_and_tensorboard(operated, monkeypatch):
     monkeypatch.setattr(red_flags, "FIRST_JUDGEMENT", 10)
     reporter = Silent()
     settings = changed(run_name="off", steps=21, batch_size=2, lr=0.0, sidecar_lr=0.0)
-    monkeypatch.setattr(trainer_module, "_memory", lambda _: (2.0**20, 0.95))
+    monkeypatch.setattr(trainer_module, "memory_use", lambda _: (2.0**20, 0.95))
     service.train(settings, "recursive", operated, reporter, restart=True)
     said = texts(operated, "off", "train/red_flags")
     for name in (red_flags.SILENTLY_OFF, red_flags.MEMORY, red_flags.ALWAYS_MAX):

@@ -1,44 +1,23 @@
-"""Lists of token ids as tensors: padded, masked, and cut into batches of similar length."""
+"""Turns lists of token ids into tensors: padded, masked, and cut into batches that fit into memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import psutil
 import torch
 from torch import Tensor
 
-from rrcli.data.rendering import IGNORED
 from rrcli.errors import RRError
+from rrcli.recursion.batch import IGNORED, Batch
 from rrcli.reporting import Reporter
 
-# What a batch on a CPU is good for, in tokens: beyond it, activations leave the caches and nothing is gained.
+# The largest batch that pays off on a CPU, in tokens: activations of larger ones no longer fit into its caches.
 CPU_TOKENS = 512
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass
-class Batch:
-    """One step's examples, padded on the right; `labels[t]` is what position t should predict next, -100 = no loss.
-
-    Where rows hold several examples (see `packing`), `position_ids` begin anew with each, and `examples` are their
-    numbers in the batch.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    position_ids: Tensor | None = None
-    examples: Tensor | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Loss-bearing tokens."""
-        return int(self.labels.ne(IGNORED).sum())
 
 
 def collate(examples: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
@@ -74,7 +53,7 @@ def batches(items: Sequence[Any], budget: int, length: Any) -> Iterator[list[Any
 def halving(
     run: Callable[[list[Item]], Result], batch: list[Item], too_large: Callable[[Item], RRError]
 ) -> list[Result]:
-    """Run a batch, in halves (and halves of halves) if the device's memory does not hold it whole.
+    """Run a batch; if the device's memory cannot hold it, run its halves one after the other, and halves of these.
 
     Args:
         too_large: the error to raise where a single item does not fit.
@@ -90,7 +69,7 @@ def halving(
     except torch.OutOfMemoryError as error:
         if len(batch) == 1:
             raise too_large(batch[0]) from error
-    # Behind the handler, whose traceback keeps the failed run's tensors.
+    # After the handler has ended, as its traceback keeps the tensors of the failed run alive.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     middle = (len(batch) + 1) // 2
@@ -98,9 +77,10 @@ def halving(
 
 
 def affordable(model: Any, budget: int, bytes_per_token: int, reporter: Reporter) -> int:
-    """Lower a budget of tokens to what a CPU is good for and then, by halves, to half of its available memory.
+    """Return a budget of tokens that pays off on a CPU and takes at most half of its available memory.
 
-    A GPU says when it is out of memory; of a CPU's, the kernel kills who takes too much.
+    On other devices the budget stays: a GPU raises an error when it is out of memory, which can be handled, whereas on
+    a CPU the system kills a process that takes too much.
     """
     if model.device.type != "cpu":
         return budget

@@ -1,9 +1,10 @@
-"""Packing: several examples in one row, none of which sees another, so that less is computed on padding.
+"""Packing: lay several examples into one row, where none sees another, so that less is computed on padding.
 
-A packed step has the same examples, and the same losses, as one without. Models tell packed rows by their positions,
-which begin at 0 with every example, and by the missing attention mask; transformers then masks all but an example's own
-tokens in softmax attention. Recurrent and convolutional layers go on over the boundary, and families with attention of
-their own may overlook it, so `check_packing` tries it on the model itself.
+A packed step has the same examples and the same losses as one without packing. A model recognises packed rows by their
+positions, which start at 0 with every example, and by the absence of an attention mask; transformers then lets each
+token attend to its own example alone. This works for softmax attention. Recurrent and convolutional layers do not stop
+at the end of an example, and families with attention code of their own may ignore it: so `check_packing` compares
+packed and separate examples on the model itself.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rrcli.data.batching import Batch
-from rrcli.data.rendering import IGNORED
 from rrcli.errors import UsageError
+from rrcli.recursion.batch import IGNORED, Batch
 from rrcli.recursion.readout import Readout
 
-# Lengths of the examples that a model is tried on, in tokens.
+# Lengths of the examples on which `check_packing` tries a model, in tokens.
 TRIED = (5, 9, 7)
 
 
 def pack(examples: Sequence[tuple[list[int], list[int]]], length: int, pad: int) -> Batch:
-    """Lay (ids, labels) pairs into rows of at most `length` tokens: the longest first, each where it fits best."""
+    """Lay (ids, labels) pairs into rows of at most `length` tokens: longest first, each where least room is left."""
     rows: list[list[int]] = []
     free: list[int] = []
     for number in sorted(range(len(examples)), key=lambda number: -len(examples[number][0])):
@@ -38,7 +38,7 @@ def pack(examples: Sequence[tuple[list[int], list[int]]], length: int, pad: int)
     width = length - min(free)
     ids = torch.full((len(rows), width), pad)
     labels, numbers = torch.full_like(ids, IGNORED), torch.full_like(ids, -1)
-    # Padding counts on from 0 behind the last example, and so is one more that nobody sees.
+    # The positions of the padding after the last example start at 0 too: to the model it is one more example.
     positions = torch.zeros_like(ids)
     for row, held in enumerate(rows):
         begin = 0
@@ -73,7 +73,7 @@ def check_packing(readout: Readout) -> None:
     for number, expected in enumerate(alone):
         found = packed[:, batch.examples[0].to(packed.device) == number]
         if not float((found - expected).abs().max() / expected.abs().max()) <= limit:
-            raise _refused(model, "what stands before an example in its row changes what the model makes of it")
+            raise _refused(model, "what comes before an example in its row changes its hidden states")
 
 
 def _hidden(readout: Readout, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:

@@ -25,9 +25,6 @@ Example = tuple[list[int], list[bool]]
 Piece = tuple[str, bool]
 Messages = Sequence[dict[str, Any]]
 
-# Labels with this value bear no loss.
-IGNORED = -100
-
 
 def chats(tokenizer: Any, settings: EvalSettings | TrainSettings) -> bool:
     """Tell whether questions and conversations go through a chat template."""

@@ -1,6 +1,6 @@
-"""Text and problems: which side of the split they are on, and how they become batches.
+"""The data that training reads: text and problems on the training side of the split, as batches.
 
-Documents come from `sources`. A source that is shared by training and evaluation is split by `splits.is_held_out`.
+Documents come from `sources`. A source that training and evaluation share is split by `splits.is_held_out`.
 """
 
 from __future__ import annotations
@@ -9,26 +9,24 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rrcli.data.conversations import question_of
 from rrcli.data.document_store import DocumentStore
 from rrcli.data.problem_files import FileTask, evaluated_whole, is_file_task, open_task
-from rrcli.data.rendering import IGNORED, Example, example_of, solved_problem
+from rrcli.data.rendering import Example, example_of, solved_problem
 from rrcli.data.sources import Dropped, fingerprint, read_documents
 from rrcli.data.splits import is_held_out
 from rrcli.data.tasks import Task
 from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 from rrcli.files import combine
+from rrcli.recursion.batch import IGNORED, Batch
 from rrcli.settings import CommonSettings, TrainSettings
-
-if TYPE_CHECKING:
-    from rrcli.data.batching import Batch
 
 # Training draws problems from the seeds that begin here, evaluation and pretraining from those below.
 TRAINING_SEEDS = 2**30
-# How many documents or problems are tried for an example before giving up.
+# How many documents or problems are tried for one example before giving up.
 CANDIDATES = 64
 
 
@@ -43,14 +41,16 @@ def task_specs(settings: CommonSettings) -> tuple[str, ...]:
 
 
 class TrainingData:
-    """The training side of the split as an endless row of examples; example n depends on the seed and n alone.
+    """An endless sequence of training examples, of which example n depends on the seed and n alone.
 
-    So resuming needs no position, and every run with the same seed sees the same batches in the same order. Problems
-    are mixed in evenly, `task_share` of the row; documents come in epochs, in a new order in each.
+    So a resumed run needs no saved position, and all runs with the same seed see the same batches in the same order.
+    Problems are spread evenly and make up `task_share` of the sequence; documents come in epochs, each in a new order.
 
     Attributes:
-        cut, skipped: examples longer than `max_length`, which are cut, and those of which nothing that is learned would
-            be left, in whose place another one is drawn; of `drawn` so far.
+        drawn: how many examples were made so far.
+        cut: how many of them were longer than `max_length` and were cut.
+        skipped: how many documents or problems were replaced by others, because nothing to learn would have been left
+            of them within `max_length`.
     """
 
     def __init__(self, settings: TrainSettings, directory: Path, tokenizer: Any) -> None:
@@ -120,12 +120,12 @@ class TrainingData:
         return f"{self.cut:,} of {self.drawn:,} examples were longer than {length} tokens and were cut{skipped}"
 
     def _documents(self, place: int) -> Iterator[Example]:
-        """Yield the document at a place of the row of epochs, and those behind it that may stand in for it."""
+        """Yield the document at a place in the sequence of epochs, then those after it, which may replace it."""
         for other in range(CANDIDATES):
             yield example_of(self.tokenizer, self.documents.in_order(place + other, self.settings.seed), self.settings)
 
     def _problems(self, task: Task | FileTask, number: int) -> Iterator[Example]:
-        """Yield the problem of example `number`, and others that may stand in for it.
+        """Yield the problem of example `number`, then others that may replace it.
 
         Raises:
             UsageError: the task has none. RRError: one is kept for evaluation.
@@ -148,13 +148,13 @@ class TrainingData:
             raise UsageError(f"task '{task.spec}' has no problems with a text answer to train on", "Leave it out.")
 
     def _may_train(self, question: str) -> bool:
-        """Tell whether no evaluation may ask this question."""
+        """Return whether training may use this question: no evaluation asks it."""
         return not is_held_out(question) and question not in self.evaluated
 
 
 def training_seed(seed: int, number: int) -> int:
-    """Return the generators' seed of a run's example `number`, far from those of evaluation.
+    """Return the seed of the problem generators for example `number` of a run, far from the seeds of evaluation.
 
-    Generators seed problem i with seed + i: leave room between the seeds, so that examples don't repeat.
+    Generators make problem i from seed + i, so there is room between the seeds: examples do not repeat.
     """
     return TRAINING_SEEDS + (seed * 1_000_003 + number * CANDIDATES) % TRAINING_SEEDS

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rrcli.recursion.config import LossWeights
+
 BINS = 10
-# The margin that training asks of a pass unless told otherwise, in nats.
-MARGIN = 0.02
 
 # Sums over the tokens of a bin: count, probability, label; and the same three weighted.
 Bins = list[list[float]]
 
 
 @torch.no_grad()
-def reliability(commit: Tensor, losses: Tensor, margin: float = MARGIN) -> Bins:
+def reliability(commit: Tensor, losses: Tensor, margin: float = LossWeights.margin) -> Bins:
     """Sum up the tokens of each bin of the commit probability, all passes together.
 
     Args:

@@ -1,4 +1,7 @@
-"""What a recursion is, as a value: read and written without importing torch."""
+"""What a recursion is and how its losses are weighed, as values. Importing this loads no torch.
+
+The defaults stand here and nowhere else: the options of `settings` take theirs from these classes.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +72,25 @@ class RecursionConfig:
                 raise UsageError(f"unknown recursion setting '{key}'", suggest(key, known))
         span = values.get("span")
         return cls(**(values | {"span": (int(span[0]), int(span[1])) if span else None}))
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each loss counts in the total (see `losses`), and what decides the labels of the boundary head.
+
+    Attributes:
+        final, masked, halt, ponder, stability: the weight of the loss of that name.
+        margin: what the next pass must gain at a position to be worth it, in nats.
+        share: the share of loss-bearing positions that intermediate passes learn from, 0 to 1.
+    """
+
+    final: float = 1.0
+    masked: float = 0.5
+    halt: float = 0.05
+    ponder: float = 0.01
+    stability: float = 0.01
+    margin: float = 0.02
+    share: float = 0.5
 
 
 def parse_span(text: str) -> tuple[int, int] | None:

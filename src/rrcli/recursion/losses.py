@@ -1,14 +1,15 @@
-"""What training minimises. One function for vanilla and recursive: vanilla is depth 0.
+"""The losses that training minimises. One function for vanilla and recursive training: vanilla is depth 0.
 
-    final_ce    cross-entropy of the last pass, all loss-bearing tokens
-    masked_ce   the same of passes 0..d-1, on a sampled share of the windows of text (deep supervision)
+    final_ce    cross-entropy of the last pass at all loss-bearing positions
+    masked_ce   the same of passes 0..d-1, at the positions of sampled windows (deep supervision)
     halt        the boundary head's BCE; label 1 where the next pass gains no more than a margin; weighted by how far
-                the gain is from the margin, mean within each example, so that it does not matter how a batch is cut
+                the gain is from the margin and averaged within each example, so that it does not depend on how a batch
+                is cut into parts
     ponder      expected number of passes, Σ_k Π_{j<k} (1 - p_j), differentiable
     stability   mean SiLU(CE(k) - CE(k-1)): a later pass may not be worse
     total       their weighted sum
 
-The boundary head reads detached states: it learns to judge the passes, it does not bend them.
+The boundary head reads detached states: it learns to judge the passes, and its losses do not change them.
 """
 
 from __future__ import annotations
@@ -19,33 +20,44 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rrcli.recursion.calibration import MARGIN
+from rrcli.recursion.batch import Batch
 from rrcli.recursion.chunk_metrics import ChunkTotals, teacher_forced_chunks
+from rrcli.recursion.config import LossWeights
 from rrcli.recursion.readout import Readout
 
 
-@dataclass(frozen=True)
-class LossWeights:
-    """The weight of each loss in the total; `margin` is in nats, `share` the sampled share of positions."""
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What holds for every part of one optimiser step, in whichever parts and processes it is computed.
 
-    final: float = 1.0
-    masked: float = 0.5
-    halt: float = 0.05
-    ponder: float = 0.01
-    stability: float = 0.01
-    margin: float = MARGIN
-    share: float = 0.5
+    Sums over positions are divided by the counts of the whole step, so that the losses and gradients of its parts add
+    up, and a part with few tokens does not weigh as much as one with many.
+
+    Attributes:
+        depth: how many passes after pass 0 are run; 0 for a model without a recursion.
+        weights: the weight of each loss.
+        chunk_width: the window of the chunk metrics, in loss-bearing positions.
+        tokens: how many positions of the step bear loss.
+        sampled: how many of them intermediate passes learn from.
+    """
+
+    depth: int
+    weights: LossWeights
+    chunk_width: int
+    tokens: int
+    sampled: int
 
 
 @dataclass
 class LossTerms:
-    """The losses of one batch part, each already divided by the step's count of tokens.
+    """The losses of one part of a step, already divided by the counts of the whole step.
 
     Attributes:
         total: what to call `backward` on.
         parts: the named losses, detached.
         depth_ce: this part's share of the mean cross-entropy of each pass at the sampled positions, in nats.
-        chunks: totals of the chunk metrics; feedback_norm: see `Passes`.
+        chunks: totals of the chunk metrics.
+        feedback_norm: see `Passes`.
     """
 
     total: Tensor
@@ -55,48 +67,32 @@ class LossTerms:
     feedback_norm: Tensor
 
 
-def compute_losses(
-    readout: Readout,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor,
-    weights: LossWeights,
-    tokens_in_step: int,
-    chunk_width: int,
-    sampled: Tensor,
-    sampled_in_step: int,
-    position_ids: Tensor | None = None,
-    examples: Tensor | None = None,
-) -> LossTerms:
-    """Run the model at its current depth and return the losses.
+def compute_losses(readout: Readout, batch: Batch, *, plan: StepPlan) -> LossTerms:
+    """Run the model on a part of a step and return its losses.
 
     Args:
-        input_ids, attention_mask: `[batch, position]`; labels: the same shape, -100 where there is no loss; label t is
-            what position t should predict next (already shifted).
-        tokens_in_step: loss-bearing tokens of the whole optimiser step, over all parts and processes. Sums are divided
-            by it, so that parts with few tokens do not weigh as much as parts with many.
-        sampled: `[batch, position]`, what intermediate passes learn from; see `sample_windows`.
-        sampled_in_step: how many positions are sampled in the whole optimiser step.
-        position_ids, examples: `[batch, position]`, where rows are packed: positions within each example, and numbers
-            of the examples. The model then tells them apart by the positions, in place of the mask.
+        batch: the part, on the model's device. Where its rows are packed, the model tells their examples apart by their
+            positions, in place of the mask.
+        plan: of the whole step.
     """
-    packed = position_ids is not None
-    passes = readout.passes(input_ids, None if packed else attention_mask, position_ids)
-    depth = len(passes.hidden) - 1
-    loss_bearing = labels.ne(-100)
-    targets = labels[loss_bearing]
+    weights, depth = plan.weights, plan.depth
+    mask = batch.attention_mask if batch.position_ids is None else None
+    passes = readout.passes(batch.input_ids, mask, batch.position_ids, depth=depth)
+    loss_bearing = batch.loss_bearing
+    targets = batch.labels[loss_bearing]
 
     final, final_prediction = readout.token_losses(passes.hidden[-1][loss_bearing], targets, predict=depth > 0)
-    parts = {"final_ce": final.sum() / tokens_in_step}
+    parts = {"final_ce": final.sum() / plan.tokens}
     if depth == 0:
         total = weights.final * parts["final_ce"]
         mean = [parts["final_ce"].detach()]
         return LossTerms(total, _detached(parts, total), mean, ChunkTotals(), passes.feedback_norm)
 
-    example = _examples(loss_bearing, examples)
-    windows = _windows(example, chunk_width)
+    example = _example_of_each(batch)
+    windows = _windows(example, plan.chunk_width)
+    sampled = loss_bearing if batch.sampled is None else batch.sampled
     index = sampled[loss_bearing].nonzero().squeeze(1)
-    scale = 1 / sampled_in_step
+    scale = 1 / plan.sampled
     earlier, predictions = [], []
     for hidden in passes.hidden[:-1]:
         ce, prediction = readout.token_losses(hidden[loss_bearing][index], targets[index])
@@ -131,33 +127,32 @@ def compute_losses(
     return LossTerms(total, _detached(parts, total), means, chunks, passes.feedback_norm)
 
 
-def sample_windows(
-    labels: Tensor, width: int, share: float, generator: torch.Generator, examples: Tensor | None = None
-) -> Tensor:
+def sample_windows(batch: Batch, *, width: int, share: float, generator: torch.Generator) -> Tensor:
     """Draw the positions that intermediate passes learn from: whole windows, so that they give the chunk metrics too.
 
-    Drawn once for the whole step, before it is cut into parts, and the same however its examples lie in rows.
+    They are drawn once for the whole step, before it is cut into parts, and do not depend on how its examples are laid
+    into rows.
 
     Args:
-        labels: `[batch, position]`, -100 where there is no loss. generator: on the CPU.
-        examples: `[batch, position]` numbers of the examples where rows are packed.
+        width: loss-bearing positions in a window. share: of the windows, 0 to 1. generator: on the CPU.
 
     Returns:
-        `[batch, position]` booleans, at least one true where any label bears loss.
+        `[row, position]` booleans, at least one True if any position bears loss.
     """
-    loss_bearing = labels.ne(-100)
-    windows = _windows(_examples(loss_bearing, examples), width)
+    windows = _windows(_example_of_each(batch), width)
     if not len(windows):
-        return loss_bearing
+        return batch.loss_bearing
     chosen = torch.rand(int(windows.max()) + 1, generator=generator).to(windows.device) < share
     if not chosen[windows].any():
         chosen[0] = True
-    return loss_bearing.masked_scatter(loss_bearing, chosen[windows])
+    return batch.loss_bearing.masked_scatter(batch.loss_bearing, chosen[windows])
 
 
-def _examples(loss_bearing: Tensor, examples: Tensor | None) -> Tensor:
+def _example_of_each(batch: Batch) -> Tensor:
     """Return `[n]`: the example of each loss-bearing position, which is its row unless rows are packed."""
-    return loss_bearing.nonzero()[:, 0] if examples is None else examples[loss_bearing]
+    if batch.examples is None:
+        return batch.loss_bearing.nonzero()[:, 0]
+    return batch.examples[batch.loss_bearing]
 
 
 def _windows(example: Tensor, width: int) -> Tensor:

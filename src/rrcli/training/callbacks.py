@@ -1,10 +1,10 @@
-"""`--callback module:function`: custom metrics of a training.
+"""`--callback module:function`: a function of the user's own that is called after every step, for custom metrics.
 
     def my_metric(context):
         context.tracker.log_scalar("custom/my_metric", value, context.step)
 
-The function is called after every optimiser step. The module is looked up in the working directory too. It looks on: a
-training must not depend on it. An error in it stops the training at a saved step, so that nothing is lost.
+The module is also looked up in the working directory. The function observes: it must not change what is trained. An
+error in it stops the training after the step was saved, so that nothing is lost.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from rrcli.errors import UsageError
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a callback is told.
+    """What a callback receives.
 
     Attributes:
-        step: how many optimiser steps are done, from 1. losses: the step's losses by name (`total`, `final_ce`, ...).
-        model: the model, after the step. tracker: where to log.
+        step: how many optimiser steps are done, from 1.
+        losses: the losses of the step by name (`total`, `final_ce`, ...).
+        model: the model after the step.
+        tracker: what to log with.
     """
 
     step: int

@@ -1,6 +1,7 @@
-"""Starting several processes of a training from one command, by torch's own launcher.
+"""Start the processes of a training from one command, with torch's own launcher.
 
-Ctrl-C and SIGTERM are passed on to them, once each; an error of theirs is raised here, a result returned.
+Ctrl-C and SIGTERM are passed on to them. An error of a process is raised again here; the result of the first one is
+returned.
 """
 
 from __future__ import annotations
@@ -15,37 +16,38 @@ from typing import Any, TypeVar
 
 from rrcli.errors import Interrupted, RRError
 
-# Where the processes of one launch find each other: the path of a file. A port that was free when it was chosen may be
-# anybody's when it is used; and a process that connects before another listens may even reach itself.
+# The environment variable with the path of a file through which the processes of one launch find each other. It is not
+# a port: one that was free when it was chosen may be taken by another program before it is used, and a process that
+# connects before another one listens may even reach itself.
 MEETING_PLACE = "RR_MEETING_PLACE"
-# Seconds that processes have to end by themselves after one of them has failed.
+# How long processes may take to end by themselves after one of them has failed, in seconds.
 GRACE = 10.0
 
 Result = TypeVar("Result")
 
 
 def launched() -> bool:
-    """Whether a launcher has started this process as one of several (or as the only one of its kind)."""
+    """Return whether a launcher has started this process, as one of several or as the only one."""
     return "RANK" in os.environ
 
 
 def speaks(*, on_this_machine: bool = False) -> bool:
-    """Whether this process is the one that prints results; `on_this_machine`: the one that prints errors."""
+    """Return whether this process prints results; with `on_this_machine`, whether it prints this machine's errors."""
     return os.environ.get("LOCAL_RANK" if on_this_machine else "RANK", "0") == "0"
 
 
 def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **options: Any) -> Result:
-    """Call `work` in `count` processes of this machine and return what the first one returns.
+    """Call `work` in `count` processes on this machine and return what the first one returns.
 
     The arguments are pickled, so `work` must be a function of a module.
 
     Raises:
-        RRError: what a process raised, or one that died. Interrupted: they were stopped before they could say more.
+        RRError: a process raised it, or died. Interrupted: they were stopped before they could report an error.
     """
     from torch.multiprocessing import get_context, start_processes
     from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
 
-    # Threads of all processes together: one for each core.
+    # All processes together have one thread for each core.
     before = os.environ.get("OMP_NUM_THREADS")
     if before is None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
@@ -98,7 +100,10 @@ def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **option
 def _work(
     rank: int, count: int, place: str, outcomes: Any, work: Callable[..., Any], arguments: Any, options: Any
 ) -> None:
-    """Be process `rank`: in a process group of its own, so that a terminal's Ctrl-C comes through the parent alone."""
+    """Run `work` as process `rank`.
+
+    It gets a process group of its own, so that a terminal's Ctrl-C reaches it through the parent alone, and only once.
+    """
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
@@ -108,8 +113,8 @@ def _work(
     except RRError as error:
         outcomes.put((rank, error))
         sys.exit(1)  # so that processes that wait for this one are ended
-    # All is written. Taking down what libraries have in their threads once aborted a process that had succeeded; as a
-    # forked process does, this one ends without.
+    # All is written. The process ends without the usual cleanup, as shutting down the threads of libraries can abort a
+    # process that has succeeded.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,14 +1,15 @@
-"""The optimiser of a training: which parameters learn how fast, and its state as plain tensors that can be saved."""
+"""The optimiser of a training: what trains, at which learning rate, and the state to save, as plain tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rrcli.errors import RRError
 from rrcli.settings import TrainSettings
@@ -19,7 +20,7 @@ FINAL_SHARE = 0.1
 
 
 def learning_rate_factor(step: int, settings: TrainSettings) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up, then the schedule, down to a tenth."""
+    """Return the factor of the peak learning rate at a step: linear warm-up, then the schedule, down to a tenth."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
@@ -39,33 +40,39 @@ def _trained(model: Any, settings: TrainSettings) -> list[tuple[str, torch.nn.Pa
     return named
 
 
+def prepare_parameters(model: Any, settings: TrainSettings) -> dict[str, torch.dtype]:
+    """Let what the phase trains have gradients, and hold it in fp32; return the format each was loaded in, by name.
+
+    In fp32 whatever the model was loaded in: a step of 1e-5 of a bfloat16 weight is lost in its rounding.
+    """
+    model.requires_grad_(settings.phase == "c")
+    for parameter in model.lora.parameters() if settings.phase == "b" else ():
+        parameter.requires_grad_(True)
+    formats = {}
+    for name, parameter, _ in _trained(model, settings):
+        formats[name] = parameter.dtype
+        parameter.data = parameter.data.float()
+    return formats
+
+
 class Optimizer:
     """AdamW over what the phase trains of the model (nothing, its adapters, everything) and the sidecar.
 
-    Each has its own learning rate; adapters learn at the model's.
+    Each has its own learning rate; adapters learn at the model's. Weight decay applies to matrices only. The schedule
+    is a function of the step, so it has no state to save.
 
-    What trains is held in fp32, whatever the model was loaded in: a step of 1e-5 of a bfloat16 weight is lost in its
-    rounding. The forward then computes in the model's own format under autocast. With `--ema` an average of the weights
-    goes along. `published` puts the weights into the model that are evaluated and saved: averaged, and in the model's
-    format.
+    Parameters train in fp32 (see `prepare_parameters`). With `--ema` an average of the weights goes along. `published`
+    puts the weights into the model that are evaluated and saved: averaged, and in the format that the model was loaded
+    in.
 
-    Weight decay applies to matrices only. The schedule is a function of the step, so it has no state to save.
+    Args:
+        model: its parameters are prepared and, where processes share them, sharded.
+        formats: what `prepare_parameters` returned.
     """
 
-    def __init__(self, model: Any, settings: TrainSettings, shard: Callable[[], None] | None = None) -> None:
-        """`shard` cuts the parameters among processes, once they are those that train."""
-        self.settings, self.sharded = settings, shard is not None
-        model.requires_grad_(settings.phase == "c")
-        for parameter in model.lora.parameters() if settings.phase == "b" else ():
-            parameter.requires_grad_(True)
+    def __init__(self, model: Any, settings: TrainSettings, formats: dict[str, torch.dtype]) -> None:
+        self.settings, self.formats = settings, formats
         named = _trained(model, settings)
-        self.formats = [p.dtype for _, p, _ in named]
-        self.dtype = model.dtype
-        for _, parameter, _ in named:
-            parameter.data = parameter.data.float()
-        if shard is not None:
-            shard()
-            named = _trained(model, settings)
         groups: dict[tuple[float, float], dict[str, Any]] = {}
         names: dict[tuple[float, float], list[str]] = {}
         for name, parameter, lr in named:
@@ -75,8 +82,9 @@ class Optimizer:
             names.setdefault((lr, decay), []).append(name)
         self.names = [name for group in names.values() for name in group]
         self.trained = {name: parameter for name, parameter, _ in named}
+        self.sharded = any(isinstance(parameter, DTensor) for parameter in self.trained.values())
         self.average = {n: p.detach().clone() for n, p in self.trained.items()} if settings.ema else {}
-        # Fused: one pass over memory in place of a dozen.
+        # Fused: it goes over the memory once instead of a dozen times.
         self.adamw = torch.optim.AdamW(list(groups.values()), betas=BETAS, fused=True)
 
     def set_step(self, step: int) -> float:
@@ -90,29 +98,33 @@ class Optimizer:
         """Return the parameters that have a gradient."""
         return [p for group in self.adamw.param_groups for p in group["params"] if p.grad is not None]
 
+    def forget_gradients(self) -> None:
+        """Drop all gradients and free their memory."""
+        self.adamw.zero_grad(set_to_none=True)
+
     @torch.no_grad()
     def step(self, step: int) -> None:
-        """Take optimiser step `step` (from 0), drop the gradients, and let the average follow.
+        """Take optimiser step `step` (from 0), free the gradients, and update the average.
 
-        The average's decay warms up, min(decay, (1 + t) / (10 + t)), so that it does not stick to the start.
+        The decay of the average warms up as min(decay, (1 + t) / (10 + t)), so that it soon forgets the first weights.
         """
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.forget_gradients()
         decay = min(self.settings.ema, (1 + step) / (10 + step))
         for name, average in self.average.items():
             average.lerp_(self.trained[name].detach(), 1 - decay)
 
     @contextmanager
     def published(self) -> Iterator[None]:
-        """Let the model hold the weights to evaluate and save; the ones in training come back afterwards."""
-        if self.sharded:  # a shard's memory is known to others: change what is in it
+        """Within this context the model holds the weights to evaluate and save; then the ones in training come back."""
+        if self.sharded:  # torch holds references to a shard's memory, so its content has to be replaced
             with self._published_in_place():
                 yield
             return
         before = [parameter.data for parameter in self.trained.values()]
         try:
-            for (name, parameter), dtype in zip(self.trained.items(), self.formats, strict=True):
-                parameter.data = self.average.get(name, parameter.data).to(dtype)
+            for name, parameter in self.trained.items():
+                parameter.data = self.average.get(name, parameter.data).to(self.formats[name])
             yield
         finally:
             for parameter, data in zip(self.trained.values(), before, strict=True):
@@ -122,9 +134,8 @@ class Optimizer:
     def _published_in_place(self) -> Iterator[None]:
         before = {name: tensor.clone() for name, tensor in self.weights().items() if name.startswith("raw/")}
         with torch.no_grad():
-            for (name, parameter), dtype in zip(self.trained.items(), self.formats, strict=True):
-                if before:
-                    parameter.copy_(self.average.get(name, parameter).to(dtype))
+            for name, parameter in self.trained.items() if before else ():
+                parameter.copy_(self.average.get(name, parameter).to(self.formats[name]))
         try:
             yield
         finally:
@@ -133,11 +144,11 @@ class Optimizer:
                     self.trained[name.removeprefix("raw/")].copy_(tensor)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return what `published` hides: the fp32 weights in training and their average; nothing where they are equal.
+        """Return the fp32 weights in training and their average; nothing where the published weights are the same.
 
-        Tied parameters occur once: a parameter is named once.
+        Tied parameters occur once.
         """
-        if not self.average and all(dtype == torch.float32 for dtype in self.formats):
+        if not self.average and all(dtype == torch.float32 for dtype in self.formats.values()):
             return {}
         raw = {f"raw/{name}": p.detach().contiguous() for name, p in self.trained.items()}
         return raw | {f"average/{name}": t for name, t in self.average.items()}
@@ -169,6 +180,9 @@ class Optimizer:
         for key, tensor in tensors.items():
             name, _, entry = key.rpartition("/")
             if name not in index:
-                raise RRError(f"the saved optimiser state knows a parameter '{name}', the model does not", "--restart")
+                raise RRError(
+                    f"the saved optimiser state has a parameter '{name}', which the model does not have",
+                    "Train anew with --restart.",
+                )
             state.setdefault(index[name], {})[entry] = cut_like(tensor, self.trained[name])
         self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})

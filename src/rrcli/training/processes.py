@@ -1,14 +1,14 @@
-"""Several processes that train one model: which one this is, what they agree on, and what they add up.
+"""Several processes that train one model: which one this is, what they exchange, and which gradients they add up.
 
 Every process makes the same global batch and computes its own rows of it. Losses are divided by the counts of the whole
-step, so gradients and logged values of the processes add up, and it does not matter how a batch is cut.
+step, so the gradients and logged values of the step are sums over the processes, however the batch is cut.
 
-Gradients are added up once, after the last backward pass of a step, in flat buckets. Not by DDP's wrapper: it does so
-in the middle of a backward pass, where a process that is out of memory would leave the others waiting, and it wants one
-forward of one module, where a step has a backbone and heads. What this gives up is overlapping communication with the
-backward pass.
+Gradients are added up once, after the last backward pass of a step, in flat buckets. DDP's wrapper is not used for two
+reasons. It communicates in the middle of a backward pass, where a process that runs out of memory would leave the
+others waiting; and it needs a single forward of a single module, whereas a step calls a backbone and heads. The price
+is that communication does not overlap with the backward pass.
 
-`accelerate` finds out what the launcher (`accelerate launch`, `torchrun`, or `launching`) has set up.
+`accelerate` reads what the launcher (`accelerate launch`, `torchrun`, or `launching`) has set up.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from rrcli.models.loading import pick_device
 from rrcli.training.launching import MEETING_PLACE
 from rrcli.upstream import leave_process_group
 
-# How long a process waits for the others: while one of them writes a large checkpoint, longer than torch's 10 minutes.
+# How long a process waits for the others. Writing a large checkpoint can take longer than torch's 10 minutes.
 TIMEOUT = timedelta(hours=6)
-# Gradients that are added up in one call, in elements.
+# How many elements of gradients are added up in one call.
 BUCKET = 2**24
 
 
 @dataclass(frozen=True)
 class Processes:
-    """One process among `count`; the default is the only one, for which nothing here costs anything.
+    """One process among `count`. For a single process, nothing here costs anything.
 
     Attributes:
-        rank: this one's number. device: where it computes, as an option's value.
-        sharded: whether each holds a part of the weights only; see `sharding`.
+        device: where this process computes, as a value of `--device`.
+        rank: the number of this process, from 0.
+        sharded: whether each process holds only a part of the weights; see `sharding`.
     """
 
     device: str
@@ -52,14 +53,14 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process is the one that writes files and reports to the user."""
         return self.rank == 0
 
     def rows(self, examples: int) -> slice:
-        """Return which rows of a global batch are this process's own: as many for each where they divide evenly."""
+        """Return the rows of a global batch that this process computes; all have as many where that divides evenly."""
         return slice(self.rank * examples // self.count, (self.rank + 1) * examples // self.count)
 
-    def gathered(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """Return the value of every process, in their order, to all of them."""
         if self.count == 1:
             return [value]
@@ -76,7 +77,7 @@ class Processes:
         return values[0]
 
     def on_main(self, work: Callable[[], object]) -> None:
-        """Let the main process do something while the others wait; an expected error of it is raised by all of them."""
+        """Let the main process do something while the others wait; if it raises an RRError, all of them raise it."""
         error = None
         try:
             if self.main:
@@ -88,9 +89,10 @@ class Processes:
 
     @torch.no_grad()
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace the gradients of all processes by their sums; a parameter that none has a gradient of stays without.
+        """Replace the gradients by their sums over all processes.
 
-        The sums have the same bits in every process, so the weights stay equal.
+        A parameter for which no process has a gradient stays without one. The sums have the same bits in every process,
+        so the weights stay equal.
         """
         if self.count == 1:
             return
@@ -108,7 +110,7 @@ class Processes:
                 gradient.copy_(summed.view_as(gradient))
 
     def leave(self) -> None:
-        """End the group."""
+        """Leave the process group."""
         if dist.is_initialized():
             leave_process_group()
 
@@ -117,10 +119,10 @@ def join(device: str) -> Processes:
     """Join the processes that a launcher started, or be the only one.
 
     Args:
-        device: the option's value; with several processes each GPU has its own.
+        device: the value of `--device`; of several processes on GPUs, each takes its own.
 
     Raises:
-        UsageError: a device that cannot be shared out. RRError: a launcher's feature that is not supported.
+        UsageError: several processes cannot train on this device. RRError: the launcher asks for what is not supported.
     """
     kind = pick_device(device)
     sharded = "RANK" in os.environ and _asked_for("FSDP")
@@ -147,12 +149,13 @@ def join(device: str) -> Processes:
     return Processes(str(state.device), state.process_index, state.num_processes, sharded)
 
 
-# How many groups this process has joined: those of one launch join them together, and each group has its own file.
+# How many groups this process has joined so far. All processes of a launch join the same groups in the same order, and
+# each group has a file of its own.
 _joined = itertools.count(1)
 
 
 def _meeting() -> dict[str, Any]:
-    """Return how the processes that `launching` started find each other; other launchers tell torch themselves."""
+    """Return how processes that `launching` started find each other; other launchers tell torch themselves."""
     place = os.environ.get(MEETING_PLACE)
     if place is None:
         return {}
@@ -165,7 +168,7 @@ def _asked_for(feature: str) -> bool:
 
 
 def _buckets(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
-    """Cut tensors, in order, into groups of one dtype and device and of about `BUCKET` elements."""
+    """Group tensors, in their order, by dtype and device, with at most `BUCKET` elements in a group of several."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:

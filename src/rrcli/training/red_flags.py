@@ -1,7 +1,8 @@
-"""What in a training's history a user should act on: one sentence for each, said once.
+"""Red flags: what a user should act on while a model trains. Each is one sentence, and is shown once.
 
-Non-finite numbers are no red flag: they stop the training (`trainer`). Thresholds are in nats and steps. A step of few
-examples is noisy, the more so where text and short answers are mixed: means are compared with their standard errors.
+Non-finite numbers are not among them: they stop the training (see `trainer`). Thresholds are in nats and steps. The
+loss of a step of few examples is noisy, even more so where text and short answers are mixed, so means are compared with
+their standard errors in mind.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ MEMORY = "memory near the limit"
 
 
 class RedFlags:
-    """Judges every step; remembers what it has said.
+    """Looks at every step, and remembers which red flags it has raised.
 
     Args:
-        steps: how many the training will have: judgements about trends wait for half of them.
-        raised: what an earlier process of the same run has said already.
-        guessing: nats of a guess among all tokens, which no model should stay above.
+        steps: how many steps the training will have; trends are judged after half of them.
+        raised: the red flags that this run has raised before it was resumed.
+        guessing: the loss of guessing among all tokens, in nats, which no model should stay above.
     """
 
     def __init__(self, steps: int, raised: list[str] | None = None, guessing: float = math.inf) -> None:
@@ -42,7 +43,7 @@ class RedFlags:
         self._at_maximum = 0
 
     def observe(self, step: int, scalars: Mapping[str, float], depth: int, memory_share: float) -> list[str]:
-        """Return the warnings that this step gives rise to, each once in the life of the run.
+        """Return the warnings that this step gives a reason for, each once in the life of a run.
 
         Args:
             step: counted from 1. scalars: by TensorBoard tag. depth: passes after pass 0 in this step.
@@ -57,7 +58,7 @@ class RedFlags:
             found[EXPLODING] = (
                 f"it is {recent:.2f} nats, it was {self._lowest:.2f}: try a lower --lr, or more --warmup-steps"
             )
-        # A rate that is far too high ruins a model before a low point is known.
+        # A learning rate that is far too high ruins a model before it has a low point to compare with.
         elif len(self._losses) >= SMOOTHING and recent > self._guessing + max(EXPLODED_NATS, EXPLODED_ERRORS * error):
             found[EXPLODING] = f"{recent:.2f} nats are more than a guess takes ({self._guessing:.2f}): try a lower --lr"
         if len(self._losses) >= SMOOTHING // 2 and recent < self._lowest:

@@ -1,9 +1,10 @@
-"""Weights, gradients and optimiser state cut into shards, one for each process: torch's `fully_shard` (FSDP2).
+"""Sharding: each process holds a part of the weights, gradients and optimiser state, by torch's `fully_shard` (FSDP2).
 
-An accelerate configuration asks for it (`fsdp_config: fsdp_version: 2`). torch's own function does it here, not
-accelerate's `prepare`, which ignores it on a CPU and wants one forward of one model: so tests on a CPU run what a GPU
-runs. Every decoder layer is a unit, gathered whenever the recursion calls it; embeddings, head and sidecar are another.
-Gradients are summed, as the losses are divided by global counts. Every process must run the same number of forwards.
+An accelerate configuration asks for it (`fsdp_config: fsdp_version: 2`). It is done with torch's own function:
+accelerate's `prepare` does nothing on a CPU and needs a single forward of a single model. So tests on a CPU run the
+same code as a GPU. Every decoder layer is a unit, which is put together whenever the recursion calls it; embeddings,
+head and sidecar together are another unit. Gradients are summed, as the losses are divided by global counts. Every
+process must run the same number of forwards.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def shard(root: nn.Module, model: Any, processes: Processes) -> None:
 
 
 @contextmanager
-def gathered(root: nn.Module) -> Iterator[None]:
-    """Hold what is outside of the layers whole: for forwards that do not go through `root`'s own."""
+def unsharded(root: nn.Module) -> Iterator[None]:
+    """Put together what lies outside of the layers, for forwards that do not go through that of `root`."""
     if not isinstance(root, FSDPModule):
         yield
         return
@@ -48,7 +49,7 @@ def gathered(root: nn.Module) -> Iterator[None]:
 
 
 def whole(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """Gather tensors one by one into the main process's own memory; the others keep nothing."""
+    """Put tensors together, one by one, in the main process; the others get an empty dictionary."""
     found = {}
     for name, tensor in tensors.items():
         full = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
@@ -58,7 +59,10 @@ def whole(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]
 
 
 def whole_state(module: nn.Module, dtype: torch.dtype, processes: Processes) -> dict[str, Tensor]:
-    """Return a module's state dictionary like `whole`, parameters as `dtype`; tied parameters share memory."""
+    """Return a module's whole state dictionary in the main process, its parameters as `dtype`; see `whole`.
+
+    Tied parameters share memory.
+    """
     keys = {name: id(parameter) for name, parameter in module.named_parameters(remove_duplicate=False)}
     state = module.state_dict()
     first = {key: name for name, key in reversed(keys.items())}
@@ -68,7 +72,7 @@ def whole_state(module: nn.Module, dtype: torch.dtype, processes: Processes) -> 
 
 
 def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return a whole tensor cut as a parameter is; as it is, where that is whole."""
+    """Return this process's shard of a whole tensor, cut like a parameter; the tensor itself if that is not cut."""
     if not isinstance(parameter, DTensor) or not tensor.ndim:
         return tensor
     return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -1,99 +1,63 @@
 """The training loop: one for vanilla and recursive fine-tuning.
 
 What it does, and its limits:
-- every batch, its order, its depth and its sampled windows follow from (seed, step), so a resumed run continues exactly
+- batches, their order, depths and sampled windows follow from (seed, step), so a resumed run continues exactly
 - losses are summed and divided by the counts of the whole step, so it does not matter in which parts it is computed
-- weights train in fp32; a model that was loaded in bfloat16 computes in it, under autocast
-- out of memory: the parts of a batch become half as large, the step is computed again
-- a non-finite loss or gradient stops before the optimiser step; the last checkpoint stays
-- several processes, one device each: each computes its rows of every batch (see `processes`)
+- weights train in fp32; a model that was loaded in bfloat16 computes in bfloat16, under autocast
+- when memory runs out, the step is computed again in parts of half the size
+- a non-finite loss or gradient stops the training before the optimiser step; the last checkpoint stays
+- several processes have a device each, and each computes its rows of every batch (see `processes`)
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
-from random import Random
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from rrcli.data.batching import Batch
 from rrcli.data.training_data import TrainingData
 from rrcli.errors import Interrupted, RRError
 from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import EvalData
+from rrcli.recursion.batch import Batch
 from rrcli.recursion.chunk_metrics import ChunkTotals
-from rrcli.recursion.losses import LossTerms, LossWeights, compute_losses, sample_windows
-from rrcli.recursion.products import FLOPS, through_onednn
+from rrcli.recursion.losses import LossTerms, StepPlan, compute_losses
+from rrcli.recursion.products import through_onednn
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Reporter, sparkline
-from rrcli.settings import EvalSettings, TrainSettings
+from rrcli.settings import EvalSettings, TrainSettings, with_changes
 from rrcli.tracker import MetricsTracker
 from rrcli.training.callbacks import StepContext
-from rrcli.training.optimizer import Optimizer
+from rrcli.training.checkpoint import TrainingState
+from rrcli.training.flops import counted_flops
+from rrcli.training.memory import give_back, memory_use, too_large, too_large_for_the_optimizer
+from rrcli.training.optimizer import Optimizer, prepare_parameters
 from rrcli.training.processes import Processes
 from rrcli.training.red_flags import RedFlags
-from rrcli.training.sharding import gathered, shard
+from rrcli.training.sharding import shard, unsharded
+from rrcli.training.step_plan import plan_step, step_seed
 
 # The same tag in every run, so that TensorBoard draws vanilla and recursive into one chart.
 INTERVAL_TAG = "during_training"
 SPARK_STEPS = 60
-# How many batches stand for all when a step's cost is estimated.
-SAMPLED_BATCHES = 64
-
-
-@dataclass
-class Spent:
-    """What a run cost so far."""
-
-    steps: int = 0
-    tokens: int = 0
-    positions: int = 0
-    seconds: float = 0.0
-    flops: float = 0.0
-
-
-@dataclass
-class Progress:
-    """What a checkpoint remembers beside weights and optimiser.
-
-    Attributes:
-        flops_by_depth: FLOPs for each position of a batch, forward and backward, by depth.
-        rows: examples that are computed at a time (less than asked for after running out of memory).
-        best: `step` and `perplexity` of the best evaluation so far. raised: the red flags that were shown.
-    """
-
-    rows: int
-    spent: Spent = field(default_factory=Spent)
-    flops_by_depth: dict[int, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-    raised: list[str] = field(default_factory=list)
-
-
-def sampled_depth(seed: int, step: int, deepest: int) -> int:
-    """Return the depth of a step, uniform in 1..deepest and the same for everyone who asks (0 without recursion)."""
-    return Random(f"depth/{seed}/{step}").randint(1, deepest) if deepest else 0
 
 
 class Computation(torch.nn.Module):
-    """What a step computes of some rows, with all that it reads below it, so that it can be sharded as one module."""
+    """The forward of a part of a step, as one module that holds all weights it reads, so that it can be sharded."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model, self.recursion = model, getattr(model, "recursion", None)
         self.readout = Readout(model)
 
-    def forward(self, *arguments: Any) -> tuple[torch.Tensor, LossTerms]:
+    def forward(self, batch: Batch, plan: StepPlan) -> tuple[torch.Tensor, LossTerms]:
         """Return the loss to call `backward` on, and all of them; see `compute_losses`."""
-        terms = compute_losses(self.readout, *arguments)
+        terms = compute_losses(self.readout, batch, plan=plan)
         return terms.total, terms
 
 
@@ -101,46 +65,53 @@ class Trainer:
     """Trains `model` in place.
 
     Args:
-        evaluation: what is measured at intervals, or None.
-        save: writes a checkpoint after a step; every process calls it. callback: called after every step, or None.
-        processes: which of how many processes this is. Tracker, reporter and callback are those of the main one.
+        name: the name of the run.
+        save: writes the checkpoint of a step; every process calls it.
+        evaluation: the data that is measured at intervals; None for no such measurement.
+        callback: called after every step by the main process; None for nothing.
+        processes: which of how many processes this is; by default the only one.
     """
 
     def __init__(
         self,
         settings: TrainSettings,
-        name: str,
         model: Any,
         tokenizer: Any,
+        *,
+        name: str,
         data: TrainingData,
-        evaluation: EvalData | None,
         tracker: MetricsTracker,
         reporter: Reporter,
         save: Callable[[Trainer, int], None],
+        evaluation: EvalData | None = None,
         callback: Callable[[StepContext], object] | None = None,
         processes: Processes | None = None,
     ) -> None:
-        self.settings, self.name, self.model, self.tokenizer = settings, name, model, tokenizer
+        self.settings, self.model, self.tokenizer, self.name = settings, model, tokenizer, name
         self.data, self.evaluation, self.tracker, self.reporter = data, evaluation, tracker, reporter
         self.save, self.callback = save, callback
         self.recursion = getattr(model, "recursion", None)
         self.processes = processes or Processes(settings.device)
         self.computation = Computation(model)
-        cut = partial(shard, self.computation, model, self.processes) if self.processes.sharded else None
-        self.optimizer = Optimizer(model, settings, cut)
-        self.progress = Progress(-(-settings.batch_size // (settings.gradient_accumulation * self.processes.count)))
+        # What the forward computes in, under autocast, whatever the weights train in.
+        self.dtype = model.dtype
+        formats = prepare_parameters(model, settings)
+        if self.processes.sharded:
+            shard(self.computation, model, self.processes)
+        self.optimizer = Optimizer(model, settings, formats)
+        self.state = TrainingState(-(-settings.batch_size // (settings.gradient_accumulation * self.processes.count)))
         self.losses: dict[str, float] = {}
 
     def train(self, first: int, stopped: list[int]) -> None:
-        """Train from step `first` (from 0) to the last; `stopped` becomes non-empty when the user wants an end.
+        """Train from step `first` (from 0) to the last one; `stopped` becomes non-empty when the user wants to stop.
 
         Raises:
-            RRError: a loss that is not finite, a callback that failed, no memory left. Interrupted: stopped and saved.
+            RRError: a loss is not finite, a callback failed, or memory ran out. Interrupted: stopped after saving.
         """
-        settings, spent = self.settings, self.progress.spent
+        settings, spent = self.settings, self.state.spent
         guessing = math.log(self.computation.readout.vocabulary)
-        flags = RedFlags(settings.steps, self.progress.raised, guessing)
-        self.progress.raised = flags.raised
+        flags = RedFlags(settings.steps, self.state.raised, guessing)
+        self.state.raised = flags.raised
         history: list[float] = []
         self.model.train()
         with self.reporter.progress(f"train {self.name}", settings.steps, "steps") as bar:
@@ -148,8 +119,8 @@ class Trainer:
             for step in range(first, settings.steps):
                 began, done = time.perf_counter(), step + 1
                 lr = self.optimizer.set_step(step)
-                batch, depth = self.data.batch(step), self.depth(step)
-                scalars = self.gradients(batch, step, depth)
+                batch, plan = self.planned(step)
+                scalars = self.gradients(batch, plan, step=step)
                 parameters = self.optimizer.parameters()
                 norm = _number(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
                 if not math.isfinite(scalars["train/loss/total"]) or not math.isfinite(norm):
@@ -159,25 +130,25 @@ class Trainer:
                 self._update(step)
                 seconds = time.perf_counter() - began
                 spent.steps += 1
-                spent.tokens += batch.tokens
-                spent.positions += batch.input_ids.numel()
+                spent.tokens += plan.tokens
+                spent.positions += batch.positions
                 spent.seconds += seconds
-                spent.flops += self.progress.flops_by_depth[depth] * batch.input_ids.numel()
-                used, share = _memory(self.model.device)
+                spent.flops += self.state.flops_by_depth[plan.depth] * batch.positions
+                used, share = memory_use(self.model.device)
                 scalars |= {
                     "train/lr": lr,
                     "train/gradient_norm": norm,
-                    "train/performance/tokens_per_sec": batch.tokens / seconds,
+                    "train/performance/tokens_per_sec": plan.tokens / seconds,
                     "train/performance/memory_mb": used / 2**20,
                 }
                 for tag, value in scalars.items():
                     self.tracker.log_scalar(tag, value, done)
                 self.losses = {t.rpartition("/")[2]: v for t, v in scalars.items() if t.startswith("train/loss/")}
-                for message in flags.observe(done, scalars, depth, share):
+                for message in flags.observe(done, scalars, plan.depth, share):
                     self._warn(message, done)
                 history = [*history, scalars["train/loss/total"]][-SPARK_STEPS:]
                 bar.advance(note=_note(scalars, history))
-                stop = any(self.processes.gathered(bool(stopped)))
+                stop = any(self.processes.gather(bool(stopped)))
                 self._after_step(done, stop)
                 if stop and done < settings.steps:
                     raise Interrupted(
@@ -185,142 +156,100 @@ class Trainer:
                         "The same command goes on from there.",
                     )
 
-    def depth(self, step: int) -> int:
-        """Return how many passes after pass 0 a step trains."""
-        if self.recursion is None:
-            return 0
-        deepest = min(self.settings.max_steps or 99, self.recursion.config.max_steps)
-        return sampled_depth(self.settings.seed, step, deepest)
+    def planned(self, step: int) -> tuple[Batch, StepPlan]:
+        """Return the batch of a step (from 0) and what holds for all parts of it."""
+        config = None if self.recursion is None else self.recursion.config
+        return plan_step(self.data.batch(step), step, self.settings, recursion=config)
 
-    def gradients(self, batch: Batch, step: int, depth: int) -> dict[str, float]:
-        """Leave a step's gradients in the parameters and return its scalars, in as large parts as memory allows.
+    def set_steps(self, steps: int) -> None:
+        """Change how many steps the run has; `train` reads it when it begins."""
+        self.settings = self.optimizer.settings = with_changes(self.settings, steps=steps)
+
+    def gradients(self, batch: Batch, plan: StepPlan, *, step: int) -> dict[str, float]:
+        """Compute the gradients of a step, in as large parts as memory allows, and return its scalars by tag.
 
         Raises:
-            RRError: even one example is too much for the memory.
+            RRError: memory does not even hold one example, or parts cannot become smaller because weights are sharded.
         """
         while True:
             try:
-                own = self._accumulate(batch, step, depth)
+                own = self._accumulate(batch, plan, step)
             except torch.OutOfMemoryError:
                 if self.processes.sharded:  # the others are in the middle of the same layer
-                    raise _too_large(step, self.progress.rows) from None
+                    raise too_large(step, self.state.rows) from None
                 own = None
-            parts = self.processes.gathered(own)
+            parts = self.processes.gather(own)
             if None not in parts:
                 if not self.processes.sharded:
                     self.processes.add_gradients(self.optimizer.trained.values())
-                return self._joined(batch, depth, parts)
-            rows = self.progress.rows
-            self.optimizer.adamw.zero_grad(set_to_none=True)
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                return self._joined(batch, plan.depth, parts)
+            rows = self.state.rows
+            self.optimizer.forget_gradients()
+            give_back()
             if rows == 1:
-                raise _too_large(step, rows)
-            self.progress.rows = -(-rows // 2)
-            self._warn(f"out of memory: going on with {self.progress.rows} examples at a time instead of {rows}", step)
-
-    def steps_for(self, flops: float) -> int:
-        """Return in how many steps this run spends `flops`, from the mean cost of its first batches."""
-        first = self.data.batch(0)
-        if 0 not in self.progress.flops_by_depth:
-            self.gradients(first, 0, 0)
-            self.optimizer.adamw.zero_grad(set_to_none=True)
-        positions = sum(self.data.batch(step).input_ids.numel() for step in range(SAMPLED_BATCHES)) / SAMPLED_BATCHES
-        return max(1, round(flops / (positions * self.progress.flops_by_depth[0])))
+                raise too_large(step, rows)
+            self.state.rows = -(-rows // 2)
+            self._warn(f"out of memory: going on with {self.state.rows} examples at a time instead of {rows}", step)
 
     def _update(self, step: int) -> None:
         """Take the optimiser step.
 
         Raises:
-            RRError: out of memory, where some weights may have moved and others not.
+            RRError: memory ran out, where some weights may have changed and others not.
         """
         fits = True
         try:
             self.optimizer.step(step)
         except torch.OutOfMemoryError:
             fits = False
-        if not all(self.processes.gathered(fits)):
-            raise RRError(
-                f"out of memory in the optimiser's part of step {step + 1}, which is not saved",
-                "AdamW keeps 8 bytes for each weight that trains: try --phase a or b, or a smaller model.",
-            )
+        if not all(self.processes.gather(fits)):
+            raise too_large_for_the_optimizer(step)
 
-    def _accumulate(self, batch: Batch, step: int, depth: int) -> tuple[dict[str, float], ChunkTotals, float]:
+    def _accumulate(self, batch: Batch, plan: StepPlan, step: int) -> tuple[dict[str, float], ChunkTotals, float]:
         """Add up the gradients of this process's rows; return its share of the scalars, chunk totals and FLOPs."""
-        settings, device = self.settings, self.model.device
-        weights = LossWeights(
-            settings.final_weight, settings.masked_weight, settings.halt_weight,
-            settings.ponder_weight * min(1.0, (step + 1) / max(1, settings.steps // 4)),
-            settings.stability_weight, settings.commit_margin, settings.supervised_share,
-        )  # fmt: skip
-        if self.recursion is not None:
-            self.recursion.depth = depth
-        seed = settings.seed * 1_000_003 + step
-        torch.manual_seed(seed + self.processes.rank * 2**32)  # what processes draw (dropout) differs
-        width = settings.chunk_width or (self.recursion.config.chunk_width if self.recursion is not None else 1)
-        sampled = sample_windows(
-            batch.labels, width, weights.share, torch.Generator().manual_seed(seed), batch.examples
-        )
-        counter = None
-        entered = ExitStack()
-        if not settings.compile:
-            entered.enter_context(through_onednn(self.model))
-        if depth not in self.progress.flops_by_depth:
-            counter = FlopCounterMode(display=False, custom_mapping=FLOPS)
-            # Not compiled: the compiler gives up, for good, on what it first sees under a counter.
-            entered.enter_context(torch.compiler.set_stance("force_eager"))
-            entered.enter_context(counter)
-        chunks, sums = ChunkTotals(), dict[str, float]()
+        device, known = self.model.device, self.state.flops_by_depth
+        # What processes draw in the forward (dropout) differs.
+        torch.manual_seed(step_seed(self.settings.seed, step) + self.processes.rank * 2**32)
         autocast = torch.autocast(
-            device.type, dtype=torch.bfloat16, enabled=self.optimizer.dtype != torch.float32, cache_enabled=False
+            device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32, cache_enabled=False
         )
-        try:
-            own = self.processes.rows(len(batch.labels))
-            for begin in range(own.start, own.stop, self.progress.rows):
-                part = slice(begin, min(begin + self.progress.rows, own.stop))
-                n = int(batch.labels[part].ne(-100).sum())
-                if not n and not self.processes.sharded:
+        own = self.processes.rows(len(batch.labels))
+        chunks, sums = ChunkTotals(), dict[str, float]()
+        with (
+            nullcontext() if self.settings.compile else through_onednn(self.model),
+            nullcontext() if plan.depth in known else counted_flops() as counter,
+        ):
+            for begin in range(own.start, own.stop, self.state.rows):
+                part = batch.part(slice(begin, min(begin + self.state.rows, own.stop)))
+                if not part.tokens and not self.processes.sharded:
                     continue
                 with autocast:
-                    total, terms = self.computation(
-                        batch.input_ids[part].to(device),
-                        batch.attention_mask[part].to(device),
-                        batch.labels[part].to(device),
-                        weights,
-                        batch.tokens,
-                        width,
-                        sampled[part].to(device),
-                        int(sampled.sum()),
-                        *(None if t is None else t[part].to(device) for t in (batch.position_ids, batch.examples)),
-                    )
+                    total, terms = self.computation(part.to(device), plan)
                 total.backward()
                 chunks.add(terms.chunks)
                 values = {f"train/loss/{name}": value for name, value in terms.parts.items()}
-                if depth:
-                    values["train/feedback_norm"] = terms.feedback_norm * (n / batch.tokens)
+                if plan.depth:
+                    values["train/feedback_norm"] = terms.feedback_norm * (part.tokens / plan.tokens)
                     values |= {f"train/depth_ce/{k}": ce for k, ce in enumerate(terms.depth_ce)}
                 for tag, value in values.items():
                     sums[tag] = sums.get(tag, 0.0) + float(value)
-        finally:
-            entered.close()
-        return sums, chunks, counter.get_total_flops() if counter is not None else 0.0
+        return sums, chunks, 0.0 if counter is None else counter.get_total_flops()
 
     def _joined(
         self, batch: Batch, depth: int, parts: list[tuple[dict[str, float], ChunkTotals, float]]
     ) -> dict[str, float]:
-        """Return a step's scalars from what every process computed of it."""
+        """Return the scalars of a step from the shares that the processes computed."""
         chunks, scalars, flops = ChunkTotals(), dict[str, float](), 0.0
         for own, own_chunks, own_flops in parts:
             for tag, value in own.items():
                 scalars[tag] = scalars.get(tag, 0.0) + value
             chunks.add(own_chunks)
             flops += own_flops
-        self.progress.flops_by_depth.setdefault(depth, flops / batch.input_ids.numel())
+        self.state.flops_by_depth.setdefault(depth, flops / batch.positions)
         return scalars | {f"train/generation/{name}": value for name, value in chunks.metrics().items()}
 
     def _after_step(self, done: int, stopped: bool) -> None:
-        """Call back, evaluate and save where it is time to."""
+        """Call the callback, then evaluate and save if this step is due."""
         settings, last = self.settings, done == self.settings.steps
         failed, cause = self._call_back(done)
         improved = False
@@ -332,7 +261,7 @@ class Trainer:
             raise RRError(failed, "The step is saved: correct the function, and the same command goes on.") from cause
 
     def _call_back(self, done: int) -> tuple[str, Exception | None]:
-        """Let the main process call `--callback`; return to all of them what went wrong, and to it the exception."""
+        """Let the main process call `--callback`; return to all what went wrong, and to it the exception."""
         failed, cause = "", None
         if self.callback is None:
             return failed, cause
@@ -347,21 +276,21 @@ class Trainer:
     def _evaluate(self, done: int) -> bool:
         """Measure the weights that would be saved; return whether they are the best so far.
 
-        Every process does the same, so that none waits for hours; the main one's numbers count.
+        Every process does the same work, so that none waits for the others; the numbers of the main one count.
         """
         settings = self.settings
         limits = EvalSettings(
             seed=settings.seed, max_new_tokens=32, skip_performance=True, depth=-1, task=settings.task,
             chat_template=settings.chat_template,
         )  # fmt: skip
-        with self.optimizer.published(), gathered(self.computation):
+        with self.optimizer.published(), unsharded(self.computation):
             found = evaluate_model(
                 self.model, self.tokenizer, self.evaluation, self.tracker, done, stage=INTERVAL_TAG, settings=limits
             )
         perplexity = self.processes.from_main(found["metrics"].get("perplexity", {}).get("value", math.inf))
-        if not perplexity < self.progress.best.get("perplexity", math.inf):
+        if not perplexity < self.state.best.get("perplexity", math.inf):
             return False
-        self.progress.best = {"step": done, "perplexity": perplexity}
+        self.state.best = {"step": done, "perplexity": perplexity}
         return True
 
     def _log_histograms(self, done: int) -> None:
@@ -379,15 +308,6 @@ def _number(value: torch.Tensor) -> float:
     return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
-def _too_large(step: int, rows: int) -> RRError:
-    return RRError(
-        f"out of memory in step {step + 1}, even with {'one example' if rows == 1 else f'{rows} examples'} at a time",
-        "Try --gradient-checkpointing, a lower --max-length, --phase a or b, or --dtype bfloat16."
-        if rows == 1
-        else "Try a higher --gradient-accumulation, or --gradient-checkpointing.",
-    )
-
-
 def _not_finite(settings: TrainSettings, step: int, loss: float, norm: float) -> RRError:
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
     return RRError(
@@ -403,16 +323,3 @@ def _note(scalars: dict[str, float], history: list[float]) -> str:
         parts.append(f"commit {scalars['train/generation/commit_rate']:.0%}")
     parts.append(f"{scalars['train/performance/tokens_per_sec']:,.0f} tok/s")
     return "  ".join([*parts, f"{scalars['train/performance/memory_mb']:,.0f} MB"])
-
-
-def _memory(device: Any) -> tuple[float, float]:
-    """Return the used bytes (CUDA's peak, the process's own on a CPU) and the used share of what there is."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        # What the allocator holds in reserve is not used up.
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.max_memory_allocated(device), 1 - (free + idle) / total
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return psutil.Process().memory_info().rss, 1 - memory.available / memory.total

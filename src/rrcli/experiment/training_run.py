@@ -1,0 +1,111 @@
+"""What one training run is: a value that is made from settings and folders before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rrcli.errors import RRError, UsageError, suggest
+from rrcli.experiment.identity import data_identity, model_fingerprint, train_inputs
+from rrcli.experiment.workspace import MAKERS, Workspace
+from rrcli.files import METRICS_FILE, checkpoints, combine, read_json, step_of
+from rrcli.models.source import ModelSource
+from rrcli.settings import STAGES, TrainSettings
+from rrcli.training.callbacks import StepContext, load_callback
+
+MODES = ("vanilla", "recursive")
+MATCHED_RUN = "vanilla_equal_flops"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """What one training run is, as far as it is known before anything is loaded.
+
+    Attributes:
+        mode: 'vanilla' or 'recursive'. directory: the working directory.
+        name: the run's name. folder: where its checkpoints are. logs: where its TensorBoard events are.
+        start: the model that step 0 starts from.
+        span: the layers that get adapters in vanilla training in phase b; None means all of them.
+        inputs: a hash of everything that determines the weights; a run with another hash is not continued.
+        flops: how many FLOPs to spend, for `--match-flops`; 0 means that the settings give the number of steps.
+        callback: called after every step; None means that nothing is.
+        resumed_from: the checkpoint to continue from; None means that the run starts at step 0.
+    """
+
+    settings: TrainSettings
+    mode: str
+    directory: Path
+    name: str
+    folder: Path
+    logs: Path
+    start: ModelSource
+    span: list[int] | None
+    inputs: str
+    flops: float
+    callback: Callable[[StepContext], object] | None
+    resumed_from: Path | None = None
+
+    @property
+    def first_step(self) -> int:
+        """The step to begin with, from 0: as many are done already."""
+        return step_of(self.resumed_from) if self.resumed_from else 0
+
+    @property
+    def made_by(self) -> str:
+        """The command that makes this run, for error messages."""
+        return MAKERS.get(self.name, "rr train")
+
+
+def prepare_training(settings: TrainSettings, mode: str, directory: Path, *, match_flops: str = "") -> TrainingRun:
+    """Return what the training of a mode is.
+
+    Args:
+        directory: the working directory. match_flops: train to the FLOPs that the run of this name spent.
+
+    Raises:
+        UsageError: settings that contradict each other. RRError: a model or a run that is not there yet.
+    """
+    if mode not in MODES:
+        raise UsageError(f"mode is '{mode}'", suggest(mode, MODES))
+    if mode == "vanilla" and settings.phase == "a":
+        raise UsageError("vanilla training in phase a has nothing to train", "Phase a trains the sidecar only.")
+    workspace = Workspace(directory, settings)
+    if match_flops and mode != "vanilla":
+        raise UsageError("--match-flops is for vanilla training", "Use it with --mode vanilla.")
+    flops = _spent_flops(workspace, match_flops) if match_flops else 0.0
+    name = settings.run_name or (MATCHED_RUN if match_flops else f"finetuned_{mode}")
+    if name in STAGES and name != f"finetuned_{mode}":
+        raise UsageError(f"run name '{name}' is a stage of its own", "Choose another --run-name.")
+    folder = workspace.run_folder(name)
+    callback = load_callback(settings.callback, directory)
+    start = workspace.base() if mode == "vanilla" else workspace.stage_model("after_surgery")
+    span = workspace.vanilla_span(settings) if mode == "vanilla" else None
+    identity = data_identity(settings, directory)
+    inputs = train_inputs(settings, mode, model_fingerprint(start, directory), identity, span)
+    return TrainingRun(
+        settings=settings,
+        mode=mode,
+        directory=directory,
+        name=name,
+        folder=folder,
+        logs=workspace.log_folder(name),
+        start=start,
+        span=span,
+        inputs=combine(inputs, "equal FLOPs", flops) if flops else inputs,
+        flops=flops,
+        callback=callback,
+    )
+
+
+def _spent_flops(workspace: Workspace, run: str) -> float:
+    """Return the FLOPs that a run spent on training.
+
+    Raises:
+        RRError: it has no checkpoint.
+    """
+    found = checkpoints(workspace.run_folder(run))
+    if not found:
+        raise RRError(f"--match-flops: the run '{run}' has no checkpoint", "Train it first.")
+    spent = read_json(found[-1] / METRICS_FILE, MAKERS.get(run, "rr train"))["training"]
+    return float(spent["flops"])
