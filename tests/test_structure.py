@@ -40,6 +40,7 @@ TORCH_FREE = (
     *("data/conversations", "data/document_store", "data/rendering"),
     *("models/inspection", "models/manifest", "models/export"),
     *("evaluation/stats", "evaluation/metrics", "evaluation/judging", "evaluation/samples"),
+    "evaluation/tracing",
     *("comparison", "experiment/planning"),
 )
 

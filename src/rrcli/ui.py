@@ -22,10 +22,11 @@ from rrcli.comparison import formats
 if TYPE_CHECKING:
     from rrcli.comparison.results import Cell, Comparison, MetricRow
     from rrcli.errors import RRError
+    from rrcli.evaluation.tracing import Piece
     from rrcli.experiment.planning import Step
     from rrcli.services.board import Board, Found
     from rrcli.services.eval import EvalResult
-    from rrcli.services.generate import GenerateResult, Piece
+    from rrcli.services.generate import GenerateResult
     from rrcli.services.setup import SetupResult
     from rrcli.services.status import Status
     from rrcli.services.surgery import SurgeryResult

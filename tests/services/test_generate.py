@@ -16,7 +16,8 @@ import rrcli
 from rrcli import ui
 from rrcli.cli import app
 from rrcli.errors import RRError, UsageError
-from rrcli.services.generate import Piece, generate
+from rrcli.evaluation.tracing import Piece
+from rrcli.services.generate import generate
 from rrcli.services.surgery import surgery
 from rrcli.settings import GenerateSettings, SurgerySettings
 from rrcli.ui import TerminalReporter
@@ -83,22 +84,6 @@ def test_sampling_follows_its_seed(workspace: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
     likeliest = generate(GenerateSettings(max_new_tokens=30, temperature=1.0, top_k=1), PROMPT, workspace, print)
     assert likeliest.text == stock_text(workspace, 30)
-
-
-def test_characters_of_several_tokens_come_whole(workspace: Path) -> None:
-    from rrcli.services.generate import _Stream
-
-    tokenizer = rrcli.load("default")[1]
-    text = "naïve 語 🙂 x"
-    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-    pieces: list[Piece] = []
-    stream = _Stream(tokenizer, pieces.append)
-    stream.put(torch.tensor([[0]]))
-    for token in ids[0]:
-        stream.put(token[None])
-    stream.end()
-    assert "".join(piece.text for piece in pieces) == text
-    assert not any("\ufffd" in piece.text for piece in pieces)
 
 
 @pytest.mark.parametrize("stage", ["baseline", "after_surgery"])
