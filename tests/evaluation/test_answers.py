@@ -46,14 +46,6 @@ def recursive(model):
     return model
 
 
-class Listening(Silent):
-    def __init__(self):
-        self.warnings = []
-
-    def warn(self, text):
-        self.warnings.append(text)
-
-
 # -- how a question is put ---------------------------------------------------------------------------------------------
 
 
@@ -135,7 +127,7 @@ def test_a_stop_string_and_the_cap_are_told_apart(default):
 
 def test_a_prompt_longer_than_the_context_is_cut_on_the_left_and_said(default, monkeypatch):
     model, tokenizer = default
-    data, listening = data_of(5), Listening()
+    data, listening = data_of(5), Silent()
     expected = solve_problems(model, tokenizer, data, EvalSettings(max_new_tokens=4), 0, Silent())
     monkeypatch.setattr(answers, "context_length", lambda model: 12)
     lengths = [len(tokenizer(record["prompt"])["input_ids"]) for record in expected]

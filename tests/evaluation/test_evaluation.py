@@ -80,7 +80,7 @@ def test_token_accuracy_and_loss_equal_plain_logits(default):
     assert record["tokens"] == len(target)
 
 
-@pytest.mark.parametrize("budget", [1, 64, 10_000])
+@pytest.mark.parametrize("budget", [64, 10_000])
 def test_batching_changes_no_number_beyond_rounding(default, budget):
     model, tokenizer = default
     alone, _ = score_documents(model, tokenizer, TEXTS, EvalSettings(batch_tokens=1), Silent(), SampleLog())

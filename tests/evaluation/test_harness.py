@@ -192,7 +192,7 @@ def test_an_interrupted_run_goes_on_behind_its_complete_tasks(folder, tmp_path, 
 
 def test_out_of_memory_halves_the_batch(folder, monkeypatch):
     model, tokenizer = rrcli.load("default")
-    plain, sizes, warnings = model.generate, [], []
+    plain, sizes, reporter = model.generate, [], Silent()
 
     def small(*args, **options):
         sizes.append(len(options["input_ids"]))
@@ -200,17 +200,13 @@ def test_out_of_memory_halves_the_batch(folder, monkeypatch):
             raise torch.OutOfMemoryError("no memory in this test")
         return plain(*args, **options)
 
-    class Listening(Silent):
-        def warn(self, text):
-            warnings.append(text)
-
     settings = EvalSettings(max_samples=8)
     expected = run_harness(model, tokenizer, load_tasks([str(folder / "generate.yaml")]), settings, Silent())
     monkeypatch.setattr(model, "generate", small)
-    found = run_harness(model, tokenizer, load_tasks([str(folder / "generate.yaml")]), settings, Listening())
+    found = run_harness(model, tokenizer, load_tasks([str(folder / "generate.yaml")]), settings, reporter)
     assert found == expected
     assert sizes == [8, 4, 2, 2, 2, 2]
-    assert "batches of 2" in warnings[-1]
+    assert "batches of 2" in reporter.warnings[-1]
 
 
 # -- what cannot be had ------------------------------------------------------------------------------------------------

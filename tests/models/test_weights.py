@@ -11,16 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from rrcli import files
 from rrcli.errors import RRError
-
-# A busy machine must not fail a property: no limit of time for an example.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 

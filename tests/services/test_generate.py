@@ -103,18 +103,37 @@ def test_text_ends_in_front_of_a_stop_string(workspace: Path, stage: str) -> Non
     ("settings", "prompt", "stage", "error", "words"),
     [
         (GenerateSettings(), " ", None, UsageError, "prompt is empty"),
-        (GenerateSettings(stop=("",)), "a", None, UsageError, "empty"),
-        (GenerateSettings(depth=5), "a", None, UsageError, "depth is 5"),
-        (GenerateSettings(depth=1), "a", "baseline", UsageError, "has no recursion"),
+        (GenerateSettings(stop=("",)), "a", None, UsageError, "--stop is empty"),
         (GenerateSettings(), "a", "finetuned_vanilla", RRError, "no model yet"),
         (GenerateSettings(), "a", "finetune", UsageError, "unknown stage 'finetune'"),
-        (GenerateSettings(), "a " * 3000, None, UsageError, "tokens"),
     ],
 )
-def test_what_cannot_be_generated_is_said(
-    workspace: Path, settings: Any, prompt: str, stage: str | None, error: type[RRError], words: str
+def test_what_cannot_be_generated_is_said_before_a_model_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: Any,
+    prompt: str,
+    stage: str | None,
+    error: type[RRError],
+    words: str,
 ) -> None:
+    monkeypatch.setattr("rrcli.services.generate.load_for", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(error, match=words):
+        generate(settings, prompt, tmp_path, lambda piece: None, stage=stage)
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt", "stage", "words"),
+    [
+        (GenerateSettings(depth=5), "a", None, "depth is 5"),
+        (GenerateSettings(depth=1), "a", "baseline", "has no recursion"),
+        (GenerateSettings(), "a " * 3000, None, r"the prompt has \d+ tokens"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_said(
+    workspace: Path, settings: Any, prompt: str, stage: str | None, words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
         generate(settings, prompt, workspace, lambda piece: None, stage=stage)
 
 

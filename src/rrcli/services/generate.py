@@ -55,6 +55,7 @@ def generate(
     """
     if not prompt.strip():
         raise UsageError("the prompt is empty", "Give some text to go on with.")
+    stop = stop_strings(settings.stop)
     workspace = Workspace(directory, settings)
     stage = stage or _last_stage(workspace)
     source = workspace.stage_model(stage)
@@ -78,7 +79,6 @@ def generate(
         pieces.append(piece)
         emit(piece)
 
-    stop = stop_strings(settings.stop)
     stream = _Stream(PieceBuilder(tokenizer, stop), take)
     decoding = _decoding(settings, recursion, stream)
     options = dict(GREEDY)
