@@ -83,8 +83,8 @@ def test_write_json_over_a_folder_or_below_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"schema": 1, "metr', "cut off or no JSON"),
-        ("", "cut off or no JSON"),
+        ('{"schema": 1, "metr', "cut off or not JSON"),
+        ("", "cut off or not JSON"),
         ("[1, 2]", "holds no JSON object"),
         ('{"schema": 99}', "has schema 99"),
     ],
@@ -202,7 +202,7 @@ def test_a_dangling_link_in_the_way_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../a", "a\\b", "/a", "a\0b", " a", "a ", "a\n"])
 def test_safe_name_refuses(name: str) -> None:
-    with pytest.raises(UsageError, match="is no plain name"):
+    with pytest.raises(UsageError, match="is not a plain name"):
         files.safe_name(name, "run name")
 
 
