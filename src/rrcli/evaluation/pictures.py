@@ -51,7 +51,7 @@ def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) ->
 
 
 def draw(samples: Sequence[tuple[str, Sequence[Piece]]], title: str) -> Any:
-    """Draw prompts, grey, and what was written after them.
+    """Draw prompts in grey, and after each the text that was generated.
 
     Returns:
         A `uint8` array `[height, width, 3]`.
@@ -63,7 +63,7 @@ def draw(samples: Sequence[tuple[str, Sequence[Piece]]], title: str) -> Any:
         font: Any = ImageFont.truetype("DejaVuSans.ttf", SIZE)  # more characters than Pillow's own
     except OSError:
         font = ImageFont.load_default(SIZE)
-    # Laid out first, to know the height: (x, y, text, ink, tint, underlined).
+    # The layout comes first, because it gives the height: (x, y, text, ink, tint, underlined).
     marks: list[tuple[float, int, str, Any, Any, bool]] = []
     x, y = float(MARGIN), MARGIN
 
@@ -72,7 +72,7 @@ def draw(samples: Sequence[tuple[str, Sequence[Piece]]], title: str) -> Any:
         for number, line in enumerate(text.split("\n")):
             if number:
                 x, y = float(MARGIN), y + LEADING
-            for part in _pieces(line, font):
+            for part in _cut(line, font):
                 length = font.getlength(part)
                 if x + length > WIDTH - MARGIN and x > MARGIN:
                     x, y = float(MARGIN), y + LEADING
@@ -105,8 +105,8 @@ def _tint(passes: int) -> tuple[int, int, int]:
     return TINTS[min(passes, len(TINTS) - 1)]
 
 
-def _pieces(line: str, font: Any) -> list[str]:
-    """Cut a line behind its spaces, and a word that is wider than the picture wherever it must be."""
+def _cut(line: str, font: Any) -> list[str]:
+    """Cut a line after each space, and words that are wider than the picture also where they no longer fit."""
     words = line.split(" ")
     pieces = [word + " " for word in words[:-1]] + ([words[-1]] if words[-1] else [])
     room = WIDTH - 2 * MARGIN
