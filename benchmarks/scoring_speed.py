@@ -37,10 +37,10 @@ from engine_overhead import smollm2_file
 
 import rrcli
 from rrcli import demo
+from rrcli.allocator import keep_freed_memory
 from rrcli.evaluation.performance import peak_resident_mb, reset_peak_resident
 from rrcli.evaluation.perplexity import score_documents
 from rrcli.evaluation.samples import SampleLog
-from rrcli.heap import keep_freed_memory
 from rrcli.reporting import Silent
 from rrcli.settings import EvalSettings
 

@@ -35,9 +35,9 @@ from engine_overhead import smollm2
 from torch.nn import functional as F
 
 import rrcli
+from rrcli.allocator import keep_freed_memory
 from rrcli.data.batching import Batch
 from rrcli.evaluation.performance import peak_resident_mb, reset_peak_resident
-from rrcli.heap import keep_freed_memory
 from rrcli.recursion.losses import LossWeights, compute_losses, sample_windows
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Silent

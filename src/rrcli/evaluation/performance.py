@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from rrcli.allocator import return_freed_memory
 from rrcli.data.batching import context_length
 from rrcli.errors import RRError
 from rrcli.evaluation.decoding import GREEDY
-from rrcli.heap import return_freed_memory
 from rrcli.models.costs import countable, held_bytes
 from rrcli.recursion.chunk_metrics import ChunkTotals
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
