@@ -21,7 +21,7 @@ def keep_freed_memory() -> bool:
     if libc is None:
         return False
     mapped, trimmed = (libc.mallopt(option, KEPT_BYTES) for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
-    return mapped == trimmed == 1
+    return bool(mapped == trimmed == 1)
 
 
 def return_freed_memory() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -36,14 +36,8 @@ class Reporter(Protocol):
     def warn(self, message: str) -> None:
         """Say something that the user should act on."""
 
-    def progress(self, label: str, total: int, unit: str) -> _ProgressContext:
+    def progress(self, label: str, total: int, unit: str) -> AbstractContextManager[Progress]:
         """Show the progress of `total` units of work."""
-
-
-class _ProgressContext(Protocol):
-    def __enter__(self) -> Progress: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class Silent:

@@ -27,7 +27,7 @@ TASKS = (
 )
 
 # What `rr setup` writes into rr.toml for the embedded model, beside the defaults.
-SETTINGS = {
+SETTINGS: dict[str, dict[str, int | float]] = {
     "train": {
         "steps": 600,
         "batch_size": 128,

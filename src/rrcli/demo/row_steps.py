@@ -35,7 +35,7 @@ class RowStepsConfig:
         assert self.length >= 2, "length must be at least 2"
 
 
-class RowStepsDataset(ProceduralDataset):
+class RowStepsDataset(ProceduralDataset):  # type: ignore[misc]  # reasoning-gym has no types
     """Problems by index. Only the whole row is right, written with spaces between its cells."""
 
     def __init__(self, config: RowStepsConfig) -> None:

@@ -102,12 +102,12 @@ def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _End
             input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **options,
             stopping_criteria=stops, custom_generate=chunked,
         )  # fmt: skip
-        found = [
+        written = [
             row[start : start + len(trace.passes)] for row, trace in zip(output.tolist(), chunked.traces, strict=True)
         ]
-        if not all(found):
+        if not all(written):
             raise CheckFailed("a row was decoded to no token at all", "'rr setup' checks the installation.")
-        return found
+        return written
     # Where `generate` cannot be given its cache back, leaving it early is for nothing.
     name = generation_cache_argument(model)
     leaving = 1.0 if name is None else LEAVING_SHARE
@@ -123,7 +123,7 @@ def _decode_batch(model: Any, rows: list[list[int]], new_tokens: int, ends: _End
             **options,
             stopping_criteria=[watch],
             return_dict_in_generate=True,
-            **({} if cache is None else {name: cache}),
+            **({} if cache is None or name is None else {name: cache}),
         )
         ids = output.sequences
         # Where `generate` looks at stopping a token late (on MPS), it took that token back.

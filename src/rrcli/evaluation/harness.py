@@ -155,8 +155,10 @@ def _model(model: Any, tokenizer: Any, settings: EvalSettings) -> Any:
     """Return lm-eval's view of the model: the same object, left as it is."""
     from lm_eval.models.huggingface import HFLM
 
-    class Harness(HFLM):
+    class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """HFLM without progress bars, and with one start token before rolling windows, where it would put two."""
+
+        add_bos_token: bool
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)

@@ -73,7 +73,8 @@ def measure_performance(
                 torch.cuda.synchronize()
             return time.perf_counter() - start
 
-    prefill, decode = [], {way: [] for way in (("", SEQUENTIAL, PASS_0) if depth else ("",))}
+    prefill: list[float] = []
+    decode: dict[str, list[float]] = {way: [] for way in (("", SEQUENTIAL, PASS_0) if depth else ("",))}
     with reporter.progress("performance", REPEATS + 1, "runs") as progress:
         for repeat in range(REPEATS + 1):
             for way, found in decode.items():
@@ -114,7 +115,7 @@ def _prompts(model: Any, tokenizer: Any, documents: Sequence[str]) -> list[torch
 
 def _generate(model: Any, ids: torch.Tensor, new_tokens: int, decoding: Any) -> torch.Tensor:
     """Return `[1, position]` prompt and exactly so many new tokens."""
-    return model.generate(
+    generated: torch.Tensor = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
@@ -123,6 +124,7 @@ def _generate(model: Any, ids: torch.Tensor, new_tokens: int, decoding: Any) -> 
         custom_generate=decoding,
         **GREEDY,
     )
+    return generated
 
 
 def _chunk_metrics(model: Any, texts: Sequence[torch.Tensor]) -> dict[str, float]:

@@ -217,7 +217,7 @@ def save_folder(
     *,
     own_weights: bool,
     hashes: Mapping[str, str] | None = None,
-    states: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
+    states: tuple[Mapping[str, Any], ...] | None = None,
 ) -> None:
     """Write a model's sidecar, adapters, weights (if its own), tokenizer and, last, the manifest into `folder`.
 
@@ -287,7 +287,7 @@ def _load_weights(source: ModelSource, dtype: Any, trust_remote_code: bool) -> A
     _quiet()
     weight_files(source.path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source.from_pretrained_arguments(),
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -296,6 +296,7 @@ def _load_weights(source: ModelSource, dtype: Any, trust_remote_code: bool) -> A
         )
     except Exception as error:
         raise _unreadable(source, "weights", error) from error
+    model, info = loaded
     absent = sorted(info["missing_keys"])
     if absent:
         raise RRError(

@@ -136,7 +136,7 @@ def _serving(settings: BoardSettings, logs: Path, port: int) -> Iterator[tuple[s
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
         )
-        process.stderr = errors  # type: ignore[assignment]
+        process.stderr = errors
         try:
             _wait_for(process, address)
             yield process, address

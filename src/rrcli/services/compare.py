@@ -119,7 +119,7 @@ def _rows(labels: list[str], results: list[Results]) -> tuple[list[MetricRow], l
     for number, (label, result) in enumerate(zip(labels, results, strict=True)):
         if number:
             warnings += sentences.differences(label, labels[0], result, results[0])
-            paired = {name: column[number] for name, column in pairs.items() if column[number] is not None}
+            paired = {name: pair for name, column in pairs.items() if (pair := column[number]) is not None}
             same_tokenizer = result["model"]["tokenizer"] == results[0]["model"]["tokenizer"]
             warnings += sentences.overlaps(label, labels[0], paired, same_tokenizer)
     return rows, warnings

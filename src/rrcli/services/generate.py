@@ -118,7 +118,7 @@ def _depth(settings: GenerateSettings, recursion: Any, stage: str) -> int:
             raise UsageError(f"depth is {settings.depth}, but stage '{stage}' has no recursion", "Leave --depth out.")
         return 0
     recursion.depth = recursion.config.max_steps if settings.depth < 0 else settings.depth
-    return recursion.depth
+    return int(recursion.depth)
 
 
 def _decoding(settings: GenerateSettings, recursion: Any, stream: _Stream) -> Any:

@@ -266,7 +266,8 @@ def _spent_flops(workspace: Workspace, run: str) -> float:
     found = checkpoints(workspace.run_folder(run))
     if not found:
         raise RRError(f"--match-flops: the run '{run}' has no checkpoint", "Train it first.")
-    return read_json(found[-1] / METRICS_FILE, MAKERS.get(run, "rr train"))["training"]["flops"]
+    spent: float = read_json(found[-1] / METRICS_FILE, MAKERS.get(run, "rr train"))["training"]["flops"]
+    return spent
 
 
 # -- saving and resuming -----------------------------------------------------------------------------------------------
