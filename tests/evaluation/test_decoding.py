@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rrcli
-from families import build, generate, tokens, wake
+from families import Letters, build, generate, tokens, wake
 from rrcli.errors import RRError
 from rrcli.evaluation import decoding
 from rrcli.evaluation.decoding import decode
@@ -16,18 +16,6 @@ from rrcli.recursion.engine import attach
 NEW = 14
 FAMILIES = ("llama", "gemma3_text", "gpt2", "qwen3_next", "falcon_h1", "mamba2", "lfm2")
 LENGTHS = (3, 9, 5, 7, 4, 8, 6, 9)
-
-
-class Letters:
-    """A tokenizer whose token t is the character of code t + 32."""
-
-    eos_token_id = None
-
-    def decode(self, ids, skip_special_tokens=True):
-        return "".join(chr(32 + i) for i in ids)
-
-    def batch_decode(self, rows, skip_special_tokens=True):
-        return [self.decode(row) for row in rows]
 
 
 def prompts_of(lengths=LENGTHS):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import rrcli
+from families import attach_random
 from rrcli.errors import RRError
 from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import EvalData, held_out_data
@@ -92,9 +93,7 @@ def test_batching_changes_no_number_beyond_rounding(default, budget):
 
 def test_every_depth_equals_a_run_at_that_depth():
     model, tokenizer = rrcli.load("default")
-    recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=2))
-    torch.manual_seed(0)
-    torch.nn.init.normal_(recursion.cell.w_out.weight, std=0.05)
+    recursion = attach_random(model, 0.05)
     together, chunks = score_documents(model, tokenizer, TEXTS, EvalSettings(), Silent(), SampleLog())
     assert together[0]["nll"][0] != together[0]["nll"][1] != together[0]["nll"][2]
     for depth in range(3):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from families import build, wake
+from families import Letters, build, wake
 from rrcli.evaluation.decoding import decode
 from rrcli.recursion import products
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
@@ -121,8 +121,6 @@ def test_batches_use_it_and_a_plain_forward_does_not(what, taken):
         wake(attach(model, RecursionConfig(max_steps=1))).depth = 1
         model.generate(ids, max_new_tokens=12, do_sample=False, custom_generate=ChunkedDecoding())
     else:
-        from test_decoding import Letters
-
         list(decode(model, Letters(), [[3, 4, 5], [6, 7, 8]], 4, 100))
     assert len(taken) > model.config.num_hidden_layers
 
