@@ -25,8 +25,8 @@ import torch
 from engine_overhead import smollm2_file
 
 import rrcli
+from rrcli.allocator import keep_freed_memory
 from rrcli.evaluation.decoding import decode
-from rrcli.heap import keep_freed_memory
 
 CLAIM = 1.2
 STOP = ["\nQuestion:"]

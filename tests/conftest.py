@@ -17,7 +17,12 @@ os.environ.pop("COLUMNS", None)
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers.utils import logging
+
+# A busy machine must not fail a property: no limit of time for an example.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 def _strict(log: standard.Logger, message: Any, *args: Any, **kwargs: Any) -> None:
@@ -55,6 +60,18 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder, max_shard_size=model.get_memory_footprint() // 3)
     tokenizer.save_pretrained(folder)
     assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture(scope="module")
+def operated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace after surgery on the embedded model, shared by the tests of a file: each names its own runs."""
+    from rrcli.reporting import Silent
+    from rrcli.services.surgery import surgery
+    from rrcli.settings import SurgerySettings
+
+    folder = tmp_path_factory.mktemp("operated")
+    surgery(SurgerySettings(), folder, Silent())
     return folder
 
 

@@ -77,6 +77,14 @@ def wake(recursion: Any, std: float = 0.1) -> Any:
     return recursion
 
 
+def attach_random(model: Any, std: float) -> Any:
+    """Attach two passes whose output projection is random, so that they change some tokens; return the recursion."""
+    recursion = attach(model, RecursionConfig(max_steps=2))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(recursion.cell.w_out.weight, std=std)
+    return recursion
+
+
 def attached(family: str, span: tuple[int, int] | None = None, awake: bool = True, **changes: Any) -> tuple[Any, Any]:
     """Return a model and its recursion, which is `wake`d if it should show."""
     model = build(family, **changes)
@@ -129,6 +137,20 @@ def cached(
         cache = getattr(output, name)
         parts.append(output.logits)
     return torch.cat(parts, 1), cache
+
+
+class Letters:
+    """A tokenizer whose token t is the character of code t + 32."""
+
+    eos_token_id = None
+
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        """Return a character for each id."""
+        return "".join(chr(32 + i) for i in ids)
+
+    def batch_decode(self, rows: Any, skip_special_tokens: bool = True) -> list[str]:
+        """Return the text of each row."""
+        return [self.decode(row) for row in rows]
 
 
 def generate(model: Any, ids: torch.Tensor, **options: Any) -> Any:

@@ -149,7 +149,7 @@ def test_surgery_refuses_to_overwrite_or_to_write_into_the_model(tmp_path):
         (("surgery", "--max-steps", "9"), ("--max-steps is 9", "at most 8")),
         (("eval", "--task", "chain_sums"), ("unknown task 'chain_sums'", "Did you mean 'chain_sum'?")),
         (("train", "--mode", "vanila"), ("mode is 'vanila'",)),
-        (("train", "--run-name", "../x"), ("no plain name",)),
+        (("train", "--run-name", "../x"), ("not a plain name",)),
         (("eval", "--dtype", "float23"), ("--dtype is 'float23'", "float32")),
         (("eval", "--device", "tpu9"), ("tpu9",)),
     ],

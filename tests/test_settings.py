@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rrcli import configuration, settings
@@ -31,10 +30,6 @@ from rrcli.settings import (
     SurgerySettings,
     TrainSettings,
 )
-
-# A busy machine must not fail a property: no limit of time for an example.
-hypothesis_settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-hypothesis_settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True)

@@ -10,15 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rrcli import files
 from rrcli.errors import RRError, UsageError
-
-# A busy machine must not fail a property: no limit of time for an example.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
 
 needs_permissions = pytest.mark.skipif(
     os.name != "posix" or os.geteuid() == 0, reason="the superuser may write everywhere"
@@ -87,8 +83,8 @@ def test_write_json_over_a_folder_or_below_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"schema": 1, "metr', "cut off or no JSON"),
-        ("", "cut off or no JSON"),
+        ('{"schema": 1, "metr', "cut off or not JSON"),
+        ("", "cut off or not JSON"),
         ("[1, 2]", "holds no JSON object"),
         ('{"schema": 99}', "has schema 99"),
     ],
@@ -206,7 +202,7 @@ def test_a_dangling_link_in_the_way_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../a", "a\\b", "/a", "a\0b", " a", "a ", "a\n"])
 def test_safe_name_refuses(name: str) -> None:
-    with pytest.raises(UsageError, match="is no plain name"):
+    with pytest.raises(UsageError, match="is not a plain name"):
         files.safe_name(name, "run name")
 
 

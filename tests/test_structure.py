@@ -21,7 +21,7 @@ SERVICES = sorted(path.stem for path in (PACKAGE / "services").glob("*.py") if p
 SURFACE = {"cli", "ui", "services", "__main__"}
 # The floors of the house: what lies in one imports from lower ones alone. Files of the root stand for themselves.
 FLOORS = (
-    {"errors", "heap"},
+    {"errors", "allocator"},
     {"upstream"},
     {"recursion"},
     {"settings", "reporting", "files", "demo"},
@@ -37,12 +37,13 @@ FLOORS = (
 )
 # Modules that read and write no tensors: not even a lazy import of torch belongs there.
 TORCH_FREE = (
-    *("errors", "settings", "configuration", "files", "reporting", "ui", "cli", "heap"),
+    *("errors", "settings", "configuration", "files", "reporting", "ui", "cli", "allocator"),
     *(f"data/{name}" for name in ("lines", "problem_files", "prompts", "sources", "readers", "splits", "tasks")),
     *("data/conversations", "data/document_store", "data/rendering"),
     *("recursion/batch", "recursion/config"),
     *("models/inspection", "models/manifest", "models/source", "models/export"),
     *("evaluation/stats", "evaluation/metrics", "evaluation/judging", "evaluation/samples"),
+    "evaluation/tracing",
     *("comparison", "experiment/planning", "experiment/workspace", "experiment/identity"),
 )
 
@@ -166,9 +167,13 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_a_package_holds_nothing_of_its_own() -> None:
-    """So that importing a part of it loads no more than that part."""
+    """So that importing a part of it loads no more than that part. The embedded model alone says where it lies."""
     for path in PACKAGE.glob("*/__init__.py"):
-        assert not ast.parse(path.read_text(encoding="utf-8")).body[1:], f"{ids(path)} holds code"
+        code = ast.parse(path.read_text(encoding="utf-8")).body[1:]
+        assert not code or path.parent.name == "demo", f"{ids(path)} holds code"
+    assert imports(PACKAGE / "demo" / "__init__.py") <= {
+        *("rrcli.demo.defaults", "rrcli.demo.defaults.MODEL_DIR", "rrcli.demo.defaults.TEXT_FILE")
+    }
 
 
 @pytest.mark.parametrize("name", TORCH_FREE)
@@ -195,14 +200,34 @@ def test_every_command_is_a_service_of_its_name() -> None:
 
 # -- what a quick command loads ----------------------------------------------------------------------------------------
 
+HEAVY = {"torch", "transformers", "accelerate", "tensorboard", "pandas", "pyarrow", "datasets"}
+# Runs the command as its entry point does, and writes down at the end which modules were loaded.
 WATCH = """
 import atexit, json, os, runpy, sys
-heavy = ("torch", "transformers", "accelerate", "tensorboard", "pandas", "pyarrow", "datasets")
-report = lambda: open(os.environ["RR_REPORT"], "w").write(json.dumps([m for m in heavy if m in sys.modules]))
-atexit.register(report)
+atexit.register(lambda: open(os.environ["RR_REPORT"], "w").write(json.dumps(list(sys.modules))))
 sys.argv[0] = "rr"
 runpy.run_module("rrcli", run_name="__main__")
 """
+
+
+def watched(arguments: list[str], folder: Path) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Run a command in a new folder, with results to compare if it compares; return its end and what it loaded."""
+    work, report = folder / "work", folder / "report.json"
+    work.mkdir()
+    if arguments[0] == "compare":
+        for stage in ("baseline", "after_surgery"):
+            write_json(work / "eval_results" / f"{stage}_results.json", stage_results(stage))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RR_")}
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, *arguments],
+        cwd=work,
+        env=environment | {"RR_REPORT": str(report)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    return done, json.loads(report.read_text())
 
 
 @pytest.mark.parametrize(
@@ -226,25 +251,23 @@ runpy.run_module("rrcli", run_name="__main__")
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_quick_command_loads_no_torch(tmp_path: Path, arguments: list[str], code: int) -> None:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    if arguments[0] == "compare":
-        for stage in ("baseline", "after_surgery"):
-            write_json(folder / "eval_results" / f"{stage}_results.json", stage_results(stage))
-    report = tmp_path / "report.json"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RR_")}
-    done = subprocess.run(
-        [sys.executable, "-c", WATCH, *arguments],
-        cwd=folder,
-        env=environment | {"RR_REPORT": str(report)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    done, loaded = watched(arguments, tmp_path)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
-    assert json.loads(report.read_text()) == []
+    assert not HEAVY.intersection(loaded)
+
+
+@pytest.mark.parametrize(("command", "budget"), [("--help", 400), ("compare", 420), ("status", 410)])
+def test_a_quick_command_loads_few_modules(tmp_path: Path, command: str, budget: int) -> None:
+    """A quick command answers in a fraction of a second because it loads little: that is what the budget guards.
+
+    Most of its time is importing, and one careless import at the top of a file brings hundreds of modules. Their
+    number is the same on every machine, however busy, which seconds are not. Budgets are about a tenth above what the
+    commands load; raise one only if what a command has to load for its answer has grown.
+    """
+    done, loaded = watched([command], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(loaded) <= budget
 
 
 def test_importing_the_package_loads_next_to_nothing() -> None:

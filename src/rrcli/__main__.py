@@ -2,8 +2,8 @@
 
 import os
 
+from rrcli.allocator import keep_freed_memory
 from rrcli.cli import app
-from rrcli.heap import keep_freed_memory
 
 
 def main() -> None:

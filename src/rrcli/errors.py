@@ -1,11 +1,11 @@
-"""Every error that a user can cause, and the exit code each leads to.
+"""Every error that a user can cause, and the exit code of each.
 
-    RRError                     1  an expected failure: says what, where, and what to do next
-    ├── UsageError              2  a command line, rr.toml key or value that means nothing
+    RRError                     1  an expected failure: says what failed, where, and what to do next
+    ├── UsageError              2  a command line, rr.toml key or value that cannot be understood
     ├── CheckFailed             3  a check or an invariant did not hold
     └── Interrupted           130  stopped by the user; the last good state is on disk
 
-Services raise these; only the command line turns them into words and exit codes. Anything else is a bug and keeps its
+Services raise these errors; only the command line prints them and exits. Any other exception is a bug and keeps its
 traceback.
 """
 
@@ -33,13 +33,13 @@ class UsageError(RRError):
 
 
 class CheckFailed(RRError):
-    """A check did not hold: one that was asked for, or an invariant without which a result would mean nothing."""
+    """A check failed: one that the user asked for, or an invariant without which a result would mean nothing."""
 
     exit_code = 3
 
 
 class Interrupted(RRError):
-    """The user stopped the command; everything published so far stays, and the hint says how to go on."""
+    """The user stopped the command. Everything published so far stays, and the hint says how to go on."""
 
     exit_code = 130
 

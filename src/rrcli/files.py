@@ -1,6 +1,7 @@
-"""Files and folders that are whole or not there: atomic publishing, manifests, fingerprints, safetensors headers.
+"""Writes files and folders so that a reader finds them complete or not at all, and tells models apart.
 
-Nothing here imports torch, so every command can look at the workspace in milliseconds.
+Also here: manifests, fingerprints and the headers of safetensors files. Nothing imports torch, so every command can
+look at a workspace in milliseconds.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ TRAINER_STATE = "trainer_state"
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 SCHEMA = 1
 
-# A fingerprint reads every header whole and this many blocks spread over the rest of each weight file: enough to see
-# any training step, and no more for a model of 100 GB than for one of 1 GB.
+# A fingerprint reads the whole header of each weight file and this many blocks, spread over the rest of it: enough to
+# notice any training step, and no more for a model of 100 GB than for one of 1 GB.
 SAMPLED_BLOCKS = 16
 BLOCK_BYTES = 64 * 1024
 HASHED_BYTES = 2**24
-# What else decides how a model behaves: hashed whole.
+# Other files that decide how a model behaves; they are hashed whole.
 SMALL_FILES = (
     *("config.json", "generation_config.json", "adapter_config.json", MANIFEST),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
@@ -55,7 +56,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Publish `text` at `path`: temporary name, fsync, rename. A reader sees the old file or the new one.
+    """Publish `text` at `path` by a temporary file, fsync and a rename. A reader sees the old file or the new one.
 
     Raises:
         RRError: the folder cannot be written.
@@ -78,7 +79,7 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
     """Read a JSON object that one of our commands wrote.
 
     Raises:
-        RRError: missing, cut off, not an object, or of a newer schema; `made_by` is the command that makes it.
+        RRError: the file is missing, cut off, not an object, or of a newer schema. The hint names `made_by`, a command.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -87,7 +88,7 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
     except OSError as error:
         raise RRError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise RRError(f"{path} is cut off or no JSON: {error}", f"Make it anew with '{made_by}'.") from error
+        raise RRError(f"{path} is cut off or not JSON: {error}", f"Make it anew with '{made_by}'.") from error
     if not isinstance(value, dict):
         raise RRError(f"{path} holds no JSON object", f"Make it anew with '{made_by}'.")
     if isinstance(value.get("schema"), int) and value["schema"] > SCHEMA:
@@ -97,7 +98,7 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
 
 @contextmanager
 def publish_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder to fill; on success it is synced and becomes `path`, on failure nothing remains.
+    """Give a temporary folder to fill. On success it is synced and renamed to `path`; on failure it is removed.
 
     Raises:
         RRError: `path` exists and `overwrite` is off, or the parent cannot be written.
@@ -113,7 +114,7 @@ def publish_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
         readable = 0o666 & ~_umask()
         for file in sorted(temporary.rglob("*")):
-            # safetensors makes its files private; a file with a second name belongs to somebody else too.
+            # safetensors makes its files private. A file with several hard links also belongs to somebody else.
             if file.is_file() and file.stat().st_nlink == 1:
                 file.chmod(readable)
             _sync(file)
@@ -136,16 +137,16 @@ def publish_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that at no moment a part of it counts as whole: renamed first, and swept if killed."""
+    """Remove a folder; it is renamed first, so that what a killed process leaves of it never counts as complete."""
     doomed = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def link(source: Path, target: Path) -> bool:
-    """Give a file a second name without copying it; copy it where that cannot be, and return whether it was linked.
+    """Give a file a second name without copying it, or copy it where that is impossible; return whether it was linked.
 
-    Links are resolved first: a link to the relative link of a download cache would dangle.
+    Symbolic links are resolved first: a link to the relative link in a download cache would point nowhere.
     """
     source = source.resolve()
     try:
@@ -157,7 +158,7 @@ def link(source: Path, target: Path) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`; bring back what it had just moved aside."""
+    """Remove what a killed process left half-written in `folder`, and restore what it had just moved aside."""
     for leftover in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
         original = folder / leftover.name[1:].rsplit(".", 2)[0]
         if leftover.suffix == ".old" and not original.exists():
@@ -172,7 +173,7 @@ def make_folder(path: Path) -> None:
     """Create a folder and its parents.
 
     Raises:
-        RRError: something that is no folder stands in the way, or it is not writable.
+        RRError: a file stands in the way, or the folder is not writable.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -189,15 +190,15 @@ def safe_name(name: str, what: str) -> str:
     """Return `name` if it is one plain path component, so that it cannot leave its folder.
 
     Raises:
-        UsageError: empty, hidden, or with a separator in it.
+        UsageError: the name is empty or hidden, or has a separator in it.
     """
     if not name or name.startswith(".") or any(c in name for c in "/\\\0") or name != name.strip():
-        raise UsageError(f"{what} '{name}' is no plain name", "Use letters, digits, '-', '_' and '.'.")
+        raise UsageError(f"{what} '{name}' is not a plain name", "Use letters, digits, '-', '_' and '.'.")
     return name
 
 
 def unwritable(path: Path, error: Exception) -> RRError:
-    """Return the error that says what could not be written, why, and how much space there is."""
+    """Return an error that says what could not be written, why, and how much space is free."""
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     there = next(parent for parent in path.parents if parent.exists())
     return RRError(
@@ -231,7 +232,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     Format: 8 bytes little-endian header length, JSON header with `data_offsets`, then the data (safetensors' own spec).
 
     Raises:
-        RRError: truncated or not safetensors; names the file and the bytes that are missing.
+        RRError: the file is truncated or not safetensors; names it, and the bytes that it should have.
     """
     hint = "Download or copy the file again."
     try:
@@ -246,10 +247,10 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RRError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RRError(f"{path} is no safetensors file: {error}", hint) from error
+        raise RRError(f"{path} is not a safetensors file: {error}", hint) from error
     if size != 8 + length + end:
         wrong = "truncated" if size < 8 + length + end else "too long"
-        raise RRError(f"{path} is {wrong}: its header tells of {8 + length + end} bytes, it has {size}", hint)
+        raise RRError(f"{path} is {wrong}: its header describes {8 + length + end} bytes, it has {size}", hint)
     return {key: entry for key, entry in header.items() if key != "__metadata__"}
 
 
@@ -283,9 +284,9 @@ def weight_files(source: Path) -> list[Path]:
 
 
 def fingerprint(source: Path) -> str:
-    """Return a short identity of a model folder, checkpoint folder or `.gguf` file: weights, config, tokenizer.
+    """Return a short hash that identifies the weights, configuration and tokenizer of a model folder or `.gguf` file.
 
-    Reads headers whole and `SAMPLED_BLOCKS` blocks per file, so the time does not grow with the model.
+    Of each weight file it reads the header and `SAMPLED_BLOCKS` blocks, so the time does not grow with the model.
     """
     digest = hashlib.sha256()
     files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.suffix in WEIGHT_SUFFIXES)
@@ -306,7 +307,7 @@ def fingerprint(source: Path) -> str:
 
 
 def sha256(path: Path, advance: Callable[[int], None]) -> str:
-    """Return the SHA-256 of a whole file; `advance` is told every `HASHED_BYTES` (and the rest) that were read.
+    """Return the SHA-256 of a whole file; `advance` is called with the number of bytes after each block that was read.
 
     Raises:
         RRError: the file cannot be read.
@@ -323,7 +324,7 @@ def sha256(path: Path, advance: Callable[[int], None]) -> str:
 
 
 def combine(*parts: Any) -> str:
-    """Return a short hash of any JSON-like values: the identity of "these inputs with these settings"."""
+    """Return a short hash of any JSON-like values, to identify "these inputs with these settings"."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -348,5 +349,5 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the number of optimiser steps behind a checkpoint."""
+    """Return the optimiser step after which a checkpoint was saved."""
     return int(checkpoint.name[5:])

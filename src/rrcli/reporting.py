@@ -1,16 +1,16 @@
-"""How services tell what they are doing, without knowing a terminal. `ui` implements it; tests use `Silent`."""
+"""How services say what they are doing, without knowing about a terminal: `ui` shows it, tests use `Silent`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int = 12) -> str:
-    """Return the course of `values` in at most `width` characters, each the mean of as many of them."""
+    """Return the course of `values` as at most `width` bars; each stands for the mean of as many values."""
     if not values:
         return ""
     size = -(-len(values) // width)
@@ -21,14 +21,14 @@ def sparkline(values: Sequence[float], width: int = 12) -> str:
 
 
 class Progress(Protocol):
-    """One piece of work that is under way."""
+    """One piece of work in progress."""
 
     def advance(self, amount: int = 1, note: str = "") -> None:
-        """Count work done; `note` replaces the words behind the bar."""
+        """Count units of work that are done; `note` replaces the words after the bar."""
 
 
 class Reporter(Protocol):
-    """What a service may say while it works. Results are returned, not reported."""
+    """What a service may say while it works. Its results are returned, not reported."""
 
     def note(self, message: str) -> None:
         """Say something that the user should know."""
@@ -36,18 +36,12 @@ class Reporter(Protocol):
     def warn(self, message: str) -> None:
         """Say something that the user should act on."""
 
-    def progress(self, label: str, total: int, unit: str) -> _ProgressContext:
+    def progress(self, label: str, total: int, unit: str) -> AbstractContextManager[Progress]:
         """Show the progress of `total` units of work."""
 
 
-class _ProgressContext(Protocol):
-    def __enter__(self) -> Progress: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
-
-
 class Silent:
-    """A reporter that says nothing and remembers the warnings."""
+    """A reporter that says nothing and keeps the warnings."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []

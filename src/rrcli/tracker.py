@@ -53,12 +53,12 @@ SUMMARY = (
 class MetricsTracker:
     """Writes scalars, texts, pictures, histograms and hyper-parameters of one run for TensorBoard.
 
-    It remembers the last value of every scalar, for `metrics.json`.
+    The last value of every scalar is kept, for `metrics.json`.
 
     Args:
-        log_dir: the run's folder, for example `logs/finetuned_recursive`; None: log nothing, as every process of a
-            training but its main one does.
-        purge_step: on resume, TensorBoard drops what an earlier process logged from this step on.
+        log_dir: the run's folder, for example `logs/finetuned_recursive`; None to log nothing, which is for all but
+            the main one of a training's processes.
+        purge_step: when a run is resumed, the step from which TensorBoard drops what an earlier process logged.
 
     Raises:
         RRError: the folder cannot be written.
@@ -77,7 +77,7 @@ class MetricsTracker:
         self._writer.add_custom_scalars({k: {c: ["Multiline", t] for c, t in v.items()} for k, v in LAYOUT.items()})
 
     def log_scalar(self, tag: str, value: float, step: int) -> None:
-        """Log one number, for example `log_scalar("train/loss/total", 2.3, 100)`. NaN is logged, and null in JSON."""
+        """Log a number, for example `log_scalar("train/loss/total", 2.3, 100)`. NaN becomes null in `metrics.json`."""
         value = float(value)
         self._writer.add_scalar(tag, value, step)
         self._last[tag] = {"value": value if math.isfinite(value) else None, "step": step}
@@ -107,10 +107,10 @@ class MetricsTracker:
                 self._writer.add_histogram(tag, tensor.detach().float().cpu(), step)
 
     def log_hparams(self, values: Mapping[str, Any], metrics: Iterable[str]) -> None:
-        """Log hyper-parameters for TensorBoard's HParams tab, into this run itself (`add_hparams` makes another).
+        """Log hyper-parameters for TensorBoard's HPARAMS tab, in this run itself; torch's own function makes a new run.
 
         Args:
-            metrics: scalar tags to show beside them; the tab takes their last values from the run.
+            metrics: tags of scalars to show beside them; the tab reads their last values from the run.
         """
         from rrcli.upstream import add_hparams
 
@@ -119,7 +119,7 @@ class MetricsTracker:
             add_hparams(self._writer, plain, dict.fromkeys(metrics, 0.0))
 
     def flush(self) -> None:
-        """Write out what is buffered."""
+        """Write everything that is buffered to disk."""
         self._writer.flush()
 
     def close(self) -> None:
@@ -133,12 +133,12 @@ class MetricsTracker:
         try:
             self.close()
         except OSError:
-            if kind is None:  # else the error that is under way says it
+            if kind is None:  # otherwise the error that is being raised says it
                 raise
 
 
 class _Nowhere:
-    """A writer that writes nothing, whatever it is asked to."""
+    """A writer that ignores every call."""
 
     def __getattr__(self, name: str) -> _Nowhere:
         return self

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,11 @@ from rrcli.comparison import formats
 if TYPE_CHECKING:
     from rrcli.comparison.results import Cell, Comparison, MetricRow
     from rrcli.errors import RRError
+    from rrcli.evaluation.tracing import Piece
     from rrcli.experiment.planning import Step
     from rrcli.services.board import Board, Found
     from rrcli.services.eval import EvalResult
-    from rrcli.services.generate import GenerateResult, Piece
+    from rrcli.services.generate import GenerateResult
     from rrcli.services.setup import SetupResult
     from rrcli.services.status import Status
     from rrcli.services.surgery import SurgeryResult
@@ -152,12 +153,12 @@ def show_error(error: RRError) -> None:
         console.print(f"[bold]hint:[/bold] {escape(error.hint)}", soft_wrap=True)
 
 
-def show_json(schema: str, value: dict[str, Any]) -> None:
+def show_json(schema: str, value: Mapping[str, Any]) -> None:
     """Print one JSON object with a `schema` field on stdout."""
     print(_json(schema, value), end="")
 
 
-def _json(schema: str, value: dict[str, Any]) -> str:
+def _json(schema: str, value: Mapping[str, Any]) -> str:
     from rrcli.files import finite
 
     return json.dumps({"schema": f"rr.{schema}/1", **finite(value)}, allow_nan=False, default=str) + "\n"

@@ -447,7 +447,7 @@ def leave_process_group() -> None:
 @functools.cache
 def onednn_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
     """Return oneDNN's `rows @ weight.T + bias` if this torch has it and the results agree with torch's; else None."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return None
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
@@ -107,4 +106,3 @@ def test_the_json_form_is_what_is_shown(tmp_path: Path) -> None:
     (row,) = [row for row in value["rows"] if row["name"] == "reasoning_accuracy"]
     assert row["better"] == "higher"
     assert row["cells"][3] == cell(comparison, "reasoning_accuracy", "finetuned_recursive").to_dict()
-    assert copy.deepcopy(value) == value

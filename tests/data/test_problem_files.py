@@ -63,7 +63,7 @@ def test_answers_are_numbers_or_texts(tmp_path, answer, expected, solution):
         (b'{"question": "q", "answer": NaN}', "line 3: no 'answer'"),
         (b'{"question": "q", "answer": ["a"]}', "line 3: no 'answer'"),
         (b'{"question": "q", "answer": " "}', "line 3: no 'answer'"),
-        (b'{"question": "q", "answer": "so ####"}', "line 3: no answer behind '####'"),
+        (b'{"question": "q", "answer": "so ####"}', "line 3: no answer after '####'"),
         (b'{"question": "\xff", "answer": 1}', "line 3: byte 0xff is not UTF-8"),
     ],
 )

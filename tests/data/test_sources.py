@@ -55,11 +55,7 @@ def test_jsonl_is_cut_at_line_feeds_only(tmp_path: Path, separator: str) -> None
 @pytest.mark.parametrize(("name", "content"), [("data.txt", "one\n\ntwo"), ("data.jsonl", jsonl("one", "two"))])
 def test_a_byte_order_mark_is_not_text(tmp_path: Path, name: str, content: str) -> None:
     write(tmp_path / name, b"\xef\xbb\xbf" + content.encode())
-    try:
-        documents = list(read_documents(name, tmp_path))
-    except RRError as error:
-        documents = [error.message]
-    assert documents == ["one", "two"]
+    assert list(read_documents(name, tmp_path)) == ["one", "two"]
 
 
 def test_a_folder_is_read_in_order_and_without_repeats(tmp_path: Path) -> None:
@@ -180,8 +176,8 @@ def test_csv_holds_quoted_commas_line_breaks_and_quotes(tmp_path: Path) -> None:
         ("text,text\na,b\n", r"line 1: two columns 'text' \(it has text, text\)"),
         ("id,text\n1,one\n2,two,three\n", r"line 3: 3 columns, the header has 2"),
         ("id,text\n1,one\n2\n", r"line 3: 1 columns, the header has 2"),
-        ('id,text\n1,one\n2,"two\nthree\n4,four\n', r"the record that begins in line 3 is torn"),
-        ('id,text\n1,"one\ntwo"\n2,"two" three\n', r"the record that begins in line 4 is torn"),
+        ('id,text\n1,one\n2,"two\nthree\n4,four\n', r"the record that begins in line 3 is not valid CSV"),
+        ('id,text\n1,"one\ntwo"\n2,"two" three\n', r"the record that begins in line 4 is not valid CSV"),
         (b"text\none\ntw\xf6\n", r"a\.csv, line 3: byte 0xf6 is not UTF-8"),
     ],
 )
@@ -228,7 +224,7 @@ def test_broken_parquet_is_named(tmp_path: Path) -> None:
 
 def test_a_parquet_column_that_is_no_text(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", text=[1, 2], body=["one", "two"])
-    with pytest.raises(RRError, match="column 'text' holds int64, no text") as caught:
+    with pytest.raises(RRError, match="column 'text' holds int64, not text") as caught:
         list(read_documents("a.parquet", tmp_path))
     assert "--text-field body" in caught.value.hint
 
@@ -292,7 +288,7 @@ def test_a_plain_folder_of_parquet_is_a_data_set_too(tmp_path: Path) -> None:
         ("hf://./birds:plan", "text", r"cannot read hf://\./birds:plan: .*plan"),
         ("hf://./absent", "text", r"cannot read hf://\./absent"),
         ("hf://./birds:plain", "body", r"no column 'body' \(it has text, number\)"),
-        ("hf://./birds:plain", "number", "row 1: 'number' holds int, no text"),
+        ("hf://./birds:plain", "number", "row 1: 'number' holds int, not text"),
     ],
 )
 def test_a_data_set_that_cannot_be_read_is_named(data_set: Path, spec: str, field: str, message: str) -> None:

@@ -7,17 +7,13 @@ import itertools
 import math
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rrcli.data.splits import HELD_OUT_SHARE, content_hash, is_held_out
 from rrcli.data.tasks import Problem, Task, parse_spec, prompt_of
 from rrcli.demo import defaults
 from rrcli.errors import UsageError
-
-# A busy machine must not fail a property: no limit of time for an example.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
 
 SPECS = ("chain_sum:min_terms=2,max_terms=3", *defaults.TASKS)
 OTHERS = ("gcd", "spell_backward", "letter_counting", "number_sorting", "base_conversion", "sudoku")
@@ -35,7 +31,6 @@ def test_about_one_text_in_ten_is_held_out() -> None:
 
 @given(st.text())
 def test_the_split_depends_on_the_text_alone(text: str) -> None:
-    assert is_held_out(text) == is_held_out(str(text))
     expected = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     assert content_hash(text) == expected.hex()
     assert is_held_out(text) == (expected[0] < 26)
@@ -154,7 +149,9 @@ def test_keys_tell_tasks_and_questions_apart() -> None:
 @pytest.mark.parametrize("spec", SPECS + OTHERS)
 def test_a_scorer_accepts_its_own_answer_and_no_nonsense(spec: str) -> None:
     task = Task(spec)
-    for problem in itertools.islice(task.stream(1, limit=60, held_out=False), 4):
+    problems = list(itertools.islice(task.stream(1, limit=60, held_out=False), 4))
+    assert len(problems) == 4
+    for problem in problems:
         assert task.score(problem.answer, problem) == 1
         for wrong in ("", "no idea", "[[1, 2", "-987654321"):
             assert 0 <= task.score(wrong, problem) < 1

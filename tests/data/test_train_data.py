@@ -3,43 +3,29 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from statistics import median_low
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rrcli
 from rrcli.data.rendering import encode_prompt
 from rrcli.data.tasks import Task, prompt_of
 from rrcli.errors import Interrupted, RRError
+from rrcli.files import TRAINER_STATE
 from rrcli.reporting import Silent
 from rrcli.services import train as service
-from rrcli.services.surgery import surgery
-from rrcli.settings import SurgerySettings, TrainSettings
+from rrcli.settings import TrainSettings, with_changes
+from training_runs import ActsAfter, assert_same_weights, curve, weights
 
 SETTINGS = TrainSettings(
     steps=3, batch_size=8, lr=1e-4, sidecar_lr=1e-4, warmup_steps=2, save_interval=3, eval_interval=0, max_length=96
 )
 
 
-def changed(**values) -> TrainSettings:
-    return TrainSettings(**(vars(SETTINGS) | values))
-
-
-def curve(folder: Path, run: str, tag: str = "train/loss/total") -> list[float]:
-    return [event.value for event in EventAccumulator(str(folder / "logs" / run)).Reload().Scalars(tag)]
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{file.name}:{name}": tensor
-        for file in sorted(checkpoint.rglob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-        if file.parent == checkpoint
-    }
+changed = partial(with_changes, SETTINGS)
 
 
 def talks(file: Path, count: int = 60) -> str:
@@ -51,14 +37,12 @@ def talks(file: Path, count: int = 60) -> str:
     return file.name
 
 
-@pytest.fixture(scope="module")
-def operated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("operated")
-    surgery(SurgerySettings(), folder, Silent())
-    return folder
-
-
 # -- runs that must be the same ----------------------------------------------------------------------------------------
+
+
+def own_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the model's and the recursion's tensors, without the trainer's state."""
+    return {name: tensor for name, tensor in weights(checkpoint).items() if not name.startswith(TRAINER_STATE)}
 
 
 @pytest.mark.parametrize("mode", ["vanilla", "recursive"])
@@ -67,10 +51,11 @@ def test_one_part_two_parts_and_eight_parts_are_the_same_training(operated, mode
     for parts in (1, 2, 8):
         settings = changed(run_name=f"{mode}_{parts}", gradient_accumulation=parts, lr=1e-5, sidecar_lr=1e-5)
         checkpoint = service.train(settings, mode, operated, Silent()).checkpoint
-        results[parts] = (curve(operated, f"{mode}_{parts}"), weights(checkpoint))
+        results[parts] = (curve(operated, f"{mode}_{parts}"), own_weights(checkpoint))
     losses, expected = results.pop(1)
     for other, found in results.values():
         assert other == pytest.approx(losses, rel=1e-6)
+        assert found.keys() == expected.keys()
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6, msg=name)
 
@@ -120,23 +105,13 @@ def _joined(examples):
 
 @pytest.mark.parametrize("options", [{}, {"packing": True}], ids=["separate", "packed"])
 def test_going_on_over_the_end_of_an_epoch_changes_no_bit(operated, options):
-    class StopsAfterFive(Silent):
-        def advance(self, amount: int = 1, note: str = "") -> None:
-            self.count = getattr(self, "count", 0) + bool(note)
-            if self.count == 5 and note:
-                import signal
-
-                signal.raise_signal(signal.SIGTERM)
-
     options |= {"data": talks(operated / "few.jsonl", 40), "task_share": 0.0, "steps": 10}
     straight = service.train(changed(run_name="whole", **options), "recursive", operated, Silent(), restart=True)
     with pytest.raises(Interrupted, match="after step 5 of 10"):
-        service.train(changed(run_name="parts", **options), "recursive", operated, StopsAfterFive(), restart=True)
+        service.train(changed(run_name="parts", **options), "recursive", operated, ActsAfter(5), restart=True)
     resumed = service.train(changed(run_name="parts", **options), "recursive", operated, Silent())
     assert resumed.first_step == 5
-    found = weights(resumed.checkpoint)
-    for name, tensor in weights(straight.checkpoint).items():
-        assert torch.equal(tensor, found[name]), name
+    assert_same_weights(straight.checkpoint, resumed.checkpoint)
     assert curve(operated, "whole") == curve(operated, "parts")
 
 
@@ -180,5 +155,5 @@ def test_a_step_always_has_something_to_learn(operated):
 
 def test_empty_data_is_an_error(operated):
     (operated / "empty.jsonl").write_text("\n")
-    with pytest.raises(RRError, match="empty"):
+    with pytest.raises(RRError, match=r"empty\.jsonl is empty"):
         service.train(changed(run_name="empty", data="empty.jsonl"), "vanilla", operated, Silent())

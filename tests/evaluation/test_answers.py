@@ -7,9 +7,9 @@ import math
 from collections import Counter
 
 import pytest
-import torch
 
 import rrcli
+from families import attach_random
 from rrcli.data.problem_files import FileTask
 from rrcli.data.prompts import read_prompts, stop_strings
 from rrcli.data.rendering import question_text
@@ -37,21 +37,6 @@ def default():
 def data_of(count=24):
     task = Task(SPEC)
     return EvalData(tasks=(task,), problems=tuple(task.problems(count, 0, held_out=True)))
-
-
-def recursive(model):
-    recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=2))
-    torch.manual_seed(0)
-    torch.nn.init.normal_(recursion.cell.w_out.weight, std=0.03)
-    return model
-
-
-class Listening(Silent):
-    def __init__(self):
-        self.warnings = []
-
-    def warn(self, text):
-        self.warnings.append(text)
 
 
 # -- how a question is put ---------------------------------------------------------------------------------------------
@@ -104,7 +89,7 @@ def test_stop_strings_are_typed_as_in_a_shell():
 
 def test_every_depth_is_recorded_and_equals_a_run_at_that_depth(default):
     model, tokenizer = default
-    recursive(model)
+    attach_random(model, 0.03)
     data, settings = data_of(), EvalSettings(max_new_tokens=16)
     records = solve_problems(model, tokenizer, data, depth=2, settings=settings, reporter=Silent())
     assert len({tuple(record["outputs"]) for record in records if len(set(record["outputs"])) > 1}) > 1
@@ -137,7 +122,7 @@ def test_a_stop_string_and_the_cap_are_told_apart(default):
 
 def test_a_prompt_longer_than_the_context_is_cut_on_the_left_and_said(default, monkeypatch):
     model, tokenizer = default
-    data, listening = data_of(5), Listening()
+    data, listening = data_of(5), Silent()
     expected = solve_problems(
         model, tokenizer, data, depth=0, settings=EvalSettings(max_new_tokens=4), reporter=Silent()
     )
@@ -176,7 +161,7 @@ class Failing(SampleLog):
 @pytest.mark.parametrize("after", [0, 1, 4, 7])
 def test_answers_go_on_where_they_were_cut_off(default, tmp_path, after):
     model, tokenizer = default
-    recursive(model)
+    attach_random(model, 0.03)
     data, settings = data_of(), EvalSettings(max_new_tokens=6, batch_tokens=260)
     path = tmp_path / "whole.jsonl"
     with Failing(path, math.inf) as log:

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import rrcli
-from families import build, generate, tokens, wake
-from letters import Letters
+from families import Letters, build, generate, tokens, wake
 from rrcli.errors import RRError
 from rrcli.evaluation import decoding
 from rrcli.evaluation.decoding import decode

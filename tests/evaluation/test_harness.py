@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rrcli
+from families import attach_random
 from rrcli.data.problem_files import FileTask
 from rrcli.data.tasks import Task
 from rrcli.demo import defaults
@@ -86,18 +87,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def recursive(model, depth):
-    recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=2))
-    torch.manual_seed(0)
-    torch.nn.init.normal_(recursion.cell.w_out.weight, std=0.05)
-    recursion.depth = depth
-
-
 @pytest.mark.parametrize("depth", [None, 1, 2])
 def test_generated_answers_and_exact_match_are_those_of_our_own_path(folder, depth):
     model, tokenizer = rrcli.load("default")
     if depth is not None:
-        recursive(model, depth)
+        attach_random(model, 0.05).depth = depth
     task = FileTask("rows.jsonl:held_out=all", folder)
     data = EvalData(tasks=(task,), problems=tuple(task.all))
     ours = solve_problems(model, tokenizer, data, depth=depth or 0, settings=SETTINGS, reporter=Silent())
@@ -118,7 +112,7 @@ def test_the_recursion_takes_part_at_its_depth(folder):
     model, tokenizer = rrcli.load("default")
     tasks = load_tasks([str(folder / "rolling.yaml")])
     plain = run_harness(model, tokenizer, tasks, SETTINGS, Silent())[0]["harness/text/bits_per_byte"]["value"]
-    recursive(model, 0)
+    attach_random(model, 0.05)
     values = []
     for depth in range(3):
         model.recursion.depth = depth
@@ -192,7 +186,7 @@ def test_an_interrupted_run_goes_on_after_its_complete_tasks(folder, tmp_path, m
 
 def test_out_of_memory_halves_the_batch(folder, monkeypatch):
     model, tokenizer = rrcli.load("default")
-    plain, sizes, warnings = model.generate, [], []
+    plain, sizes, reporter = model.generate, [], Silent()
 
     def small(*args, **options):
         sizes.append(len(options["input_ids"]))
@@ -200,17 +194,13 @@ def test_out_of_memory_halves_the_batch(folder, monkeypatch):
             raise torch.OutOfMemoryError("no memory in this test")
         return plain(*args, **options)
 
-    class Listening(Silent):
-        def warn(self, text):
-            warnings.append(text)
-
     settings = EvalSettings(max_samples=8)
     expected = run_harness(model, tokenizer, load_tasks([str(folder / "generate.yaml")]), settings, Silent())
     monkeypatch.setattr(model, "generate", small)
-    found = run_harness(model, tokenizer, load_tasks([str(folder / "generate.yaml")]), settings, Listening())
+    found = run_harness(model, tokenizer, load_tasks([str(folder / "generate.yaml")]), settings, reporter)
     assert found == expected
     assert sizes == [8, 4, 2, 2, 2, 2]
-    assert "batches of 2" in warnings[-1]
+    assert "batches of 2" in reporter.warnings[-1]
 
 
 # -- what cannot be had ------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import rrcli
-from rrcli.evaluation.pictures import PAPER, TINTS, WIDTH, Token, draw, generate_traced
+from rrcli.evaluation.pictures import PAPER, TINTS, WIDTH, draw, generate_traced
+from rrcli.evaluation.tracing import Piece
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
 
@@ -34,7 +35,7 @@ def test_the_traced_tokens_are_those_of_generate() -> None:
 
 
 def test_tokens_lie_on_the_colour_of_their_passes() -> None:
-    image = draw([("prompt", [Token(" zero"), Token(" two", 2)])], "title")
+    image = draw([("prompt", [Piece(" zero"), Piece(" two", 2)])], "title")
     assert image.dtype == np.uint8
     assert image.shape[1:] == (WIDTH, 3)
     assert has(image, PAPER)
@@ -44,6 +45,6 @@ def test_tokens_lie_on_the_colour_of_their_passes() -> None:
 
 @pytest.mark.parametrize("text", ["y" * 500, " word" * 200, "\n" * 5, "", "日本\u202e<b>"])
 def test_any_text_stays_inside_the_picture(text: str) -> None:
-    image = draw([("prompt", [Token(text, 1)])], "title")
+    image = draw([("prompt", [Piece(text, 1)])], "title")
     assert (image[:, -8:] == 255).all()
     assert (image[-8:] == 255).all()

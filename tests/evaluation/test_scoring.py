@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rrcli
+from families import attach_random
 from rrcli.data import batching
 from rrcli.data.batching import affordable, halving
 from rrcli.errors import RRError
@@ -37,9 +38,7 @@ SETTINGS = EvalSettings(max_length=32, batch_tokens=96)
 def default():
     """The embedded model with two passes that do something."""
     model, tokenizer = rrcli.load("default")
-    recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=2))
-    torch.manual_seed(0)
-    torch.nn.init.normal_(recursion.cell.w_out.weight, std=0.05)
+    attach_random(model, 0.05)
     return model, tokenizer
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-RR = Path(sys.executable).with_name("rr")
+from commands import RR
+
 SHORT = {
     "RR_EVAL_MAX_SAMPLES": "3",
     "RR_EVAL_PROBLEMS": "2",

@@ -11,16 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from rrcli import files
 from rrcli.errors import RRError
-
-# A busy machine must not fail a property: no limit of time for an example.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
@@ -78,7 +74,7 @@ def test_bytes_too_many_are_told(tmp_path: Path) -> None:
 def test_a_header_that_is_garbage_is_no_safetensors(tmp_path: Path, header: bytes) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(RRError, match="is no safetensors file"):
+    with pytest.raises(RRError, match="is not a safetensors file"):
         files.safetensors_header(file)
 
 
@@ -134,7 +130,7 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
     save(tmp_path / "outside.safetensors")
     index = {"weight_map": {"a": "../outside.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(RRError, match="is no plain name"):
+    with pytest.raises(RRError, match="is not a plain name"):
         files.weight_files(folder)
 
 

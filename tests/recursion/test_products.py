@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from families import build, wake
-from letters import Letters
+from families import Letters, build, wake
 from rrcli.evaluation.decoding import decode
 from rrcli.recursion import products
 from rrcli.recursion.chunked_decoding import ChunkedDecoding

@@ -16,7 +16,8 @@ import rrcli
 from rrcli import ui
 from rrcli.cli import app
 from rrcli.errors import RRError, UsageError
-from rrcli.services.generate import Piece, generate
+from rrcli.evaluation.tracing import Piece
+from rrcli.services.generate import generate
 from rrcli.services.surgery import surgery
 from rrcli.settings import GenerateSettings, SurgerySettings
 from rrcli.ui import TerminalReporter
@@ -85,22 +86,6 @@ def test_sampling_follows_its_seed(workspace: Path) -> None:
     assert likeliest.text == stock_text(workspace, 30)
 
 
-def test_characters_of_several_tokens_come_whole(workspace: Path) -> None:
-    from rrcli.services.generate import _Stream
-
-    tokenizer = rrcli.load("default")[1]
-    text = "naïve 語 🙂 x"
-    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-    pieces: list[Piece] = []
-    stream = _Stream(tokenizer, pieces.append)
-    stream.put(torch.tensor([[0]]))
-    for token in ids[0]:
-        stream.put(token[None])
-    stream.end()
-    assert "".join(piece.text for piece in pieces) == text
-    assert not any("\ufffd" in piece.text for piece in pieces)
-
-
 @pytest.mark.parametrize("stage", ["baseline", "after_surgery"])
 def test_text_ends_in_front_of_a_stop_string(workspace: Path, stage: str) -> None:
     whole = generate(GenerateSettings(max_new_tokens=40), PROMPT, workspace, lambda piece: None, stage=stage).text
@@ -118,18 +103,37 @@ def test_text_ends_in_front_of_a_stop_string(workspace: Path, stage: str) -> Non
     ("settings", "prompt", "stage", "error", "words"),
     [
         (GenerateSettings(), " ", None, UsageError, "prompt is empty"),
-        (GenerateSettings(stop=("",)), "a", None, UsageError, "empty"),
-        (GenerateSettings(depth=5), "a", None, UsageError, "depth is 5"),
-        (GenerateSettings(depth=1), "a", "baseline", UsageError, "has no recursion"),
+        (GenerateSettings(stop=("",)), "a", None, UsageError, "--stop is empty"),
         (GenerateSettings(), "a", "finetuned_vanilla", RRError, "no model yet"),
         (GenerateSettings(), "a", "finetune", UsageError, "unknown stage 'finetune'"),
-        (GenerateSettings(), "a " * 3000, None, UsageError, "tokens"),
     ],
 )
-def test_what_cannot_be_generated_is_said(
-    workspace: Path, settings: Any, prompt: str, stage: str | None, error: type[RRError], words: str
+def test_what_cannot_be_generated_is_said_before_a_model_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: Any,
+    prompt: str,
+    stage: str | None,
+    error: type[RRError],
+    words: str,
 ) -> None:
+    monkeypatch.setattr("rrcli.services.generate.load_for", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(error, match=words):
+        generate(settings, prompt, tmp_path, lambda piece: None, stage=stage)
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt", "stage", "words"),
+    [
+        (GenerateSettings(depth=5), "a", None, "depth is 5"),
+        (GenerateSettings(depth=1), "a", "baseline", "has no recursion"),
+        (GenerateSettings(), "a " * 3000, None, r"the prompt has \d+ tokens"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_said(
+    workspace: Path, settings: Any, prompt: str, stage: str | None, words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
         generate(settings, prompt, workspace, lambda piece: None, stage=stage)
 
 

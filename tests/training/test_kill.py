@@ -9,9 +9,6 @@ from pathlib import Path
 from random import Random
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rrcli
 from commands import RR, rr, rr_process
@@ -19,6 +16,7 @@ from rrcli.files import checkpoints
 from rrcli.reporting import Silent
 from rrcli.services.surgery import surgery
 from rrcli.settings import SurgerySettings
+from training_runs import assert_same_weights, events
 
 
 def options(run: str, steps: int) -> list[str]:
@@ -62,11 +60,8 @@ def test_killed_again_and_again_a_run_ends_as_if_never_stopped(tmp_path, kills):
     found = [path.name for path in checkpoints(run)]
     assert found == [path.name for path in checkpoints(tmp_path / "checkpoints" / "whole")]
     assert not list(run.glob(".*"))
-    for file in sorted((run / found[-1]).rglob("*.safetensors")):
-        other = load_file(tmp_path / "checkpoints" / "whole" / file.relative_to(run))
-        for name, tensor in load_file(file).items():
-            assert torch.equal(tensor, other[name]), f"{file.name}: {name}"
-    curves = [EventAccumulator(str(tmp_path / "logs" / name)).Reload() for name in ("whole", "killed")]
+    assert_same_weights(tmp_path / "checkpoints" / "whole" / found[-1], run / found[-1])
+    curves = [events(tmp_path, name) for name in ("whole", "killed")]
     logged = [[(e.step, e.value) for e in curve.Scalars("train/loss/total")] for curve in curves]
     assert [step for step, _ in logged[1]] == list(range(1, steps + 1))
     assert logged[0] == logged[1]

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rrcli
 from families import NO_DRIVER
-from rrcli.errors import RRError, UsageError
+from rrcli.errors import RRError
 from rrcli.files import checkpoints
 from rrcli.reporting import Silent
 from rrcli.services import train as service
@@ -24,6 +22,7 @@ from rrcli.training import processes as processes_module
 from rrcli.training import trainer as trainer_module
 from rrcli.training.launching import launch
 from rrcli.training.processes import Processes, join
+from training_runs import assert_same_weights, curve, events, texts
 
 SETTINGS = TrainSettings(
     steps=4,
@@ -87,20 +86,6 @@ def train_without_memory_in_process_1(settings: TrainSettings, folder: Path) -> 
     service.train(settings, "recursive", folder, Silent(), restart=True)
 
 
-def events(folder: Path, run: str) -> EventAccumulator:
-    return EventAccumulator(str(folder / "logs" / run), size_guidance={"tensors": 0}).Reload()
-
-
-def assert_close(one: Path, two: Path, tolerance: float) -> None:
-    names = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
-    assert names == sorted(path.relative_to(two) for path in two.rglob("*.safetensors"))
-    for name in names:
-        tensors, others = load_file(one / name), load_file(two / name)
-        assert tensors.keys() == others.keys()
-        for key, tensor in tensors.items():
-            assert torch.allclose(tensor, others[key], rtol=tolerance, atol=tolerance), f"{name}: {key}"
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run `one`, by one process (in two parts, as the feedback's norm is a mean over parts), and those of two."""
@@ -126,7 +111,7 @@ def test_two_processes_learn_what_one_learns(trained):
     for tag in scalars:
         values, others = ([event.value for event in run.Scalars(tag)] for run in (one, two))
         assert others == pytest.approx(values, rel=1e-6, abs=1e-6), tag
-    assert_close(*(checkpoints(trained / "checkpoints" / run)[-1] for run in ("one", "two")), tolerance=1e-6)
+    assert_same_weights(*(checkpoints(trained / "checkpoints" / run)[-1] for run in ("one", "two")), tolerance=1e-6)
 
 
 def test_one_process_writes(trained):
@@ -167,7 +152,7 @@ def test_a_stopped_training_of_two_goes_on_under_torchrun(trained):
     )
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.count("rr.train/1") == 1
-    assert_close(*(checkpoints(trained / "checkpoints" / run)[-1] for run in ("two", "stopped")), tolerance=0)
+    assert_same_weights(*(checkpoints(trained / "checkpoints" / run)[-1] for run in ("two", "stopped")), tolerance=0)
     curves = [[(e.step, e.value) for e in events(trained, r).Scalars("train/loss/total")] for r in ("two", "stopped")]
     assert curves[0] == curves[1]
 
@@ -177,18 +162,10 @@ def test_memory_that_one_process_lacks_halves_the_parts_of_all_and_then_ends_all
     with pytest.raises(RRError, match="out of memory in step 3, even with one example at a time") as error:
         launch(2, train_without_memory_in_process_1, settings, trained)
     assert "step-000002" in error.value.hint
-    found = events(trained, "tight")
-    [said] = [e.tensor_proto.string_val[0].decode() for e in found.Tensors("train/red_flags/text_summary")]
+    [said] = texts(trained, "tight", "train/red_flags")
     assert said == "out of memory: going on with 1 examples at a time instead of 2"
-    losses, others = (
-        [event.value for event in events(trained, r).Scalars("train/loss/total")] for r in ("one", "tight")
-    )
+    losses, others = (curve(trained, r) for r in ("one", "tight"))
     assert others == pytest.approx(losses[:2], rel=1e-5)
-
-
-def test_a_batch_that_cannot_be_shared_out_is_a_usage_error(trained):
-    with pytest.raises(UsageError, match="--batch-size 3 cannot be shared out evenly among 2 processes"):
-        service.train(with_changes(SETTINGS, batch_size=3, num_processes=2), "vanilla", trained, Silent())
 
 
 @pytest.mark.skipif(NO_DRIVER, reason="a torch for CUDA does not shard on a CPU")
@@ -196,9 +173,9 @@ def test_sharded_weights_learn_the_same_and_are_saved_whole(trained):
     """Also where they went on from a checkpoint: to the same bits."""
     finished = trained / "finished"
     one, last = (checkpoints(trained / "checkpoints" / run)[-1] for run in ("one", "sharded"))
-    assert_close(finished, last, tolerance=0)
-    assert_close(one, finished, tolerance=1e-5)
-    losses, others = ([e.value for e in events(trained, r).Scalars("train/loss/total")] for r in ("one", "sharded"))
+    assert_same_weights(finished, last, tolerance=0)
+    assert_same_weights(one, finished, tolerance=1e-5)
+    losses, others = (curve(trained, r) for r in ("one", "sharded"))
     assert others == pytest.approx(losses, rel=1e-6)
     perplexities = [events(trained, r).Scalars("evaluation/during_training/perplexity") for r in ("one", "sharded")]
     assert [e.value for e in perplexities[1]] == pytest.approx([e.value for e in perplexities[0]], rel=1e-5)

@@ -37,6 +37,13 @@ def test_a_loss_that_does_not_fall_is_said_once(drift):
     assert raised([2.0 + drift * step for step in range(300)]) == [red_flags.NOT_FALLING]
 
 
+def test_the_first_third_of_the_steps_until_then_is_compared_with_the_last_third():
+    """Of 50 steps the first and the last 16, whose means stand beside; halves or fewer steps would judge otherwise."""
+    assert raised([1.9] * 5 + [2.1] * 11 + [2.0] * 18 + [1.95] * 16, steps=60) == []  # 2.04 and 1.95
+    assert raised([2.0] * 16 + [0.1] * 9 + [1.9] * 25, steps=60) == []  # 2.0 and 1.9
+    assert raised([2.0] * 16 + [2.5] * 9 + [2.1] * 25, steps=60) == [red_flags.NOT_FALLING]  # 2.0 and 2.1
+
+
 def test_a_loss_that_explodes_is_said_once():
     curve = FALLING + noisy([1.5 + step * 0.2 for step in range(60)])
     assert raised(curve, steps=400) == [red_flags.EXPLODING]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -15,30 +15,17 @@ from rrcli.files import checkpoints
 from rrcli.recursion.batch import IGNORED
 from rrcli.reporting import Silent
 from rrcli.services import train as service
-from rrcli.services.surgery import surgery
-from rrcli.settings import SurgerySettings, TrainSettings
+from rrcli.settings import TrainSettings, with_changes
 from rrcli.training import step_plan
 from rrcli.training.optimizer import learning_rate_factor
+from training_runs import curve
 
 SETTINGS = TrainSettings(
     steps=4, batch_size=4, lr=1e-3, sidecar_lr=1e-3, warmup_steps=2, save_interval=4, eval_interval=0, max_length=96
 )
 
 
-def changed(**values) -> TrainSettings:
-    return TrainSettings(**(vars(SETTINGS) | values))
-
-
-def losses(folder: Path, run: str, tag: str = "train/loss/total") -> list[float]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return [event.value for event in EventAccumulator(str(folder / "logs" / run)).Reload().Scalars(tag)]
-
-
-@pytest.fixture
-def operated(tmp_path: Path) -> Path:
-    surgery(SurgerySettings(), tmp_path, Silent())
-    return tmp_path
+changed = partial(with_changes, SETTINGS)
 
 
 def test_vanilla_equals_a_plain_loop(tmp_path):
@@ -59,7 +46,7 @@ def test_vanilla_equals_a_plain_loop(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         expected.append(loss.item())
-    found = losses(tmp_path, "finetuned_vanilla")
+    found = curve(tmp_path, "finetuned_vanilla")
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
     assert found == pytest.approx(expected, rel=1e-3)
 
@@ -67,14 +54,14 @@ def test_vanilla_equals_a_plain_loop(tmp_path):
 def test_recursive_at_depth_0_equals_vanilla(operated, monkeypatch):
     service.train(SETTINGS, "vanilla", operated, Silent())
     monkeypatch.setattr(step_plan, "sampled_depth", lambda *_: 0)
-    service.train(SETTINGS, "recursive", operated, Silent())
-    assert losses(operated, "finetuned_recursive") == pytest.approx(losses(operated, "finetuned_vanilla"), rel=1e-6)
+    service.train(SETTINGS, "recursive", operated, Silent(), restart=True)
+    assert curve(operated, "finetuned_recursive") == pytest.approx(curve(operated, "finetuned_vanilla"), rel=1e-6)
 
 
 def test_parts_of_a_batch_weigh_as_the_whole(tmp_path):
     service.train(changed(run_name="whole"), "vanilla", tmp_path, Silent())
     service.train(changed(run_name="parts", gradient_accumulation=4), "vanilla", tmp_path, Silent())
-    whole, parts = losses(tmp_path, "whole"), losses(tmp_path, "parts")
+    whole, parts = curve(tmp_path, "whole"), curve(tmp_path, "parts")
     assert parts[0] == pytest.approx(whole[0], rel=1e-6)
     # Adam divides a gradient by its own size, so rounding grows with every step.
     assert parts == pytest.approx(whole, rel=1e-3)
@@ -82,7 +69,7 @@ def test_parts_of_a_batch_weigh_as_the_whole(tmp_path):
 
 @pytest.mark.parametrize("phase", ["a", "b"])
 def test_a_frozen_base_stays_the_base_at_depth_0(operated, phase):
-    result = service.train(changed(phase=phase, steps=6), "recursive", operated, Silent())
+    result = service.train(changed(phase=phase, steps=6), "recursive", operated, Silent(), restart=True)
     assert not (result.checkpoint / "model.safetensors").exists()
     model, tokenizer = rrcli.load(result.checkpoint)
     base, _ = rrcli.load("default")
@@ -92,20 +79,19 @@ def test_a_frozen_base_stays_the_base_at_depth_0(operated, phase):
         assert torch.equal(model(ids).logits, base(ids).logits)
         model.recursion.depth = 1
         assert not torch.equal(model(ids).logits, base(ids).logits)
-    norms = losses(operated, "finetuned_recursive", "train/feedback_norm")
+    norms = curve(operated, "finetuned_recursive", "train/feedback_norm")
     assert norms[0] == 0 < norms[1] < norms[-1]
 
 
 def test_every_parameter_moves_in_phase_c(operated):
-    result = service.train(SETTINGS, "recursive", operated, Silent())
+    result = service.train(SETTINGS, "recursive", operated, Silent(), restart=True)
     trained, _ = rrcli.load(result.checkpoint)
     before, _ = rrcli.load(operated / "checkpoints" / "after_surgery")
     for part in ("model", "recursion"):
         a = trained if part == "model" else trained.recursion
         b = before if part == "model" else before.recursion
         for (name, new), (_, old) in zip(a.named_parameters(), b.named_parameters(), strict=True):
-            if name != "step.weight":
-                assert not torch.equal(new, old), name
+            assert not torch.equal(new, old), name
 
 
 def test_depth_is_the_same_for_everyone_who_asks():
@@ -157,6 +143,24 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert saved["scalars"]["train/loss/total"]["step"] == 5
 
 
-def test_vanilla_has_no_phase_a(tmp_path):
-    with pytest.raises(UsageError, match="nothing to train"):
-        service.train(changed(phase="a"), "vanilla", tmp_path, Silent())
+@pytest.mark.parametrize(
+    ("values", "mode", "match_flops", "message"),
+    [
+        ({"phase": "a"}, "vanilla", "", "nothing to train"),
+        ({"run_name": "baseline"}, "vanilla", "", "is a stage of its own"),
+        ({}, "recursive", "absent", "--match-flops is for vanilla training"),
+        ({"batch_size": 3, "num_processes": 2}, "vanilla", "", "--batch-size 3 cannot be shared out evenly among 2"),
+        ({"callback": "nowhere"}, "vanilla", "", "--callback is 'nowhere'"),
+        ({"callback": "not_there:f"}, "vanilla", "", "cannot be imported"),
+        ({"callback": "json:no_such"}, "vanilla", "", "no function 'no_such'"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_before_a_model_is_loaded(
+    tmp_path, monkeypatch, values, mode, match_flops, message
+):
+    monkeypatch.setattr(service, "load_for", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "checkpoints" / "after_surgery").mkdir(parents=True)
+    with pytest.raises(UsageError) as error:
+        service.train(changed(**values), mode, tmp_path, Silent(), match_flops=match_flops)
+    assert message in f"{error.value.message} {error.value.hint}"
+    assert not list((tmp_path / "checkpoints").glob("*/*"))

@@ -4,64 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rrcli
 from rrcli.errors import Interrupted, RRError, UsageError
 from rrcli.files import checkpoints
 from rrcli.reporting import Silent
 from rrcli.services import train as service
-from rrcli.services.surgery import surgery
-from rrcli.settings import SurgerySettings, TrainSettings
+from rrcli.settings import TrainSettings, with_changes
+from rrcli.training import red_flags
 from rrcli.training import trainer as trainer_module
 from rrcli.training.optimizer import learning_rate_factor
+from training_runs import ActsAfter, assert_same_weights, curve, events, texts, weights
 
 SETTINGS = TrainSettings(
     steps=4, batch_size=4, lr=1e-3, sidecar_lr=1e-3, warmup_steps=2, save_interval=4, eval_interval=0, max_length=64
 )
 
 
-def changed(**values) -> TrainSettings:
-    return TrainSettings(**(vars(SETTINGS) | values))
-
-
-def events(folder: Path, run: str) -> EventAccumulator:
-    return EventAccumulator(str(folder / "logs" / run), size_guidance={"histograms": 0, "tensors": 0}).Reload()
-
-
-def curve(folder: Path, run: str, tag: str = "train/loss/total") -> list[float]:
-    return [event.value for event in events(folder, run).Scalars(tag)]
-
-
-def texts(folder: Path, run: str, tag: str) -> list[str]:
-    return [e.tensor_proto.string_val[0].decode() for e in events(folder, run).Tensors(f"{tag}/text_summary")]
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for file in sorted(checkpoint.rglob("*.safetensors")):
-        found |= {f"{file.name}:{name}": tensor for name, tensor in load_file(file).items()}
-    return found
-
-
-def assert_equal_checkpoints(a: Path, b: Path) -> None:
-    first, second = weights(a), weights(b)
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-
-
-@pytest.fixture(scope="module")
-def operated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("operated")
-    surgery(SurgerySettings(), folder, Silent())
-    return folder
-
+changed = partial(with_changes, SETTINGS)
 
 # -- out of memory -----------------------------------------------------------------------------------------------------
 
@@ -140,20 +105,12 @@ def test_stopping_and_going_on_changes_no_bit(operated, options):
     whole = changed(run_name="whole", eval_interval=3, eval_samples=2, **options)
     straight = service.train(whole, "recursive", operated, Silent(), restart=True)
 
-    class StopsAfterTwo(Silent):
-        def advance(self, amount: int = 1, note: str = "") -> None:
-            self.count = getattr(self, "count", 0) + bool(note)
-            if self.count == 2 and note:
-                import signal
-
-                signal.raise_signal(signal.SIGTERM)
-
     parts = changed(run_name="parts", eval_interval=3, eval_samples=2, **options)
     with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
-        service.train(parts, "recursive", operated, StopsAfterTwo(), restart=True)
+        service.train(parts, "recursive", operated, ActsAfter(2), restart=True)
     resumed = service.train(parts, "recursive", operated, Silent())
     assert resumed.first_step == 2
-    assert_equal_checkpoints(straight.checkpoint, resumed.checkpoint)
+    assert_same_weights(straight.checkpoint, resumed.checkpoint)
     assert curve(operated, "whole") == curve(operated, "parts")
     assert [e.step for e in events(operated, "parts").Scalars("train/loss/total")] == [1, 2, 3, 4]
 
@@ -212,7 +169,7 @@ def test_bfloat16_learns_what_its_own_rounding_would_lose(operated, mode, phase)
     settings = changed(run_name="half", dtype="bfloat16", lr=1e-6, sidecar_lr=1e-6, steps=3, phase=phase)
     result = service.train(settings, mode, operated, Silent(), restart=True)
     saved = weights(result.checkpoint)
-    raw = {name: t for name, t in saved.items() if ":raw/" in name}
+    raw = {name.partition(":raw/")[2]: t for name, t in saved.items() if ":raw/" in name}
     assert all(t.dtype == torch.float32 for t in raw.values())
     moved = [t for t in raw.values() if t.dim() == 2 and not torch.equal(t, t.bfloat16().float())]
     assert len(moved) >= (5 if phase == "c" else 1)
@@ -220,7 +177,11 @@ def test_bfloat16_learns_what_its_own_rounding_would_lose(operated, mode, phase)
     assert result.losses["total"] == pytest.approx(curve(operated, "half")[-1])
     if phase == "c":
         assert {t.dtype for n, t in saved.items() if n.startswith("model.safe")} == {torch.bfloat16}
-    assert model is not None
+    loaded = {f"model.{name}": tensor for name, tensor in model.named_parameters()}
+    if mode == "recursive":
+        loaded |= {f"recursion.{name}": tensor for name, tensor in model.recursion.named_parameters()}
+    for name, tensor in raw.items():
+        assert torch.equal(loaded[name], tensor.bfloat16()), name
 
 
 def test_float16_is_refused(operated):
@@ -278,16 +239,6 @@ def test_a_callback_adds_a_metric_and_its_error_stops_at_a_saved_step(operated):
     assert service.train(changed(run_name="broken"), "vanilla", operated, Silent()).first_step == 2
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [("nowhere", "MODULE:FUNCTION"), ("not_there:f", "cannot be imported"), ("json:no_such", "no function 'no_such'")],
-)
-def test_a_callback_that_is_not_there_is_a_usage_error(operated, spec, message):
-    with pytest.raises(UsageError) as error:
-        service.train(changed(callback=spec), "vanilla", operated, Silent())
-    assert message in f"{error.value.message} {error.value.hint}"
-
-
 # -- equal FLOPs -------------------------------------------------------------------------------------------------------
 
 
@@ -305,11 +256,9 @@ def test_vanilla_trains_to_the_flops_of_a_recursive_run(operated):
     assert again.first_step == again.steps == result.steps
 
 
-def test_matching_needs_a_trained_run_and_vanilla(operated):
+def test_matching_needs_a_trained_run(tmp_path):
     with pytest.raises(RRError, match="'absent' has no checkpoint"):
-        service.train(SETTINGS, "vanilla", operated, Silent(), match_flops="absent")
-    with pytest.raises(UsageError, match="vanilla"):
-        service.train(SETTINGS, "recursive", operated, Silent(), match_flops="absent")
+        service.train(SETTINGS, "vanilla", tmp_path, Silent(), match_flops="absent")
 
 
 # -- a disk that is full ----------------------------------------------------------------------------------------------
@@ -319,16 +268,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_is_free(operat
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    class FillsAfterThree(Silent):
-        def advance(self, amount: int = 1, note: str = "") -> None:
-            self.count = getattr(self, "count", 0) + bool(note)
-            if self.count == 3:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-
+    full = ActsAfter(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1])))
     settings = changed(run_name="full", save_interval=2)
     try:
         with pytest.raises(RRError, match=r"cannot write .*step-000004: .*[\d,]+ bytes free") as error:
-            service.train(settings, "vanilla", operated, FillsAfterThree(), restart=True)
+            service.train(settings, "vanilla", operated, full, restart=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert error.value.exit_code == 1
@@ -343,8 +287,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_is_free(operat
 
 
 def test_red_flags_reach_the_screen_and_tensorboard(operated, monkeypatch):
-    from rrcli.training import red_flags
-
     monkeypatch.setattr(red_flags, "FIRST_JUDGEMENT", 10)
     reporter = Silent()
     settings = changed(run_name="off", steps=21, batch_size=2, lr=0.0, sidecar_lr=0.0)
@@ -356,22 +298,21 @@ def test_red_flags_reach_the_screen_and_tensorboard(operated, monkeypatch):
         assert len([m for m in said if m.startswith(name)]) == 1
 
 
-def test_a_loss_that_does_not_fall_is_seen(operated, monkeypatch):
-    from rrcli.training import red_flags
-
+@pytest.mark.parametrize(("lr", "seen"), [(0.0, True), (1e-3, False)])
+def test_a_loss_that_does_not_fall_is_seen(operated, monkeypatch, lr, seen):
+    """Every batch is the same text, so the loss stays exactly where it is, or falls in every step."""
     monkeypatch.setattr(red_flags, "FIRST_JUDGEMENT", 12)
-    seen = []
-    for seed in range(6):  # nothing is learnt: by chance, the last batches are harder than the first, or easier
-        reporter, name = Silent(), f"flat-{seed}"
-        settings = changed(run_name=name, steps=12, batch_size=2, lr=0.0, seed=seed)
-        service.train(settings, "vanilla", operated, reporter, restart=True)
-        said = [message for message in reporter.warnings if message.startswith(red_flags.NOT_FALLING)]
-        losses = curve(operated, name, "train/loss/final_ce")
-        assert bool(said) == (sum(losses[-4:]) >= sum(losses[:4]))
-        assert all("try a higher --lr" in message for message in said)
-        assert not said or texts(operated, name, "train/red_flags") == said
-        seen.append(bool(said))
-    assert {True, False} == set(seen)
+    (operated / "same.jsonl").write_text(json.dumps({"text": "Tom has a red ball."}) + "\n")
+    reporter, name = Silent(), f"flat-{lr}"
+    settings = changed(run_name=name, data="same.jsonl", task_share=0.0, steps=12, batch_size=2, lr=lr, warmup_steps=0)
+    service.train(settings, "vanilla", operated, reporter, restart=True)
+    losses = curve(operated, name, "train/loss/final_ce")
+    assert (losses == [losses[0]] * 12) == seen
+    assert (losses == sorted(losses, reverse=True)) or seen
+    said = [message for message in reporter.warnings if message.startswith(red_flags.NOT_FALLING)]
+    assert len(said) == seen
+    assert all("try a higher --lr" in message for message in said)
+    assert not said or texts(operated, name, "train/red_flags") == said
 
 
 def test_a_learning_rate_that_is_too_high_is_seen(operated):

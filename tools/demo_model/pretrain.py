@@ -30,7 +30,7 @@ from tools.demo_model.text import load_stories, save_stories, write_stories
 from tools.demo_model.tokenizer import CONTEXT, train_tokenizer
 
 STORIES = 4000
-TOKENIZER_PROBLEMS = 1500  # a task, from TASKS and PRETRAIN_TASKS alike
+TOKENIZER_PROBLEMS = 1500  # of each task in TASKS and PRETRAIN_TASKS
 
 STEPS = 2000
 STORIES_PER_STEP, PROBLEMS_PER_STEP = 8, 72
@@ -38,8 +38,8 @@ MICRO_BATCHES = 4
 PEAK_LR, FINAL_LR_SHARE, WARMUP_STEPS = 3e-3, 0.05, 100
 WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 0.1, (0.9, 0.95), 1.0
 
-# A story has thirty times the tokens of a short answer, so it is weighted by token and an answer as a whole: otherwise
-# the stories, and the tasks with long answers, would drown the others.
+# A story has thirty times the tokens of a short answer, so stories are weighted by token and answers as a whole.
+# Otherwise the stories, and the tasks with long answers, would dominate the loss.
 STORY_TOKEN_WEIGHT, ANSWER_WEIGHT = 0.1, 3.0
 
 EVAL_PROBLEMS, EVAL_SEED, EVAL_BATCH, MAX_ANSWER_TOKENS = 300, 7, 100, 16
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
         save_stories(write_stories(STORIES, options.seed), text_file)
         stories = load_stories(text_file, held_out=False)
         tokenizer = train_tokenizer([*stories, *prompts_for_tokenizer(options.seed)])
-        # Saved now, because the file would also record the padding of the batches that are measured below.
+        # Saved before measuring, because the file would record the padding of the measured batches too.
         tokenizer.save_pretrained(staging / MODEL_DIR.name)
         model = create_model(tokenizer)
         print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(stories)} training stories")
@@ -127,7 +127,7 @@ def document_batches(
 ) -> Iterator[list[Document]]:
     """Yield `steps` batches: stories in shuffled epochs, problems of all tasks in equal parts.
 
-    Half of the documents begin with end-of-text, as in a packed stream; the other half begin bare, as a prompt does.
+    Half of the documents begin with end-of-text, as in a packed stream; the other half begin without it, as prompts do.
     """
     rng = random.Random(seed)
     # Twice as many candidates as are needed, because the held-out ones are skipped.
@@ -153,7 +153,7 @@ def story_document(tokenizer: PreTrainedTokenizerFast, story: str) -> Document:
 
 
 def problem_document(tokenizer: PreTrainedTokenizerFast, problem: Problem) -> Document:
-    """Return a problem of which only the answer and the end-of-text behind it count."""
+    """Return a problem of which only the answer and the end-of-text after it count."""
     question = tokenizer(prompt_of(problem.question)).input_ids
     answer = [*tokenizer(f" {problem.answer}").input_ids, tokenizer.eos_token_id]
     return Document(question + answer, [0.0] * len(question) + [ANSWER_WEIGHT / len(answer)] * len(answer))

@@ -1,8 +1,8 @@
 """Seeded micro-stories in simple English: the running text of the embedded model.
 
-Every story has a small world behind it (who is where, who holds what, how many are left), and its sentences follow from
-that world: the last one can be predicted from the earlier ones. So a language model has facts to track, not only
-phrases to repeat.
+Every story tells of a small world (who is where, who holds what, how many are left), and its sentences follow from that
+world: the last one can be predicted from the earlier ones. So a language model has facts to track, not only phrases to
+repeat.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A row of a source is, by the fields of the file's first row,
 - `prompt` and `completion`: two texts; the completion is learned;
 - `messages`: `[{"role": ..., "content": ...}, ...]`; the turns of the assistant are learned.
 
-All rows of a file are of one kind. What the tokens are is in `rendering`.
+All rows of a file are of one kind. `rendering` turns them into tokens.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _HINTS = {
 
 
 def kind_of(names: Collection[str], field: str) -> str:
-    """Tell what a file's rows are from the fields of the first one; the text field goes before conversations."""
+    """Return the kind of a file's rows from the fields of its first row. The text field takes precedence."""
     if field in names:
         return TEXT
     return next((kind for kind, needed in FIELDS.items() if set(needed) <= set(names)), TEXT)
 
 
 def conversation(row: dict[str, Any], kind: str, place: str) -> Document:
-    """Return a row of the kind COMPLETION or MESSAGES without its other fields.
+    """Return a row of the kind COMPLETION or MESSAGES with the fields of that kind only.
 
     Raises:
         RRError: a field is missing, empty or of another type; names the place.
@@ -51,7 +51,7 @@ def conversation(row: dict[str, Any], kind: str, place: str) -> Document:
     if reason:
         raise RRError(f"{place}: {reason}", _HINTS[kind])
     if kind == MESSAGES:
-        # Tables fill up what a message does not have.
+        # Tables store a null for a key that a message does not have.
         found["messages"] = [{k: v for k, v in m.items() if v is not None} for m in found["messages"] or ()]
     try:
         json.dumps(found, ensure_ascii=False).encode()
@@ -65,10 +65,10 @@ def conversation(row: dict[str, Any], kind: str, place: str) -> Document:
 
 
 def question_of(document: Document) -> str:
-    """Return what a document is known by when it is put on a side of the split: a text itself, else what is asked.
+    """Return the text that decides on which side of the split a document is: a plain text itself, or what is asked.
 
-    So all answers to one question are on one side, and a conversation that asks a problem of a task is on the
-    problem's side.
+    Therefore all answers to one question are on the same side, and a conversation that asks a problem of a task is on
+    that problem's side.
     """
     if isinstance(document, str):
         return document
@@ -80,9 +80,9 @@ def question_of(document: Document) -> str:
 
 
 def _fault(messages: Any) -> str:
-    """Say what is wrong with a list of messages; '' if nothing is."""
+    """Return what is wrong with a list of messages, or '' if nothing is."""
     if not isinstance(messages, list) or not messages:
-        return "'messages' is no list of messages"
+        return "'messages' is not a list of messages"
     for number, message in enumerate(messages, start=1):
         for name in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(name), str):

@@ -1,4 +1,4 @@
-"""Documents by number, in a temporary file if they are many, and the order in which an epoch shows them."""
+"""Keeps the documents of a training, in a temporary file if they are many, and the order of each epoch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ MEMORY_BYTES = 2**24
 
 
 class DocumentStore(Sequence[Document]):
-    """Documents by number: eight bytes of memory for each, and eight more for each where they are shuffled.
+    """A sequence of documents that takes eight bytes of memory for each, and eight more once they are shuffled.
 
-    Beyond MEMORY_BYTES they lie in a file without a name, which ends with the process, however that ends.
+    More than MEMORY_BYTES of documents are kept in a temporary file. It has no name, so it disappears with the process,
+    however that ends.
 
     Args:
-        directory: where the file is, on whose disk they must fit once more; not the system's folder for temporary
-            files, which is often in memory itself.
+        directory: where the temporary file is made. Its disk needs room for a copy of all documents. (The system's
+            folder for temporary files would not do: it often lies in memory.)
 
     Raises:
         RRError: the disk is full.
@@ -52,7 +53,7 @@ class DocumentStore(Sequence[Document]):
         return json.loads(self._file.read(self._ends[index + 1] - self._ends[index]))
 
     def in_order(self, place: int, seed: int) -> Document:
-        """Return what stands at `place`, from 0, of an endless row of epochs.
+        """Return the document at `place`, counted from 0, of an endless sequence of epochs.
 
         Each epoch shows every document once, in an order that follows from the seed and its own number.
         """
@@ -64,7 +65,7 @@ class DocumentStore(Sequence[Document]):
         try:
             self._file.write(data)
         except OSError as error:
-            with suppress(OSError):  # what is still to be written cannot be written either
+            with suppress(OSError):  # closing writes what is left, which fails too
                 self._file.close()
             raise unwritable(directory / "documents", error) from error
         self._ends.append(self._ends[-1] + len(data))

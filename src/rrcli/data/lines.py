@@ -1,4 +1,4 @@
-"""Text that is read line by line, as a stream: each line comes with its place, so that an error can name it."""
+"""Reads text line by line, as a stream. Each line comes with its place, so that an error can name it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from rrcli.errors import RRError
 
 
 def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
-    """Yield lines with their ends. Cut at line feeds only: JSON strings and CSV fields may hold other separators.
+    """Yield lines decoded from UTF-8, with their line ends and without a byte order mark.
+
+    Args:
+        lines: cut at line feeds only, because JSON strings and CSV fields may hold other separators.
 
     Raises:
-        RRError: a line is not UTF-8; names it.
+        RRError: a line is not UTF-8; names the line.
     """
     for number, line in enumerate(lines, start=1):
         try:
@@ -27,7 +30,7 @@ def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
 
 
 def placed(lines: Iterable[str], name: str) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) for each line that is not blank; the place is 'NAME, line N', the text is without its end."""
+    """Yield (place, text) for each line that is not blank: 'NAME, line N', and the line without its end."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield f"{name}, line {number}", line.removesuffix("\n").removesuffix("\r")
@@ -37,7 +40,7 @@ def json_objects(lines: Iterable[str], name: str) -> Iterator[tuple[str, dict[st
     """Yield (place, object) for each line that is not blank.
 
     Raises:
-        RRError: a line is no JSON object; names it.
+        RRError: a line is not a JSON object; names the line.
     """
     for place, text in placed(lines, name):
         try:
@@ -50,10 +53,10 @@ def json_objects(lines: Iterable[str], name: str) -> Iterator[tuple[str, dict[st
 
 
 def file_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file with their ends.
+    """Yield the lines of a file, with their line ends.
 
     Raises:
-        RRError: it cannot be read, or is not UTF-8.
+        RRError: the file cannot be read, or is not UTF-8.
     """
     try:
         with path.open("rb") as file:

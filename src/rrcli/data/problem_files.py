@@ -1,11 +1,11 @@
 """Reasoning problems from a file: JSON lines with a `question` and an `answer`.
 
-Such a task is written `FILE.jsonl`, and is split like everything else: questions that `splits.is_held_out` picks are
-evaluated, the others are trained on and give the solved examples. A test set is written `FILE.jsonl:held_out=all`: all
-of it is evaluated, nothing of it is trained on, and a question of it that also stands in another file of the same
-settings is left out of training; its solved examples come from `examples=OTHER.jsonl`.
+Such a task is written `FILE.jsonl` and is split like all data: questions that `splits.is_held_out` picks are evaluated;
+the others are trained on and used as solved examples. A test set is written `FILE.jsonl:held_out=all`: all of it is
+evaluated, and none of its questions is trained on, even if another file of the same settings asks it too. Its solved
+examples come from `examples=OTHER.jsonl`.
 
-An answer is a number or a text. Of a text that ends in `#### 42`, as in GSM8K, 42 is the answer and the whole text the
+An answer is a number or a text. If the text ends in `#### 42`, as in GSM8K, the answer is 42, and the whole text is the
 solution that training and solved examples show.
 """
 
@@ -35,7 +35,7 @@ class FileTask:
     """The problems of one file.
 
     Raises:
-        UsageError: no such file, or an option that there is not. RRError: a line that is no problem.
+        UsageError: the file does not exist, or an option is unknown. RRError: a line is not a problem.
     """
 
     def __init__(self, spec: str, directory: Path) -> None:
@@ -65,10 +65,10 @@ class FileTask:
         return self._sides[held_out]
 
     def problems(self, count: int, seed: int, *, held_out: bool) -> list[Problem]:
-        """Return `count` problems of one side, drawn by `seed`; all of them if there are no more.
+        """Return `count` problems of one side, drawn by `seed`, or all of them if there are fewer.
 
         Raises:
-            UsageError: there is none.
+            UsageError: that side has none.
         """
         side = self.side(held_out=held_out)
         if not side:
@@ -82,10 +82,10 @@ class FileTask:
         return Random(seed).sample(side, len(side))[:count]
 
     def examples(self, count: int, seed: int) -> list[Problem]:
-        """Return `count` problems to show solved, none of which is evaluated.
+        """Return `count` problems to show as solved examples, none of which is evaluated.
 
         Raises:
-            UsageError: there are not so many.
+            UsageError: there are fewer.
         """
         if self.others is None:
             pool = self.problems(len(self.all), seed, held_out=False)
@@ -98,19 +98,19 @@ class FileTask:
         return pool[:count]
 
     def stream(self, seed: int, limit: int, *, held_out: bool) -> Iterator[Problem]:
-        """Yield `limit` problems of one side, drawn by `seed`; they repeat. Nothing where the side is empty."""
+        """Yield `limit` problems of one side, drawn by `seed` with repeats; none if that side is empty."""
         side, random = self.side(held_out=held_out), Random(seed)
         for _ in range(limit if side else 0):
             yield random.choice(side)
 
     def score(self, answer: str, problem: Problem) -> float:
-        """Return 1 for the expected answer, else 0: equal as a number, or as words whatever their case."""
+        """Return 1 for the expected answer, else 0. Numbers are compared as numbers, words without regard to case."""
         expected = number(problem.answer)
         same = _folded(answer) == _folded(problem.answer) if expected is None else number(answer) == expected
         return float(same)
 
     def extract(self, output: str) -> str:
-        """Return the part of an output that is the answer: behind `####`, between answer tags, else all of it."""
+        """Return the part of an output that is the answer: after `####`, or between answer tags, or all of it."""
         return tagged(output.rpartition(MARK)[2])
 
 
@@ -118,12 +118,12 @@ _SIDES = {True: "held-out", False: "training"}
 
 
 def is_file_task(spec: str) -> bool:
-    """Tell whether a task is a file of problems rather than a generator's name."""
+    """Tell whether a task names a file of problems rather than a generator."""
     return parse_spec(spec)[0].endswith(SUFFIX)
 
 
 def task_file(spec: str, directory: Path) -> Path:
-    """Return the file behind a task.
+    """Return the file that a task names.
 
     Raises:
         UsageError: it does not exist.
@@ -140,12 +140,12 @@ def open_task(spec: str, directory: Path) -> Task | FileTask:
 
 
 def evaluated_whole(tasks: Sequence[Task | FileTask]) -> set[str]:
-    """Return the questions that no training may see, beyond those that the split holds out."""
+    """Return the questions of test sets: no training may see them, in addition to what the split holds out."""
     return {p.question for task in tasks if isinstance(task, FileTask) and task.whole for p in task.all}
 
 
 def trained_questions(specs: Sequence[str], directory: Path) -> set[str]:
-    """Return the questions of files that a training with these tasks drew from.
+    """Return the questions from files that a training with these tasks may have shown to the model.
 
     Raises:
         RRError: a file is no longer there, or cannot be read.
@@ -159,7 +159,7 @@ def read_problems(path: Path, task: str) -> list[Problem]:
     """Return every problem of a file, in its order.
 
     Raises:
-        RRError: not UTF-8, empty, or a line that is no problem; names the line.
+        RRError: the file is not UTF-8 or empty, or a line is not a problem; names the line.
     """
     problems, seen = [], Counter[str]()
     for place, value in json_objects(file_lines(path), str(path)):
@@ -176,7 +176,7 @@ def read_problems(path: Path, task: str) -> list[Problem]:
 
 
 def number(text: str) -> Decimal | None:
-    """Return the number that a text is ('1,000', '$5', '42.', '7.50 %'), or None for any other text."""
+    """Return the number that a text denotes ('1,000', '$5', '42.', '7.50 %'), or None if it is not a number."""
     found = re.fullmatch(r"([-+]?)\s*\$?\s*(\d[\d,]*(?:\.\d*)?|\.\d+)\s*[%.]?", text.strip())
     try:
         return Decimal(found.group(1) + found.group(2).replace(",", "")) if found else None
@@ -193,7 +193,7 @@ def _answer(value: Any, place: str) -> tuple[str, str]:
         answer = solution.rpartition(MARK)[2].strip()
         if answer:
             return answer, solution if MARK in solution else ""
-        raise RRError(f"{place}: no answer behind '{MARK}'", LINE_HINT)
+        raise RRError(f"{place}: no answer after '{MARK}'", LINE_HINT)
     raise RRError(f"{place}: no 'answer' that is a text or a number", LINE_HINT)
 
 

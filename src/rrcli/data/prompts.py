@@ -1,4 +1,4 @@
-"""What is typed around generations: the file of prompts to continue, and the texts that end an answer."""
+"""Reads what the user gives for generations: the file of prompts to continue, and the texts that end an answer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rrcli.errors import RRError, UsageError
 
 
 def stop_strings(typed: Sequence[str]) -> list[str]:
-    """Return stop strings with `\\n` and `\\t`, as they are typed in a shell, turned into what they mean.
+    """Return stop strings with `\\n` and `\\t`, as they are typed in a shell, replaced by a line feed and a tab.
 
     Raises:
-        UsageError: one is empty.
+        UsageError: a stop string is empty.
     """
     stop = [text.replace("\\n", "\n").replace("\\t", "\t") for text in typed]
     if not all(stop):
@@ -39,7 +39,7 @@ def read_prompts(spec: str, directory: Path) -> tuple[str, ...]:
     """Return the prompts of a file, without repeats: a .txt file's lines, a .jsonl file's `prompt` on each line.
 
     Raises:
-        UsageError: see `prompts_file`. RRError: empty, not UTF-8, or a line without a prompt; names the line.
+        UsageError: see `prompts_file`. RRError: the file is empty or not UTF-8, or a line has no prompt.
     """
     path = prompts_file(spec, directory)
     if path.suffix == ".txt":

@@ -1,7 +1,7 @@
 """Readers: each turns one kind of file, or the hub, into a stream of documents (see `conversations`), piece by piece.
 
 Whatever cannot be read is an error that names the file and the line or row. The readers of lines take the decoded lines
-of a file, the name that errors should bear, and the field that holds the text.
+of a file, the name that errors show, and the field that holds the text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARQUET_ROWS = 1024
 
 
 def paragraphs(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
-    """Yield what stands between blank lines; `field` means nothing here."""
+    """Yield the texts between blank lines. `field` is not used: plain text has no fields."""
     held: list[str] = []
     for line in lines:
         line = line.removesuffix("\n").removesuffix("\r")
@@ -35,7 +35,7 @@ def paragraphs(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
 
 
 def json_lines(lines: Iterable[str], name: str, field: str) -> Iterator[Document]:
-    """Yield the field of the object on each line, or the conversation in it; the first line says which."""
+    """Yield the text field of the object on each line, or the conversation in it; the first line decides which."""
     kind = ""
     for place, value in json_objects(lines, name):
         kind = kind or kind_of(value, field)
@@ -52,9 +52,9 @@ def json_lines(lines: Iterable[str], name: str, field: str) -> Iterator[Document
 
 
 def csv_rows(lines: Iterable[str], name: str, field: str) -> Iterator[Document]:
-    """Yield the column of each record, or its prompt and completion.
+    """Yield the text column of each record, or its prompt and completion.
 
-    The first line names the columns; texts may hold line breaks in quotes.
+    The first line names the columns. A text in quotes may hold line breaks.
     """
     csv.field_size_limit(2**31 - 1)  # a document may be longer than the module's 128 KiB
     rows = csv.reader(lines, strict=True)
@@ -84,13 +84,13 @@ def csv_rows(lines: Iterable[str], name: str, field: str) -> Iterator[Document]:
                 yield values[field] if kind == TEXT else conversation(values, kind, f"{name}, line {begins}")
     except csv.Error as error:
         raise RRError(
-            f"{name}: the record that begins in line {begins} is torn ({error})",
+            f"{name}: the record that begins in line {begins} is not valid CSV ({error})",
             'A quoted text ends with a double quote; one inside it is written "".',
         ) from error
 
 
 def parquet_rows(path: Path, field: str) -> Iterator[Document]:
-    """Yield the column of each row, or its conversation, reading some rows at a time; a null text is empty."""
+    """Yield the text column of each row, or its conversation. Rows are read in pieces; a null is an empty text."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -105,7 +105,7 @@ def parquet_rows(path: Path, field: str) -> Iterator[Document]:
             if kind == TEXT and field not in schema.names:
                 raise RRError(f"{path}: no column '{field}' (it has {_listed(schema.names)})", _other(texts))
             if kind == TEXT and field not in texts:
-                raise RRError(f"{path}: column '{field}' holds {schema.field(field).type}, no text", _other(texts))
+                raise RRError(f"{path}: column '{field}' holds {schema.field(field).type}, not text", _other(texts))
             for batch in file.iter_batches(PARQUET_ROWS, columns=list(FIELDS.get(kind, (field,)))):
                 for values in batch.to_pylist():
                     row += 1
@@ -118,7 +118,7 @@ def parquet_rows(path: Path, field: str) -> Iterator[Document]:
 
 
 def hub_rows(spec: str, directory: Path, field: str) -> Iterator[Document]:
-    """Yield the column of each row of a data set, or its conversation, streamed; a null text is empty."""
+    """Stream a data set: yield the text column of each row, or its conversation. A null is an empty text."""
     name, _, rest = spec.removeprefix(HUB).partition(":")
     config, _, split = rest.partition(":")
     if not name or ":" in split:
@@ -142,7 +142,7 @@ def hub_rows(spec: str, directory: Path, field: str) -> Iterator[Document]:
                 raise RRError(f"{spec}: no column '{field}' (it has {_listed(entry)})", _other(texts))
             row += 1
             if not isinstance(entry[field], str | None):
-                raise RRError(f"{spec}, row {row}: '{field}' holds {type(entry[field]).__name__}, no text")
+                raise RRError(f"{spec}, row {row}: '{field}' holds {type(entry[field]).__name__}, not text")
             yield _encodable(entry[field] or "", f"{spec}, row {row}")
     except RRError:
         raise

@@ -1,12 +1,12 @@
-"""What a model is shown: problems and documents as token ids, each with a mark whether it is learned.
+"""Turns problems and documents into the token ids that a model is shown, and marks which of them it learns.
 
-Evaluation and training ask a question by the same function. It goes through the tokenizer's chat template if it has
-one, unless that is turned off, else as plain text:
+Evaluation and training ask a question with the same function. It uses the tokenizer's chat template if there is one,
+unless that is turned off, and otherwise plain text:
 
     Question: ...
     Answer: ...
 
-Each learned part is tokenised on its own, behind the ids of its prompt, as a model meets it when it answers.
+Each learned part is tokenised separately from its prompt, because a model that answers sees the prompt tokenised alone.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from rrcli.settings import EvalSettings, TrainSettings
 
 # Token ids, and for each whether a model learns to predict it.
 Example = tuple[list[int], list[bool]]
-# A text, and whether it is learned.
-Piece = tuple[str, bool]
+# A part of a conversation's text, and whether it is learned.
+Segment = tuple[str, bool]
 Messages = Sequence[dict[str, Any]]
 
 
@@ -37,7 +37,7 @@ def chats(tokenizer: Any, settings: EvalSettings | TrainSettings) -> bool:
 def question_text(
     tokenizer: Any, question: str, examples: Sequence[Problem], settings: EvalSettings | TrainSettings
 ) -> str:
-    """Return the prompt of a question behind solved examples: turns of the chat template if there is one, else text."""
+    """Return the prompt of a question, preceded by solved examples: as turns of the chat template, or as plain text."""
     if not chats(tokenizer, settings):
         solved = "".join(f"{prompt_of(example.question)} {example.target}\n\n" for example in examples)
         return solved + prompt_of(question)
@@ -54,24 +54,24 @@ def encode_question(tokenizer: Any, text: str, settings: EvalSettings | TrainSet
 
 
 def solved_problem(tokenizer: Any, problem: Problem, settings: TrainSettings) -> Example:
-    """Return a problem as evaluation asks it, with its answer, which is learned, and the end behind it."""
+    """Return a problem as evaluation asks it, followed by its answer and the end token, which are learned."""
     text = question_text(tokenizer, problem.question, (), settings)
     answer = " " + problem.target
     if chats(tokenizer, settings):
         whole = _through_template(tokenizer, [_user(problem.question), _assistant(problem.target)])
         answer = whole.removeprefix(text) if whole.startswith(text) else problem.target
     prompt = encode_question(tokenizer, text, settings)
-    return _joined(prompt, [(_ids(tokenizer, answer) + _end_behind(tokenizer, answer, problem.target), True)])
+    return _joined(prompt, [(_ids(tokenizer, answer) + _end_after(tokenizer, answer, problem.target), True)])
 
 
 # -- documents ---------------------------------------------------------------------------------------------------------
 
 
 def example_of(tokenizer: Any, document: Document, settings: TrainSettings) -> Example:
-    """Return the ids of a document and what of it is learned: see `conversations`.
+    """Return the ids of a document and which of them are learned; `conversations` says which parts that are.
 
     Raises:
-        RRError: the chat template cannot render it, or not so that the turns of the assistant can be told.
+        RRError: the chat template cannot render it, or the turns of the assistant cannot be located in the result.
     """
     if isinstance(document, str):
         return _joined(_start(tokenizer), [(_ids(tokenizer, document) + _end(tokenizer), True)])
@@ -80,19 +80,19 @@ def example_of(tokenizer: Any, document: Document, settings: TrainSettings) -> E
         return _joined(encode_prompt(tokenizer, document["prompt"]), [(completion, True)])
     messages = document["messages"]
     if not chats(tokenizer, settings):
-        pieces = _plain(messages)
-        parts = [(_ids(tokenizer, text) + (_end(tokenizer) if own else []), own) for text, own in pieces]
+        segments = _plain(messages)
+        parts = [(_ids(tokenizer, text) + (_end(tokenizer) if own else []), own) for text, own in segments]
         return _joined(_start(tokenizer), parts)
     if "{% generation" in tokenizer.get_chat_template().replace("{%-", "{%"):
         return _marked(tokenizer, messages)
-    pieces = _turns(tokenizer, messages)
+    segments = _turns(tokenizer, messages)
     last = next(m["content"] for m in reversed(messages) if m["role"] == ASSISTANT)
-    parts = [(_ids(tokenizer, text), own) for text, own in pieces]
-    return _joined([], [*parts, (_end_behind(tokenizer, pieces[-1][0], last), True)])
+    parts = [(_ids(tokenizer, text), own) for text, own in segments]
+    return _joined([], [*parts, (_end_after(tokenizer, segments[-1][0], last), True)])
 
 
 def text_of(tokenizer: Any, document: Document, settings: EvalSettings) -> str:
-    """Return a document as the text that its perplexity is measured on, without the start token, which scoring adds."""
+    """Return the text of a document that perplexity is measured on, without the start token, which scoring adds."""
     if isinstance(document, str):
         return document
     if "prompt" in document:
@@ -102,17 +102,17 @@ def text_of(tokenizer: Any, document: Document, settings: EvalSettings) -> str:
     return _through_template(tokenizer, document["messages"]).removeprefix(tokenizer.bos_token or "")
 
 
-def _plain(messages: Messages) -> list[Piece]:
-    """Return a conversation in the plain form, turns apart by a blank line; what the system says stands as it is.
+def _plain(messages: Messages) -> list[Segment]:
+    """Return a conversation as plain text, with a blank line between turns; system messages stay as they are.
 
     Raises:
-        RRError: a role that the plain form has no words for.
+        RRError: plain text has no form for a role.
     """
-    pieces, text = [], ""
+    segments, text = [], ""
     for message in messages:
         content = message["content"].strip()
         if message["role"] == ASSISTANT:
-            pieces += [(f"{text}Answer:", False), (f" {content}", True)]
+            segments += [(f"{text}Answer:", False), (f" {content}", True)]
             text = "\n\n"
         elif message["role"] in ("user", "system"):
             text += prompt_of(content).removesuffix("Answer:") if message["role"] == "user" else f"{content}\n\n"
@@ -121,18 +121,18 @@ def _plain(messages: Messages) -> list[Piece]:
                 f"the conversation '{_begin(messages)}' has a role '{message['role']}' and there is no template",
                 "Train a model whose tokenizer has one, or leave such conversations out.",
             )
-    return pieces
+    return segments
 
 
-def _turns(tokenizer: Any, messages: Messages) -> list[Piece]:
+def _turns(tokenizer: Any, messages: Messages) -> list[Segment]:
     """Return a conversation through the chat template, cut where turns of the assistant begin and end.
 
-    A turn is what the template adds for it behind the prompt for an answer, with the mark of its end.
+    A turn is what the template writes after the prompt for an answer, including the mark of its end.
 
     Raises:
-        RRError: the template writes a turn in another way when others follow, so that none of this is true.
+        RRError: the template writes a turn in another way when others follow it, so that it cannot be located.
     """
-    pieces, done = [], 0
+    segments, done = [], 0
     whole = _through_template(tokenizer, messages)
     for number, message in enumerate(messages):
         if message["role"] != ASSISTANT:
@@ -141,16 +141,16 @@ def _turns(tokenizer: Any, messages: Messages) -> list[Piece]:
         end = _through_template(tokenizer, messages[: number + 1])
         content = message["content"].strip()
         if content and not whole.startswith(end):
-            # Some templates open the last turn with an empty thought, which is gone when other turns follow.
+            # Some templates begin the last turn with an empty thought, and leave it out when other turns follow.
             end = begin + content + end.rpartition(content)[2]
         if not (whole.startswith(end) and end.startswith(begin)):
             raise RRError(
                 f"the chat template writes turn {number + 1} of '{_begin(messages)}' in another way when others follow",
                 "Give it {% generation %} marks around what the assistant says, or cut conversations to one answer.",
             )
-        pieces += [(whole[done : len(begin)], False), (whole[len(begin) : len(end)], True)]
+        segments += [(whole[done : len(begin)], False), (whole[len(begin) : len(end)], True)]
         done = len(end)
-    return pieces
+    return segments
 
 
 def _marked(tokenizer: Any, messages: Messages) -> Example:
@@ -167,7 +167,7 @@ def _marked(tokenizer: Any, messages: Messages) -> Example:
 def _through_template(tokenizer: Any, messages: Messages, *, answer: bool = False) -> str:
     try:
         return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=answer, tokenize=False))
-    except Exception as error:  # templates raise what they like: jinja's errors, TypeErrors, their own
+    except Exception as error:  # templates may raise anything: jinja's errors, TypeErrors, their own
         raise _refused(messages, error) from error
 
 
@@ -218,8 +218,8 @@ def _end(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _end_behind(tokenizer: Any, text: str, answer: str) -> list[int]:
-    """Return the end token unless a chat template has put a mark of its own behind the answer."""
+def _end_after(tokenizer: Any, text: str, answer: str) -> list[int]:
+    """Return the end token, unless a chat template has put its own end mark after the answer."""
     return _end(tokenizer) if text.rstrip().endswith(answer.strip()) else []
 
 

@@ -1,4 +1,4 @@
-"""Text sources: from what `--data` names to a stream of documents, each once.
+"""Reads text sources: from what `--data` names to a stream of documents, each of them once.
 
 A source is one of
 
@@ -11,8 +11,8 @@ A source is one of
   `.`), streamed by the extra `datasets`; the split is `train` unless named;
 - `-`: standard input, read once; JSON lines if its first line is a JSON object, else text.
 
-Files are read piece by piece, so they may be larger than memory. Nothing that is broken is left out: it is an error
-that names the file and the line or row. Repeated and empty documents are left out and counted.
+Files are read piece by piece, so they may be larger than memory. Broken data are never skipped: they are an error that
+names the file and the line or row. Repeated and empty documents are left out and counted.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Dropped:
     repeated: int = 0
 
     def notice(self, spec: str) -> str:
-        """Say what was left out; '' if nothing was."""
+        """Return a sentence that says what was left out, or '' if nothing was."""
         counts = [f"{count:,} {name}" for name, count in vars(self).items() if count]
         name = "standard input" if spec == STDIN else spec
         return f"{name}: {' and '.join(counts)} documents were left out" if counts else ""
@@ -55,9 +55,9 @@ class Dropped:
 def read_documents(
     spec: str, directory: Path, text_field: str = TEXT_FIELD, dropped: Dropped | None = None
 ) -> Iterator[Document]:
-    """Yield every document of a source, texts stripped, in order, without repeats.
+    """Yield every document of a source once, in order; texts come without surrounding white space.
 
-    Hashes are kept, documents are not: about 100 bytes of memory for each while it is read.
+    Repeats are recognised by hashes, which take about 100 bytes of memory for each document while the source is read.
 
     Args:
         directory: where relative paths start. dropped: counts what is left out.
@@ -84,7 +84,7 @@ def read_documents(
 
 
 def fingerprint(spec: str, directory: Path, text_field: str = TEXT_FIELD) -> str:
-    """Return a hash of what a source holds: the bytes of its files or of standard input; of the hub, the name alone."""
+    """Return a hash of the bytes of a source's files or of standard input; of a data set of the hub, of its name."""
     if spec.startswith(readers.HUB):
         return combine(spec, text_field)
     if spec == STDIN:
@@ -95,10 +95,10 @@ def fingerprint(spec: str, directory: Path, text_field: str = TEXT_FIELD) -> str
 
 
 def refuse_stdin(spec: str, command: str) -> None:
-    """Refuse standard input where a source is read by more than one process.
+    """Raise an error if a source is standard input; for commands that read it in more than one process.
 
     Raises:
-        UsageError: it is standard input.
+        UsageError: the source is standard input.
     """
     if spec == STDIN:
         raise UsageError(
@@ -108,7 +108,7 @@ def refuse_stdin(spec: str, command: str) -> None:
 
 
 def source_files(spec: str, directory: Path) -> list[Path]:
-    """Return the files behind a text source, in the order in which they are read.
+    """Return the files that a text source consists of, in the order in which they are read.
 
     Raises:
         UsageError: it does not exist, or holds no readable kind of file.
@@ -162,7 +162,7 @@ def _stdin() -> bytes:
 
 @functools.lru_cache
 def _sha256(file: Path, size: int, changed: int) -> str:
-    """Hash a file; read again only if its size or time of change is another."""
+    """Return the SHA-256 of a file, which is read again only if its size or its time of change differs."""
     try:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()

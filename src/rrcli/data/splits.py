@@ -1,7 +1,7 @@
 """The one rule that keeps training and evaluation apart.
 
 A text or a problem is held out when a hash of its own words says so. The rule needs no list, no seed and no file that
-could go missing: whoever trains filters with it, whoever evaluates filters with it, and the two sets cannot meet.
+could go missing. Training and evaluation both filter with it, so they never share a text or a problem.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 from rrcli.data.splits import content_hash, is_held_out
 from rrcli.errors import UsageError, suggest
 
-# How many candidates are drawn for each problem that is asked for. One in ten is held out, and small generators repeat.
+# How many candidates are drawn at most for each problem. One in ten is held out, and small generators repeat.
 MAX_DRAWS_PER_PROBLEM = 200
 
 
@@ -26,8 +26,9 @@ class Problem:
     """One question with its expected answer.
 
     Attributes:
-        entry: what the generator's scorer wants back. solution: the answer with its working, where the source has it.
-        copy: how many problems before it ask the same question.
+        entry: the generator's own record of the problem, which its scorer needs.
+        solution: the answer with its working, where the source has it.
+        copy: how many earlier problems of its file ask the same question.
     """
 
     task: str
@@ -44,10 +45,10 @@ class Problem:
 
     @property
     def difficulty(self) -> str | None:
-        """The task and the first parameter of its difficulty that the generator states, as `chain_sum, num_terms 3`."""
+        """The task and the first number that the generator calls its difficulty, such as `chain_sum, num_terms 3`."""
         metadata = self.entry.get("metadata") or {}
         for name, value in (metadata.get("difficulty") or {}).items():
-            stated = metadata.get(name, value)  # where it is drawn from a range, the range stands under `difficulty`
+            stated = metadata.get(name, value)  # if it was drawn from a range, `difficulty` holds the range
             if isinstance(stated, int) and not isinstance(stated, bool):
                 return f"{self.task.partition(':')[0]}, {name} {stated}"
         return None
@@ -97,7 +98,7 @@ class Task:
         )
 
     def stream(self, seed: int, limit: int, *, held_out: bool) -> Iterator[Problem]:
-        """Yield the problems of one side of the split among `limit` candidates drawn from `seed`; they may repeat."""
+        """Yield those of `limit` candidates, drawn from `seed`, that are on one side of the split; they may repeat."""
         dataset = self._create(seed=seed, size=limit)
         for index in range(limit):
             entry = dataset[index]
@@ -105,7 +106,7 @@ class Task:
                 yield Problem(self.spec, entry["question"], entry["answer"], entry)
 
     def examples(self, count: int, seed: int) -> list[Problem]:
-        """Return `count` problems to show solved, none of which is evaluated."""
+        """Return `count` problems to show as solved examples, none of which is evaluated."""
         return self.problems(count, seed, held_out=False)
 
     def score(self, answer: str, problem: Problem) -> float:
@@ -116,7 +117,7 @@ class Task:
             return 0.0
 
     def extract(self, output: str) -> str:
-        """Return the part of an output that is the answer: what stands between answer tags, else all of it."""
+        """Return the part of an output that is the answer: the text between answer tags, or all of it."""
         return tagged(output)
 
     def _create(self, seed: int, size: int) -> Any:
@@ -149,13 +150,13 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def tagged(output: str) -> str:
-    """Return what stands between `<answer>` tags, else the whole output, without space around it."""
+    """Return the text between `<answer>` tags, or the whole output, without white space around it."""
     found = re.search(r"<answer>(.*?)</answer>", output, re.DOTALL)
     return (found.group(1) if found else output).strip()
 
 
 def _generators() -> dict[str, Any]:
-    """Return reasoning-gym's registry, our own task in it: name -> (dataset class, configuration class)."""
+    """Return reasoning-gym's registry with our own task in it: name -> (dataset class, configuration class)."""
     import reasoning_gym  # noqa: F401  registers the generators
     from reasoning_gym.factory import DATASETS
 
@@ -165,5 +166,5 @@ def _generators() -> dict[str, Any]:
 
 
 def prompt_of(question: str) -> str:
-    """Return the prompt of a question for models without a chat template; the answer follows behind a space."""
+    """Return the prompt of a question for models without a chat template; the answer follows after a space."""
     return f"Question: {question}\nAnswer:"

@@ -1,9 +1,9 @@
 """The task `row_steps`: a row of cells after some steps of one simple rule, as a reasoning-gym generator.
 
-In a step every cell becomes 1 if the cell two to its left differs from "it or its left neighbour is 1", else 0 (outside
-the row is 0): the elementary cellular automaton of rule 30, moved one cell to the right, so that a cell depends on what
-stands before it alone. One step is a glance at two neighbours, and a cell after k steps depends on 2k + 1 cells. The
-rule is not linear: the steps of a linear one collapse (eight steps of rule 60 are a single exclusive or).
+In each step a cell becomes `far XOR (left OR cell)`, where `left` is its left neighbour and `far` the one before that;
+cells outside the row are 0. This is the elementary cellular automaton of rule 30, moved one cell to the right, so that
+a cell depends only on cells before it. One step needs a look at two neighbours; a cell after k steps depends on 2k + 1
+cells. A linear rule would be too easy, as several of its steps reduce to one: eight steps of rule 60 are one XOR.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class RowStepsConfig:
     size: int = 500
 
     def validate(self) -> None:
-        """Refuse what makes no problem."""
+        """Raise an error if these values make no problem."""
         assert 1 <= self.min_steps <= self.max_steps <= 9, "steps must be 1 to 9, min_steps at most max_steps"
         assert self.length >= 2, "length must be at least 2"
 
 
-class RowStepsDataset(ProceduralDataset):
-    """Problems by index; only the whole row, its cells with spaces between them, is right."""
+class RowStepsDataset(ProceduralDataset):  # type: ignore[misc]  # reasoning-gym has no types
+    """Problems by index. Only the whole row is right, written with spaces between its cells."""
 
     def __init__(self, config: RowStepsConfig) -> None:
         super().__init__(config=config, seed=config.seed, size=config.size)

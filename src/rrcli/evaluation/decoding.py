@@ -143,7 +143,7 @@ def _decode_in_calls(
             **options,
             stopping_criteria=[watch],
             return_dict_in_generate=True,
-            **({} if cache is None else {name: cache}),
+            **({} if cache is None or name is None else {name: cache}),
         )
         ids = output.sequences
         # Where `generate` looks at stopping a token late (on MPS), it took that token back.

@@ -19,8 +19,9 @@ from rrcli.evaluation.harness import run_harness
 from rrcli.evaluation.held_out import EvalData, held_out_data
 from rrcli.evaluation.performance import measure_performance
 from rrcli.evaluation.perplexity import score_documents
-from rrcli.evaluation.pictures import Token, draw, generate_traced
+from rrcli.evaluation.pictures import draw, generate_traced
 from rrcli.evaluation.samples import SampleLog
+from rrcli.evaluation.tracing import Piece
 from rrcli.recursion.calibration import table
 from rrcli.recursion.engine import at_depth
 from rrcli.reporting import Reporter, Silent
@@ -72,7 +73,7 @@ def evaluate_model(
     torch.manual_seed(settings.seed)
     records: dict[str, list[dict[str, Any]]] = {}
     values: dict[str, dict[str, Any]] = {}
-    pictured: list[tuple[str, list[Token]]] = []
+    pictured: list[tuple[str, list[Piece]]] = []
     calibration: list[dict[str, Any]] = []
     try:
         if texts and not settings.skip_perplexity:
@@ -117,7 +118,7 @@ def log_evaluation(
     *,
     stage: str,
     step: int,
-    pictured: Sequence[tuple[str, Sequence[Token]]] = (),
+    pictured: Sequence[tuple[str, Sequence[Piece]]] = (),
 ) -> None:
     """Log metrics as scalars, generations as text and `pictured` ones as a picture, under `evaluation/<stage>/`."""
     for name, entry in values.items():

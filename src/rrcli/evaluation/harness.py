@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (the extra `harness`), run on the very model object, at the depth that it is set to.
+"""Runs tasks of lm-evaluation-harness (the extra `harness`) on the model object itself, at its current depth.
 
 Prompts, few-shot examples, filters, metrics and seeds are lm-eval's own, so the numbers are those that its command line
 gives for the same model. Loads lm-eval and torch only when it runs.
@@ -22,11 +22,11 @@ from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
 
 SUFFIXES = (".yaml", ".yml")
-# Rows of a batch for this many tokens of --batch-tokens; requests of lm-eval's tasks are seldom longer.
+# A batch has one row for every so many tokens of --batch-tokens; requests of lm-eval's tasks are seldom longer.
 TOKENS_PER_ROW = 1024
-# Resamplings behind the standard errors that have no formula.
+# Bootstrap draws for standard errors that have no formula.
 BOOTSTRAP_DRAWS = 1000
-# The seed that lm-eval's command line draws few-shot examples with.
+# The seed with which lm-eval's command line draws few-shot examples.
 FEWSHOT_SEED = 1234
 
 
@@ -34,7 +34,7 @@ def harness_tasks(names: Sequence[str], directory: Path) -> tuple[str, ...]:
     """Return the tasks that `--harness` names: names as they are, files and folders as absolute paths.
 
     Raises:
-        UsageError: a file or folder that does not exist, or an empty name.
+        UsageError: a file or folder does not exist, or a name is empty.
     """
     found = []
     for name in (part.strip() for text in names for part in text.split(",")):
@@ -51,7 +51,7 @@ def harness_tasks(names: Sequence[str], directory: Path) -> tuple[str, ...]:
 
 
 def task_files(names: Sequence[str], directory: Path) -> list[Path]:
-    """Return the local files behind `--harness`, of which results depend."""
+    """Return the local files that `--harness` names, because results depend on them."""
     paths = [Path(name) for name in harness_tasks(names, directory) if Path(name).is_absolute()]
     files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
     return sorted(files)
@@ -107,12 +107,13 @@ def run_harness(
     reporter: Reporter,
     log: SampleLog | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Run tasks one after the other; each is logged when it is complete.
+    """Run tasks one after the other, and log each as soon as it is complete.
 
     Returns:
-        The metrics `harness/<task>/<metric>` (value, n, and low and high where lm-eval gives a standard error; the
-        metric's name has the filter behind it where the task names one), in lm-eval's own units, and for each sample
-        and metric a record `key` and `target` (hashes of lm-eval's), `task`, `metric`, `score` and `output`.
+        The metrics, in lm-eval's own units, and a record for each sample and metric. A metric is named
+        `harness/<task>/<metric>`, or `harness/<task>/<metric>/<filter>` where the task names a filter; it has a value,
+        n, and low and high where lm-eval gives a standard error. A record has `key` and `target` (lm-eval's hashes),
+        `task`, `metric`, `score` and `output`.
 
     Raises:
         RRError: a task cannot be run.
@@ -154,8 +155,10 @@ def _model(model: Any, tokenizer: Any, settings: EvalSettings) -> Any:
     """Return lm-eval's view of the model: the same object, left as it is."""
     from lm_eval.models.huggingface import HFLM
 
-    class Harness(HFLM):
-        """HFLM without its bars, and with one start token in front of rolling windows where it would put two."""
+    class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
+        """HFLM without progress bars, and with one start token before rolling windows, where it would put two."""
+
+        add_bos_token: bool
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -170,15 +173,15 @@ def _model(model: Any, tokenizer: Any, settings: EvalSettings) -> Any:
             finally:
                 self.add_bos_token = before
 
-    # HFLM ties the weights of what it is given: a head that was trained apart from the embedding would be lost.
+    # HFLM ties the weights of its model: a head that was trained separately from the embedding would be lost.
     model.tie_weights = lambda *_, **__: None
     try:
         return Harness(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),  # it sets a padding token on it
             backend="causal",
-            batch_size=max(1, settings.batch_tokens // TOKENS_PER_ROW),  # simple_evaluate's own is ignored
-            softmax_dtype="float32",  # in bfloat16 sums would tie
+            batch_size=max(1, settings.batch_tokens // TOKENS_PER_ROW),  # the argument of `simple_evaluate` is ignored
+            softmax_dtype="float32",  # in bfloat16 different sums would round to the same value
         )
     finally:
         del model.tie_weights
@@ -190,7 +193,7 @@ def _evaluate(harness: Any, task: HarnessTask, settings: EvalSettings, reporter:
     from lm_eval.evaluator import evaluate
 
     tasks: list[Task] = list(task.loaded["tasks"].values())
-    # As `simple_evaluate` does it: a task that says 0 examples means it.
+    # As in `simple_evaluate`: a task that asks for 0 examples gets none, whatever the settings are.
     for one in tasks:
         own = one.get_config("num_fewshot")
         if own is None or (settings.num_fewshot >= 0 and own != 0):
@@ -242,7 +245,7 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _samples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a record for each sample and metric that is one number for each sample."""
+    """Return a record for each sample and each metric that has one number per sample."""
     records = []
     for task, samples in results["samples"].items():
         seen: Counter[tuple[str, str]] = Counter()

@@ -22,7 +22,7 @@ from rrcli.settings import CommonSettings, EvalSettings
 if TYPE_CHECKING:
     from rrcli.evaluation.harness import HarnessTask
 
-# Built-in prompts of the sample generations: plain openings that a story model and a large model can both go on from.
+# Built-in prompts of the sample generations: plain openings that a story model and a large model can both continue.
 PROMPTS = (
     "Once upon a time",
     "Tom has a red ball and",
@@ -39,7 +39,7 @@ class EvalData:
         documents: held-out texts and conversations. tasks, problems: reasoning tasks and the problems of each.
         prompts: to continue.
         harness: tasks of lm-evaluation-harness.
-        source: what `--data` named. notice: what was left out of it, for people; '' if nothing was.
+        source: what `--data` named. notice: a sentence about what was left out of it, or ''.
         held_out: how many documents are held out, of which `documents` may be a sample.
     """
 
@@ -60,7 +60,7 @@ class EvalData:
 def held_out_data(
     settings: CommonSettings, directory: Path, problems_per_task: int, max_samples: int = 0, *, reasoning: bool = True
 ) -> EvalData:
-    """Return the evaluation side of the split.
+    """Return the evaluation side of the split: documents, problems and the built-in prompts.
 
     Raises:
         RRError: no document of the source is held out. UsageError: the seed reaches into those of training.

@@ -1,4 +1,4 @@
-"""Judging an answer: strictly (the answer and nothing else), and flexibly (the last number in it)."""
+"""Judges answers: strictly (the answer and nothing else) and flexibly (the last number in it)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rrcli.data.problem_files import FileTask, number
 from rrcli.data.tasks import Problem, Task
 
-# A sign belongs to a number unless it stands between two: in '10-4' there is no -4.
+# A sign belongs to a number unless it stands between two numbers: '10-4' does not contain -4.
 NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
@@ -17,8 +17,9 @@ class Judgement:
     """How an output was judged.
 
     Attributes:
-        extracted: the text that was scored. strict: the whole answer is right. correct: it is, or for an expected
-            number the last number in it is. score: the scorer's own, in [0, 1].
+        extracted: the text that was scored. strict: whether the whole answer is right.
+        correct: whether the whole answer is right or, if a number is expected, the last number in it.
+        score: the scorer's own, in [0, 1].
     """
 
     extracted: str
@@ -28,7 +29,7 @@ class Judgement:
 
 
 def judge(task: Task | FileTask, problem: Problem, output: str) -> Judgement:
-    """Judge one output, which was cut at its stop string already."""
+    """Judge one output, which has already been cut at its stop string."""
     answer = task.extract(output)
     score = task.score(answer, problem)
     if score >= 1:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from rrcli.allocator import return_freed_memory
 from rrcli.data.batching import context_length
 from rrcli.errors import RRError
 from rrcli.evaluation.decoding import GREEDY
-from rrcli.heap import return_freed_memory
 from rrcli.models.costs import countable, held_bytes
 from rrcli.recursion.chunk_metrics import ChunkTotals
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
@@ -74,7 +74,8 @@ def measure_performance(
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    prefill, decode = [], {way: [] for way in (("", SEQUENTIAL, PASS_0) if depth else ("",))}
+    prefill: list[float] = []
+    decode: dict[str, list[float]] = {way: [] for way in (("", SEQUENTIAL, PASS_0) if depth else ("",))}
     with reporter.progress("performance", REPEATS + 1, "runs") as progress:
         for repeat in range(REPEATS + 1):
             for way, found in decode.items():
@@ -116,7 +117,7 @@ def _prompts(model: Any, tokenizer: Any, documents: Sequence[str]) -> list[torch
 def _generate(model: Any, ids: torch.Tensor, new_tokens: int, *, decoding: Any, depth: int) -> torch.Tensor:
     """Return `[1, position]` prompt and exactly so many new tokens."""
     with at_depth(model, depth):
-        return model.generate(
+        generated: torch.Tensor = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
@@ -125,6 +126,7 @@ def _generate(model: Any, ids: torch.Tensor, new_tokens: int, *, decoding: Any, 
             custom_generate=decoding,
             **GREEDY,
         )
+    return generated
 
 
 def _chunk_metrics(model: Any, texts: Sequence[torch.Tensor], depth: int) -> dict[str, float]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from rrcli.evaluation.tracing import Piece, pieces
 
 WIDTH, MARGIN, SIZE, LEADING = 900, 16, 18, 28
 INK, FAINT, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
@@ -12,23 +13,14 @@ INK, FAINT, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 TINTS = ((255, 255, 255), (198, 227, 243), (250, 220, 170), (190, 230, 214), (240, 205, 224), (248, 242, 170))
 
 
-@dataclass(frozen=True)
-class Token:
-    """A token of a generation: its text, the passes after pass 0 behind it, and whether they replaced pass 0's."""
-
-    text: str
-    passes: int = 0
-    changed: bool = False
-
-
-def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> list[Token]:
+def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> list[Piece]:
     """Continue a prompt greedily in chunks, refining each until the boundary head is content.
 
     Args:
         model: with a recursion, at the depth that refining may reach; without one every token took pass 0 alone.
 
     Returns:
-        The new tokens, special ones left out.
+        The new text.
     """
     import torch
 
@@ -52,24 +44,14 @@ def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) ->
         custom_generate=decoding,
         **GREEDY,
     )[0, len(ids) :].tolist()
-    trace = decoding.traces[0] if decoding is not None else None
-    if trace is None or len(trace.passes) < len(sequence):  # no recursion, or one that was decoded token by token
-        passes, changed = [recursion.depth if recursion is not None else 0] * len(sequence), [False] * len(sequence)
-    else:
-        passes, changed = trace.passes, trace.changed
-    tokens, shown = [], ""
-    for place in range(len(sequence)):
-        text = tokenizer.decode(sequence[: place + 1], skip_special_tokens=True)
-        if text.endswith("\ufffd") and place + 1 < len(sequence):  # the rest of this character is still to come
-            continue
-        if len(text) > len(shown):
-            tokens.append(Token(text[len(shown) :], passes[place], changed[place]))
-            shown = text
-    return tokens
+    passes, changed = [0] * len(sequence), [False] * len(sequence)
+    if decoding is not None:
+        passes, changed = decoding.traces[0].passes, decoding.traces[0].changed
+    return pieces(tokenizer, zip(sequence, passes, changed, strict=True))
 
 
-def draw(samples: Sequence[tuple[str, Sequence[Token]]], title: str) -> Any:
-    """Draw prompts, grey, and what was written after them.
+def draw(samples: Sequence[tuple[str, Sequence[Piece]]], title: str) -> Any:
+    """Draw prompts in grey, and after each the text that was generated.
 
     Returns:
         A `uint8` array `[height, width, 3]`.
@@ -81,7 +63,7 @@ def draw(samples: Sequence[tuple[str, Sequence[Token]]], title: str) -> Any:
         font: Any = ImageFont.truetype("DejaVuSans.ttf", SIZE)  # more characters than Pillow's own
     except OSError:
         font = ImageFont.load_default(SIZE)
-    # Laid out first, to know the height: (x, y, text, ink, tint, underlined).
+    # The layout comes first, because it gives the height: (x, y, text, ink, tint, underlined).
     marks: list[tuple[float, int, str, Any, Any, bool]] = []
     x, y = float(MARGIN), MARGIN
 
@@ -90,7 +72,7 @@ def draw(samples: Sequence[tuple[str, Sequence[Token]]], title: str) -> Any:
         for number, line in enumerate(text.split("\n")):
             if number:
                 x, y = float(MARGIN), y + LEADING
-            for part in _pieces(line, font):
+            for part in _cut(line, font):
                 length = font.getlength(part)
                 if x + length > WIDTH - MARGIN and x > MARGIN:
                     x, y = float(MARGIN), y + LEADING
@@ -123,8 +105,8 @@ def _tint(passes: int) -> tuple[int, int, int]:
     return TINTS[min(passes, len(TINTS) - 1)]
 
 
-def _pieces(line: str, font: Any) -> list[str]:
-    """Cut a line behind its spaces, and a word that is wider than the picture wherever it must be."""
+def _cut(line: str, font: Any) -> list[str]:
+    """Cut a line after each space, and words that are wider than the picture also where they no longer fit."""
     words = line.split(" ")
     pieces = [word + " " for word in words[:-1]] + ([words[-1]] if words[-1] else [])
     room = WIDTH - 2 * MARGIN

@@ -1,8 +1,9 @@
-"""`<stage>_samples.jsonl`: what an evaluation measured, line by line as it goes; the record and the resume log.
+"""The file `<stage>_samples.jsonl`, in which an evaluation logs each measurement, so that it can go on after a stop.
 
-The first line says what was being measured; each later line is one entry of one part (a batch of windows, a problem at
-a depth, a prompt). An evaluation that finds a log of the same key, not ended, takes its entries for done and measures
-the rest. Parts run their batches in a fixed order, so going on gives the numbers of never having stopped.
+The first line says what is being measured. Each later line is one entry of one part (a batch of windows, a problem at a
+depth, a prompt). An evaluation that finds an unfinished log with its own key takes the entries as done and measures the
+rest. Parts run their batches in a fixed order, so an evaluation that went on gives the same numbers as one that never
+stopped.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ END = "end"
 
 
 class SampleLog:
-    """Entries by part, on disk as soon as `append` returns; in memory only if `path` is None.
+    """The entries of an evaluation by part, on disk as soon as `append` returns.
 
     Args:
-        path: the file. key: a hash of weights, tokenizer, data, tasks and settings.
+        path: the file; None to log nothing. key: a hash of weights, tokenizer, data, tasks and settings.
 
     Raises:
         RRError: the file cannot be read or written.
@@ -57,7 +58,7 @@ class SampleLog:
 
     @property
     def found(self) -> int:
-        """How many entries an earlier, interrupted evaluation left."""
+        """How many entries an earlier, interrupted evaluation has logged."""
         return sum(map(len, self._done.values()))
 
     def done(self, part: str) -> list[dict[str, Any]]:
@@ -65,7 +66,7 @@ class SampleLog:
         return list(self._done.get(part, ()))
 
     def append(self, part: str, entries: Iterable[dict[str, Any]]) -> None:
-        """Log entries of a part; they are on disk when this returns."""
+        """Log entries of a part. They are on disk when this returns."""
         lines = [_line({"part": part, **entry}) for entry in entries]
         if self._file is None or not lines:
             return
@@ -74,12 +75,12 @@ class SampleLog:
         os.fsync(self._file.fileno())
 
     def end(self) -> None:
-        """Say that the evaluation is complete: the next one begins anew."""
+        """Mark the evaluation as complete, so that the next one begins a new log."""
         self.append(END, [{}])
 
 
 def _unfinished(path: Path, key: str) -> list[dict[str, Any]]:
-    """Return the entries of a log of this key that was not ended, and cut off a last line that was torn."""
+    """Return the entries of an unfinished log with this key, after cutting off a last line that is incomplete."""
     if not path.is_file():
         return []
     whole = path.read_bytes()

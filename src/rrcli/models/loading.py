@@ -158,7 +158,7 @@ def _load_weights(source: ModelSource, dtype: Any, trust_remote_code: bool) -> A
     _quiet()
     weight_files(source.path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source.from_pretrained_arguments(),
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -167,6 +167,7 @@ def _load_weights(source: ModelSource, dtype: Any, trust_remote_code: bool) -> A
         )
     except Exception as error:
         raise _unreadable(source, "weights", error) from error
+    model, info = loaded
     absent = sorted(info["missing_keys"])
     if absent:
         raise RRError(

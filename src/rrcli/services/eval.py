@@ -30,7 +30,7 @@ from rrcli.tracker import SUMMARY, MetricsTracker
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The published results and where they are; of the stage after surgery also whether it preserved the baseline."""
+    """The published results and their file; for the stage after surgery also whether it preserved the baseline."""
 
     stage: str
     results: dict[str, Any]
@@ -92,7 +92,7 @@ def evaluate(
         about = {"family": loaded.config.model_type, "parameters": sum(p.numel() for p in loaded.parameters())}
         if measured["records"].get("generations"):
             baseline = (loaded, tokenizer) if _is_baseline(loaded, source, workspace) else None
-            del loaded, recursion  # so that the baseline, where it is another model, is in memory alone
+            del loaded, recursion  # so that only one model is in memory if the baseline is another one
             baseline = baseline or load_for(settings, workspace.stage_model("baseline"), directory)
             _add_relevance(measured, baseline, reporter)
             if tracker is not None:
@@ -131,7 +131,7 @@ def evaluate(
 
 
 def _preserved(results: dict[str, Any], workspace: Workspace) -> Preservation | None:
-    """Hold the stage after surgery against the baseline's results, if there are any."""
+    """Compare the stage after surgery with the baseline's results, if there are any."""
     file = workspace.results_file("baseline")
     return check_preserved(finite(results), read_json(file, "rr eval --stage baseline")) if file.is_file() else None
 
@@ -149,7 +149,7 @@ def _data(settings: EvalSettings, directory: Path) -> EvalData:
 
 
 def _tell_about(data: EvalData, settings: EvalSettings, reporter: Reporter) -> None:
-    """Say what was left out of the text."""
+    """Say which documents were left out."""
     if data.notice:
         reporter.note(data.notice)
     if len(data.documents) < data.held_out:
@@ -168,7 +168,7 @@ def _check_form(settings: EvalSettings, training: dict[str, Any] | None, reporte
 
 
 def _described(data: EvalData, tokenizer: Any, settings: EvalSettings) -> dict[str, Any]:
-    """Return what the results say of the data: where it is from, how much of it there is, and its identity."""
+    """Return what the results say about the data: where they are from, how many there are, and their hash."""
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in data.texts(tokenizer, settings)]
     return {
         "source": data.source,
@@ -182,7 +182,7 @@ def _described(data: EvalData, tokenizer: Any, settings: EvalSettings) -> dict[s
 
 
 def _log_summary(tracker: MetricsTracker, measured: dict[str, Any], step: int) -> None:
-    """Log what every stage has under the same tags, so that stages share charts and columns of the HPARAMS tab."""
+    """Log the main metrics under tags that all stages share, which puts stages into the same charts and columns."""
     for name in SUMMARY:
         if name in measured["metrics"]:
             tracker.log_scalar(f"final/{name}", measured["metrics"][name]["value"], step)
@@ -214,7 +214,7 @@ def _set_up_recursion(
 def _check_problems(
     data: EvalData, settings: EvalSettings, training: dict[str, Any] | None, directory: Path, reporter: Reporter
 ) -> None:
-    """Say how much of each file of problems is evaluated, and refuse what cannot be, before anything is computed."""
+    """Say how much of each problem file is evaluated, and refuse what cannot be evaluated, before a model is loaded."""
     stop_strings(settings.stop)
     for task in data.tasks:
         if settings.num_fewshot > 0:
@@ -251,7 +251,7 @@ def _add_relevance(measured: dict[str, Any], baseline: tuple[Any, Any], reporter
 
 
 def _training(source: ModelSource) -> dict[str, Any] | None:
-    """Return what the training behind a checkpoint cost, if there was one."""
+    """Return the record of the training that wrote a checkpoint, or None if no training did."""
     if source.manifest is None or not (source.path / METRICS_FILE).is_file():
         return None
     return read_json(source.path / METRICS_FILE, "rr train").get("training")

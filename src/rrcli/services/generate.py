@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rrcli.data.prompts import stop_strings
 from rrcli.errors import RRError, UsageError
+from rrcli.evaluation.tracing import Piece, PieceBuilder
 from rrcli.experiment.workspace import Workspace
 from rrcli.models.loading import load_for
 from rrcli.settings import STAGES, GenerateSettings
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A committed token: its text, the passes after pass 0 behind it, and whether they replaced pass 0's token."""
-
-    text: str
-    passes: int = 0
-    changed: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +55,7 @@ def generate(
     """
     if not prompt.strip():
         raise UsageError("the prompt is empty", "Give some text to go on with.")
+    stop = stop_strings(settings.stop)
     workspace = Workspace(directory, settings)
     stage = stage or _last_stage(workspace)
     source = workspace.stage_model(stage)
@@ -86,8 +79,7 @@ def generate(
         pieces.append(piece)
         emit(piece)
 
-    stop = stop_strings(settings.stop)
-    stream = _Stream(tokenizer, take, stop)
+    stream = _Stream(PieceBuilder(tokenizer, stop), take)
     decoding = _decoding(settings, recursion, stream)
     options = dict(GREEDY)
     if settings.temperature > 0:
@@ -126,7 +118,7 @@ def _depth(settings: GenerateSettings, recursion: Any, stage: str) -> int:
             raise UsageError(f"depth is {settings.depth}, but stage '{stage}' has no recursion", "Leave --depth out.")
         return 0
     recursion.depth = recursion.config.max_steps if settings.depth < 0 else settings.depth
-    return recursion.depth
+    return int(recursion.depth)
 
 
 def _decoding(settings: GenerateSettings, recursion: Any, stream: _Stream) -> Any:
@@ -135,51 +127,34 @@ def _decoding(settings: GenerateSettings, recursion: Any, stream: _Stream) -> An
     from rrcli.recursion.chunked_decoding import ChunkedDecoding
 
     decoding = ChunkedDecoding(settings.chunk_width or None, streamer=stream)
-    stream.traces = decoding
+    stream.decoding = decoding
     return decoding
 
 
 class _Stream:
-    """A streamer of `generate` that turns tokens into pieces of text; bytes of one character stay together.
+    """A streamer of `generate` that hands on each piece of text as soon as it is complete."""
 
-    The text ends in front of the first of the `stop` strings; what may become one is held back.
-    """
-
-    def __init__(self, tokenizer: Any, take: Callable[[Piece], None], stop: Sequence[str] = ()) -> None:
-        self.tokenizer, self.take, self.stop = tokenizer, take, stop
-        self.ids: list[int] = []
-        self.shown, self.prompt = "", True
-        self.held = Piece("")
-        self.traces: Any = None
+    def __init__(self, builder: PieceBuilder, take: Callable[[Piece], None]) -> None:
+        self.builder, self.take = builder, take
+        self.decoding: Any = None
+        self._is_prompt = True
 
     def put(self, value: Any) -> None:
         """Take the prompt, and from then on new tokens."""
-        if self.prompt:
-            self.prompt = False
+        if self._is_prompt:
+            self._is_prompt = False
             return
         for token in value.flatten().tolist():
-            trace = self.traces.traces[0] if self.traces is not None and self.traces.traces else None
-            place = len(self.ids)
-            passes, changed = (trace.passes[place], trace.changed[place]) if trace and trace.passes else (0, False)
-            self.ids.append(token)
-            text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-            self.held = replace(self.held, passes=passes, changed=self.held.changed or changed)
-            if text.endswith("\ufffd"):  # the rest of this character is still to come
-                continue
-            self._give(text, len(text) - self._open(text))
-
-    def _open(self, text: str) -> int:
-        """Return how many characters at the end of a text may be the beginning of a stop string."""
-        lengths = (n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(lengths, default=0)
+            passes, changed = 0, False
+            if self.decoding is not None:
+                trace, place = self.decoding.traces[0], len(self.builder.ids)
+                passes, changed = trace.passes[place], trace.changed[place]
+            self._give(self.builder.add(token, passes, changed))
 
     def end(self) -> None:
         """Give what is still held back."""
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        self._give(text, len(text))
+        self._give(self.builder.finish())
 
-    def _give(self, text: str, sure: int) -> None:
-        text = text[: min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=sure)]
-        if len(text) > len(self.shown):
-            self.take(replace(self.held, text=text[len(self.shown) :]))
-            self.shown, self.held = text, Piece("")
+    def _give(self, piece: Piece | None) -> None:
+        if piece is not None:
+            self.take(piece)

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from rrcli import heap
+from rrcli import allocator
 
 SCRIPT = """
 import resource, sys
 import torch
-from rrcli import heap
+from rrcli import allocator
 if "keep" in sys.argv:
-    assert heap.keep_freed_memory()
+    assert allocator.keep_freed_memory()
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -30,7 +30,7 @@ def resident():
 faults()
 print(faults())
 kept = resident()
-heap.return_freed_memory()
+allocator.return_freed_memory()
 print(kept - resident())
 """
 
@@ -40,7 +40,7 @@ def measured(*arguments: str) -> list[float]:
     return [float(line) for line in done.stdout.split()]
 
 
-@pytest.mark.skipif(heap._glibc() is None, reason="malloc is not glibc's")
+@pytest.mark.skipif(allocator._glibc() is None, reason="malloc is not glibc's")
 def test_tensors_take_the_memory_that_others_freed():
     (stock, _), (kept, returned) = measured(), measured("keep")
     assert kept < stock / 10
