@@ -269,7 +269,6 @@ def _run(
     """Train to the last step, with logs and checkpoints, and return the trainer."""
     from rrcli.data.packing import check_packing
     from rrcli.tracker import SUMMARY, MetricsTracker
-    from rrcli.training.flops import steps_for
     from rrcli.training.trainer import INTERVAL_TAG, Trainer
 
     saved = _checkpoints_of(training)
@@ -293,7 +292,7 @@ def _run(
         if training.resumed_from:
             saved.resume(trainer, training.resumed_from)
         if training.flops:
-            trainer.set_steps(steps_for(trainer, training.flops))
+            trainer.set_steps(trainer.steps_for(training.flops))
         shown = ["train/loss/total"] + [f"evaluation/{INTERVAL_TAG}/perplexity"] * (evaluation is not None)
         shown += [f"final/{metric}" for metric in SUMMARY]  # `rr eval` logs them into the same run
         tracker.log_hparams({"mode": training.mode, **asdict(trainer.settings)}, shown)

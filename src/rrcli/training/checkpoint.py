@@ -4,14 +4,14 @@ A checkpoint is a folder `step-NNNNNN` with the model (see `models/loading`), `m
 
     optimizer.safetensors   the optimiser's state
     weights.safetensors     the fp32 weights in training and their average, where the model's own files do not hold them
-    progress.json           the `TrainingState`
+    progress.json           the `TrainingState` (see `state`)
 
 All else follows from the step's number: the data, the depths, the learning rate, and what is drawn.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from rrcli.files import (
 from rrcli.models.saving import save_folder
 from rrcli.models.source import ModelSource
 from rrcli.training.sharding import whole, whole_state
+from rrcli.training.state import Spent, TrainingState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,35 +40,6 @@ if TYPE_CHECKING:
 OPTIMIZER_FILE = "optimizer.safetensors"
 WEIGHTS_FILE = "weights.safetensors"
 STATE_FILE = "progress.json"
-
-
-@dataclass
-class Spent:
-    """What a run has cost so far; `positions` are those of its batches, with padding."""
-
-    steps: int = 0
-    tokens: int = 0
-    positions: int = 0
-    seconds: float = 0.0
-    flops: float = 0.0
-
-
-@dataclass
-class TrainingState:
-    """What a checkpoint remembers beside the weights and the optimiser.
-
-    Attributes:
-        rows: how many rows of a batch are computed at a time (fewer than asked for after running out of memory).
-        flops_by_depth: FLOPs for each position of a batch, forward and backward, by depth.
-        best: `step` and `perplexity` of the best evaluation so far; empty before the first one.
-        raised: the red flags that were shown.
-    """
-
-    rows: int
-    spent: Spent = field(default_factory=Spent)
-    flops_by_depth: dict[int, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-    raised: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,18 +33,20 @@ from rrcli.reporting import Reporter, sparkline
 from rrcli.settings import EvalSettings, TrainSettings, with_changes
 from rrcli.tracker import MetricsTracker
 from rrcli.training.callbacks import StepContext
-from rrcli.training.checkpoint import TrainingState
 from rrcli.training.flops import counted_flops
 from rrcli.training.memory import give_back, memory_use, too_large, too_large_for_the_optimizer
 from rrcli.training.optimizer import Optimizer, prepare_parameters
 from rrcli.training.processes import Processes
 from rrcli.training.red_flags import RedFlags
 from rrcli.training.sharding import shard, unsharded
+from rrcli.training.state import TrainingState
 from rrcli.training.step_plan import plan_step, step_seed
 
 # The same tag in every run, so that TensorBoard draws vanilla and recursive into one chart.
 INTERVAL_TAG = "during_training"
 SPARK_STEPS = 60
+# How many batches stand for all when the mean size of a batch is estimated.
+SAMPLED_BATCHES = 64
 
 
 class Computation(torch.nn.Module):
@@ -160,6 +162,16 @@ class Trainer:
         """Return the batch of a step (from 0) and what holds for all parts of it."""
         config = None if self.recursion is None else self.recursion.config
         return plan_step(self.data.batch(step), step, self.settings, recursion=config)
+
+    def steps_for(self, flops: float) -> int:
+        """Return in how many steps a vanilla training spends `flops`, from the mean size of its first batches."""
+        batch, plan = self.planned(0)
+        known = self.state.flops_by_depth
+        if plan.depth not in known:
+            self.gradients(batch, plan, step=0)
+            self.optimizer.forget_gradients()
+        positions = sum(self.data.batch(step).positions for step in range(SAMPLED_BATCHES)) / SAMPLED_BATCHES
+        return max(1, round(flops / (positions * known[plan.depth])))
 
     def set_steps(self, steps: int) -> None:
         """Change how many steps the run has; `train` reads it when it begins."""
