@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -30,7 +31,9 @@ class Commands(TyperGroup):
     """Turns our errors into an `error:` and a `hint:` line and an exit code, also for names that are not known."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
+        """Run a command; SIGTERM ends it as Ctrl-C does, so that what it was writing is cleaned up."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return super().invoke(ctx)
         except RRError as error:
@@ -437,6 +440,4 @@ def _perform(step: Any, ctx: Context) -> None:
 
 
 def _reporter() -> ui.TerminalReporter:
-    # SIGTERM ends a command as Ctrl-C does, so that what it was writing is cleaned up.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return ui.TerminalReporter()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.harness import harness_tasks, load_tasks
 from rrcli.evaluation.held_out import EvalData, held_out_data
 from rrcli.evaluation.samples import SampleLog
+from rrcli.experiment.locks import holding, lock, reading
 from rrcli.experiment.workspace import (
     MAKERS,
     SURGERY_STAGE,
@@ -26,7 +26,7 @@ from rrcli.experiment.workspace import (
     model_fingerprint,
     provenance,
 )
-from rrcli.files import METRICS_FILE, SCHEMA, combine, finite, make_folder, read_json, write_json
+from rrcli.files import METRICS_FILE, SCHEMA, back_up, combine, finite, read_json, write_json
 from rrcli.models.loading import ModelSource, base_of, load_for
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings, SurgerySettings, load
@@ -43,7 +43,9 @@ class EvalResult:
     preserved: Preservation | None = None
 
 
+@holding
 def evaluate(
+    held: ExitStack,
     settings: EvalSettings,
     stage: str,
     directory: Path,
@@ -65,8 +67,9 @@ def evaluate(
     check_stage(stage)
     workspace = Workspace(directory, settings)
     file = workspace.results_file(stage)
-    source = workspace.resolve(model) if model else workspace.stage_model(stage)
-    make_folder(file.parent)
+    source = held.enter_context(reading(lambda: workspace.resolve(model) if model else workspace.stage_model(stage)))
+    held.enter_context(lock(file, f"the evaluation of '{stage}'"))
+    fingerprint = source.fingerprint()
     inputs = eval_inputs(settings, stage, model_fingerprint(source, directory), data_identity(settings, directory))
     data = _data(settings, directory)
     training = _training(source)
@@ -81,6 +84,7 @@ def evaluate(
     measuring = _set_up_recursion(loaded, source, settings, directory, use_recursive)
     recursion = getattr(loaded, "recursion", None)
     shape = recursion.config.to_dict() if recursion is not None else None
+    is_baseline = _is_baseline(loaded, source, workspace)
     device, dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
     key = combine(inputs, asdict(measuring), shape, device, dtype)
     step = training["steps"] if training else 0
@@ -96,7 +100,7 @@ def evaluate(
             _log_summary(tracker, measured, step)
         about = {"family": loaded.config.model_type, "parameters": sum(p.numel() for p in loaded.parameters())}
         if measured["records"].get("generations"):
-            baseline = (loaded, tokenizer) if _is_baseline(loaded, source, workspace) else None
+            baseline = (loaded, tokenizer) if is_baseline else None
             del loaded, recursion  # so that the baseline, where it is another model, is in memory alone
             baseline = baseline or load_for(settings, workspace.stage_model("baseline"), directory)
             _add_relevance(measured, baseline, reporter)
@@ -110,7 +114,7 @@ def evaluate(
             "inputs": inputs,
             "model": {
                 "source": str(source.path if source.name != "default" else source.name),
-                "fingerprint": source.fingerprint(),
+                "fingerprint": fingerprint,
                 **about,
                 "tokenizer": combine(sorted(tokenizer.get_vocab().items())),
                 "recursion": shape,
@@ -128,8 +132,7 @@ def evaluate(
         preserved = _preserved(results, workspace) if stage == SURGERY_STAGE else None
         if preserved is not None:
             results["preservation"] = preserved.to_dict()
-        if file.exists():
-            shutil.copyfile(file, file.with_suffix(".json.bak"))
+        back_up(file)
         write_json(file, finite(results))
         log.end()
     return EvalResult(stage, results, file, preserved)

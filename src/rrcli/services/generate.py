@@ -10,6 +10,7 @@ from typing import Any
 
 from rrcli.data.prompts import stop_strings
 from rrcli.errors import RRError, UsageError
+from rrcli.experiment.locks import reading
 from rrcli.experiment.workspace import Workspace
 from rrcli.models.loading import load_for
 from rrcli.settings import STAGES, GenerateSettings
@@ -65,7 +66,6 @@ def generate(
         raise UsageError("the prompt is empty", "Give some text to go on with.")
     workspace = Workspace(directory, settings)
     stage = stage or _last_stage(workspace)
-    source = workspace.stage_model(stage)
 
     import torch
 
@@ -73,7 +73,8 @@ def generate(
     from rrcli.data.rendering import encode_prompt
     from rrcli.evaluation.decoding import GREEDY, StopStrings
 
-    model, tokenizer = load_for(settings, source, directory)
+    with reading(lambda: workspace.stage_model(stage)) as source:
+        model, tokenizer = load_for(settings, source, directory)
     recursion = getattr(model, "recursion", None)
     depth = _depth(settings, recursion, stage)
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)

@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,8 +18,9 @@ from rrcli import demo
 from rrcli.data.sources import refuse_stdin
 from rrcli.errors import RRError
 from rrcli.evaluation.held_out import held_out_data
+from rrcli.experiment.locks import holding, lock
 from rrcli.experiment.workspace import Workspace
-from rrcli.files import make_folder
+from rrcli.files import back_up, make_folder, write_text
 from rrcli.models.loading import load_config, load_tokenizer, pick_device
 from rrcli.reporting import Reporter
 from rrcli.settings import SETTINGS_FILE, SetupSettings, load, read_file, write_file
@@ -49,8 +51,15 @@ class SetupResult:
         return all(check.ok for check in self.checks)
 
 
+@holding
 def setup(
-    settings: SetupSettings, directory: Path, given: Mapping[str, Any], reporter: Reporter, *, overwrite: bool = False
+    held: ExitStack,
+    settings: SetupSettings,
+    directory: Path,
+    given: Mapping[str, Any],
+    reporter: Reporter,
+    *,
+    overwrite: bool = False,
 ) -> SetupResult:
     """Create folders and `rr.toml`, then check versions, device, disk, memory, TensorBoard, model, data and tasks.
 
@@ -59,6 +68,7 @@ def setup(
         overwrite: write a fresh `rr.toml` instead of keeping what an existing one says.
     """
     refuse_stdin(settings.data, "setup")
+    held.enter_context(lock(directory / SETTINGS_FILE, str(directory / SETTINGS_FILE)))
     workspace = Workspace(directory, settings)
     for folder in (settings.log_dir, settings.checkpoint_dir, settings.output_dir):
         make_folder(directory / folder)
@@ -100,15 +110,8 @@ def _write_settings(directory: Path, given: Mapping[str, Any], overwrite: bool) 
     text = write_file(common, changes)
     if text == before:
         return path
-    try:
-        if path.exists():
-            shutil.copyfile(path, path.with_name(SETTINGS_FILE + ".bak"))
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=directory, prefix=".rr.toml.", delete=False) as new:
-            new.write(text)
-        Path(new.name).chmod(0o644)
-        Path(new.name).replace(path)
-    except OSError as error:
-        raise RRError(f"cannot write {path}: {error.strerror}", "Name a --dir that you may write to.") from error
+    back_up(path)
+    write_text(path, text)
     return path
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from rrcli.data.problem_files import FileTask
 from rrcli.data.training_data import TrainingData, task_specs
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.evaluation.held_out import held_out_data
+from rrcli.experiment.locks import dropping, holding, lock
 from rrcli.experiment.workspace import (
     MAKERS,
     Workspace,
@@ -73,7 +74,9 @@ class TrainResult:
     losses: dict[str, float]
 
 
+@holding
 def train(
+    held: ExitStack,
     settings: TrainSettings,
     mode: str,
     directory: Path,
@@ -125,10 +128,12 @@ def train(
     _share_out(settings, processes.count)
 
     def make_room() -> None:
+        held.enter_context(lock(folder, f"the run '{name}'"))
         if restart and folder.exists():
-            remove_folder(folder)
+            _drop(folder)
         if restart:
             shutil.rmtree(workspace.log_folder(name), ignore_errors=True)
+        sweep(folder.parent, name)
         make_folder(folder)
         sweep(folder)
 
@@ -209,6 +214,7 @@ def train(
             data.drawn = data.cut = data.skipped = 0
             try:
                 trainer.train(first, stopped)
+                processes.on_main(lambda: _prune(folder, settings.keep, trainer.progress.best.get("step")))
             finally:
                 if warning := data.warning():
                     reporter.warn(warning)
@@ -301,13 +307,36 @@ def _save(
             target, trainer.model, trainer.tokenizer, base, base.fingerprint(),
             own_weights=settings.phase == "c", states=states,
         )  # fmt: skip
-    for old in checkpoints(folder)[: -settings.keep]:
-        if step_of(old) != best_step:
-            remove_folder(old)
+    _prune(folder, settings.keep, best_step)
     for other in checkpoints(folder):
         metrics = read_json(other / METRICS_FILE, "rr train")
         if metrics.get("best") and step_of(other) != best_step:
             write_json(other / METRICS_FILE, metrics | {"best": False})
+
+
+def _prune(folder: Path, keep: int, best_step: float | None) -> None:
+    """Drop the checkpoints that are neither among the last nor the best; one that is being read, another time."""
+    for old in checkpoints(folder)[:-keep]:
+        if step_of(old) != best_step:
+            with dropping(old) as free:
+                if free:
+                    remove_folder(old)
+
+
+def _drop(folder: Path) -> None:
+    """Drop a run.
+
+    Raises:
+        RRError: one of its checkpoints is being read.
+    """
+    with ExitStack() as held:
+        for checkpoint in checkpoints(folder):
+            if not held.enter_context(dropping(checkpoint)):
+                raise RRError(
+                    f"{checkpoint} is being read by another command, and --restart would remove it",
+                    "Wait until that has ended, or take another --run-name.",
+                )
+        remove_folder(folder)
 
 
 def _resume(trainer: Trainer, checkpoint: Path, made_by: str) -> None:
@@ -320,6 +349,7 @@ def _resume(trainer: Trainer, checkpoint: Path, made_by: str) -> None:
     if (folder / "weights.safetensors").exists():
         trainer.optimizer.load_weights(load_file(folder / "weights.safetensors"))
     saved = read_json(folder / "progress.json", made_by)
+    trainer.tracker.restore(checkpoint)
     trainer.progress = Progress(
         rows=saved["rows"],
         spent=Spent(**saved["spent"]),
