@@ -45,7 +45,7 @@ COMMANDS = {
 # What the whole experiment holds besides what `rr run` makes.
 BESIDE = ("alone", "compared.json", "page.html")
 LOGGED_IN_TRAINING = ("train/", "evaluation/during_training/")
-QUICK = {"eval": 3, "train": 4, "surgery": 3, "compare": 2, "run": 0}
+QUICK = {"eval": 2, "train": 3, "surgery": 2, "compare": 1, "run": 0}
 CASES = [pytest.param(c, QUICK[c.split()[0]], id=f"{c.split()[0]}-quick") for c in COMMANDS if QUICK[c.split()[0]]]
 CASES += [pytest.param(c, n, id=c.split()[0], marks=pytest.mark.slow) for c, (_, n) in COMMANDS.items()]
 STOPPED = [command for command in COMMANDS if command.startswith(("eval", "surgery"))]
@@ -166,7 +166,7 @@ def test_killed_at_any_call_the_same_command_ends_as_if_never_killed(command, ki
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("stops", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stops", [1, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", STOPPED, ids=lambda command: command.split()[0])
 def test_stopped_by_the_user_at_any_call_nothing_is_left_half_written(command, number, stops, killer, whole):
