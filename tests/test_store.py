@@ -70,6 +70,48 @@ def test_a_failing_disk_keeps_the_old_json(tmp_path: Path, monkeypatch: pytest.M
     assert names(tmp_path) == {"results.json"}
 
 
+def test_what_a_killed_process_left_of_a_file_goes_with_the_next_writing(tmp_path: Path) -> None:
+    gone, lives = tmp_path / f".x.json.{2**22 + 1}.0a1b2c3d.tmp", tmp_path / f".x.json.{os.getpid()}.0a1b2c3d.tmp"
+    other = tmp_path / f".y.json.{2**22 + 1}.0a1b2c3d.tmp"
+    for leftover in (gone, lives, other):
+        leftover.touch()
+    files.write_json(tmp_path / "x.json", {})
+    assert not gone.exists()
+    assert lives.exists()  # its process may be writing now
+    assert other.exists()
+
+
+def test_sweeping_by_name_leaves_what_others_write(tmp_path: Path) -> None:
+    names = [".a.0a1b2c3d.tmp", ".a.b.0a1b2c3d.tmp", ".b.0a1b2c3d.tmp", ".a.lock"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    files.sweep(tmp_path, "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+    files.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".a.lock"]
+
+
+@pytest.mark.parametrize("moment", ["before the new folder", "after it"])
+def test_stopped_by_the_user_between_two_renames_one_folder_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    with files.publish_folder(tmp_path / "x") as target:
+        (target / "old").touch()
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        done = rename(self, target) if moment == "after it" or self.suffix != ".tmp" else target
+        if self.suffix == ".tmp":
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.publish_folder(tmp_path / "x", overwrite=True) as target:
+        (target / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["new" if moment == "after it" else "old"]
+
+
 def test_write_json_over_a_folder_or_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "taken.json").mkdir()
     with pytest.raises(RRError, match=r"taken\.json"):

@@ -25,7 +25,7 @@ FLOORS = (
     {"upstream"},
     {"recursion"},
     {"settings", "reporting", "files", "demo"},
-    {"tracker", "configuration"},
+    {"tracker", "configuration", "locks"},
     {"data", "models"},
     {"evaluation"},
     {"training", "comparison"},
@@ -37,7 +37,7 @@ FLOORS = (
 )
 # Modules that read and write no tensors: not even a lazy import of torch belongs there.
 TORCH_FREE = (
-    *("errors", "settings", "configuration", "files", "reporting", "ui", "cli", "allocator"),
+    *("errors", "settings", "configuration", "files", "locks", "reporting", "ui", "cli", "allocator"),
     *(f"data/{name}" for name in ("lines", "problem_files", "prompts", "sources", "readers", "splits", "tasks")),
     *("data/conversations", "data/document_store", "data/rendering"),
     *("recursion/batch", "recursion/config"),

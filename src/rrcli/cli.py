@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import signal
+import threading
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import Field, asdict, dataclass, fields, replace
@@ -42,7 +43,9 @@ class Commands(TyperGroup):
     """Show an `RRError` as an `error:` and a `hint:` line, and exit with its code; so too for unknown commands."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
+        """Run a command; SIGTERM ends it as Ctrl-C does, so that what it was writing is cleaned up."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return super().invoke(ctx)
         except RRError as error:
@@ -556,6 +559,4 @@ def _perform(step: Any, ctx: Context) -> None:
 
 
 def _reporter() -> ui.TerminalReporter:
-    # SIGTERM ends a command as Ctrl-C does, so that what it was writing is cleaned up.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return ui.TerminalReporter()

@@ -6,6 +6,7 @@ look at a workspace in milliseconds.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -58,12 +59,15 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Publish `text` at `path` by a temporary file, fsync and a rename. A reader sees the old file or the new one.
 
+    The temporary name carries the number of this process, so that what a killed one left is removed by the next.
+
     Raises:
         RRError: the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     make_folder(path.parent)
     try:
+        _sweep_files(path)
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -73,6 +77,20 @@ def write_text(path: Path, text: str) -> None:
         raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def back_up(path: Path) -> None:
+    """Keep what is at `path`, if anything, as `<name>.bak`.
+
+    Raises:
+        RRError: the folder cannot be written.
+    """
+    copy = path.with_name(path.name + ".bak")
+    try:
+        if path.exists():
+            shutil.copyfile(path, copy)
+    except OSError as error:
+        raise unwritable(copy, error) from error
 
 
 def read_json(path: Path, made_by: str) -> dict[str, Any]:
@@ -108,7 +126,7 @@ def publish_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise RRError(f"{path} is a file, a folder was expected", "Move it away.")
     make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{end}") for end in (".tmp", ".old"))
     try:
         temporary.mkdir()
         yield temporary
@@ -119,28 +137,35 @@ def publish_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 file.chmod(readable)
             _sync(file)
         _sync(temporary)
-        old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
-        if path.exists():
-            path.rename(old)
         try:
+            if path.exists():
+                path.rename(old)
             temporary.rename(path)
-        except OSError:
-            if old.exists():
+        finally:  # also if the user stops it between the two
+            if old.exists() and not path.exists():
                 old.rename(path)
-            raise
         _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+        if path.exists():
+            _remove(old)
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder; it is renamed first, so that what a killed process leaves of it never counts as complete."""
     doomed = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _remove(doomed)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:  # the user stops the command: the folder still goes
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def link(source: Path, target: Path) -> bool:
@@ -157,15 +182,30 @@ def link(source: Path, target: Path) -> bool:
     return True
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`, and restore what it had just moved aside."""
-    for leftover in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what a killed process left half-written in `folder`, and restore what it had just moved aside.
+
+    Args:
+        name: the name of what was written, if other commands may be writing something else into the folder now.
+    """
+    name = name if name == "*" else glob.escape(name)
+    for leftover in [path for end in ("tmp", "old") for path in folder.glob(f".{name}.????????.{end}")]:
         original = folder / leftover.name[1:].rsplit(".", 2)[0]
         if leftover.suffix == ".old" and not original.exists():
             leftover.rename(original)
         elif leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
+            leftover.unlink(missing_ok=True)
+
+
+def _sweep_files(path: Path) -> None:
+    """Remove what processes that are gone left of writing the file `path`."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        import psutil
+
+        process = leftover.name.split(".")[-3]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
             leftover.unlink(missing_ok=True)
 
 

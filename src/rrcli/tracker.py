@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rrcli.files import METRICS_FILE, finite, make_folder, write_json
+from rrcli.files import METRICS_FILE, finite, make_folder, read_json, write_json
 
 # TensorBoard's CUSTOM SCALARS tab: category -> chart -> regular expressions of the tags that it draws. Every run writes
 # it, and TensorBoard shows one chart of all runs, so vanilla and recursive lie over each other.
@@ -99,6 +99,10 @@ class MetricsTracker:
         file = Path(path) / METRICS_FILE
         write_json(file, finite({"schema": 1, **more, "scalars": self._last}))
         return file
+
+    def restore(self, path: str | Path) -> None:
+        """Remember the last values that a checkpoint's `metrics.json` holds, of tags that are not logged again too."""
+        self._last = dict(read_json(Path(path) / METRICS_FILE, "rr train").get("scalars", {})) | self._last
 
     def log_histograms(self, tensors: Mapping[str, Any], step: int) -> None:
         """Log the distribution of each tensor's values under its tag; empty and non-finite ones are left out."""

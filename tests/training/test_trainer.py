@@ -98,8 +98,11 @@ def test_parts_of_any_size_give_the_same_curve(operated, mode):
         assert other == pytest.approx(curves[0], rel=2e-3)
 
 
+# Depths are drawn from the seed: with 9, depth 2 comes before the stop alone.
 @pytest.mark.parametrize(
-    "options", [{}, {"ema": 0.9}, {"dtype": "bfloat16"}, {"phase": "a"}, {"phase": "b", "ema": 0.5}], ids=str
+    "options",
+    [{}, {"ema": 0.9}, {"dtype": "bfloat16"}, {"phase": "a"}, {"phase": "b", "ema": 0.5}, {"seed": 9}],
+    ids=str,
 )
 def test_stopping_and_going_on_changes_no_bit(operated, options):
     whole = changed(run_name="whole", eval_interval=3, eval_samples=2, **options)
@@ -111,6 +114,9 @@ def test_stopping_and_going_on_changes_no_bit(operated, options):
     resumed = service.train(parts, "recursive", operated, Silent())
     assert resumed.first_step == 2
     assert_same_weights(straight.checkpoint, resumed.checkpoint)
+    logged = [json.loads((done.checkpoint / "metrics.json").read_text())["scalars"] for done in (straight, resumed)]
+    timed = [tag for tag in logged[0] if "/performance/" in tag]
+    assert {**logged[1], **dict.fromkeys(timed)} == {**logged[0], **dict.fromkeys(timed)}
     assert curve(operated, "whole") == curve(operated, "parts")
     assert [e.step for e in events(operated, "parts").Scalars("train/loss/total")] == [1, 2, 3, 4]
 

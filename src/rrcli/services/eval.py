@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +19,8 @@ from rrcli.evaluation.samples import SampleLog
 from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerprint
 from rrcli.experiment.provenance import provenance
 from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, Workspace, check_stage
-from rrcli.files import METRICS_FILE, SCHEMA, combine, finite, make_folder, read_json, write_json
+from rrcli.files import METRICS_FILE, SCHEMA, back_up, combine, finite, read_json, write_json
+from rrcli.locks import holding, lock, reading
 from rrcli.models.loading import load_for
 from rrcli.models.source import ModelSource, base_of
 from rrcli.reporting import Reporter
@@ -38,7 +38,9 @@ class EvalResult:
     preserved: Preservation | None = None
 
 
+@holding
 def evaluate(
+    held: ExitStack,
     settings: EvalSettings,
     stage: str,
     directory: Path,
@@ -60,8 +62,9 @@ def evaluate(
     check_stage(stage)
     workspace = Workspace(directory, settings)
     file = workspace.results_file(stage)
-    source = workspace.resolve(model) if model else workspace.stage_model(stage)
-    make_folder(file.parent)
+    source = held.enter_context(reading(lambda: workspace.resolve(model) if model else workspace.stage_model(stage)))
+    held.enter_context(lock(file, f"the evaluation of '{stage}'"))
+    fingerprint = source.fingerprint()
     inputs = eval_inputs(settings, stage, model_fingerprint(source, directory), data_identity(settings, directory))
     data = _data(settings, directory)
     training = _training(source)
@@ -76,6 +79,7 @@ def evaluate(
     measuring = _set_up_recursion(loaded, source, settings, directory, use_recursive)
     recursion = getattr(loaded, "recursion", None)
     shape = recursion.config.to_dict() if recursion is not None else None
+    is_baseline = _is_baseline(loaded, source, workspace)
     device, dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
     key = combine(inputs, asdict(measuring), shape, device, dtype)
     step = training["steps"] if training else 0
@@ -91,7 +95,7 @@ def evaluate(
             _log_summary(tracker, measured, step)
         about = {"family": loaded.config.model_type, "parameters": sum(p.numel() for p in loaded.parameters())}
         if measured["records"].get("generations"):
-            baseline = (loaded, tokenizer) if _is_baseline(loaded, source, workspace) else None
+            baseline = (loaded, tokenizer) if is_baseline else None
             del loaded, recursion  # so that only one model is in memory if the baseline is another one
             baseline = baseline or load_for(settings, workspace.stage_model("baseline"), directory)
             _add_relevance(measured, baseline, reporter)
@@ -105,7 +109,7 @@ def evaluate(
             "inputs": inputs,
             "model": {
                 "source": str(source.path if source.name != "default" else source.name),
-                "fingerprint": source.fingerprint(),
+                "fingerprint": fingerprint,
                 **about,
                 "tokenizer": combine(sorted(tokenizer.get_vocab().items())),
                 "recursion": shape,
@@ -123,8 +127,7 @@ def evaluate(
         preserved = _preserved(results, workspace) if stage == SURGERY_STAGE else None
         if preserved is not None:
             results["preservation"] = preserved.to_dict()
-        if file.exists():
-            shutil.copyfile(file, file.with_suffix(".json.bak"))
+        back_up(file)
         write_json(file, finite(results))
         log.end()
     return EvalResult(stage, results, file, preserved)

@@ -12,6 +12,7 @@ from rrcli.data.prompts import stop_strings
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.tracing import Piece, PieceBuilder
 from rrcli.experiment.workspace import Workspace
+from rrcli.locks import reading
 from rrcli.models.loading import load_for
 from rrcli.settings import STAGES, GenerateSettings
 
@@ -58,7 +59,6 @@ def generate(
     stop = stop_strings(settings.stop)
     workspace = Workspace(directory, settings)
     stage = stage or _last_stage(workspace)
-    source = workspace.stage_model(stage)
 
     import torch
 
@@ -66,7 +66,8 @@ def generate(
     from rrcli.data.rendering import encode_prompt
     from rrcli.evaluation.decoding import GREEDY, StopStrings
 
-    model, tokenizer = load_for(settings, source, directory)
+    with reading(lambda: workspace.stage_model(stage)) as source:
+        model, tokenizer = load_for(settings, source, directory)
     recursion = getattr(model, "recursion", None)
     depth = _depth(settings, recursion, stage)
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)

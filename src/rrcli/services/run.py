@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from rrcli.comparison.preservation import check_preserved, require_preserved
 from rrcli.experiment.planning import DONE, Load, Step, plan, status_of
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import read_json
+from rrcli.locks import holding, lock
 from rrcli.reporting import Reporter
 from rrcli.settings import CommonSettings
 
 
+@holding
 def run(
-    directory: Path, load: Load, reporter: Reporter, *, perform: Callable[[Step], None], new_options: bool = False
+    held: ExitStack,
+    directory: Path,
+    load: Load,
+    reporter: Reporter,
+    *,
+    perform: Callable[[Step], None],
+    new_options: bool = False,
 ) -> list[Step]:
     """Perform every step that is not done, in order; return the plan as it was at the start.
 
@@ -24,6 +33,7 @@ def run(
     Raises:
         CheckFailed: surgery did not preserve the baseline; nothing is trained on it.
     """
+    held.enter_context(lock(directory / "experiment", f"the experiment in {directory}"))
     planned = plan(directory, load, new_options=new_options)
     for number, step in enumerate(planned, start=1):
         # Its status is looked up again: the steps before it may have changed what it is made from.

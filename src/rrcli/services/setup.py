@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +20,8 @@ from rrcli.demo import defaults
 from rrcli.errors import RRError
 from rrcli.evaluation.held_out import held_out_data
 from rrcli.experiment.workspace import Workspace
-from rrcli.files import make_folder
+from rrcli.files import back_up, make_folder, write_text
+from rrcli.locks import holding, lock
 from rrcli.models.loading import load_config, load_tokenizer, pick_device
 from rrcli.reporting import Reporter
 from rrcli.settings import CommonSettings
@@ -50,7 +52,9 @@ class SetupResult:
         return all(check.ok for check in self.checks)
 
 
+@holding
 def setup(
+    held: ExitStack,
     settings: CommonSettings,
     directory: Path,
     reporter: Reporter,
@@ -65,6 +69,7 @@ def setup(
         overwrite: write a new `rr.toml` instead of keeping the values of an existing one.
     """
     refuse_stdin(settings.data, "setup")
+    held.enter_context(lock(directory / SETTINGS_FILE, str(directory / SETTINGS_FILE)))
     workspace = Workspace(directory, settings)
     for folder in (settings.log_dir, settings.checkpoint_dir, settings.output_dir):
         make_folder(directory / folder)
@@ -108,15 +113,8 @@ def _write_settings(directory: Path, given: Mapping[str, Mapping[str, Any]], ove
     text = write_file(chosen, changes)
     if text == before:
         return path
-    try:
-        if path.exists():
-            shutil.copyfile(path, path.with_name(SETTINGS_FILE + ".bak"))
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=directory, prefix=".rr.toml.", delete=False) as new:
-            new.write(text)
-        Path(new.name).chmod(0o644)
-        Path(new.name).replace(path)
-    except OSError as error:
-        raise RRError(f"cannot write {path}: {error.strerror}", "Name a --dir that you may write to.") from error
+    back_up(path)
+    write_text(path, text)
     return path
 
 

@@ -11,6 +11,7 @@ from rrcli.errors import CheckFailed, RRError, first_line
 from rrcli.experiment.identity import surgery_inputs
 from rrcli.experiment.workspace import Workspace
 from rrcli.files import METRICS_FILE, SCHEMA, publish_folder, sha256, sweep, write_json
+from rrcli.locks import holding, lock
 from rrcli.models.export import check_target, fill
 from rrcli.models.inspection import inspect_weights
 from rrcli.models.loading import load_for, load_tokenizer
@@ -56,7 +57,9 @@ class SurgeryResult:
     copied_files: int
 
 
+@holding
 def surgery(
+    held: ExitStack,
     settings: SurgerySettings,
     directory: Path,
     reporter: Reporter,
@@ -86,9 +89,14 @@ def surgery(
     weights = inspect_weights(base.path)
     if base.manifest and base.manifest["recursion"]:
         raise RRError(f"the base model {base.name} has a recursion already", "Operate on the model it was made from.")
-    _check_output(folder, base, overwrite=overwrite or dry_run)
+    _check_output(folder, base)
     if export is not None:
         check_target(export, base, folder, overwrite=overwrite or dry_run)
+    for target in [] if dry_run else [folder, *([export] if export is not None else [])]:
+        held.enter_context(lock(target, str(target)))
+        sweep(target.parent, target.name)
+    if folder.exists() and not (overwrite or dry_run):
+        raise RRError(f"{folder} exists already", "Use --overwrite to replace it.")
     config = surgery_config(settings)
     base_fingerprint = base.fingerprint()
     hashes = _hash(weights.files, reporter) if hash_weights and not dry_run else None
@@ -150,13 +158,9 @@ def surgery_config(settings: SurgerySettings) -> RecursionConfig:
     )
 
 
-def _check_output(folder: Path, base: ModelSource, *, overwrite: bool) -> None:
+def _check_output(folder: Path, base: ModelSource) -> None:
     if base.path.is_dir() and folder.resolve().is_relative_to(base.path):
         raise RRError(f"the output {folder} is inside the base model's folder", "Choose another --checkpoint-dir.")
-    if folder.parent.is_dir():
-        sweep(folder.parent)
-    if folder.exists() and not overwrite:
-        raise RRError(f"{folder} exists already", "Use --overwrite to replace it.")
 
 
 def _hash(files: list[Path], reporter: Reporter) -> dict[str, str]:

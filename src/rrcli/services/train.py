@@ -11,6 +11,7 @@ checkpoints and logs and reports to the user; the others wait for it.
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,10 @@ from rrcli.experiment.training_run import TrainingRun, prepare_training
 from rrcli.files import (
     checkpoints,
     make_folder,
-    remove_folder,
     sweep,
     unwritable,
 )
+from rrcli.locks import holding, lock
 from rrcli.models.loading import load_for
 from rrcli.models.source import ModelSource, base_of
 from rrcli.reporting import Reporter, Silent
@@ -63,7 +64,9 @@ class TrainResult:
     losses: dict[str, float]
 
 
+@holding
 def train(
+    held: ExitStack,
     settings: TrainSettings,
     mode: str,
     directory: Path,
@@ -98,7 +101,7 @@ def train(
     _check_shares(settings, processes.count)
     _check_shards(settings, processes)
     reporter = reporter if processes.main else Silent()
-    training = replace(training, resumed_from=_open_folder(training, processes, restart=restart))
+    training = replace(training, resumed_from=_open_folder(training, processes, held, restart=restart))
     model, tokenizer = _load_model(training, processes.device)
     evaluation, data = _load_data(training, model, tokenizer, reporter)
     try:
@@ -162,18 +165,22 @@ def _check_shards(settings: TrainSettings, processes: Processes) -> None:
         )
 
 
-def _open_folder(training: TrainingRun, processes: Processes, *, restart: bool) -> Path | None:
-    """Make the run's folder, empty for a restart; return the checkpoint to continue from, or None.
+def _open_folder(training: TrainingRun, processes: Processes, held: ExitStack, *, restart: bool) -> Path | None:
+    """Lock the run and make its folder, empty for a restart; return the checkpoint to continue from, or None.
 
     Raises:
         RRError: the folder holds a run of other inputs.
     """
 
+    from rrcli.training.checkpoint import remove_run
+
     def make_room() -> None:
+        held.enter_context(lock(training.folder, f"the run '{training.name}'"))
         if restart and training.folder.exists():
-            remove_folder(training.folder)
+            remove_run(training.folder)
         if restart:
             shutil.rmtree(training.logs, ignore_errors=True)
+        sweep(training.folder.parent, training.name)
         make_folder(training.folder)
         sweep(training.folder)
 
@@ -299,6 +306,7 @@ def _run(
         data.drawn = data.cut = data.skipped = 0  # what was drawn to estimate costs does not count
         try:
             trainer.train(training.first_step, stopped)
+            processes.on_main(lambda: saved.prune(trainer))
         finally:
             if warning := data.warning():
                 reporter.warn(warning)

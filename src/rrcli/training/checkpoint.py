@@ -11,12 +11,14 @@ All else follows from the step's number: the data, the depths, the learning rate
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
+from rrcli.errors import RRError
 from rrcli.files import (
     METRICS_FILE,
     TRAINER_STATE,
@@ -27,6 +29,7 @@ from rrcli.files import (
     step_of,
     write_json,
 )
+from rrcli.locks import dropping
 from rrcli.models.saving import save_folder
 from rrcli.models.source import ModelSource
 from rrcli.training.sharding import whole, whole_state
@@ -75,7 +78,7 @@ class Checkpoints:
 
             def publish_and_prune() -> None:
                 self._publish(trainer, step, state=state, weights=weights, states=states)
-                self._prune(trainer.settings.keep, trainer.state.best.get("step"))
+                self.prune(trainer)
 
             processes.on_main(publish_and_prune)
 
@@ -86,6 +89,7 @@ class Checkpoints:
         if (folder / WEIGHTS_FILE).exists():
             trainer.optimizer.load_weights(load_file(folder / WEIGHTS_FILE))
         saved = read_json(folder / STATE_FILE, self.made_by)
+        trainer.tracker.restore(checkpoint)
         trainer.state = TrainingState(
             rows=saved["rows"],
             spent=Spent(**saved["spent"]),
@@ -127,12 +131,34 @@ class Checkpoints:
                 own_weights=settings.phase == "c", states=states,
             )  # fmt: skip
 
-    def _prune(self, keep: int, best_step: float | None) -> None:
-        """Remove all but the last `keep` checkpoints and the best one, which alone stays marked as the best."""
-        for old in checkpoints(self.folder)[:-keep]:
+    def prune(self, trainer: Trainer) -> None:
+        """Remove all but the last `--keep` checkpoints and the best one, which alone stays marked as the best.
+
+        A checkpoint that another command is reading stays, until this is called the next time.
+        """
+        best_step = trainer.state.best.get("step")
+        for old in checkpoints(self.folder)[: -trainer.settings.keep]:
             if step_of(old) != best_step:
-                remove_folder(old)
+                with dropping(old) as free:
+                    if free:
+                        remove_folder(old)
         for other in checkpoints(self.folder):
             metrics = read_json(other / METRICS_FILE, self.made_by)
             if metrics.get("best") and step_of(other) != best_step:
                 write_json(other / METRICS_FILE, metrics | {"best": False})
+
+
+def remove_run(folder: Path) -> None:
+    """Remove the folder of a run.
+
+    Raises:
+        RRError: another command is reading one of its checkpoints.
+    """
+    with ExitStack() as held:
+        for checkpoint in checkpoints(folder):
+            if not held.enter_context(dropping(checkpoint)):
+                raise RRError(
+                    f"{checkpoint} is being read by another command, and --restart would remove it",
+                    "Wait until that command has ended, or take another --run-name.",
+                )
+        remove_folder(folder)
