@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from commands import RR, rr
+from rrcli import locks
 from rrcli.errors import RRError
-from rrcli.experiment import locks
 from rrcli.experiment.workspace import Workspace
 from rrcli.files import checkpoints, remove_folder
 from rrcli.locks import Holder, lock, reading
@@ -149,7 +149,7 @@ READER = """
 from contextlib import ExitStack
 from pathlib import Path
 from rrcli.locks import reading
-from rrcli.models.loading import ModelSource
+from rrcli.models.source import ModelSource
 held = ExitStack()
 def step(context):
     first = Path("checkpoints/read/step-000001").resolve()

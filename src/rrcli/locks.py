@@ -117,6 +117,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
         RRError: another process has the lock, or the folder cannot be written.
     """
     file = path.with_name(f".{path.name}.lock")
+    made = not file.parent.exists()
     make_folder(file.parent)
     try:
         opened = _take(file, what)
@@ -128,6 +129,8 @@ def lock(path: Path, what: str) -> Iterator[None]:
         with opened, suppress(OSError):
             opened.truncate(0)  # an empty file is nobody's: Windows removes none that is open
             file.unlink()
+            if made:  # for the lock alone, where nothing was written
+                file.parent.rmdir()
 
 
 def _take(file: Path, what: str) -> IO[str]:
