@@ -31,9 +31,9 @@ def names(folder: Path) -> set[str]:
 def test_write_json_publishes_and_replaces(tmp_path: Path) -> None:
     file = tmp_path / "new" / "folder" / "results.json"
     files.write_json(file, {"a": [1, 2.5, None, "é"]})
-    assert files.read_json(file, "rr eval") == {"a": [1, 2.5, None, "é"]}
+    assert files.read_json(file, "rr eval", dict[str, Any]) == {"a": [1, 2.5, None, "é"]}
     files.write_json(file, {"b": 1})
-    assert files.read_json(file, "rr eval") == {"b": 1}
+    assert files.read_json(file, "rr eval", dict[str, Any]) == {"b": 1}
     assert names(file.parent) == {"results.json"}
 
 
@@ -135,7 +135,7 @@ def test_read_json_refuses(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "results.json"
     file.write_text(text)
     with pytest.raises(RRError, match=message) as caught:
-        files.read_json(file, "rr eval --stage baseline")
+        files.read_json(file, "rr eval --stage baseline", dict[str, Any])
     assert str(file) in caught.value.message
     assert caught.value.hint
 
@@ -143,12 +143,12 @@ def test_read_json_refuses(tmp_path: Path, text: str, message: str) -> None:
 def test_read_json_of_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_bytes(b"\xff\xfe\x00{}")
     with pytest.raises(RRError, match=r"results\.json"):
-        files.read_json(tmp_path / "results.json", "rr eval")
+        files.read_json(tmp_path / "results.json", "rr eval", dict[str, Any])
 
 
 def test_read_json_names_the_command_that_makes_the_file(tmp_path: Path) -> None:
     with pytest.raises(RRError, match="does not exist") as caught:
-        files.read_json(tmp_path / "absent.json", "rr eval --stage baseline")
+        files.read_json(tmp_path / "absent.json", "rr eval --stage baseline", dict[str, Any])
     assert "rr eval --stage baseline" in caught.value.hint
 
 

@@ -21,7 +21,7 @@ SERVICES = sorted(path.stem for path in (PACKAGE / "services").glob("*.py") if p
 SURFACE = {"cli", "ui", "services", "__main__"}
 # The floors of the house: what lies in one imports from lower ones alone. Files of the root stand for themselves.
 FLOORS = (
-    {"errors", "allocator"},
+    {"errors", "allocator", "schemas"},
     {"upstream"},
     {"recursion"},
     {"settings", "reporting", "files", "demo"},
@@ -37,7 +37,7 @@ FLOORS = (
 )
 # Modules that read and write no tensors: not even a lazy import of torch belongs there.
 TORCH_FREE = (
-    *("errors", "settings", "configuration", "files", "locks", "reporting", "ui", "cli", "allocator"),
+    *("errors", "schemas", "settings", "configuration", "files", "locks", "reporting", "ui", "cli", "allocator"),
     *(f"data/{name}" for name in ("lines", "problem_files", "prompts", "sources", "readers", "splits", "tasks")),
     *("data/conversations", "data/document_store", "data/rendering"),
     *("recursion/batch", "recursion/config"),

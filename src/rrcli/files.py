@@ -16,11 +16,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import msgspec
 from safetensors import SafetensorError
 
 from rrcli.errors import RRError, UsageError
+from rrcli.schemas import WeightIndex
 
 MANIFEST = "recursion.json"
 METRICS_FILE = "metrics.json"
@@ -29,6 +31,8 @@ INDEX = "model.safetensors.index.json"
 TRAINER_STATE = "trainer_state"
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 SCHEMA = 1
+
+Object = TypeVar("Object")
 
 # A fingerprint reads the whole header of each weight file and this many blocks, spread over the rest of it: enough to
 # notice any training step, and no more for a model of 100 GB than for one of 1 GB.
@@ -93,25 +97,44 @@ def back_up(path: Path) -> None:
         raise unwritable(copy, error) from error
 
 
-def read_json(path: Path, made_by: str) -> dict[str, Any]:
-    """Read a JSON object that one of our commands wrote.
+def read_json(path: Path, made_by: str, kind: type[Object]) -> Object:
+    """Read a JSON object and check it against its type in `schemas`; unknown keys are kept.
 
     Raises:
-        RRError: the file is missing, cut off, not an object, or of a newer schema. The hint names `made_by`, a command.
+        RRError: missing, cut off, of a newer schema, or a field that its type does not allow (the message names the
+            field); `made_by` is the command that makes the file.
     """
+    hint = f"Make it again with '{made_by}'."
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = msgspec.json.decode(path.read_bytes())
     except FileNotFoundError:
         raise RRError(f"{path} does not exist", f"'{made_by}' makes it.") from None
     except OSError as error:
         raise RRError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise RRError(f"{path} is cut off or not JSON: {error}", f"Make it anew with '{made_by}'.") from error
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise RRError(f"{path} is cut off or not JSON: {error}", hint) from error
     if not isinstance(value, dict):
-        raise RRError(f"{path} holds no JSON object", f"Make it anew with '{made_by}'.")
+        raise RRError(f"{path} holds no JSON object", hint)
     if isinstance(value.get("schema"), int) and value["schema"] > SCHEMA:
         raise RRError(f"{path} has schema {value['schema']}, this rr reads up to {SCHEMA}", "Update rr.")
-    return value
+    if problem := mismatch(value, kind):
+        raise RRError(f"{path}: {problem}", hint)
+    return cast(Object, value)
+
+
+def mismatch(value: object, kind: Any) -> str:
+    """Return where and how a value read from JSON does not fit a type, or nothing.
+
+    The value itself is left as it is: `msgspec.convert` would drop keys that the type does not name.
+    """
+    try:
+        msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        text, _, place = str(error).partition(" - at `$")
+        place = place.rstrip("`").removeprefix(".")
+        text = text[0].lower() + text[1:]
+        return f"{place}: {text}" if place else text
+    return ""
 
 
 @contextmanager
@@ -304,9 +327,7 @@ def weight_files(source: Path) -> list[Path]:
         return [source]
     index = source / INDEX
     if index.exists():
-        weight_map = read_json(index, "the model's author").get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise RRError(f"{index} holds no map from tensors to files", "Download or copy the folder again.")
+        weight_map = read_json(index, "the model's author", WeightIndex)["weight_map"]
         names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (source / name).exists()]
         if missing:

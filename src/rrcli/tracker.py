@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.files import METRICS_FILE, finite, make_folder, read_json, write_json
+from rrcli.schemas import CheckpointMetrics
 
 # TensorBoard's CUSTOM SCALARS tab: category -> chart -> regular expressions of the tags that it draws. Every run writes
 # it, and TensorBoard shows one chart of all runs, so vanilla and recursive lie over each other.
@@ -102,7 +103,9 @@ class MetricsTracker:
 
     def restore(self, path: str | Path) -> None:
         """Remember the last values that a checkpoint's `metrics.json` holds, of tags that are not logged again too."""
-        self._last = dict(read_json(Path(path) / METRICS_FILE, "rr train").get("scalars", {})) | self._last
+        self._last = (
+            dict(read_json(Path(path) / METRICS_FILE, "rr train", CheckpointMetrics).get("scalars", {})) | self._last
+        )
 
     def log_histograms(self, tensors: Mapping[str, Any], step: int) -> None:
         """Log the distribution of each tensor's values under its tag; empty and non-finite ones are left out."""

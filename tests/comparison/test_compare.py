@@ -57,7 +57,7 @@ def test_a_file_that_is_no_evaluation_is_refused(tmp_path: Path, key: str) -> No
     value = results("baseline")
     del value[key]
     write_json(tmp_path / "eval_results" / "baseline_results.json", value)
-    with pytest.raises(RRError, match=f"is no evaluation: it has no '{key}'"):
+    with pytest.raises(RRError, match=f"baseline_results.json: object missing required field `{key}`"):
         compare(CompareSettings(), ["baseline"], tmp_path)
 
 

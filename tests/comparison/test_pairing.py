@@ -155,6 +155,7 @@ def test_depths_are_compared_at_the_last(tmp_path: Path) -> None:
         row["correct"] = [before["correct"][0], *row["correct"]]
     for i, row in enumerate(recursive["records"]["problems"]):
         row["correct"] = [*row["correct"], i < 140]
+        row["strict"] = row["correct"]
         row["outputs"] = [*row["outputs"], str(i < 140)]
     comparison = compared(tmp_path, base, recursive)
     found = cell(comparison, "perplexity", "finetuned_recursive")

@@ -296,7 +296,7 @@ def test_records_of_one_key_that_are_not_the_same_are_not_paired(
 ) -> None:
     other = results("finetuned_vanilla", gain=0.1, solved=30, wobble=0.02)
     for row in other["records"][kind][:3]:
-        row[field] = 7
+        row[field] = row["tokens"] + 1 if field == "tokens" else "another"
     comparison = compared(tmp_path, results("baseline"), other)
     found = cell(comparison, metric, "finetuned_vanilla")
     assert (found.verdict, found.difference, found.p_value) == ("not comparable", None, None)

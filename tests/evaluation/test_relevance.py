@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rrcli
-from rrcli import files
+from rrcli import files, schemas
 from rrcli.errors import RRError
 from rrcli.evaluation.relevance import relevance
 from rrcli.reporting import Silent
@@ -96,4 +96,4 @@ def test_the_stage_that_is_the_baseline_is_loaded_once(tmp_path, monkeypatch):
     result = service.evaluate(settings, "baseline", tmp_path, Silent())
     assert "relevance" in result.results["metrics"]
     assert loads == [1]
-    assert files.read_json(result.file, "rr eval")["metrics"]["relevance"]["n"] == 4
+    assert files.read_json(result.file, "rr eval", schemas.Results)["metrics"]["relevance"]["n"] == 4

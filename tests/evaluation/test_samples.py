@@ -12,38 +12,76 @@ def logged(path):
     return [json.loads(line) for line in path.read_text().rstrip("\n").split("\n")]
 
 
+def answer(number, output=""):
+    return {
+        "number": number, "depth": 0, "key": f"p{number}", "output": output, "extracted": "", "strict": False,
+        "correct": False, "score": 0.0, "length": 1, "ended": True,
+    }  # fmt: skip
+
+
+def prompt(number):
+    return {
+        "number": number, "key": f"g{number}", "prompt": "a", "text": "b", "length": 1, "finished": False,
+        "distinct_2": 1.0, "rep_4": 0.0,
+    }  # fmt: skip
+
+
 def test_goes_on_where_it_was_cut_off(tmp_path):
     path = tmp_path / "out" / "baseline_samples.jsonl"
     with SampleLog(path, "key") as log:
         assert log.done("problems") == []
-        log.append("problems", [{"n": 1, "text": "a\r\nb\u2028c"}, {"n": 2}])
-        log.append("documents", [{"n": 3}])
+        log.append("problems", [answer(1, "a\r\nb\u2028c"), answer(2)])
+        log.append("generations", [prompt(3)])
     with path.open("a") as file:
-        file.write('{"part": "problems", "n"')  # a line that a power cut tore
+        file.write('{"part": "problems", "number"')  # a line that a power cut tore
     with SampleLog(path, "key") as log:
-        assert [entry["n"] for entry in log.done("problems")] == [1, 2]
+        assert [entry["number"] for entry in log.done("problems")] == [1, 2]
         assert log.found == 3
-        assert log.done("problems")[0]["text"] == "a\r\nb\u2028c"
-        log.append("problems", [{"n": 4}])
-    assert [entry.get("n") for entry in logged(path)] == [None, 1, 2, 3, 4]
+        assert log.done("problems")[0]["output"] == "a\r\nb\u2028c"
+        log.append("problems", [answer(4)])
+    assert [entry.get("number") for entry in logged(path)] == [None, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("change", ["another key", "ended", "no header", "no JSON"])
+@pytest.mark.parametrize("change", ["another key", "ended"])
 def test_begins_anew_and_keeps_the_old_file(tmp_path, change):
     path = tmp_path / "baseline_samples.jsonl"
     with SampleLog(path, "key") as log:
-        log.append("problems", [{"n": 1}])
+        log.append("problems", [answer(1)])
         if change == "ended":
             log.end()
-    if change == "no header":
-        path.write_text('{"part": "problems", "n": 1}\n')
-    if change == "no JSON":
-        path.write_text(path.read_text() + "x\n")
     before = path.read_text()
     with SampleLog(path, "other" if change == "another key" else "key") as log:
         assert log.done("problems") == []
     assert path.with_name(path.name + ".bak").read_text() == before
     assert len(logged(path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[1:], "line 1: object missing required field `schema`"),
+        (lambda lines: [*lines, "x"], "line 3: no JSON"),
+        (lambda lines: [*lines, "[1]"], "line 3: expected `object`, got `array`"),
+        (lambda lines: [*lines, '{"part": "problem"}'], "line 3: its part is 'problem'"),
+        (lambda lines: [*lines, '{"part": ["problems"]}'], "line 3: its part is "),
+        (lambda lines: [lines[0], lines[1].replace("true", "1")], "line 2: ended: expected `bool`, got `int`"),
+        (lambda lines: [lines[0], lines[1].replace('"depth"', '"depht"')], "line 2: object missing .* `depth`"),
+        (
+            lambda lines: [lines[0], lines[1].replace('"number": 1', '"number": -1')],
+            "line 2: number: expected `int` >= 0",
+        ),
+    ],
+)
+def test_a_damaged_log_is_an_error_that_names_the_line_and_loses_nothing(tmp_path, change, message):
+    path = tmp_path / "baseline_samples.jsonl"
+    with SampleLog(path, "key") as log:
+        log.append("problems", [answer(1)])
+    text = "".join(f"{line}\n" for line in change(path.read_text().splitlines()))
+    path.write_text(text)
+    with pytest.raises(RRError, match=message) as caught:
+        SampleLog(path, "key")
+    assert str(path) in caught.value.message
+    assert path.read_text() == text
 
 
 def test_without_a_file_nothing_is_written():

@@ -86,7 +86,7 @@ def test_an_index_that_names_a_tensor_where_it_is_not(model: Path, tmp_path: Pat
 @pytest.mark.parametrize("weight_map", [None, [], {"a": 3}], ids=str)
 def test_an_index_that_maps_nothing(model: Path, tmp_path: Path, weight_map: Any) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(RRError, match="holds no map from tensors to files"):
+    with pytest.raises(RRError, match=r"index\.json: weight_map.*: expected"):
         operate(tmp_path)
 
 
@@ -180,17 +180,17 @@ def test_hashes_that_were_not_recorded_cannot_be_compared(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.pop("weights"), "lacks the key 'weights'"),
-        (lambda m: m.pop("base"), "lacks the key 'base'"),
-        (lambda m: m["base"].pop("fingerprint"), "under 'base', lacks the key 'fingerprint'"),
-        (lambda m: m["recursion"].pop("max_steps"), "under 'recursion', lacks the key 'max_steps'"),
+        (lambda m: m.pop("weights"), "missing required field `weights`"),
+        (lambda m: m.pop("base"), "missing required field `base`"),
+        (lambda m: m["base"].pop("fingerprint"), "base: object missing required field `fingerprint`"),
+        (lambda m: m["recursion"].pop("max_steps"), "recursion: object missing required field `max_steps`"),
         (lambda m: m.update(recursoin=None), "unknown key 'recursoin'"),
         (lambda m: m["base"].update(sha265={}), "under 'base', holds the unknown key 'sha265'"),
         (lambda m: m["recursion"].update(stpes=3), "under 'recursion', holds the unknown key 'stpes'"),
-        (lambda m: m.update(base="default"), "under 'base', holds no JSON object"),
-        (lambda m: m.update(weights="mine"), "its weights are 'mine'"),
+        (lambda m: m.update(base="default"), "base: expected `object`, got `str`"),
+        (lambda m: m.update(weights="mine"), "weights: invalid enum value 'mine'"),
         (lambda m: m["recursion"].update(max_steps=99), "max_steps is 99"),
-        (lambda m: m["recursion"].update(span=[3]), "holds no recursion"),
+        (lambda m: m["recursion"].update(span=[3]), "span: "),
         (lambda m: m.update(schema=99), "schema 99"),
     ],
 )

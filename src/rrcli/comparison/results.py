@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from rrcli import schemas
+from rrcli.errors import RRError
 from rrcli.evaluation.metrics import Metric
 from rrcli.evaluation.stats import Estimate
-from rrcli.files import finite
+from rrcli.files import finite, read_json
 
 # The content of a results file.
 Results = dict[str, Any]
@@ -167,6 +170,19 @@ class Comparison:
             "generations": [vars(generation) for generation in self.generations],
             "gates": [vars(gate) for gate in self.gates],
         }
+
+
+def read_results(file: Path, made_by: str) -> Results:
+    """Read the results of a stage.
+
+    Raises:
+        RRError: the file is missing, or is not what `rr eval` writes (the message names the field); the hint names
+            `made_by`, a command.
+    """
+    results: Results = dict(read_json(file, made_by, schemas.Results))
+    if problem := schemas.check_records(results):
+        raise RRError(f"{file}: {problem}", f"Make it again with '{made_by}'.")
+    return results
 
 
 def speakers(stages: Mapping[str, Results]) -> dict[str, str]:

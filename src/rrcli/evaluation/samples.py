@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from rrcli.errors import RRError
-from rrcli.files import SCHEMA, make_folder
+from rrcli.files import SCHEMA, make_folder, mismatch
+from rrcli.schemas import ENTRIES, SamplesHead
 
 END = "end"
 
@@ -85,17 +86,38 @@ def _unfinished(path: Path, key: str) -> list[dict[str, Any]]:
         return []
     whole = path.read_bytes()
     whole = whole[: whole.rfind(b"\n") + 1]
-    try:
-        head, *entries = [json.loads(line) for line in whole.splitlines()] or [{}]
-    except ValueError:
+    lines = whole.splitlines()
+    if not lines:
         return []
-    if head.get("key") != key or head.get("schema") != SCHEMA:
+    head = _read_line(path, 1, lines[0], SamplesHead)
+    if head["key"] != key or head["schema"] != SCHEMA:
         return []
-    if not entries or any("part" not in entry or entry["part"] == END for entry in entries):
+    entries = [_read_line(path, number, line, None) for number, line in enumerate(lines[1:], start=2)]
+    if not entries or entries[-1]["part"] == END:
         return []
     with path.open("r+b") as file:
         file.truncate(len(whole))
     return entries
+
+
+def _read_line(path: Path, number: int, line: bytes, kind: Any) -> dict[str, Any]:
+    """Return one line, checked against a type; that of an entry is found by its part.
+
+    Raises:
+        RRError: it is no JSON object, or has a field that the type does not allow.
+    """
+    hint = "It is damaged: delete it, and the evaluation begins anew."
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RRError(f"{path}, line {number}: no JSON: {error}", hint) from error
+    if kind is None and isinstance(value, dict):
+        kind = ENTRIES.get(value["part"]) if isinstance(value.get("part"), str) else None
+        if kind is None:
+            raise RRError(f"{path}, line {number}: its part is {value.get('part')!r}", hint)
+    if problem := mismatch(value, kind or dict[str, Any]):
+        raise RRError(f"{path}, line {number}: {problem}", hint)
+    return dict(value)
 
 
 def _line(value: dict[str, Any]) -> str:

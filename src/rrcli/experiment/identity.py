@@ -18,6 +18,7 @@ from rrcli.errors import RRError
 from rrcli.evaluation.harness import task_files as harness_files
 from rrcli.files import METRICS_FILE, combine, read_json
 from rrcli.models.source import ModelSource, base_of
+from rrcli.schemas import Inputs
 from rrcli.settings import (
     NUMBERS,
     SIDECAR,
@@ -68,7 +69,7 @@ def recorded_inputs(path: Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        return read_json(file, "rr run").get("inputs")
+        return read_json(file, "rr run", Inputs).get("inputs")
     except RRError:
         return None
 

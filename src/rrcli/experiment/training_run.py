@@ -11,6 +11,7 @@ from rrcli.experiment.identity import data_identity, model_fingerprint, train_in
 from rrcli.experiment.workspace import MAKERS, Workspace
 from rrcli.files import METRICS_FILE, checkpoints, combine, read_json, step_of
 from rrcli.models.source import ModelSource
+from rrcli.schemas import CheckpointMetrics
 from rrcli.settings import STAGES, TrainSettings
 from rrcli.training.callbacks import StepContext, load_callback
 
@@ -107,5 +108,5 @@ def _spent_flops(workspace: Workspace, run: str) -> float:
     found = checkpoints(workspace.run_folder(run))
     if not found:
         raise RRError(f"--match-flops: the run '{run}' has no checkpoint", "Train it first.")
-    spent = read_json(found[-1] / METRICS_FILE, MAKERS.get(run, "rr train"))["training"]
+    spent = read_json(found[-1] / METRICS_FILE, MAKERS.get(run, "rr train"), CheckpointMetrics)["training"]
     return float(spent["flops"])

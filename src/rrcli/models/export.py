@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 
 from rrcli.errors import RRError, UsageError
-from rrcli.files import MANIFEST, METRICS_FILE, SIDECAR, link, read_json, write_json
+from rrcli.files import MANIFEST, METRICS_FILE, SIDECAR, link, write_json
+from rrcli.models.manifest import read_manifest
 from rrcli.models.source import ModelSource
 
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
@@ -56,5 +57,5 @@ def fill(folder: Path, base: ModelSource, weights: list[Path], sidecar: Path) ->
             shutil.copyfile(file, folder / file.name)
     for name in (SIDECAR, METRICS_FILE):
         shutil.copyfile(sidecar / name, folder / name)
-    write_json(folder / MANIFEST, read_json(sidecar / MANIFEST, "rr surgery") | {"weights": "own"})
+    write_json(folder / MANIFEST, read_manifest(sidecar) | {"weights": "own"})
     return copied

@@ -12,6 +12,7 @@ from typing import Any
 
 from rrcli.errors import RRError
 from rrcli.files import INDEX, read_json, safetensors_header, weight_files
+from rrcli.schemas import WeightIndex
 
 # Bits of one element, for every number format of the safetensors specification.
 BITS = {
@@ -90,7 +91,7 @@ def _header_problems(header: dict[str, Any]) -> Iterable[str]:
 
 
 def _index_problems(source: Path, headers: dict[str, dict[str, Any]]) -> Iterable[str]:
-    weight_map = read_json(source / INDEX, "the model's author")["weight_map"]
+    weight_map = read_json(source / INDEX, "the model's author", WeightIndex)["weight_map"]
     for tensor, shard in weight_map.items():
         if tensor not in headers[shard]:
             yield f"{source / INDEX} names the tensor '{tensor}' in {shard}, which does not have it"

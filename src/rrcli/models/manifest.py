@@ -18,10 +18,8 @@ from typing import Any
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.files import MANIFEST, read_json, sha256, weight_files
 from rrcli.recursion.config import RecursionConfig
+from rrcli.schemas import Base, Manifest
 
-REQUIRED, OPTIONAL = ("schema", "base", "weights", "recursion"), ("lora",)
-BASE_REQUIRED, BASE_OPTIONAL = ("source", "fingerprint"), ("sha256",)
-WEIGHTS = ("base", "own")
 HINT = "Make the folder again with 'rr surgery' or 'rr train', or read it with the version of rr that wrote it."
 
 
@@ -32,18 +30,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         RRError: it is missing or cut off, lacks a key, or has an unknown key or an invalid value.
     """
     path = folder / MANIFEST
-    manifest = read_json(path, "rr surgery")
-    _keys(path, "", manifest, REQUIRED, OPTIONAL)
-    _keys(path, "base", manifest["base"], BASE_REQUIRED, BASE_OPTIONAL)
-    if manifest["weights"] not in WEIGHTS:
-        raise RRError(f"{path} says that its weights are {manifest['weights']!r}", f"Known: {', '.join(WEIGHTS)}.")
+    manifest = read_json(path, "rr surgery", Manifest)
+    for place, value, kind in (("", manifest, Manifest), ("base", manifest["base"], Base)):
+        _refuse_unknown(path, place, value, known=kind.__annotations__)
     if manifest["recursion"] is not None:
-        _keys(path, "recursion", manifest["recursion"], [field.name for field in fields(RecursionConfig)])
+        known = [field.name for field in fields(RecursionConfig)]
+        _refuse_unknown(path, "recursion", manifest["recursion"], known=known)
         try:
-            RecursionConfig.from_dict(manifest["recursion"])
-        except (UsageError, TypeError, ValueError, LookupError) as error:
+            RecursionConfig.from_dict(dict(manifest["recursion"]))
+        except UsageError as error:
             raise RRError(f"{path} holds no recursion: {error}", HINT) from error
-    return manifest
+    return dict(manifest)
 
 
 def compare_hashes(folder: Path, base: Path) -> None:
@@ -64,14 +61,8 @@ def compare_hashes(folder: Path, base: Path) -> None:
             )
 
 
-def _keys(path: Path, place: str, value: Any, required: Iterable[str], optional: Iterable[str] = ()) -> None:
+def _refuse_unknown(path: Path, place: str, value: Iterable[str], *, known: Iterable[str]) -> None:
     where = f"{path}, under '{place}'," if place else f"{path}"
-    if not isinstance(value, dict):
-        raise RRError(f"{where} holds no JSON object", HINT)
-    known = [*required, *optional]
     for key in value:
         if key not in known:
             raise RRError(f"{where} holds the unknown key '{key}'", f"{suggest(key, known)} {HINT}")
-    for key in required:
-        if key not in value:
-            raise RRError(f"{where} lacks the key '{key}'", HINT)

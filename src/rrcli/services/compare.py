@@ -9,10 +9,9 @@ from rrcli.comparison.compare import compare_stages
 from rrcli.comparison.gates import read_gate
 from rrcli.comparison.preservation import Preservation, check_preserved
 from rrcli.comparison.report import check_report_path
-from rrcli.comparison.results import Comparison, Results, generations_of, speakers
+from rrcli.comparison.results import Comparison, Results, generations_of, read_results, speakers
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
-from rrcli.files import read_json
 from rrcli.settings import STAGES, CompareSettings
 
 
@@ -84,8 +83,4 @@ def _read(workspace: Workspace, name: str) -> Results:
             raise UsageError(f"the results file {file} does not exist", "'rr eval' writes one into eval_results/.")
     else:
         raise UsageError(f"unknown stage '{name}'", suggest(name, STAGES))
-    results = read_json(file, maker)
-    missing = [key for key in ("stage", "metrics", "records", "model", "data", "provenance") if key not in results]
-    if missing:
-        raise RRError(f"{file} is no evaluation: it has no '{missing[0]}'", f"Make it anew with '{maker}'.")
-    return results
+    return read_results(file, maker)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.comparison.preservation import Preservation, check_preserved
+from rrcli.comparison.results import read_results
 from rrcli.configuration import load
 from rrcli.data.problem_files import FileTask, trained_questions
 from rrcli.data.prompts import read_prompts, stop_strings
@@ -24,6 +25,7 @@ from rrcli.locks import holding, lock, reading
 from rrcli.models.loading import load_for
 from rrcli.models.source import ModelSource, base_of
 from rrcli.reporting import Reporter
+from rrcli.schemas import CheckpointMetrics
 from rrcli.settings import EvalSettings, SurgerySettings
 from rrcli.tracker import SUMMARY, MetricsTracker
 
@@ -136,7 +138,7 @@ def evaluate(
 def _preserved(results: dict[str, Any], workspace: Workspace) -> Preservation | None:
     """Compare the stage after surgery with the baseline's results, if there are any."""
     file = workspace.results_file("baseline")
-    return check_preserved(finite(results), read_json(file, "rr eval --stage baseline")) if file.is_file() else None
+    return check_preserved(finite(results), read_results(file, "rr eval --stage baseline")) if file.is_file() else None
 
 
 def _data(settings: EvalSettings, directory: Path) -> EvalData:
@@ -257,4 +259,4 @@ def _training(source: ModelSource) -> dict[str, Any] | None:
     """Return the record of the training that wrote a checkpoint, or None if no training did."""
     if source.manifest is None or not (source.path / METRICS_FILE).is_file():
         return None
-    return read_json(source.path / METRICS_FILE, "rr train").get("training")
+    return read_json(source.path / METRICS_FILE, "rr train", CheckpointMetrics).get("training")

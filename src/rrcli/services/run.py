@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from rrcli.comparison.preservation import check_preserved, require_preserved
+from rrcli.comparison.results import read_results
 from rrcli.experiment.planning import DONE, Load, Step, plan, status_of
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
-from rrcli.files import read_json
 from rrcli.locks import holding, lock
 from rrcli.reporting import Reporter
 from rrcli.settings import CommonSettings
@@ -49,5 +49,5 @@ def run(
 
 
 def _require_preserved(workspace: Workspace) -> None:
-    after, base = (read_json(workspace.results_file(s), "rr run") for s in (SURGERY_STAGE, "baseline"))
+    after, base = (read_results(workspace.results_file(s), "rr run") for s in (SURGERY_STAGE, "baseline"))
     require_preserved(check_preserved(after, base))

@@ -11,6 +11,7 @@ from rrcli.errors import RRError
 from rrcli.experiment.planning import DONE, Load, Step, plan
 from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, TRAINED, Workspace
 from rrcli.files import METRICS_FILE, checkpoints, read_json, step_of
+from rrcli.schemas import CheckpointMetrics, Results
 from rrcli.settings import STAGES, CommonSettings
 
 SHOWN = ("perplexity", "token_accuracy", "reasoning_accuracy")
@@ -101,7 +102,7 @@ def _checkpoints(folder: Path) -> dict[str, Any]:
     if not found:
         return {}
     last = found[-1]
-    about = _read(last / METRICS_FILE)
+    about = _read(last / METRICS_FILE, CheckpointMetrics)
     scalars = about.get("scalars", {})
     tags = {name: scalars.get(f"evaluation/during_training/{name}", {}).get("value") for name in SHOWN}
     return {
@@ -115,14 +116,14 @@ def _checkpoints(folder: Path) -> dict[str, Any]:
 
 
 def _results(workspace: Workspace, stage: str) -> dict[str, float | None]:
-    metrics = _read(workspace.results_file(stage)).get("metrics", {})
+    metrics = _read(workspace.results_file(stage), Results).get("metrics", {})
     return {name: metrics[name].get("value") for name in SHOWN if name in metrics}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: Any) -> Any:
     """Return the content of a file, or nothing if it is missing or broken: the plan says what has to be made again."""
     try:
-        return read_json(path, "rr run")
+        return read_json(path, "rr run", kind)
     except RRError:
         return {}
 

@@ -32,6 +32,7 @@ from rrcli.files import (
 from rrcli.locks import dropping
 from rrcli.models.saving import save_folder
 from rrcli.models.source import ModelSource
+from rrcli.schemas import CheckpointMetrics, Progress
 from rrcli.training.sharding import whole, whole_state
 from rrcli.training.state import Spent, TrainingState
 
@@ -88,13 +89,13 @@ class Checkpoints:
         trainer.optimizer.load_state(load_file(folder / OPTIMIZER_FILE))
         if (folder / WEIGHTS_FILE).exists():
             trainer.optimizer.load_weights(load_file(folder / WEIGHTS_FILE))
-        saved = read_json(folder / STATE_FILE, self.made_by)
+        saved = read_json(folder / STATE_FILE, self.made_by, Progress)
         trainer.tracker.restore(checkpoint)
         trainer.state = TrainingState(
             rows=saved["rows"],
             spent=Spent(**saved["spent"]),
             flops_by_depth={int(depth): flops for depth, flops in saved["flops_by_depth"].items()},
-            best=saved["best"],
+            best=dict(saved["best"]),
             raised=saved["raised"],
         )
 
@@ -143,7 +144,7 @@ class Checkpoints:
                     if free:
                         remove_folder(old)
         for other in checkpoints(self.folder):
-            metrics = read_json(other / METRICS_FILE, self.made_by)
+            metrics = read_json(other / METRICS_FILE, self.made_by, CheckpointMetrics)
             if metrics.get("best") and step_of(other) != best_step:
                 write_json(other / METRICS_FILE, metrics | {"best": False})
 

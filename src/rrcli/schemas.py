@@ -1,0 +1,398 @@
+"""What every JSON file of ours holds, as types. `files.read_json` checks a file against its type. Loads no torch.
+
+file                                 type
+eval_results/<stage>_results.json    Results; `check_records` looks at what types cannot say
+eval_results/<stage>_samples.jsonl   SamplesHead, then one of ENTRIES on each line
+<checkpoint>/recursion.json          Manifest (`models.manifest` also refuses keys that it does not know)
+<checkpoint>/metrics.json            CheckpointMetrics
+<checkpoint>/trainer_state/progress.json    Progress
+model.safetensors.index.json         WeightIndex (written by others)
+
+Keys that a type does not name are kept and not looked at: a newer version may have written them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0)]
+# A number that was not finite stands as null.
+Number = float | None
+Bools = Annotated[list[bool], Meta(min_length=1)]
+Words = Annotated[list[str], Meta(min_length=1)]
+Numbers = Annotated[list[float], Meta(min_length=1)]
+Counts = Annotated[list[Count], Meta(min_length=1)]
+
+
+class MetricEntry(TypedDict):
+    """A metric's value, with its interval and the number of records behind it where there are such."""
+
+    value: Number
+    low: NotRequired[Number]
+    high: NotRequired[Number]
+    n: NotRequired[Count]
+    better: NotRequired[str]
+
+
+class DocumentRecord(TypedDict):
+    """A document; `nll` (nats) and `correct` (top-1 hits) have one entry for each depth."""
+
+    key: str
+    tokens: Annotated[int, Meta(ge=1)]
+    bytes: Count
+    nll: Numbers
+    correct: Counts
+    words: NotRequired[Count]
+
+
+class ProblemRecord(TypedDict):
+    """A problem; the lists have one entry for each depth."""
+
+    key: str
+    task: str
+    outputs: Words
+    correct: Bools
+    strict: Bools
+    extracted: NotRequired[Words]
+    score: NotRequired[Numbers]
+    length: NotRequired[Counts]
+    ended: NotRequired[Bools]
+    question: NotRequired[str]
+    prompt: NotRequired[str]
+    answer: NotRequired[str]
+    difficulty: NotRequired[str | float]
+
+
+class GenerationRecord(TypedDict):
+    """What was written after a prompt."""
+
+    key: str
+    text: str
+    prompt: NotRequired[str]
+    length: NotRequired[Count]
+    finished: NotRequired[bool]
+    distinct_2: NotRequired[Number]
+    rep_4: NotRequired[Number]
+    relevance: NotRequired[Number]
+
+
+class HarnessRecord(TypedDict):
+    """A sample of an lm-eval task under one metric."""
+
+    key: str
+    task: str
+    metric: str
+    score: Number
+    target: NotRequired[str]
+    output: NotRequired[str]
+
+
+class Records(TypedDict, total=False):
+    """The records of an evaluation, by their part."""
+
+    documents: list[DocumentRecord]
+    problems: list[ProblemRecord]
+    generations: list[GenerationRecord]
+    harness: list[HarnessRecord]
+
+
+class Shape(TypedDict):
+    """The shape of a recursion, as `RecursionConfig.to_dict` gives it."""
+
+    max_steps: Count
+    span: tuple[Count, Count] | None
+    cell_width: Count | None
+    chunk_width: Count
+    seed: int
+
+
+class MeasuredModel(TypedDict):
+    """The model of an evaluation; `tokenizer` identifies its vocabulary."""
+
+    tokenizer: str
+    source: NotRequired[str]
+    fingerprint: NotRequired[str]
+    family: NotRequired[str]
+    parameters: NotRequired[Count]
+    recursion: NotRequired[Shape | None]
+    depth: NotRequired[Count]
+
+
+class MeasuredData(TypedDict):
+    """What an evaluation was measured on; `fingerprint` identifies its token ids."""
+
+    fingerprint: str
+    source: NotRequired[str]
+    documents: NotRequired[Count]
+    held_out: NotRequired[Count]
+    tokens: NotRequired[Count]
+    tasks: NotRequired[list[str]]
+    harness: NotRequired[list[str]]
+
+
+class Provenance(TypedDict):
+    """What else numbers depend on."""
+
+    versions: dict[str, str]
+    rr: NotRequired[str]
+    python: NotRequired[str]
+    device: NotRequired[str]
+    dtype: NotRequired[str]
+    machine: NotRequired[str]
+    hardware: NotRequired[str]
+    seed: NotRequired[int]
+    git_commit: NotRequired[str | None]
+
+
+class Training(TypedDict):
+    """What a training was and what it cost: FLOPs, seconds, loss-bearing tokens."""
+
+    tokens: Count
+    seconds: float
+    flops: float
+    steps: NotRequired[Count]
+    positions: NotRequired[Count]
+    mode: NotRequired[str]
+    run: NotRequired[str]
+    phase: NotRequired[str]
+    chat_template: NotRequired[bool]
+    tasks: NotRequired[list[str]]
+
+
+class CalibrationBin(TypedDict):
+    """A bin of the boundary head's probability."""
+
+    low: float
+    high: float
+    n: Count
+    predicted: float
+    observed: float
+
+
+class Results(TypedDict):
+    """`<stage>_results.json`."""
+
+    schema: int
+    stage: str
+    model: MeasuredModel
+    data: MeasuredData
+    provenance: Provenance
+    metrics: dict[str, MetricEntry]
+    records: Records
+    kind: NotRequired[Literal["evaluation"]]
+    created: NotRequired[str]
+    inputs: NotRequired[str]
+    settings: NotRequired[dict[str, Any]]
+    training: NotRequired[Training | None]
+    by_depth: NotRequired[dict[str, list[MetricEntry]]]
+    calibration: NotRequired[list[CalibrationBin]]
+    preservation: NotRequired[dict[str, Any]]
+
+
+class Base(TypedDict):
+    """The base model that a folder refers to."""
+
+    source: str
+    fingerprint: str
+    sha256: NotRequired[dict[str, str]]
+
+
+class Manifest(TypedDict):
+    """`recursion.json`."""
+
+    schema: int
+    base: Base
+    weights: Literal["base", "own"]
+    recursion: Shape | None
+    lora: NotRequired[bool]
+
+
+class Inputs(TypedDict):
+    """What any artefact says of what it was made from."""
+
+    inputs: NotRequired[str]
+
+
+class Scalar(TypedDict):
+    """The last value of a TensorBoard tag, and its step."""
+
+    value: Number
+    step: int
+
+
+class CheckpointMetrics(TypedDict):
+    """`metrics.json` of a checkpoint, or of what surgery wrote."""
+
+    schema: int
+    inputs: NotRequired[str]
+    step: NotRequired[Count]
+    steps: NotRequired[Count]
+    best: NotRequired[bool]
+    training: NotRequired[Training]
+    scalars: NotRequired[dict[str, Scalar]]
+    verified_depths: NotRequired[list[Count]]
+
+
+class Spent(TypedDict):
+    """What a training has cost so far."""
+
+    steps: Count
+    tokens: Count
+    positions: Count
+    seconds: float
+    flops: float
+
+
+class Best(TypedDict, total=False):
+    """The best evaluation of a training so far."""
+
+    step: Count
+    perplexity: float
+
+
+class Progress(TypedDict):
+    """`trainer_state/progress.json`: FLOPs by depth are for each position of a batch."""
+
+    schema: int
+    step: Count
+    rows: Annotated[int, Meta(ge=1)]
+    spent: Spent
+    flops_by_depth: dict[Annotated[str, Meta(pattern="^[0-9]+$")], float]
+    best: Best
+    raised: list[str]
+
+
+class WeightIndex(TypedDict):
+    """The index of a model that is saved in shards."""
+
+    weight_map: dict[str, str]
+
+
+class SamplesHead(TypedDict):
+    """The first line of a log of samples."""
+
+    schema: int
+    kind: Literal["samples"]
+    key: str
+
+
+class ChunkCounts(TypedDict):
+    """Sums of the chunk metrics; see `recursion.chunk_metrics`."""
+
+    chunks: Count
+    positions: Count
+    refine_steps: Count
+    whole: Count
+    committed: Count
+    stable: list[Count]
+    wrong: Count
+    fixed: Count
+    right: Count
+    broken: Count
+    reliability: list[list[float]]
+
+
+class DocumentsEntry(TypedDict):
+    """A batch of windows: for each its document and number of tokens, and nats and hits for each depth."""
+
+    part: Literal["documents"]
+    batch_tokens: Annotated[int, Meta(ge=1)]
+    windows: list[tuple[Count, Count]]
+    nll: list[Numbers]
+    correct: list[Counts]
+    range: list[tuple[float, float]]
+    chunks: ChunkCounts
+
+
+class ProblemEntry(TypedDict):
+    """An answer to a problem at one depth."""
+
+    part: Literal["problems"]
+    number: Count
+    depth: Count
+    key: str
+    output: str
+    extracted: str
+    strict: bool
+    correct: bool
+    score: float
+    length: Count
+    ended: bool
+
+
+class GenerationEntry(TypedDict):
+    """What was written after prompt `number`."""
+
+    part: Literal["generations"]
+    number: Count
+    key: str
+    prompt: str
+    text: str
+    length: Count
+    finished: bool
+    distinct_2: float
+    rep_4: float
+
+
+class HarnessEntry(TypedDict):
+    """A task of lm-eval, complete."""
+
+    part: Literal["harness"]
+    name: str
+    metrics: dict[str, MetricEntry]
+    samples: list[HarnessRecord]
+
+
+class EndEntry(TypedDict):
+    """The evaluation is complete."""
+
+    part: Literal["end"]
+
+
+ENTRIES: dict[str, Any] = {
+    "documents": DocumentsEntry,
+    "problems": ProblemEntry,
+    "generations": GenerationEntry,
+    "harness": HarnessEntry,
+    "end": EndEntry,
+}
+
+# The fields of a record that have one entry for each depth.
+BY_DEPTH = {
+    "documents": ("nll", "correct"),
+    "problems": ("outputs", "correct", "strict", "extracted", "score", "length", "ended"),
+}
+
+
+def check_records(results: Mapping[str, Any]) -> str:
+    """Return what is wrong with the records of `Results`, beyond their types, or nothing.
+
+    Every record has a key of its own in its part. All lists of a part have one entry for each depth, as many in every
+    record. A document has no more hits than tokens.
+    """
+    for part, rows in results["records"].items():
+        seen: set[Any] = set()
+        depths = None
+        for number, row in enumerate(rows if isinstance(rows, list) else ()):
+            place = f"records.{part}[{number}]"
+            own = (row["key"], row["task"], row["metric"]) if part == "harness" else row.get("key")
+            if own in seen:
+                return f"{place}.key: an earlier record has the same key"
+            seen.add(own)
+            lengths = {name: len(row[name]) for name in BY_DEPTH.get(part, ()) if name in row}
+            depths = depths or max(lengths.values(), default=0)
+            if wrong := [name for name, length in lengths.items() if length != depths]:
+                return f"{place}.{wrong[0]}: it has {lengths[wrong[0]]} entries, other lists have {depths}"
+            if part == "documents" and max(row["correct"]) > row["tokens"]:
+                return f"{place}.correct: {max(row['correct'])} hits among {row['tokens']} tokens"
+    return _check_depths(results.get("by_depth", {}))
+
+
+def _check_depths(by_depth: Mapping[str, Iterable[Any]]) -> str:
+    lengths = {name: len(list(values)) for name, values in by_depth.items()}
+    if len(set(lengths.values())) > 1:
+        return f"by_depth: its metrics have {sorted(set(lengths.values()))} depths"
+    return ""
