@@ -103,9 +103,8 @@ class MetricsTracker:
 
     def restore(self, path: str | Path) -> None:
         """Remember the last values that a checkpoint's `metrics.json` holds, of tags that are not logged again too."""
-        self._last = (
-            dict(read_json(Path(path) / METRICS_FILE, "rr train", CheckpointMetrics).get("scalars", {})) | self._last
-        )
+        saved = read_json(Path(path) / METRICS_FILE, "rr train", CheckpointMetrics).get("scalars", {})
+        self._last = {tag: dict(scalar) for tag, scalar in saved.items()} | self._last
 
     def log_histograms(self, tensors: Mapping[str, Any], step: int) -> None:
         """Log the distribution of each tensor's values under its tag; empty and non-finite ones are left out."""

@@ -259,4 +259,5 @@ def _training(source: ModelSource) -> dict[str, Any] | None:
     """Return the record of the training that wrote a checkpoint, or None if no training did."""
     if source.manifest is None or not (source.path / METRICS_FILE).is_file():
         return None
-    return read_json(source.path / METRICS_FILE, "rr train", CheckpointMetrics).get("training")
+    training = read_json(source.path / METRICS_FILE, "rr train", CheckpointMetrics).get("training")
+    return None if training is None else dict(training)
