@@ -12,6 +12,10 @@ def logged(path):
     return [json.loads(line) for line in path.read_text().rstrip("\n").split("\n")]
 
 
+def anything(place, entry):
+    return True
+
+
 def answer(number, output=""):
     return {
         "number": number, "depth": 0, "key": f"p{number}", "output": output, "extracted": "", "strict": False,
@@ -29,15 +33,15 @@ def prompt(number):
 def test_goes_on_where_it_was_cut_off(tmp_path):
     path = tmp_path / "out" / "baseline_samples.jsonl"
     with SampleLog(path, "key") as log:
-        assert log.done("problems") == []
+        assert log.done("problems", anything) == []
         log.append("problems", [answer(1, "a\r\nb\u2028c"), answer(2)])
         log.append("generations", [prompt(3)])
     with path.open("a") as file:
         file.write('{"part": "problems", "number"')  # a line that a power cut tore
     with SampleLog(path, "key") as log:
-        assert [entry["number"] for entry in log.done("problems")] == [1, 2]
+        assert [entry["number"] for entry in log.done("problems", anything)] == [1, 2]
         assert log.found == 3
-        assert log.done("problems")[0]["output"] == "a\r\nb\u2028c"
+        assert log.done("problems", anything)[0]["output"] == "a\r\nb\u2028c"
         log.append("problems", [answer(4)])
     assert [entry.get("number") for entry in logged(path)] == [None, 1, 2, 3, 4]
 
@@ -51,7 +55,7 @@ def test_begins_anew_and_keeps_the_old_file(tmp_path, change):
             log.end()
     before = path.read_text()
     with SampleLog(path, "other" if change == "another key" else "key") as log:
-        assert log.done("problems") == []
+        assert log.done("problems", anything) == []
     assert path.with_name(path.name + ".bak").read_text() == before
     assert len(logged(path)) == 1
 
@@ -87,7 +91,7 @@ def test_a_damaged_log_is_an_error_that_names_the_line_and_loses_nothing(tmp_pat
 def test_without_a_file_nothing_is_written():
     with SampleLog() as log:
         log.append("problems", [{"n": 1}])
-        assert log.done("problems") == []
+        assert log.done("problems", anything) == []
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -82,11 +82,11 @@ def test_going_on_gives_the_bytes_of_never_having_stopped(default, batches_done,
         with pytest.raises(KeyboardInterrupt):
             scored(default, log=log)
     with SampleLog(file, "key") as log:
-        assert len(log.done(PART)) == batches_done
+        assert len(log.done(PART, lambda *_: True)) == batches_done
         rows = count_batches(monkeypatch)
         assert scored(default, log=log) == whole
     with SampleLog(file, "key") as log:
-        entries = log.done(PART)
+        entries = log.done(PART, lambda *_: True)
         assert len(entries) == batches_done + len(rows) - 1
         rows.clear()
         assert scored(default, log=log) == whole
@@ -104,10 +104,10 @@ def test_a_budget_that_memory_lowered_is_kept_when_it_goes_on(default, monkeypat
             scored(default, log=log)
     # Memory is there again, but other cuts would round otherwise.
     with SampleLog(tmp_path / "s.jsonl", "key") as log:
-        assert {entry["batch_tokens"] for entry in log.done(PART)} == {48}
+        assert {entry["batch_tokens"] for entry in log.done(PART, lambda *_: True)} == {48}
         assert scored(default, log=log) == whole
     with SampleLog(tmp_path / "s.jsonl", "key") as log:
-        assert {entry["batch_tokens"] for entry in log.done(PART)} == {48}
+        assert {entry["batch_tokens"] for entry in log.done(PART, lambda *_: True)} == {48}
 
 
 def test_an_evaluation_passes_its_log_on(default, tmp_path):
@@ -115,7 +115,7 @@ def test_an_evaluation_passes_its_log_on(default, tmp_path):
     with SampleLog(tmp_path / "s.jsonl", "key") as log:
         found = evaluate_model(*default, TEXTS, settings=only_text, log=log)
     with SampleLog(tmp_path / "s.jsonl", "key") as log:
-        entries = log.done(PART)
+        entries = log.done(PART, lambda *_: True)
     assert sum(tokens for entry in entries for _, tokens in entry["windows"]) == found["metrics"]["tokens"]["value"]
 
 

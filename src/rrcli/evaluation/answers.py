@@ -57,7 +57,16 @@ def solve_problems(
     texts = [question_text(tokenizer, p.question, examples[p.task], settings) for p in data.problems]
     prompts = [encode_question(tokenizer, text, settings) for text in texts]
     prompts = _within_context(model, prompts, settings.max_new_tokens, reporter)
-    entries = log.done("problems")
+    count, seen = len(data.problems), set[tuple[int, int]]()
+
+    def fits(place: int, entry: dict[str, Any]) -> bool:
+        number, at_depth = entry["number"], entry["depth"]
+        new = (number, at_depth) not in seen
+        seen.add((number, at_depth))
+        in_order = number < count and at_depth == place // count <= depth
+        return new and in_order and bool(entry["key"] == data.problems[number].key)
+
+    entries = log.done("problems", fits)
     tasks = {task.spec: task for task in data.tasks}
     with reporter.progress("reasoning", len(prompts) * (depth + 1), "problems") as progress:
         progress.advance(len(entries))
@@ -152,7 +161,16 @@ def continue_prompts(
     log = log or SampleLog()
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     encoded = _within_context(model, encoded, GENERATED_TOKENS, reporter)
-    entries = log.done("generations")
+    keys = [content_hash(prompt) for prompt in prompts]
+    seen = set[int]()
+
+    def fits(_: int, entry: dict[str, Any]) -> bool:
+        number = entry["number"]
+        new = number not in seen
+        seen.add(number)
+        return new and number < len(keys) and entry["key"] == keys[number]
+
+    entries = log.done("generations", fits)
     with reporter.progress("generation", len(prompts), "prompts") as progress:
         progress.advance(len(entries))
         for batch in decode(
@@ -167,7 +185,7 @@ def continue_prompts(
             new = [
                 {
                     "number": found.number,
-                    "key": content_hash(prompts[found.number]),
+                    "key": keys[found.number],
                     "prompt": prompts[found.number],
                     "text": found.text,
                     "length": len(found.tokens),

@@ -119,7 +119,8 @@ def run_harness(
         RRError: a task cannot be run.
     """
     log = log or SampleLog()
-    entries = log.done("harness")
+    names = [task.name for task in tasks]
+    entries = log.done("harness", lambda place, entry: entry["name"] == names[place] if place < len(names) else False)
     harness = _model(model, tokenizer, settings)
     with reporter.progress("harness", len(tasks), "tasks") as progress:
         progress.advance(len(entries))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from rrcli.data.splits import content_hash
 from rrcli.errors import CheckFailed, RRError
 from rrcli.evaluation.samples import SampleLog
 from rrcli.evaluation.windows import Window, windows_of
-from rrcli.recursion.calibration import reliability
+from rrcli.recursion.calibration import BIN_SUMS, BINS, reliability
 from rrcli.recursion.chunk_metrics import ChunkTotals, teacher_forced_chunks
 from rrcli.recursion.readout import Readout, Scores
 from rrcli.reporting import Reporter
@@ -60,7 +60,8 @@ def score_documents(
     if empty:
         reporter.warn(f"left out, without a single token: document {', '.join(empty)}")
     windows = windows_of(model, tokenizer, encoded, settings=settings)
-    entries = log.done(PART)
+    expected = iter([[window.document, len(window.targets)] for window in windows])
+    entries = log.done(PART, lambda _, entry: _fits(entry, expected, depth))
     done = sum(len(entry["windows"]) for entry in entries)
     readout = Readout(model)
     total = sum(len(window.targets) for window in windows)
@@ -83,6 +84,20 @@ def score_documents(
             progress.advance(sum(len(window.targets) for window in batch))
     _refuse_flat(entries)
     return _records(documents, encoded, entries), _chunk_totals(entries)
+
+
+def _fits(entry: dict[str, Any], expected: Iterator[list[int]], depth: int) -> bool:
+    """Tell whether a logged batch holds the next windows, with as many numbers for each as there are depths."""
+    rows, bins = len(entry["windows"]), entry["chunks"]["reliability"]
+    return (
+        all(window == next(expected, None) for window in entry["windows"])
+        and len(entry["nll"]) == len(entry["correct"]) == rows > 0
+        and {len(row) for name in ("nll", "correct") for row in entry[name]} == {depth + 1}
+        and len(entry["range"]) == depth + 1
+        and len(entry["chunks"]["stable"]) <= depth
+        and {len(row) for row in bins} <= {BIN_SUMS}
+        and len(bins) in (0, BINS)
+    )
 
 
 def _budget(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +19,7 @@ from rrcli.files import SCHEMA, make_folder, mismatch
 from rrcli.schemas import ENTRIES, SamplesHead
 
 END = "end"
+HINT = "The file is damaged: delete it, and the evaluation starts again."
 
 
 class SampleLog:
@@ -34,6 +35,7 @@ class SampleLog:
     def __init__(self, path: Path | None = None, key: str = "") -> None:
         self._done: dict[str, list[dict[str, Any]]] = {}
         self._file: IO[str] | None = None
+        self._path = path
         if path is None:
             return
         make_folder(path.parent)
@@ -62,9 +64,20 @@ class SampleLog:
         """How many entries an earlier, interrupted evaluation has logged."""
         return sum(map(len, self._done.values()))
 
-    def done(self, part: str) -> list[dict[str, Any]]:
-        """Return the entries of a part that an earlier, interrupted evaluation logged, in their order."""
-        return list(self._done.get(part, ()))
+    def done(self, part: str, fits: Callable[[int, dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Return the entries of a part that an earlier, interrupted evaluation logged, in their order.
+
+        Args:
+            fits: tells whether an entry is what this evaluation would have logged at its place, counted from 0.
+
+        Raises:
+            RRError: an entry does not fit.
+        """
+        entries = list(self._done.get(part, ()))
+        for place, entry in enumerate(entries):
+            if not fits(place, entry):
+                raise RRError(f"{self._path}: entry {place + 1} of its {part} does not belong to this evaluation", HINT)
+        return entries
 
     def append(self, part: str, entries: Iterable[dict[str, Any]]) -> None:
         """Log entries of a part. They are on disk when this returns."""
@@ -106,17 +119,16 @@ def _read_line(path: Path, number: int, line: bytes, kind: Any) -> dict[str, Any
     Raises:
         RRError: it is no JSON object, or has a field that the type does not allow.
     """
-    hint = "It is damaged: delete it, and the evaluation begins anew."
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise RRError(f"{path}, line {number}: no JSON: {error}", hint) from error
+        raise RRError(f"{path}, line {number}: no JSON: {error}", HINT) from error
     if kind is None and isinstance(value, dict):
         kind = ENTRIES.get(value["part"]) if isinstance(value.get("part"), str) else None
         if kind is None:
-            raise RRError(f"{path}, line {number}: its part is {value.get('part')!r}", hint)
+            raise RRError(f"{path}, line {number}: its part is {value.get('part')!r}", HINT)
     if problem := mismatch(value, kind or dict[str, Any]):
-        raise RRError(f"{path}, line {number}: {problem}", hint)
+        raise RRError(f"{path}, line {number}: {problem}", HINT)
     return dict(value)
 
 

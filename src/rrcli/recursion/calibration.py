@@ -16,6 +16,8 @@ from torch import Tensor
 from rrcli.recursion.config import LossWeights
 
 BINS = 10
+# Sums that are kept of a bin; see `Bins`.
+BIN_SUMS = 6
 
 # Sums over the tokens of a bin: count, probability, label; and the same three weighted.
 Bins = list[list[float]]
