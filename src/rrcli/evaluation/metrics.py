@@ -68,7 +68,7 @@ class Metric:
         elif self.part == "problems" and self.task:
             labels = task_labels(r["task"] for r in found)
             found = [r for r in found if labels[r["task"]] == self.task]
-        elif self.part == "generations":  # records of an older version lack newer fields
+        if self.part in ("generations", "harness"):  # a score may be missing in an older record, or not be a number
             found = [r for r in found if r.get(self.field) is not None]
         return {r["key"]: r for r in found}
 
