@@ -35,6 +35,12 @@ models with 4 layers, a full and a partial span, every depth from 0 to 2.
 - **causal**: changing a token leaves the logits before it untouched.
 - **generate**: greedy generation with a trained cell is the argmax of the uncached logits.
 - **learns**: one backward pass reaches the output projection.
+- **in batches**: prompts of different lengths, decoded together, get the tokens that each gets alone, from the stock
+  model and from a trained cell. `padded` families do so in one batch, padded on the left. With `equal lengths` the
+  stock model itself writes other tokens next to padding; `rr` then lets only prompts of one length share a batch.
+- **in chunks**: chunked decoding writes the tokens of running every pass for every token, for single prompts and for
+  batches. `no` means that the family cannot take several tokens at once after a cache, or that its cache cannot be
+  taken back: it is decoded token by token, with a notice.
 
 The weights are drawn with standard deviation 0.1. bamba and minimax were told their positions.
 """
@@ -52,6 +58,8 @@ values of earlier ones. Any family that is in neither table is looked for by str
 recursion is attached: its layers run once each in order on `[batch, position, hidden]`, it is causal, and running its
 layers again gives, with and without a cache, what the stock model gives for the same input. Otherwise it is refused.
 """
+# The ways to decode that the last two columns are about.
+KINDS = ("batches", "chunks")
 
 
 def row(family: str, found: Findings) -> str:
@@ -59,6 +67,9 @@ def row(family: str, found: Findings) -> str:
     marks = [found.exact, None, found.causal, found.generates, found.learns]
     limit = f" (limit {found.limit:.1e})" if found.cached >= ROUNDING else ""
     cells = [f"{found.cached:.1e}{limit}" if mark is None else "yes" if mark else "**no**" for mark in marks]
+    wrong = {kind: any(fault.startswith("chunks") == (kind == "chunks") for fault in found.faults) for kind in KINDS}
+    cells.append("**wrong**" if wrong["batches"] else "padded" if found.padding else "equal lengths")
+    cells.append("**wrong**" if wrong["chunks"] else "yes" if found.blocks else "no")
     return f"| {family} | {' | '.join(cells)} |"
 
 
@@ -74,8 +85,9 @@ def main() -> int:
     found = {}
     for name in names:
         found[name] = examine(name)
-        print(f"{len(found)}/{len(names)} {name}", file=sys.stderr)
-    lines = ["| family | exact | cached = uncached | causal | generate | learns |", "|---|---|---|---|---|---|"]
+        print(f"{len(found)}/{len(names)} {name}", *found[name].faults, sep="\n    ", file=sys.stderr)
+    columns = ("family", "exact", "cached = uncached", "causal", "generate", "learns", "in batches", "in chunks")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     table = "\n".join([*lines, *(row(name, findings) for name, findings in found.items())])
     print(table)
     if not options.families:

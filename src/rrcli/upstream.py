@@ -205,8 +205,11 @@ def goes_on(cache: Any) -> bool:
 
 
 def can_be_taken_back(cache: Any) -> bool:
-    """Tell whether `Snapshot` and `crop` can take a cache back to an earlier token."""
-    return isinstance(cache, DynamicCache) and not getattr(cache, "offloading", True) and hasattr(cache, "is_croppable")
+    """Tell whether `Snapshot` and `crop` can take a cache back to an earlier token.
+
+    Not a family's own subclass of a cache: it holds more than layers.
+    """
+    return _is_plain(cache) and not getattr(cache, "offloading", True) and hasattr(cache, "is_croppable")
 
 
 def _is_plain(cache: Any) -> bool:

@@ -10,6 +10,7 @@ from families import Letters, build, generate, tokens, wake
 from rrcli.errors import RRError
 from rrcli.evaluation import decoding
 from rrcli.evaluation.decoding import decode
+from rrcli.recursion.abilities import takes_padding
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
 
@@ -38,7 +39,8 @@ def decoded(model, prompts, tokenizer=None, **options):
 
 
 def counted(model, monkeypatch):
-    """Record the rows of every call of `generate`."""
+    """Record the rows of every call of `generate`, but for those that try out whether it hides padding."""
+    takes_padding(model)
     rows, plain = [], model.generate
 
     def count(*args, **options):
@@ -75,6 +77,19 @@ def test_rows_that_leave_change_no_other_row(family, way, monkeypatch):
         assert len(rows) > 1
         assert rows == sorted(rows, reverse=True)
         assert rows[-1] < rows[0]
+
+
+@pytest.mark.parametrize("recursive", [False, True])
+@torch.no_grad()
+def test_where_padding_changes_tokens_only_prompts_of_one_length_share_a_batch(recursive, monkeypatch):
+    model, prompts = build("minimax"), prompts_of()
+    if recursive:
+        wake(attach(model, RecursionConfig(max_steps=2)))
+    plain = alone(model, prompts)
+    rows = counted(model, monkeypatch)
+    found = {d.number: d.tokens for batch in decoded(model, prompts) for d in batch}
+    assert [found[number] for number in range(len(prompts))] == plain
+    assert rows == [2, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("recursive", [False, True])

@@ -7,14 +7,15 @@ import torch
 from scipy.stats import chisquare
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from families import build, cache_name, tokens, wake
+from families import build, cache_name, padded_left, tokens, wake
 from rrcli import ChunkedDecoding, RecursionConfig, attach, upstream
 from rrcli.errors import UsageError
-from rrcli.recursion.chunked_decoding import continues_in_blocks
 
-# Dense, grouped and biased attention, sliding windows, latent attention, mixtures, convolutions, recurrent states.
+# Dense, grouped and biased attention, sliding windows, latent attention, mixtures, two layers of a cache for each
+# decoder layer (longcat_flash), convolutions, recurrent states.
 FAMILIES = (
     *("llama", "gpt2", "bloom", "gemma2", "gemma3_text", "gpt_oss", "mixtral", "deepseek_v3", "lfm2"),
+    *("longcat_flash", "mpt"),
     *("kimi_linear", "qwen3_next", "falcon_h1", "mamba2", "granitemoehybrid"),
 )
 NEW = 14
@@ -39,7 +40,7 @@ def prompts(batch=5, length=9):
 
 def run(model, ids, mask, decoding=None, **options):
     """Generate greedily unless told otherwise."""
-    options = {"max_new_tokens": NEW, "do_sample": False} | options
+    options = {"max_new_tokens": NEW, "do_sample": False, "use_cache": True} | options
     return model.generate(ids, attention_mask=mask, custom_generate=decoding, **options)
 
 
@@ -270,9 +271,15 @@ def test_beam_search_is_refused():
         ChunkedDecoding(0)
 
 
-def test_families_that_cannot_continue_in_blocks_are_known_by_trying():
-    assert continues_in_blocks(awake("llama").recursion)
-    assert not continues_in_blocks(awake("jamba").recursion)
+@pytest.mark.parametrize("family", ["gpt2", "mpt"])
+def test_no_row_is_drafted_beyond_the_last_position_of_the_model(family):
+    """Rows that are ahead of others end at the limit, and those that ended leave no empty columns."""
+    model, lengths = awake(family, std=0.1), (20, 18, 19, 12)
+    ids, mask = padded_left([tokens(1, length, seed=seed)[0] for seed, length in enumerate(lengths)])
+    free = run(model, ids, mask, max_new_tokens=44)  # 64 positions
+    assert torch.equal(run(model, ids, mask, ChunkedDecoding(8), max_new_tokens=44), free)
+    first = {"eos_token_id": [int(free[0, 40])], "pad_token_id": 0, "max_new_tokens": 44}
+    assert torch.equal(run(model, ids, mask, ChunkedDecoding(8), **first), run(model, ids, mask, **first))
 
 
 def test_the_boundary_head_ends_drafts_and_changes_no_token():

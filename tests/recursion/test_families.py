@@ -10,12 +10,17 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from families import ROUNDING, build, cache_name, cached, examine, far, tokens, uncached, wake
+from families import ROUNDING, build, cache_name, cached, decoding_faults, examine, far, tokens, uncached, wake
 from rrcli.errors import RRError
 from rrcli.recursion import families as table
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
 from tiny_configs import CONFIGS, MORE, REFUSED
+
+DECODED = (
+    *("bamba", "bloom", "falcon", "gemma2", "gpt2", "gpt_neo", "jamba", "kimi_linear", "lfm2", "llama4_text"),
+    *("longcat_flash", "mamba", "mamba2", "minimax", "mpt", "opt", "qwen3_next", "zamba2"),
+)
 
 
 def unlisted(family, **changes):
@@ -41,6 +46,18 @@ def refused(model, match, config=None):
 def test_every_property_holds(family):
     findings = examine(family)
     assert findings.hold, findings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+def test_every_way_to_decode_gives_the_tokens_of_each_prompt_alone(family):
+    assert not decoding_faults(family)
+
+
+# One family of each kind of mask, position, cache and state. The slow tests decode all families in every way.
+@pytest.mark.parametrize("family", DECODED)
+def test_ways_to_decode_give_the_tokens_of_each_prompt_alone(family):
+    assert not decoding_faults(family, [(1, 3)], [2], lengths=(7, 3), new=6)
 
 
 def test_every_listed_family_is_tested_and_none_is_in_both_tables():

@@ -41,13 +41,20 @@ def padded(rows: Sequence[list[int]], device: Any, *, left: bool = False) -> tup
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def batches(items: Sequence[Any], budget: int, length: Any) -> Iterator[list[Any]]:
-    """Cut items, longest first, into batches whose padded size stays within `budget` tokens (at least one item)."""
+def batches(items: Sequence[Any], budget: int, length: Any, *, unpadded: bool = False) -> Iterator[list[Any]]:
+    """Cut items, longest first, into batches whose padded size stays within `budget` tokens (at least one item).
+
+    Args:
+        unpadded: items of different lengths never share a batch.
+    """
     begin = 0
     while begin < len(items):
-        rows = max(1, budget // max(1, length(items[begin])))
-        yield list(items[begin : begin + rows])
-        begin += rows
+        size = length(items[begin])
+        batch = list(items[begin : begin + max(1, budget // max(1, size))])
+        if unpadded:
+            batch = [item for item in batch if length(item) == size]
+        yield batch
+        begin += len(batch)
 
 
 def halving(

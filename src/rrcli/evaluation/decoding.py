@@ -4,6 +4,8 @@ Decoding is stock `model.generate`, so every family and every depth of a recursi
 Once some rows of a batch have ended, `generate` is left, the other rows are selected from the cache that it returns
 (the caches of a recursion's passes follow), and `generate` is called again with those.
 
+Where a model writes other tokens next to padding, as is found by trying it, only prompts of one length share a batch.
+
 At a depth above 0 a model in fp32 decodes in chunks, which finds the same tokens sooner. In fewer digits the largest
 logits are often equal, and a chunk may then choose another of them than a single token does: there all passes run for
 every token.
@@ -22,7 +24,8 @@ from transformers import StoppingCriteria
 
 from rrcli.data.batching import batches, halving, padded
 from rrcli.errors import CheckFailed, RRError
-from rrcli.recursion.chunked_decoding import ChunkedDecoding, continues_in_blocks
+from rrcli.recursion.abilities import continues_in_blocks, takes_padding
+from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.engine import at_depth
 from rrcli.recursion.products import through_onednn
 from rrcli.upstream import cache_of, generation_cache_argument, goes_on
@@ -30,8 +33,15 @@ from rrcli.upstream import cache_of, generation_cache_argument, goes_on
 # A batch is cut down to its unfinished rows when this share of it has ended. Leaving and entering `generate` and
 # copying the cache cost well below one token of SmolLM2-135M on a CPU; an eighth was faster than a quarter there.
 LEAVING_SHARE = 0.125
-# Options of `generate`: no sampling, even if the model's own generation config asks for it.
-GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+# Options of `generate`: a cache and no sampling, even if the model's own generation config says otherwise.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "use_cache": True,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,10 @@ def decode(
     """
     ends = _Ends(tokenizer, _end_tokens(model, tokenizer), stop)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    for batch in batches(order[skip:], batch_tokens, lambda number: len(prompts[number]) + new_tokens):
+    # A batch whose prompts have one length needs no padding; some stock models do not hide it from their attention.
+    unpadded = len(set(map(len, prompts))) > 1 and not takes_padding(model)
+    sizes = [len(prompt) + new_tokens for prompt in prompts]
+    for batch in batches(order[skip:], batch_tokens, sizes.__getitem__, unpadded=unpadded):
         with through_onednn(model):
             parts = halving(
                 lambda rows: _decode_batch(model, rows, ends, depth=depth, new_tokens=new_tokens),

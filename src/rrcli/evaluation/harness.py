@@ -156,16 +156,25 @@ def _model(model: Any, tokenizer: Any, settings: EvalSettings) -> Any:
     """Return lm-eval's view of the model: the same object, left as it is."""
     from lm_eval.models.huggingface import HFLM
 
+    from rrcli.recursion.abilities import takes_padding
+
     class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """HFLM without progress bars, and with one start token before rolling windows, where it would put two."""
 
         add_bos_token: bool
+        batch_size_per_gpu: int
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
+            before = self.batch_size_per_gpu
+            if not takes_padding(model):  # lm-eval pads on the left
+                self.batch_size_per_gpu = 1
+            try:
+                return super().generate_until(requests, disable_tqdm=True)
+            finally:
+                self.batch_size_per_gpu = before
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
             before, self.add_bos_token = self.add_bos_token, False

@@ -13,6 +13,7 @@ losses            what training minimises
 calibration       whether the boundary head's probabilities are right
 chunk_metrics     how chunked decoding would do on known text
 chunked_decoding  a decoding method for `generate`; drafting: draft, refine, commit; rows: the batch it works on
+abilities         what a model can do when it decodes, found by trying
 probing           a model run piece by piece with its own cache
 proof             what a family that is in no table has to show
 selftest          a tiny model that shows in a second that the installation works

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -109,12 +109,13 @@ class Snapshot:
         parts = [cache] if draft else [cache, *cache.rr_passes]
         self._kept = [[_copies(vars(layer)) for layer in part.layers] for part in parts]
 
-    def restore(self, cache: Any, *, draft: bool = False, layers: int | None = None) -> None:
-        """Take `cache` back to this snapshot; with `draft` only that of pass 0, with `layers` only its first layers."""
+    def restore(self, cache: Any, *, draft: bool = False, layers: Collection[int] | None = None) -> None:
+        """Take `cache` back to this snapshot; with `draft` only that of pass 0, with `layers` only those layers."""
         parts = [cache] if draft else [cache, *cache.rr_passes]
         for part, kept in zip(parts, self._kept, strict=False):
-            for layer, values in zip(part.layers[:layers], kept[:layers], strict=True):
-                layer.__dict__ = _copies(values)
+            for index, (layer, values) in enumerate(zip(part.layers, kept, strict=True)):
+                if layers is None or index in layers:
+                    layer.__dict__ = _copies(values)
 
 
 def _copies(values: dict[str, Any]) -> dict[str, Any]:

@@ -17,11 +17,10 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from rrcli import upstream
 from rrcli.errors import UsageError
+from rrcli.recursion.abilities import continues_in_blocks
 from rrcli.recursion.chunk_metrics import COMMIT_THRESHOLD, ChunkTotals
 from rrcli.recursion.drafting import Chunk, can_lag, commit, draft_and_refine
-from rrcli.recursion.probing import in_pieces
 from rrcli.recursion.products import through_onednn
-from rrcli.recursion.proof import LOW_PRECISION, TOLERANCE
 from rrcli.recursion.rows import Chooser, Rows
 
 log = logging.getLogger(__name__)
@@ -188,6 +187,8 @@ def _obstacle(model: Any, cache: Any, mask: Tensor | None) -> str:
     recursion = getattr(model, "recursion", None)
     if recursion is None or recursion.depth == 0:
         return "no pass follows pass 0"
+    if cache is None:
+        return "`generate` hands no cache over"
     if not upstream.can_be_taken_back(cache):
         return f"a cache of class {type(cache).__name__} cannot be taken back"
     if mask is not None and bool((mask.long().diff(dim=1) < 0).any()):
@@ -195,26 +196,3 @@ def _obstacle(model: Any, cache: Any, mask: Tensor | None) -> str:
     if not continues_in_blocks(recursion):
         return f"'{model.config.model_type}' models cannot take several tokens at once after a cache"
     return ""
-
-
-def continues_in_blocks(recursion: Any) -> bool:
-    """Tell whether several tokens after a cache give the logits of one token at a time; each model is tried once."""
-    model = recursion.model
-    if "rr_continues_in_blocks" not in model.__dict__:
-        with recursion.at_depth(0):
-            model.__dict__["rr_continues_in_blocks"] = _block_is_its_tokens(model)
-    return model.__dict__["rr_continues_in_blocks"]
-
-
-def _block_is_its_tokens(model: Any) -> bool:
-    if not upstream.takes_cache(model):
-        return False
-    ids = torch.arange(7, device=model.device)[None] * 37 % model.get_input_embeddings().num_embeddings
-    found = []
-    for pieces in ([3], [1] * 3):
-        cache = upstream.DynamicCache(config=model.config.get_text_config(decoder=True))
-        _, *outputs = in_pieces(model, ids, [4, *pieces], cache=cache, told=("position_ids",))
-        found.append(torch.cat([output.logits for output in outputs], 1).float())
-    together, alone = found
-    limit = TOLERANCE.get(model.dtype, LOW_PRECISION)
-    return bool((together - alone).abs().max() <= limit * alone.abs().max())

@@ -18,8 +18,9 @@ pass, the pending tokens go through it together with the chunk, in one forward, 
 depends on where chunks ended.
 
 How caches are taken back: attention and convolution states are cropped. Recurrent states cannot be, so a snapshot from
-before the draft is restored, and the committed tokens are run again. There all rows of a batch commit as many tokens as
-the row that commits the fewest; with other caches each row goes at its own pace.
+before the draft is restored, and the committed tokens are run again. There, and where a model does not hide the padding
+of shorter rows, all rows of a batch commit as many tokens as the row that commits the fewest; otherwise each row goes
+at its own pace.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from rrcli import upstream
 from rrcli.recursion import caches
+from rrcli.recursion.abilities import filled_layers
 from rrcli.recursion.chunk_metrics import ChunkTotals
 from rrcli.recursion.frames import Record
 from rrcli.recursion.rows import Chooser, Rows
@@ -109,8 +111,7 @@ def draft_and_refine(rows: Rows, chooser: Chooser, width: int, *, boundary: floa
     if logits is not None:
         accept_length, replacement = chooser.accept(draft.tokens, draft.scores, chooser.scores(logits, draft.tokens))
     commit_length = (accept_length + 1).clamp_max(draft.width)
-    own_pace = rows.cache.is_croppable and rows.pending is None and caches.is_alignable(rows.cache)
-    if not own_pace:
+    if rows.pending is not None or not rows.may_part():
         commit_length = commit_length.min().expand_as(commit_length)
     tokens = draft.tokens.clone()
     corrected = accept_length < commit_length
@@ -201,7 +202,7 @@ def _refine_fully(rows: Rows, ids: Tensor, draft: Draft, before: caches.Snapshot
         return rows.forward(ids)
     with recursion.refining((torch.cat(record.entries, 1), torch.cat(record.states, 1))):
         logits = rows.forward(ids)
-    drafted.restore(rows.cache, layers=recursion.end)
+    drafted.restore(rows.cache, layers=filled_layers(recursion))
     return logits
 
 

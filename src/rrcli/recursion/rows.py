@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from rrcli.recursion import caches
+from rrcli.recursion.abilities import rows_may_part
 from rrcli.upstream import cache_argument
 
 
@@ -59,10 +60,20 @@ class Rows:
         return self.model(input_ids=ids, **options).logits
 
     def room(self, max_length: int | None, width: int) -> int:
-        """Return how many more tokens the row with the fewest new ones may get."""
+        """Return the most tokens that a draft may have, at most `width`.
+
+        More than the row that is furthest back may still get would be drafted in vain. And no row may be drafted beyond
+        `max_length`, however short the others are: it may be the last position that the model knows.
+        """
         if max_length is None:
             return width
-        return max(1, max_length - self.prompts.shape[1] - min(len(self.new[row]) for row in self.active))
+        furthest_back = max_length - self.prompts.shape[1] - min(len(self.new[row]) for row in self.active)
+        return max(1, min(width, furthest_back, max_length - int(self.real.max())))
+
+    def may_part(self) -> bool:
+        """Tell whether each row may commit as many tokens as it can: its cache moves, and padding takes up the rest."""
+        movable = self.cache.is_croppable and caches.is_alignable(self.cache)
+        return movable and (len(self.active) == 1 or rows_may_part(self.model.recursion))
 
     def sequence(self, row: int, *more: int) -> Tensor:
         """Return `[1, position]`: a row's prompt, padding included, its new tokens, and `more`."""
@@ -109,9 +120,11 @@ class Rows:
         most = int(counts.max())
         added = torch.tensor([[*new[i], *[0] * (most - len(new[i]))] for i in going], device=self.tokens.device)
         self.real = self.real + counts
-        uniform = bool(counts.eq(most).all())
-        # Where every row gets equally many tokens nothing moves; otherwise the longest row sets the block's width.
-        length = self.tokens.shape[1] + most if uniform else int(self.real.max())
+        length = self.tokens.shape[1] + most
+        # Rows that each have an end of their own are as wide as the longest; it may have left.
+        if dropped is not None and self.may_part():
+            length = int(self.real.max())
+        uniform = bool(counts.eq(most).all()) and length == self.tokens.shape[1] + most
         self.tokens = caches.moved(torch.cat([self.tokens, added], 1), most - counts, length, axis=1)
         if dropped is None:
             return
