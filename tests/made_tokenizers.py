@@ -14,7 +14,7 @@ def with_special_tokens(*special: str, around: tuple[str, str] | None = None, **
     """Return the embedded tokenizer with special tokens added.
 
     Args:
-        around: two of them that the tokenizer itself puts before and after every text.
+        around: what the tokenizer itself puts before and after every text, each one of them or ''.
         config: entries of tokenizer_config.json to change; None takes one out.
     """
     from tokenizers import Tokenizer, processors
@@ -23,9 +23,11 @@ def with_special_tokens(*special: str, around: tuple[str, str] | None = None, **
     backend = Tokenizer.from_file(str(Path(defaults.MODEL_DIR) / "tokenizer.json"))
     backend.add_special_tokens(list(special))
     if around:
-        ids = [(token, backend.token_to_id(token)) for token in around]
+        ids = [(token, backend.token_to_id(token)) for token in around if token]
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{around[0]} $A {around[1]}", pair=f"{around[0]} $A $B {around[1]}", special_tokens=ids
+            single=f"{around[0]} $A {around[1]}".strip(),
+            pair=f"{around[0]} $A $B {around[1]}".strip(),
+            special_tokens=ids,
         )
     named = json.loads((Path(defaults.MODEL_DIR) / "tokenizer_config.json").read_text())
     named = {key: value for key, value in named.items() if key.endswith("_token")} | config

@@ -61,6 +61,11 @@ def closed(tokenizer: Any, ids: list[int]) -> list[int]:
     return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
+def closes_prompts(tokenizer: Any) -> bool:
+    """Tell whether the tokenizer itself closes every text, prompts too, where nobody prevents it."""
+    return bool(_around(tokenizer)[1])
+
+
 def start_token(tokenizer: Any) -> int | None:
     """Return the token that texts are scored and learned after; None if the tokenizer has none (see above)."""
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id)

@@ -195,14 +195,15 @@ class _Ends:
         """Tell for each row of `[row, position]` ids whether its last token completed a stop string after `start`."""
         if not self.stop:
             return [False] * len(ids)
-        prompts, rows = ids[:, max(0, start - CONTEXT_LENGTHS[-1]) : start].tolist(), ids[:, start:].tolist()
-        contexts = [self.detokenizer.context(prompt) for prompt in prompts]
-        ends = [[*context, *row[-self.reach :]][-self.reach :] for context, row in zip(contexts, rows, strict=True)]
-        tails = self.detokenizer.decode_all(ends)
+        before = min(start, CONTEXT_LENGTHS[-1])
+        rows = ids[:, start - before :].tolist()
+        contexts = [self.detokenizer.context(row[:before]) for row in rows]
+        new = [row[before:] for row in rows]
         # The tail's text may differ from the whole's where it is cut; the whole text decides.
+        tails = [[*context, *row[-self.reach :]][-self.reach :] for context, row in zip(contexts, new, strict=True)]
         return [
             self.cut(tail)[1] and self.cut(self.detokenizer.text(row, context))[1]
-            for row, tail, context in zip(rows, tails, contexts, strict=True)
+            for row, tail, context in zip(new, self.detokenizer.decode_all(tails), contexts, strict=True)
         ]
 
 
