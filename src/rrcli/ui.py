@@ -279,8 +279,10 @@ class PieceWriter:
 
 
 def show_generation(result: GenerateResult, *, trace: bool) -> None:
-    """End the text; with a trace, say in one line how it came about."""
+    """End the text, and say what there is to know about it; with a trace, say in one line how it came about."""
     out().print()
+    if result.notice:
+        err().print(f"[dim]{escape(result.notice)}[/dim]", soft_wrap=True)
     if not trace:
         return
     tokens = len(result.pieces)

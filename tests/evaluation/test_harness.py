@@ -11,6 +11,7 @@ import torch
 
 import rrcli
 from families import attach_random
+from made_tokenizers import chain, with_special_tokens
 from rrcli.data.problem_files import FileTask
 from rrcli.data.tasks import Task
 from rrcli.demo import defaults
@@ -201,6 +202,15 @@ def test_out_of_memory_halves_the_batch(folder, monkeypatch):
     assert found == expected
     assert sizes == [8, 4, 2, 2, 2, 2]
     assert "batches of 2" in reporter.warnings[-1]
+
+
+def test_a_tokenizer_that_closes_prompts_is_warned_of():
+    tokenizer = with_special_tokens("[CLS]", "[SEP]", around=("[CLS]", "[SEP]"), bos_token="[CLS]", eos_token="[SEP]")
+    closing, other = Silent(), Silent()
+    run_harness(chain([], len(tokenizer)), tokenizer, (), EvalSettings(), closing)
+    run_harness(*rrcli.load("default"), (), EvalSettings(), other)
+    assert "puts an end token after every text" in closing.warnings[0]
+    assert not other.warnings
 
 
 # -- what cannot be had ------------------------------------------------------------------------------------------------

@@ -15,8 +15,12 @@ import torch
 from test_smollm2 import gguf
 
 import rrcli
+from made_tokenizers import chain, like_llama_2, with_special_tokens
+from rrcli.data.tokens import encode_prompt
 from rrcli.demo import defaults
 from rrcli.evaluation.evaluate import evaluate_model
+from rrcli.evaluation.perplexity import score_documents
+from rrcli.reporting import Silent
 from rrcli.settings import EvalSettings
 
 pytest.importorskip("lm_eval")
@@ -89,3 +93,26 @@ def test_perplexities_agree_with_lm_eval(loaded, recursive, tmp_path):
     assert {name: ours[name]["value"] for name in NAMES} == pytest.approx(theirs, rel=1e-6)
     # lm-eval ties weights when it is given a model: what it measured is what was loaded.
     assert torch.equal(model.get_output_embeddings().weight, head)
+
+
+@pytest.mark.parametrize("kind", ["as Llama 2's", "BOS", "no BOS"])
+def test_contexts_and_nats_agree_with_lm_eval_whatever_the_tokenizer_begins_with(kind):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = {
+        "as Llama 2's": lambda: like_llama_2(" ".join(TEXTS)),
+        "BOS": lambda: with_special_tokens("<s>", around=("<s>", ""), bos_token="<s>"),
+        "no BOS": lambda: with_special_tokens(bos_token=None),
+    }[kind]()
+    model = chain([], len(tokenizer))
+    model.lm_head.weight.data.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    settings = {"max_length": 64, "softmax_dtype": "float64"}
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=1, **settings)
+    for prompt in ("Tom has a red ball", *([f"{tokenizer.bos_token}Tom has"] if tokenizer.bos_token else [])):
+        assert encode_prompt(tokenizer, prompt) == harness.tok_encode(prompt)
+    harness.add_bos_token = False
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in TEXTS]
+    expected = [-value for value in harness.loglikelihood_rolling(requests, disable_tqdm=True)]
+    records, _ = score_documents(model, tokenizer, TEXTS, depth=0, settings=ONLY_TEXT, reporter=Silent())
+    assert [record["nll"][0] for record in records] == pytest.approx(expected, rel=1e-5)

@@ -11,9 +11,10 @@ END = 0
 
 
 class ByBytes:
+    eos_token_id = END
+
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
-        return b"".join(BYTES[token] for token in ids if token != END).decode(errors="replace")
+        return b"".join(BYTES[token] for token in ids).decode(errors="replace")
 
 
 def test_each_token_is_a_piece_and_an_end_token_is_none() -> None:

@@ -7,6 +7,7 @@ unless that is turned off, and otherwise plain text:
     Answer: ...
 
 Each learned part is tokenised separately from its prompt, because a model that answers sees the prompt tokenised alone.
+`tokens` says what that means for each kind of tokenizer, and where texts begin and end.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Any
 
 from rrcli.data.conversations import ASSISTANT, Document
 from rrcli.data.tasks import Problem, prompt_of
+from rrcli.data.tokens import closed, encode_prompt, piece_ids, start_token, text_ids
 from rrcli.errors import RRError
 from rrcli.settings import EvalSettings, TrainSettings
 
 # Token ids, and for each whether a model learns to predict it.
 Example = tuple[list[int], list[bool]]
-# A part of a conversation's text, and whether it is learned.
+# A part of a conversation's text, and whether it is learned; and the same as ids.
 Segment = tuple[str, bool]
+Part = tuple[list[int], bool]
 Messages = Sequence[dict[str, Any]]
 
 
@@ -50,7 +53,7 @@ def question_text(
 def encode_question(tokenizer: Any, text: str, settings: EvalSettings | TrainSettings) -> list[int]:
     """Return the ids of what `question_text` returned."""
     # A chat template writes the start token itself.
-    return _ids(tokenizer, text) if chats(tokenizer, settings) else encode_prompt(tokenizer, text)
+    return text_ids(tokenizer, text) if chats(tokenizer, settings) else encode_prompt(tokenizer, text)
 
 
 def solved_problem(tokenizer: Any, problem: Problem, settings: TrainSettings) -> Example:
@@ -61,7 +64,8 @@ def solved_problem(tokenizer: Any, problem: Problem, settings: TrainSettings) ->
         whole = _through_template(tokenizer, [_user(problem.question), _assistant(problem.target)])
         answer = whole.removeprefix(text) if whole.startswith(text) else problem.target
     prompt = encode_question(tokenizer, text, settings)
-    return _joined(prompt, [(_ids(tokenizer, answer) + _end_after(tokenizer, answer, problem.target), True)])
+    ids = piece_ids(tokenizer, text, answer)
+    return _joined(prompt, [(closed(tokenizer, ids) if _is_open(answer, problem.target) else ids, True)])
 
 
 # -- documents ---------------------------------------------------------------------------------------------------------
@@ -74,21 +78,21 @@ def example_of(tokenizer: Any, document: Document, settings: TrainSettings) -> E
         RRError: the chat template cannot render it, or the turns of the assistant cannot be located in the result.
     """
     if isinstance(document, str):
-        return _joined(_start(tokenizer), [(_ids(tokenizer, document) + _end(tokenizer), True)])
+        return _joined(_start(tokenizer), [(closed(tokenizer, text_ids(tokenizer, document)), True)])
     if "prompt" in document:
-        completion = _ids(tokenizer, document["completion"]) + _end(tokenizer)
+        completion = closed(tokenizer, piece_ids(tokenizer, document["prompt"], document["completion"]))
         return _joined(encode_prompt(tokenizer, document["prompt"]), [(completion, True)])
     messages = document["messages"]
     if not chats(tokenizer, settings):
-        segments = _plain(messages)
-        parts = [(_ids(tokenizer, text) + (_end(tokenizer) if own else []), own) for text, own in segments]
-        return _joined(_start(tokenizer), parts)
+        return _joined(_start(tokenizer), _parts(tokenizer, _plain(messages), closing=True))
     if "{% generation" in tokenizer.get_chat_template().replace("{%-", "{%"):
         return _marked(tokenizer, messages)
     segments = _turns(tokenizer, messages)
     last = next(m["content"] for m in reversed(messages) if m["role"] == ASSISTANT)
-    parts = [(_ids(tokenizer, text), own) for text, own in segments]
-    return _joined([], [*parts, (_end_after(tokenizer, segments[-1][0], last), True)])
+    parts = _parts(tokenizer, segments, closing=False)
+    if _is_open(segments[-1][0], last):
+        parts[-1] = (closed(tokenizer, parts[-1][0]), True)
+    return _joined([], parts)
 
 
 def text_of(tokenizer: Any, document: Document, settings: EvalSettings) -> str:
@@ -186,18 +190,7 @@ def _begin(messages: Messages) -> str:
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the ids of a prompt, with the start token that the tokenizer itself would put before it."""
-    return list(tokenizer(prompt)["input_ids"])
-
-
-def start_token(tokenizer: Any) -> int | None:
-    """Return the token that scoring starts from: BOS, or EOS where there is none (as lm-eval does)."""
-    found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return None if found is None else int(found)
-
-
-def _joined(prompt: list[int], parts: Sequence[tuple[list[int], bool]]) -> Example:
+def _joined(prompt: list[int], parts: Sequence[Part]) -> Example:
     ids, learned = list(prompt), [False] * len(prompt)
     for part, own in parts:
         ids += part
@@ -205,8 +198,19 @@ def _joined(prompt: list[int], parts: Sequence[tuple[list[int], bool]]) -> Examp
     return ids, learned
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _parts(tokenizer: Any, segments: Sequence[Segment], *, closing: bool) -> list[Part]:
+    """Return the ids of each segment of a text as they are after the segments before it.
+
+    Args:
+        closing: each learned segment is closed by the end token.
+    """
+    parts, before = [], ""
+    for text, own in segments:
+        ids = piece_ids(tokenizer, before, text)
+        closes = closing and own
+        parts.append((closed(tokenizer, ids) if closes else ids, own))
+        before = text + (tokenizer.eos_token or "" if closes else "") or before
+    return parts
 
 
 def _start(tokenizer: Any) -> list[int]:
@@ -214,13 +218,9 @@ def _start(tokenizer: Any) -> list[int]:
     return [] if token is None else [token]
 
 
-def _end(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-
-def _end_after(tokenizer: Any, text: str, answer: str) -> list[int]:
-    """Return the end token, unless a chat template has put its own end mark after the answer."""
-    return _end(tokenizer) if text.rstrip().endswith(answer.strip()) else []
+def _is_open(text: str, answer: str) -> bool:
+    """Tell whether a text still has to be closed: no chat template has put its own end mark after the answer."""
+    return text.rstrip().endswith(answer.strip())
 
 
 def _user(content: str) -> dict[str, str]:

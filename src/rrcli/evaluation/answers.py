@@ -7,9 +7,10 @@ from typing import Any
 
 from rrcli.data.batching import context_length
 from rrcli.data.prompts import stop_strings
-from rrcli.data.rendering import encode_prompt, encode_question, question_text
+from rrcli.data.rendering import encode_question, question_text
 from rrcli.data.splits import content_hash
 from rrcli.data.tasks import Problem
+from rrcli.data.tokens import encode_prompt
 from rrcli.errors import CheckFailed, UsageError
 from rrcli.evaluation import metrics
 from rrcli.evaluation.decoding import decode

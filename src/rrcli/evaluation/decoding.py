@@ -13,7 +13,7 @@ every token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from rrcli.data.batching import batches, halving, padded
+from rrcli.data.tokens import CONTEXT_LENGTHS, Detokenizer, end_tokens
 from rrcli.errors import CheckFailed, RRError
 from rrcli.recursion.abilities import continues_in_blocks, takes_padding
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
@@ -82,7 +83,7 @@ def decode(
     Raises:
         RRError: memory runs out for a single prompt. CheckFailed: decoding gave not even one token.
     """
-    ends = _Ends(tokenizer, _end_tokens(model, tokenizer), stop)
+    ends = _Ends(tokenizer, end_tokens(model, tokenizer), stop)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     # A batch whose prompts have one length needs no padding; some stock models do not hide it from their attention.
     unpadded = len(set(map(len, prompts))) > 1 and not takes_padding(model)
@@ -99,7 +100,7 @@ def decode(
             )
         found = []
         for number, tokens in zip(batch, chain(*parts), strict=True):
-            text, stopped = ends.cut(tokenizer.decode(tokens, skip_special_tokens=True))
+            text, stopped = ends.cut(ends.text_after(prompts[number], tokens))
             kept = tokens[:-1] if tokens and tokens[-1] in ends.tokens else tokens
             found.append(Decoded(number, kept, text, stopped or len(kept) < len(tokens)))
         yield found
@@ -127,7 +128,7 @@ def _decode_in_chunks(
         attention_mask=mask,
         max_new_tokens=new_tokens,
         **options,
-        stopping_criteria=[StopStrings(ends.tokenizer, ends.stop, start)] if ends.stop else [],
+        stopping_criteria=[StopStrings(ends.tokenizer, ends.stop, start, ends=ends.tokens)] if ends.stop else [],
         custom_generate=chunked,
     )
     found = [row[start : start + len(trace.passes)] for row, trace in zip(output.tolist(), chunked.traces, strict=True)]
@@ -190,6 +191,7 @@ class _Ends:
 
     def __init__(self, tokenizer: Any, tokens: set[int], stop: Sequence[str]) -> None:
         self.tokenizer, self.tokens, self.stop = tokenizer, tokens, tuple(stop)
+        self.detokenizer = Detokenizer(tokenizer, tokens, stop)
         # A token holds at least one byte; two more, since the first of a text may lose its space.
         self.reach = max((len(text.encode()) for text in stop), default=0) + 2
 
@@ -198,15 +200,23 @@ class _Ends:
         end = min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=-1)
         return (text, False) if end < 0 else (text[:end], True)
 
-    def stopped(self, rows: list[list[int]]) -> list[bool]:
-        """Tell for each row of new ids whether its last token completed a stop string."""
+    def text_after(self, prompt: list[int], new: list[int]) -> str:
+        """Return the text that `new` ids add to a prompt."""
+        return self.detokenizer.text(new, self.detokenizer.context(prompt))
+
+    def stopped(self, ids: Tensor, start: int) -> list[bool]:
+        """Tell for each row of `[row, position]` ids whether its last token completed a stop string after `start`."""
         if not self.stop:
-            return [False] * len(rows)
-        tails = self.tokenizer.batch_decode([row[-self.reach :] for row in rows], skip_special_tokens=True)
+            return [False] * len(ids)
+        before = min(start, CONTEXT_LENGTHS[-1])
+        rows = ids[:, start - before :].tolist()
+        contexts = [self.detokenizer.context(row[:before]) for row in rows]
+        new = [row[before:] for row in rows]
         # The tail's text may differ from the whole's where it is cut; the whole text decides.
+        tails = [[*context, *row[-self.reach :]][-self.reach :] for context, row in zip(contexts, new, strict=True)]
         return [
-            self.cut(tail)[1] and self.cut(self.tokenizer.decode(row, skip_special_tokens=True))[1]
-            for row, tail in zip(rows, tails, strict=True)
+            self.cut(tail)[1] and self.cut(self.detokenizer.text(row, context))[1]
+            for row, tail, context in zip(new, self.detokenizer.decode_all(tails), contexts, strict=True)
         ]
 
 
@@ -216,13 +226,16 @@ class StopStrings(StoppingCriteria):
     It looks at nothing but the ids it is given, so that any decoding method may ask it about any row. (transformers'
     own `StopStringCriteria` goes by the texts of single tokens, and `generate` does not hand `stop_strings` on to
     custom methods.)
+
+    Args:
+        ends: the tokens that end a text, besides the tokenizer's own; they give no text.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], start: int) -> None:
-        self.ends, self.start = _Ends(tokenizer, set(), stop), start
+    def __init__(self, tokenizer: Any, stop: Sequence[str], start: int, *, ends: Iterable[int] = ()) -> None:
+        self.ends, self.start = _Ends(tokenizer, set(ends), stop), start
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.tensor(self.ends.stopped(input_ids[:, self.start :].tolist()), device=input_ids.device)
+        return torch.tensor(self.ends.stopped(input_ids, self.start), device=input_ids.device)
 
 
 class _Watch(StoppingCriteria):
@@ -233,17 +246,11 @@ class _Watch(StoppingCriteria):
         self.ended: dict[int, int] = {}
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        rows = input_ids[:, self.start :].tolist()
-        open_rows = [row for row in range(len(rows)) if row not in self.ended]
-        for row, stopped in zip(open_rows, self.ends.stopped([rows[row] for row in open_rows]), strict=True):
-            if stopped or rows[row][-1] in self.ends.tokens:
+        last = input_ids[:, -1].tolist()
+        open_rows = [row for row in range(len(last)) if row not in self.ended]
+        for row, stopped in zip(open_rows, self.ends.stopped(input_ids[open_rows], self.start), strict=True):
+            if stopped or last[row] in self.ends.tokens:
                 self.ended[row] = input_ids.shape[1]
-        leave = len(self.ended) >= self.leaving * len(rows) and self.ended
-        done = [bool(leave) or row in self.ended for row in range(len(rows))]
+        leave = len(self.ended) >= self.leaving * len(last) and self.ended
+        done = [bool(leave) or row in self.ended for row in range(len(last))]
         return torch.tensor(done, device=input_ids.device)
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return {token for token in (*configured, tokenizer.eos_token_id) if token is not None}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rrcli.data.tokens import closes_prompts
 from rrcli.errors import RRError, UsageError, first_line, suggest
 from rrcli.evaluation.samples import SampleLog
 from rrcli.evaluation.stats import normal_quantile
@@ -119,6 +120,11 @@ def run_harness(
         RRError: a task cannot be run.
     """
     log = log or SampleLog()
+    if closes_prompts(tokenizer):
+        reporter.warn(
+            "this tokenizer puts an end token after every text, and lm-eval leaves it after prompts too: the scores of "
+            "--harness are lm-eval's, of a model that was told that its prompt is over"
+        )
     names = [task.name for task in tasks]
     entries = log.done("harness", lambda place, entry: entry["name"] == names[place] if place < len(names) else False)
     harness = _model(model, tokenizer, settings)

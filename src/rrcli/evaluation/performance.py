@@ -16,6 +16,7 @@ import torch
 
 from rrcli.allocator import return_freed_memory
 from rrcli.data.batching import context_length
+from rrcli.data.tokens import encode_prompt
 from rrcli.errors import RRError
 from rrcli.evaluation.decoding import GREEDY
 from rrcli.models.costs import countable, held_bytes
@@ -105,7 +106,7 @@ def _prompts(model: Any, tokenizer: Any, documents: Sequence[str]) -> list[torch
     long: list[int] = []
     short = []
     for text in documents:
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = encode_prompt(tokenizer, text)
         long += tokens
         if tokens:
             short.append(tokens[: min(SAMPLE_TOKENS, room)])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rrcli.data.batching import affordable, batches, halving, padded
 from rrcli.data.splits import content_hash
+from rrcli.data.tokens import scored_after, text_ids
 from rrcli.errors import CheckFailed, RRError
 from rrcli.evaluation.samples import SampleLog
 from rrcli.evaluation.windows import Window, windows_of
@@ -48,18 +49,19 @@ def score_documents(
         depth: the last depth that is scored; a model without a recursion has depth 0 alone.
 
     Returns:
-        Records with `key`, `tokens`, `words`, `bytes`, and per depth `nll` (nats) and `correct` (top-1 hits); and the
-        totals of the chunk metrics. A document without tokens has no record; a warning names it.
+        Records with `key`, `tokens` (scored ones), `words`, `bytes`, and per depth `nll` (nats) and `correct` (top-1
+        hits); and the totals of the chunk metrics. A document without tokens to score has no record; a warning names
+        it.
 
     Raises:
         RRError: a log-probability is not finite; names the document. CheckFailed: all of them are equal.
     """
     log = log or SampleLog()
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
-    empty = [f"{number + 1} ({documents[number][:40]!r})" for number, ids in enumerate(encoded) if not ids]
+    encoded = [scored_after(tokenizer, text_ids(tokenizer, text)) for text in documents]
+    empty = [f"{number + 1} ({documents[number][:40]!r})" for number, (_, ids) in enumerate(encoded) if not ids]
     if empty:
-        reporter.warn(f"left out, without a single token: document {', '.join(empty)}")
-    windows = windows_of(model, tokenizer, encoded, settings=settings)
+        reporter.warn(f"left out, without a single token to score: document {', '.join(empty)}")
+    windows = windows_of(model, encoded, settings=settings)
     expected = iter([[window.document, len(window.targets)] for window in windows])
     entries = log.done(PART, lambda _, entry: _fits(entry, expected, depth))
     done = sum(len(entry["windows"]) for entry in entries)
@@ -83,7 +85,7 @@ def score_documents(
             entries.append(entry)
             progress.advance(sum(len(window.targets) for window in batch))
     _refuse_flat(entries)
-    return _records(documents, encoded, entries), _chunk_totals(entries)
+    return _records(documents, [ids for _, ids in encoded], entries), _chunk_totals(entries)
 
 
 def _fits(entry: dict[str, Any], expected: Iterator[list[int]], depth: int) -> bool:

@@ -25,11 +25,11 @@ def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) ->
     import torch
 
     from rrcli.data.batching import context_length
-    from rrcli.data.rendering import encode_prompt
+    from rrcli.data.tokens import encode_prompt, end_tokens
     from rrcli.evaluation.decoding import GREEDY
 
     ids = encode_prompt(tokenizer, prompt)[-max(1, context_length(model) - new_tokens) :]
-    inputs = torch.tensor([ids], device=model.device)
+    inputs, ends = torch.tensor([ids], device=model.device), end_tokens(model, tokenizer)
     recursion = getattr(model, "recursion", None)
     decoding = None
     if recursion is not None and recursion.depth:
@@ -40,14 +40,15 @@ def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) ->
         inputs,
         attention_mask=torch.ones_like(inputs),
         max_new_tokens=new_tokens,
-        pad_token_id=tokenizer.eos_token_id or 0,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
         custom_generate=decoding,
         **GREEDY,
     )[0, len(ids) :].tolist()
     passes, changed = [0] * len(sequence), [False] * len(sequence)
     if decoding is not None:
         passes, changed = decoding.traces[0].passes, decoding.traces[0].changed
-    return pieces(tokenizer, zip(sequence, passes, changed, strict=True))
+    return pieces(tokenizer, zip(sequence, passes, changed, strict=True), prompt=ids, ends=ends)
 
 
 def draw(samples: Sequence[tuple[str, Sequence[Piece]]], title: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rrcli.data.batching import context_length
-from rrcli.data.rendering import encode_prompt, start_token
+from rrcli.data.tokens import encode_prompt, piece_ids, scored_after
 from rrcli.errors import RRError
 from rrcli.recursion.engine import at_depth
 from rrcli.reporting import Reporter
@@ -40,11 +40,10 @@ def relevance(
         reporter.progress("relevance", len(generations), "prompts") as progress,
     ):
         for record in generations:
-            text = tokenizer(record["text"], add_special_tokens=False)["input_ids"]
-            start = start_token(tokenizer)
-            # Without a start token nothing predicts a text's first token: it is left out of both terms.
-            alone, scored = ([start], text) if start is not None else (text[:1], text[1:])
-            prompt = encode_prompt(tokenizer, record["prompt"]) + (text[:1] if start is None else [])
+            text = piece_ids(tokenizer, record["prompt"], record["text"])
+            # Where there is no start token, the text's first token is left out of both terms.
+            alone, scored = scored_after(tokenizer, text)
+            prompt = encode_prompt(tokenizer, record["prompt"]) + text[: len(text) - len(scored)]
             gain = _log_likelihood(model, prompt, scored) - _log_likelihood(model, alone, scored) if scored else 0.0
             values.append(gain / max(1, len(scored)))
             progress.advance()

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rrcli.data.tokens import BROKEN, Detokenizer
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -24,13 +26,20 @@ class Piece:
 class PieceBuilder:
     """Turns the tokens of one generation into pieces, token by token.
 
-    Tokens are added until they make up whole characters. Special tokens give no text. The text ends before the first of
-    the `stop` strings; an end of the text that may become one is held back until that is decided.
+    Tokens are added until they make up whole characters. End, padding and start tokens give no text. The text ends
+    before the first of the `stop` strings; an end of the text that may become one is held back until that is decided.
+
+    Args:
+        prompt: the ids that were gone on with. ends: the tokens that end a text, besides the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), *, prompt: Sequence[int] = (), ends: Iterable[int] = ()
+    ) -> None:
         self.ids: list[int] = []
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._stop = tuple(stop)
+        self._detokenizer = Detokenizer(tokenizer, ends, stop)
+        self._context = self._detokenizer.context(prompt)
         self._shown = ""
         self._next = Piece("")
 
@@ -39,7 +48,7 @@ class PieceBuilder:
         self.ids.append(token)
         self._next = replace(self._next, passes=passes, changed=self._next.changed or changed)
         text = self._text()
-        if text.endswith("\ufffd"):  # the rest of this character is still to come
+        if text.endswith(BROKEN):  # the rest of this character is still to come
             return None
         return self._piece(text, len(text) - self._undecided(text))
 
@@ -49,7 +58,7 @@ class PieceBuilder:
         return self._piece(text, len(text))
 
     def _text(self) -> str:
-        return str(self._tokenizer.decode(self.ids, skip_special_tokens=True))
+        return self._detokenizer.text(self.ids, self._context)
 
     def _undecided(self, text: str) -> int:
         """Return how many characters at the end of a text may be the beginning of a stop string."""
@@ -66,12 +75,15 @@ class PieceBuilder:
         return piece
 
 
-def pieces(tokenizer: Any, tokens: Iterable[tuple[int, int, bool]]) -> list[Piece]:
+def pieces(
+    tokenizer: Any, tokens: Iterable[tuple[int, int, bool]], *, prompt: Sequence[int] = (), ends: Iterable[int] = ()
+) -> list[Piece]:
     """Return the pieces of a whole generation.
 
     Args:
         tokens: id, passes after pass 0, and whether these changed it, of each token.
+        prompt, ends: see `PieceBuilder`.
     """
-    builder = PieceBuilder(tokenizer)
+    builder = PieceBuilder(tokenizer, prompt=prompt, ends=ends)
     found = [builder.add(*token) for token in tokens]
     return [piece for piece in (*found, builder.finish()) if piece is not None]

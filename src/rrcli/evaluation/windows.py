@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rrcli.data.batching import context_length
-from rrcli.data.rendering import start_token
 from rrcli.settings import EvalSettings
 
 # Tokens of a window unless --max-length says otherwise; fewer where the model's context is shorter.
@@ -50,23 +49,19 @@ def rolling_windows(tokens: list[int], prefix: int, *, length: int, stride: int)
     return windows
 
 
-def windows_of(model: Any, tokenizer: Any, documents: Sequence[list[int]], *, settings: EvalSettings) -> list[Window]:
+def windows_of(model: Any, documents: Sequence[tuple[list[int], list[int]]], *, settings: EvalSettings) -> list[Window]:
     """Return the windows of all documents, the longest first.
 
     Args:
-        documents: token ids without special tokens. The first token of each is scored after the start token; where the
-            tokenizer has none, after the first token of the first document.
+        documents: for each the one token that it is scored after, and the tokens that are scored (`scored_after`).
         settings: `max_length` and `stride`, in tokens; 0 stands for the default length, and for a stride of a length.
     """
-    prefix = start_token(tokenizer)
-    if prefix is None:
-        prefix = next((ids[0] for ids in documents if ids), 0)
     length = settings.max_length or min(DEFAULT_LENGTH, context_length(model))
     stride = min(settings.stride or length, length)
     windows = []
-    for number, ids in enumerate(documents):
+    for number, (start, ids) in enumerate(documents):
         begin = 0
-        for window, scored in rolling_windows(ids, prefix, length=length, stride=stride) if ids else ():
+        for window, scored in rolling_windows(ids, start[0], length=length, stride=stride) if ids else ():
             windows.append(Window(window, ids[begin : begin + scored], number))
             begin += scored
     return sorted(windows, key=lambda window: -len(window.ids))

@@ -13,6 +13,7 @@ from rrcli.comparison.results import read_results
 from rrcli.configuration import load
 from rrcli.data.problem_files import FileTask, trained_questions
 from rrcli.data.prompts import read_prompts, stop_strings
+from rrcli.data.tokens import end_notice, text_ids
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.harness import harness_tasks, load_tasks
 from rrcli.evaluation.held_out import EvalData, held_out_data
@@ -76,6 +77,8 @@ def evaluate(
     from rrcli.evaluation.evaluate import evaluate_model
 
     loaded, tokenizer = load_for(settings, source, directory)
+    if notice := end_notice(loaded, tokenizer):
+        reporter.note(notice)
     if tokenizer.chat_template:
         _check_form(settings, training, reporter)
     measuring = _set_up_recursion(loaded, source, settings, directory, use_recursive)
@@ -174,7 +177,7 @@ def _check_form(settings: EvalSettings, training: dict[str, Any] | None, reporte
 
 def _described(data: EvalData, tokenizer: Any, settings: EvalSettings) -> dict[str, Any]:
     """Return what the results say about the data: where they are from, how many there are, and their hash."""
-    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in data.texts(tokenizer, settings)]
+    tokens = [text_ids(tokenizer, text) for text in data.texts(tokenizer, settings)]
     return {
         "source": data.source,
         "fingerprint": combine(tokens, [problem.key for problem in data.problems]),

@@ -23,6 +23,7 @@ class GenerateResult:
 
     Attributes:
         seconds: wall time, prompt included. metrics: the chunk metrics; empty without recursion.
+        notice: a sentence about where texts end, or ''.
     """
 
     stage: str
@@ -31,6 +32,7 @@ class GenerateResult:
     depth: int
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
+    notice: str = ""
 
     @property
     def text(self) -> str:
@@ -63,7 +65,7 @@ def generate(
     import torch
 
     from rrcli.data.batching import context_length
-    from rrcli.data.rendering import encode_prompt
+    from rrcli.data.tokens import encode_prompt, end_notice, end_tokens
     from rrcli.evaluation.decoding import GREEDY, StopStrings
 
     with reading(lambda: workspace.stage_model(stage)) as source:
@@ -80,27 +82,29 @@ def generate(
         pieces.append(piece)
         emit(piece)
 
-    stream = _Stream(PieceBuilder(tokenizer, stop), take)
+    ends = end_tokens(model, tokenizer)
+    stream = _Stream(PieceBuilder(tokenizer, stop, prompt=ids[0].tolist(), ends=ends), take)
     decoding = _decoding(settings, recursion, stream)
     options = dict(GREEDY)
     if settings.temperature > 0:
         options |= {"do_sample": True, "temperature": settings.temperature}
         options |= {"top_p": settings.top_p, "top_k": settings.top_k}
     if stop:
-        options["stopping_criteria"] = [StopStrings(tokenizer, stop, ids.shape[1])]
+        options["stopping_criteria"] = [StopStrings(tokenizer, stop, ids.shape[1], ends=ends)]
     torch.manual_seed(settings.seed)
     begin = time.perf_counter()
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=min(settings.max_new_tokens, room),
-        pad_token_id=tokenizer.eos_token_id or 0,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
         **options,
         **({"streamer": stream} if decoding is None else {"custom_generate": decoding}),
     )
     seconds = time.perf_counter() - begin
     metrics = decoding.totals.metrics() if decoding is not None else {}
-    return GenerateResult(stage, prompt, pieces, depth, seconds, metrics)
+    return GenerateResult(stage, prompt, pieces, depth, seconds, metrics, end_notice(model, tokenizer))
 
 
 def _last_stage(workspace: Workspace) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrcli.data.problem_files import FileTask
+from rrcli.data.tokens import end_notice
 from rrcli.data.training_data import TrainingData, task_specs
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.held_out import EvalData, held_out_data
@@ -103,6 +104,8 @@ def train(
     reporter = reporter if processes.main else Silent()
     training = replace(training, resumed_from=_open_folder(training, processes, held, restart=restart))
     model, tokenizer = _load_model(training, processes.device)
+    if notice := end_notice(model, tokenizer):
+        reporter.note(notice)
     evaluation, data = _load_data(training, model, tokenizer, reporter)
     try:
         trainer = _run(
