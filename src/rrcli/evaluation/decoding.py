@@ -22,16 +22,26 @@ from transformers import StoppingCriteria
 
 from rrcli.data.batching import batches, halving, padded
 from rrcli.errors import CheckFailed, RRError
+from rrcli.evaluation.generation_settings import without_own_settings
 from rrcli.recursion.chunked_decoding import ChunkedDecoding, continues_in_blocks
 from rrcli.recursion.engine import at_depth
+from rrcli.recursion.facts import context_length
 from rrcli.recursion.products import through_onednn
 from rrcli.upstream import cache_of, generation_cache_argument, goes_on
 
 # A batch is cut down to its unfinished rows when this share of it has ended. Leaving and entering `generate` and
 # copying the cache cost well below one token of SmolLM2-135M on a CPU; an eighth was faster than a quarter there.
 LEAVING_SHARE = 0.125
-# Options of `generate`: no sampling, even if the model's own generation config asks for it.
+# Options of `generate`: no sampling.
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+
+
+def room_for(model: Any, new_tokens: int) -> int:
+    """Return how many of `new_tokens` are generated where their number is not the user's: half of the context at most.
+
+    The other half is for the prompt.
+    """
+    return max(1, min(new_tokens, context_length(model) // 2))
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ def _decode_batch(model: Any, rows: list[list[int]], ends: _Ends, *, depth: int,
         "pad_token_id": min(ends.tokens, default=0),
     }
     way = _decode_in_chunks if _in_chunks(model, depth) else _decode_in_calls
-    with at_depth(model, depth):
+    with at_depth(model, depth), without_own_settings(model):
         return way(model, ids, mask, ends=ends, new_tokens=new_tokens, options=options)
 
 

@@ -19,6 +19,7 @@ from rrcli.evaluation.samples import SampleLog
 from rrcli.evaluation.windows import Window, windows_of
 from rrcli.recursion.calibration import reliability
 from rrcli.recursion.chunk_metrics import ChunkTotals, teacher_forced_chunks
+from rrcli.recursion.facts import refuse_unknown_tokens, vocabulary
 from rrcli.recursion.readout import Readout, Scores
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
@@ -52,14 +53,20 @@ def score_documents(
         totals of the chunk metrics. A document without tokens has no record; a warning names it.
 
     Raises:
-        RRError: a log-probability is not finite; names the document. CheckFailed: all of them are equal.
+        RRError: a log-probability is not finite, or the model has no embedding for a token; names the document.
+        CheckFailed: all log-probabilities are equal, or no document has a token.
     """
     log = log or SampleLog()
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
+    for number, ids in enumerate(encoded):
+        what = f"document {number + 1} ({documents[number][:40]!r})"
+        refuse_unknown_tokens(vocabulary(model), tokenizer, ids, what)
     empty = [f"{number + 1} ({documents[number][:40]!r})" for number, ids in enumerate(encoded) if not ids]
+    if len(empty) == len(encoded):
+        raise CheckFailed("the tokenizer makes no token of any document", "Does it belong to this model and this text?")
     if empty:
         reporter.warn(f"left out, without a single token: document {', '.join(empty)}")
-    windows = windows_of(model, tokenizer, encoded, settings=settings)
+    windows = windows_of(model, tokenizer, encoded, settings=settings, reporter=reporter)
     entries = log.done(PART)
     done = sum(len(entry["windows"]) for entry in entries)
     readout = Readout(model)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from rrcli.data.batching import context_length
 from rrcli.data.rendering import encode_prompt, start_token
 from rrcli.errors import RRError
 from rrcli.recursion.engine import at_depth
+from rrcli.recursion.facts import context_length, refuse_unknown_tokens, vocabulary
 from rrcli.reporting import Reporter
 
 
@@ -41,6 +41,7 @@ def relevance(
     ):
         for record in generations:
             text = tokenizer(record["text"], add_special_tokens=False)["input_ids"]
+            refuse_unknown_tokens(vocabulary(model), tokenizer, text, f"the continuation {record['text'][:40]!r}")
             start = start_token(tokenizer)
             # Without a start token nothing predicts a text's first token: it is left out of both terms.
             alone, scored = ([start], text) if start is not None else (text[:1], text[1:])

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rrcli.data.batching import context_length
 from rrcli.data.rendering import start_token
+from rrcli.recursion.facts import context_length
+from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
 
 # Tokens of a window unless --max-length says otherwise; fewer where the model's context is shorter.
@@ -50,18 +51,26 @@ def rolling_windows(tokens: list[int], prefix: int, *, length: int, stride: int)
     return windows
 
 
-def windows_of(model: Any, tokenizer: Any, documents: Sequence[list[int]], *, settings: EvalSettings) -> list[Window]:
+def windows_of(
+    model: Any, tokenizer: Any, documents: Sequence[list[int]], *, settings: EvalSettings, reporter: Reporter
+) -> list[Window]:
     """Return the windows of all documents, the longest first.
 
     Args:
         documents: token ids without special tokens. The first token of each is scored after the start token; where the
             tokenizer has none, after the first token of the first document.
         settings: `max_length` and `stride`, in tokens; 0 stands for the default length, and for a stride of a length.
+            A length beyond the model's context is cut to it, which is said.
     """
     prefix = start_token(tokenizer)
     if prefix is None:
         prefix = next((ids[0] for ids in documents if ids), 0)
-    length = settings.max_length or min(DEFAULT_LENGTH, context_length(model))
+    context = context_length(model)
+    length = min(settings.max_length or DEFAULT_LENGTH, context)
+    if settings.max_length > context:
+        reporter.warn(
+            f"--max-length is {settings.max_length}, but the model's context is {context} tokens: windows have those"
+        )
     stride = min(settings.stride or length, length)
     windows = []
     for number, ids in enumerate(documents):

@@ -19,6 +19,7 @@ from rrcli import upstream
 from rrcli.errors import UsageError
 from rrcli.recursion.chunk_metrics import COMMIT_THRESHOLD, ChunkTotals
 from rrcli.recursion.drafting import Chunk, can_lag, commit, draft_and_refine
+from rrcli.recursion.facts import text_config, vocabulary
 from rrcli.recursion.probing import in_pieces
 from rrcli.recursion.products import through_onednn
 from rrcli.recursion.proof import LOW_PRECISION, TOLERANCE
@@ -209,10 +210,10 @@ def continues_in_blocks(recursion: Any) -> bool:
 def _block_is_its_tokens(model: Any) -> bool:
     if not upstream.takes_cache(model):
         return False
-    ids = torch.arange(7, device=model.device)[None] * 37 % model.get_input_embeddings().num_embeddings
+    ids = torch.arange(7, device=model.device)[None] * 37 % vocabulary(model)
     found = []
     for pieces in ([3], [1] * 3):
-        cache = upstream.DynamicCache(config=model.config.get_text_config(decoder=True))
+        cache = upstream.DynamicCache(config=text_config(model.config))
         _, *outputs = in_pieces(model, ids, [4, *pieces], cache=cache, told=("position_ids",))
         found.append(torch.cat([output.logits for output in outputs], 1).float())
     together, alone = found
