@@ -16,7 +16,6 @@ from typing import Any
 
 from rrcli.data.rendering import chats
 from rrcli.errors import RRError, UsageError, first_line, suggest
-from rrcli.evaluation.generation_settings import without_own_settings
 from rrcli.evaluation.samples import SampleLog
 from rrcli.evaluation.stats import normal_quantile
 from rrcli.files import finite
@@ -204,6 +203,8 @@ def _evaluate(harness: Any, task: HarnessTask, settings: EvalSettings, reporter:
     import torch
     from lm_eval.api.task import Task
     from lm_eval.evaluator import evaluate
+
+    from rrcli.evaluation.generation_settings import without_own_settings
 
     tasks: list[Task] = list(task.loaded["tasks"].values())
     # As in `simple_evaluate`: a task that asks for 0 examples gets none, whatever the settings are.
