@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import date, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +23,8 @@ FILE = "template_date.txt"
 # How templates ask for the date.
 FUNCTION = "strftime_now"
 TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+# What a format of `strftime` may hold, the longer ones first; %% stays as it is.
+DIRECTIVES = (*("-d", "-m", "-H", "-I", "-M", "-S", "-j", "-y"), *"aAbBcdDeFGHIjmMnpSTuUVwWxXyYzZ")
 # The named templates of a tokenizer that has several.
 TEMPLATE_FOLDER = "additional_chat_templates"
 # A GGUF file keeps its template before its tensors; vocabularies, which may come first, take a few MiB.
@@ -70,10 +71,28 @@ def with_template_date(settings: Dated, source: ModelSource, directory: Path) ->
 
 
 def fix_date(tokenizer: Any, day: str) -> None:
-    """Let the chat template of `tokenizer` take `day`, YYYY-MM-DD, for today; '' leaves it as it is."""
-    if day and FUNCTION in str(tokenizer.chat_template):
-        given = {FUNCTION: datetime.fromisoformat(day).strftime}  # takes precedence over transformers' own
-        vars(tokenizer)["apply_chat_template"] = partial(tokenizer.apply_chat_template, **given)
+    """Let the chat template of `tokenizer` take `day`, YYYY-MM-DD, for today; '' leaves it as it is.
+
+    A macro in front of the template hides transformers' own function. The template that the tokenizer has, and saves,
+    stays the same.
+    """
+    if not day or FUNCTION not in str(tokenizer.chat_template):
+        return
+    macro, own = _macro(datetime.fromisoformat(day)), tokenizer.apply_chat_template
+
+    def apply_chat_template(conversation: Any, tools: Any = None, *args: Any, **options: Any) -> Any:
+        template = tokenizer.get_chat_template(options.pop("chat_template", None), tools)
+        return own(conversation, tools, *args, chat_template=macro + template, **options)
+
+    vars(tokenizer)["apply_chat_template"] = apply_chat_template
+
+
+def _macro(moment: datetime) -> str:
+    """Return a macro of Jinja that formats `moment` as `strftime` does."""
+    values = {f"%{directive}": moment.strftime(f"%{directive}") for directive in DIRECTIVES}
+    replaced = "".join(f" | replace({text!r}, {value!r})" for text, value in values.items())
+    # Jinja drops one line break after a block, as it is set up by transformers: the template begins a line.
+    return f"{{% macro {FUNCTION}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
 
 
 def _asks_for_date(source: ModelSource, directory: Path) -> bool:
