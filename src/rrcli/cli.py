@@ -36,7 +36,7 @@ PANELS = (
 SWITCHES = {item.name: item.default for cls in settings.SECTIONS for item in fields(cls) if item.type == "bool"}
 # Groups of common options, for the commands that do not read all of them.
 LOADING = ("model", "device", "dtype", "trust_remote_code", "seed", "checkpoint_dir")
-DATA = ("data", "text_field", "task")
+DATA = ("data", "text_field", "task", "template_date")
 
 
 class Commands(TyperGroup):
@@ -426,7 +426,8 @@ def generate(
 
     text = typer.get_text_stream("stdin").read().rstrip("\n") if prompt == "-" else prompt
     emit = (lambda piece: None) if json else ui.PieceWriter(text, trace=trace)
-    result = service.generate(ctx.load(settings.GenerateSettings), text, ctx.directory, emit, stage=stage)
+    loaded = ctx.load(settings.GenerateSettings)
+    result = service.generate(loaded, text, ctx.directory, emit, stage=stage, reporter=_reporter())
     if json:
         ui.show_json("generation", result.to_dict())
         return

@@ -48,7 +48,8 @@ class Reach(Flag):
     Attributes:
         SIDECAR: the sidecar that `rr surgery` makes. WEIGHTS: the weights that `rr train` makes. NUMBERS: the numbers
             that `rr eval` measures.
-        CONTENT: none by its name; it names a model, data or tasks, which are identified by their content.
+        CONTENT: none by its name; it names a model, data or tasks, which are identified by their content, or a date,
+            which counts where there is one.
         NOTHING: none; it decides how fast or where something is done, or what else is shown or kept.
     """
 
@@ -134,6 +135,13 @@ class CommonSettings:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", reaches=NOTHING, panel=MODEL)
+    template_date: str = option(
+        "",
+        "Date that the chat template writes as today's, if it writes one, as YYYY-MM-DD. [default: the day of the "
+        "experiment's first evaluation or training, which is kept in template_date.txt]",
+        reaches=CONTENT,
+        panel=MODEL,
+    )
     seed: int = option(0, "Random seed.", reaches=SIDECAR | WEIGHTS | NUMBERS, minimum=0)
     log_dir: str = option("logs", "Folder for TensorBoard logs.", reaches=NOTHING, panel=FILES)
     checkpoint_dir: str = option(

@@ -10,6 +10,7 @@ need. It is found by signature, type or trial, never by a version number. What h
     what a cache layer holds                      attributes of transformers' layer classes  the tensors in it
     passes that leave recorded outputs alone      transformers' `_active_collector`          RRError where asked for
     decoding token by token inside `generate`     `GenerationMixin._sample`                  RRError
+    which generation settings change nothing      `_get_default_generation_params`           all are taken to change
     adapters that are on for one pass             peft's `_disable_adapters`                 the public switch, slower
     adapters on when a checkpoint is recomputed   `_gradient_checkpointing_func` of layers   RRError
     leaving a process group, to join another      accelerate's `PartialState._reset_state`   one training a process
@@ -38,6 +39,7 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from rrcli.errors import RRError
@@ -321,6 +323,11 @@ def sample_one_by_one(model: Any, input_ids: Tensor, **options: Any) -> Any:
             "Leave custom_generate out, or install a version of transformers that rr was tested with.",
         )
     return function(input_ids, **options)
+
+
+def generation_defaults() -> dict[str, Any]:
+    """Return what `generate` takes for settings that nobody gives; empty where transformers does not say it."""
+    return dict(getattr(GenerationConfig, "_get_default_generation_params", dict)())
 
 
 def padding_token(generation_config: Any) -> int:

@@ -102,9 +102,3 @@ def affordable(model: Any, budget: int, bytes_per_token: int, reporter: Reporter
             f"token takes about {bytes_per_token / 2**20:.2g} MiB"
         )
     return lowered
-
-
-def context_length(model: Any) -> int:
-    """Return the longest input the model's configuration allows, in tokens."""
-    config = model.config.get_text_config()
-    return next((v for n in ("max_position_embeddings", "n_positions") if (v := getattr(config, n, None))), 2048)

@@ -12,13 +12,18 @@ All rows of a file are of one kind. `rendering` turns them into tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from rrcli.errors import RRError
 
 # A text, or the row of a conversation: {"prompt", "completion"} or {"messages"}.
 Document = str | dict[str, Any]
+
+# What a chat template may refuse: the roles of the turns in their order, and the keys of each.
+Form = tuple[tuple[str, ...], ...]
+# Conversations of more forms than these are tried when they are drawn.
+MOST_FORMS = 1000
 
 TEXT, COMPLETION, MESSAGES = "text", "completion", "messages"
 FIELDS = {COMPLETION: ("prompt", "completion"), MESSAGES: ("messages",)}
@@ -62,6 +67,14 @@ def conversation(row: dict[str, Any], kind: str, place: str) -> Document:
     except TypeError as error:
         raise RRError(f"{place}: {error}", _HINTS[kind]) from error
     return found
+
+
+def noting_forms(documents: Iterable[Document], forms: dict[Form, Document]) -> Iterator[Document]:
+    """Yield the documents, and put the first conversation of each form into `forms`, up to MOST_FORMS."""
+    for document in documents:
+        if isinstance(document, dict) and "messages" in document and len(forms) < MOST_FORMS:
+            forms.setdefault(tuple((m["role"], *sorted(m)) for m in document["messages"]), document)
+        yield document
 
 
 def question_of(document: Document) -> str:

@@ -30,8 +30,18 @@ Messages = Sequence[dict[str, Any]]
 
 
 def chats(tokenizer: Any, settings: EvalSettings | TrainSettings) -> bool:
-    """Tell whether questions and conversations go through a chat template."""
-    return settings.chat_template and bool(getattr(tokenizer, "chat_template", None))
+    """Tell whether questions and conversations go through a chat template.
+
+    Raises:
+        RRError: the tokenizer has several templates, and none of them is the default.
+    """
+    template = settings.chat_template and getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict) and "default" not in template:
+        raise RRError(
+            f"the tokenizer has several chat templates ({', '.join(sorted(template))}), and none is named 'default'",
+            "Name one of them 'default' in its files, or leave templates out with --no-chat-template.",
+        )
+    return bool(template)
 
 
 # -- problems ----------------------------------------------------------------------------------------------------------
@@ -95,7 +105,7 @@ def example_of(tokenizer: Any, document: Document, settings: TrainSettings) -> E
     return _joined([], parts)
 
 
-def text_of(tokenizer: Any, document: Document, settings: EvalSettings) -> str:
+def text_of(tokenizer: Any, document: Document, settings: EvalSettings | TrainSettings) -> str:
     """Return the text of a document that perplexity is measured on, without the start token, which scoring adds."""
     if isinstance(document, str):
         return document

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from rrcli.data.conversations import question_of
+from rrcli.data.conversations import Document, Form, noting_forms, question_of
 from rrcli.data.document_store import DocumentStore
 from rrcli.data.problem_files import FileTask, evaluated_whole, is_file_task, open_task
 from rrcli.data.rendering import Example, example_of, solved_problem
@@ -22,6 +22,7 @@ from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 from rrcli.files import combine
 from rrcli.recursion.batch import IGNORED, Batch
+from rrcli.recursion.facts import refuse_unknown_tokens
 from rrcli.settings import CommonSettings, TrainSettings
 
 # Training draws problems from the seeds that begin here, evaluation and pretraining from those below.
@@ -51,10 +52,18 @@ class TrainingData:
         cut: how many of them were longer than `max_length` and were cut.
         skipped: how many documents or problems were replaced by others, because nothing to learn would have been left
             of them within `max_length`.
+
+    Args:
+        vocabulary: how many tokens the model's embedding has; None = not known, and not checked.
+
+    Raises:
+        RRError: nothing to train on, or the chat template refuses a conversation.
     """
 
-    def __init__(self, settings: TrainSettings, directory: Path, tokenizer: Any) -> None:
-        self.settings, self.tokenizer = settings, tokenizer
+    def __init__(
+        self, settings: TrainSettings, directory: Path, tokenizer: Any, *, vocabulary: int | None = None
+    ) -> None:
+        self.settings, self.tokenizer, self.vocabulary = settings, tokenizer, vocabulary
         share = settings.task_share
         tasks = [open_task(spec, directory) for spec in task_specs(settings) if share > 0 or is_file_task(spec)]
         self.evaluated = evaluated_whole(tasks)
@@ -66,7 +75,11 @@ class TrainingData:
             )
         dropped = Dropped()
         documents = read_documents(settings.data, directory, settings.text_field, dropped)
-        self.documents = DocumentStore((d for d in documents if self._may_train(question_of(d))), directory)
+        forms: dict[Form, Document] = {}
+        kept = (document for document in documents if self._may_train(question_of(document)))
+        self.documents = DocumentStore(noting_forms(kept, forms), directory)
+        for document in forms.values():
+            example_of(tokenizer, document, settings)  # what the chat template refuses is found before the first step
         self.notice = dropped.notice(settings.data)
         if not self.documents and share < 1:
             raise RRError(f"every document of {settings.data} is held out", "Give more documents (about 50 or more).")
@@ -99,6 +112,10 @@ class TrainingData:
         task = Random(f"tasks/{self.settings.seed}/{number}").choice(self.tasks) if asked else None
         for ids, learned in self._documents(number - before) if task is None else self._problems(task, number):
             if any(learned[1:longest]):
+                if self.vocabulary is not None:
+                    what = f"an example of {self.settings.data if task is None else task.spec}"
+                    what += f" ({self.tokenizer.decode(ids[:16])!r}...)"
+                    refuse_unknown_tokens(self.vocabulary, self.tokenizer, ids[:longest], what)
                 self.drawn += 1
                 self.cut += len(ids) > longest
                 ids = ids[:longest]

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rrcli.data.batching import context_length
 from rrcli.data.prompts import stop_strings
 from rrcli.data.rendering import encode_question, question_text
 from rrcli.data.splits import content_hash
 from rrcli.data.tasks import Problem
 from rrcli.data.tokens import encode_prompt
-from rrcli.errors import CheckFailed, UsageError
+from rrcli.errors import CheckFailed, RRError, UsageError
 from rrcli.evaluation import metrics
-from rrcli.evaluation.decoding import decode
+from rrcli.evaluation.decoding import decode, room_for
 from rrcli.evaluation.held_out import EvalData
 from rrcli.evaluation.judging import judge
 from rrcli.evaluation.samples import SampleLog
+from rrcli.recursion.facts import context_length, refuse_unknown_tokens, vocabulary
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
 
@@ -47,6 +47,7 @@ def solve_problems(
 
     Raises:
         UsageError: a stop string is empty, or solved examples are asked of a task that has none to give.
+        RRError: the tokenizer makes no token of a prompt, or one that the model has no embedding for.
         CheckFailed: every answer is empty.
     """
     log = log or SampleLog()
@@ -57,6 +58,13 @@ def solve_problems(
     }
     texts = [question_text(tokenizer, p.question, examples[p.task], settings) for p in data.problems]
     prompts = [encode_question(tokenizer, text, settings) for text in texts]
+    for problem, prompt in zip(data.problems, prompts, strict=True):
+        what = f"a problem of '{problem.task}' ({problem.question[:40]!r})"
+        if not prompt:
+            raise RRError(
+                f"the tokenizer makes no token of {what}", "Name other problems with --task, or --skip-reasoning."
+            )
+        refuse_unknown_tokens(vocabulary(model), tokenizer, prompt, what)
     prompts = _within_context(model, prompts, settings.max_new_tokens, reporter)
     count, seen = len(data.problems), set[tuple[int, int]]()
 
@@ -137,11 +145,31 @@ def _within_context(model: Any, prompts: list[list[int]], new_tokens: int, repor
     """
     room = context_length(model) - new_tokens
     if room < 1:
-        raise UsageError(f"{new_tokens} new tokens do not fit into the model's context of {context_length(model)}")
+        raise UsageError(
+            f"{new_tokens} new tokens do not fit into the model's context of {context_length(model)}",
+            "Take a smaller --max-new-tokens.",
+        )
     long = sum(len(prompt) > room for prompt in prompts)
     if long:
         reporter.warn(f"{long} of {len(prompts)} prompts were cut on the left to {room} tokens, to fit the context")
     return [prompt[-room:] for prompt in prompts]
+
+
+def _with_tokens(
+    model: Any, tokenizer: Any, prompts: Sequence[str], reporter: Reporter
+) -> tuple[list[str], list[list[int]]]:
+    """Return the prompts that have tokens, and these; the others are named in a warning.
+
+    Raises:
+        RRError: the model has no embedding for a token.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    empty = [repr(prompt[:40]) for prompt, ids in zip(prompts, encoded, strict=True) if not ids]
+    if empty:
+        reporter.warn(f"left out, without a single token: prompt {', '.join(empty)}; --prompts FILE names others")
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        refuse_unknown_tokens(vocabulary(model), tokenizer, ids, f"the prompt {prompt[:40]!r}")
+    return [p for p, ids in zip(prompts, encoded, strict=True) if ids], [ids for ids in encoded if ids]
 
 
 def continue_prompts(
@@ -156,12 +184,20 @@ def continue_prompts(
 ) -> list[dict[str, Any]]:
     """Continue each prompt greedily at a depth, without stop strings.
 
+    A prompt of which the tokenizer makes no token is left out, which is said.
+
     Returns:
         Records with `prompt`, `text`, `length` (tokens), `finished` (it ended by itself), `distinct_2` and `rep_4`.
     """
     log = log or SampleLog()
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    encoded = _within_context(model, encoded, GENERATED_TOKENS, reporter)
+    prompts, encoded = _with_tokens(model, tokenizer, prompts, reporter)
+    new_tokens = room_for(model, GENERATED_TOKENS)
+    if new_tokens < GENERATED_TOKENS:
+        reporter.warn(
+            f"sample generations have {new_tokens} tokens, not {GENERATED_TOKENS}: the model's context is "
+            f"{context_length(model)}"
+        )
+    encoded = _within_context(model, encoded, new_tokens, reporter)
     keys = [content_hash(prompt) for prompt in prompts]
     seen = set[int]()
 
@@ -179,7 +215,7 @@ def continue_prompts(
             tokenizer,
             encoded,
             depth=depth,
-            new_tokens=GENERATED_TOKENS,
+            new_tokens=new_tokens,
             batch_tokens=settings.batch_tokens,
             skip=len(entries),
         ):

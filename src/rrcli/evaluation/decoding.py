@@ -25,9 +25,11 @@ from transformers import StoppingCriteria
 from rrcli.data.batching import batches, halving, padded
 from rrcli.data.tokens import CONTEXT_LENGTHS, Detokenizer, end_tokens
 from rrcli.errors import CheckFailed, RRError
+from rrcli.evaluation.generation_settings import without_own_settings
 from rrcli.recursion.abilities import continues_in_blocks, takes_padding
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.engine import at_depth
+from rrcli.recursion.facts import context_length
 from rrcli.recursion.products import through_onednn
 from rrcli.upstream import cache_of, generation_cache_argument, goes_on
 
@@ -43,6 +45,14 @@ GREEDY: dict[str, Any] = {
     "top_p": None,
     "top_k": None,
 }
+
+
+def room_for(model: Any, new_tokens: int) -> int:
+    """Return how many of `new_tokens` are generated where their number is not the user's: half of the context at most.
+
+    The other half is for the prompt.
+    """
+    return max(1, min(new_tokens, context_length(model) // 2))
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ def _decode_batch(model: Any, rows: list[list[int]], ends: _Ends, *, depth: int,
         "pad_token_id": min(ends.tokens, default=0),
     }
     way = _decode_in_chunks if _in_chunks(model, depth) else _decode_in_calls
-    with at_depth(model, depth):
+    with at_depth(model, depth), without_own_settings(model):
         return way(model, ids, mask, ends=ends, new_tokens=new_tokens, options=options)
 
 

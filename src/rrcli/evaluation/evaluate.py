@@ -91,7 +91,7 @@ def evaluate_model(
                 model, tokenizer, data.prompts, depth=depth, settings=settings, reporter=reporter, log=log
             )
             if metrics_tracker is not None:
-                prompts = data.prompts[:PICTURED_PROMPTS]
+                prompts = [record["prompt"] for record in records["generations"][:PICTURED_PROMPTS]]
                 with at_depth(model, depth):
                     pictured = [(p, generate_traced(model, tokenizer, p, PICTURED_TOKENS)) for p in prompts]
         if data.harness:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rrcli.data.rendering import chats
 from rrcli.data.tokens import closes_prompts
 from rrcli.errors import RRError, UsageError, first_line, suggest
 from rrcli.evaluation.samples import SampleLog
 from rrcli.evaluation.stats import normal_quantile
 from rrcli.files import finite
+from rrcli.recursion.facts import refuse_unknown_tokens, vocabulary
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
 
@@ -170,6 +172,16 @@ def _model(model: Any, tokenizer: Any, settings: EvalSettings) -> Any:
         add_bos_token: bool
         batch_size_per_gpu: int
 
+        def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+            ids: list[int] = super().tok_encode(string, *args, **kwargs)
+            refuse_unknown_tokens(vocabulary(self.model), self.tokenizer, ids, f"the request {string[:40]!r}")
+            return ids
+
+        def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
+            for string in strings:
+                self.tok_encode(string)
+            return super().tok_batch_encode(strings, *args, **kwargs)
+
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
 
@@ -208,6 +220,8 @@ def _evaluate(harness: Any, task: HarnessTask, settings: EvalSettings, reporter:
     from lm_eval.api.task import Task
     from lm_eval.evaluator import evaluate
 
+    from rrcli.evaluation.generation_settings import without_own_settings
+
     tasks: list[Task] = list(task.loaded["tasks"].values())
     # As in `simple_evaluate`: a task that asks for 0 examples gets none, whatever the settings are.
     for one in tasks:
@@ -215,17 +229,18 @@ def _evaluate(harness: Any, task: HarnessTask, settings: EvalSettings, reporter:
         if own is None or (settings.num_fewshot >= 0 and own != 0):
             one.set_config(key="num_fewshot", value=max(0, settings.num_fewshot))
         one.set_fewshot_seed(seed=FEWSHOT_SEED)
-    chat = settings.chat_template and bool(getattr(harness.tokenizer, "chat_template", None))
+    chat = chats(harness.tokenizer, settings)
     while True:
         try:
-            return evaluate(
-                harness,
-                task.loaded,
-                limit=settings.max_samples or None,
-                bootstrap_iters=BOOTSTRAP_DRAWS,
-                apply_chat_template=chat,
-                fewshot_as_multiturn=chat,
-            )
+            with without_own_settings(harness.model, choosing=True):
+                return evaluate(
+                    harness,
+                    task.loaded,
+                    limit=settings.max_samples or None,
+                    bootstrap_iters=BOOTSTRAP_DRAWS,
+                    apply_chat_template=chat,
+                    fewshot_as_multiturn=chat,
+                )
         except torch.OutOfMemoryError as error:
             if harness.batch_size_per_gpu == 1:
                 raise RRError(f"memory runs out for one request of '{task.name}'", "Use a smaller --dtype.") from error

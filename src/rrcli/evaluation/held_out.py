@@ -17,7 +17,7 @@ from rrcli.data.splits import is_held_out
 from rrcli.data.tasks import MAX_DRAWS_PER_PROBLEM, Problem, Task
 from rrcli.data.training_data import TRAINING_SEEDS, task_specs
 from rrcli.errors import RRError, UsageError
-from rrcli.settings import CommonSettings, EvalSettings
+from rrcli.settings import CommonSettings, EvalSettings, TrainSettings
 
 if TYPE_CHECKING:
     from rrcli.evaluation.harness import HarnessTask
@@ -52,7 +52,7 @@ class EvalData:
     held_out: int = 0
     harness: tuple[HarnessTask, ...] = ()
 
-    def texts(self, tokenizer: Any, settings: EvalSettings) -> tuple[str, ...]:
+    def texts(self, tokenizer: Any, settings: EvalSettings | TrainSettings) -> tuple[str, ...]:
         """Return every document as the text that a model with this tokenizer is shown."""
         return tuple(text_of(tokenizer, document, settings) for document in self.documents)
 

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from rrcli.allocator import return_freed_memory
-from rrcli.data.batching import context_length
 from rrcli.data.tokens import encode_prompt
 from rrcli.errors import RRError
-from rrcli.evaluation.decoding import GREEDY
+from rrcli.evaluation.decoding import GREEDY, room_for
+from rrcli.evaluation.generation_settings import without_own_settings
 from rrcli.models.costs import countable, held_bytes
 from rrcli.recursion.chunk_metrics import ChunkTotals
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.engine import at_depth
+from rrcli.recursion.facts import context_length, refuse_unknown_tokens, vocabulary
 from rrcli.recursion.probing import in_pieces
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Reporter
@@ -57,7 +58,8 @@ def measure_performance(
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    texts = _prompts(model, tokenizer, documents)
+    decoded = room_for(model, DECODE_TOKENS)
+    texts = _prompts(model, tokenizer, documents, decoded)
     ids = texts[0]
     cuda = model.device.type == "cuda"
     if cuda:
@@ -80,9 +82,9 @@ def measure_performance(
     with reporter.progress("performance", REPEATS + 1, "runs") as progress:
         for repeat in range(REPEATS + 1):
             for way, found in decode.items():
-                short, long = run(way, 1), run(way, 1 + DECODE_TOKENS)
+                short, long = run(way, 1), run(way, 1 + decoded)
                 if repeat:
-                    found.append(max(long - short, 1e-9) / DECODE_TOKENS)
+                    found.append(max(long - short, 1e-9) / decoded)
                     prefill += [] if way else [short]
             progress.advance()
     memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_resident_mb()
@@ -96,28 +98,39 @@ def measure_performance(
         "memory_mb": {"value": memory},
         **({"cache_bytes_per_token": {"value": cache_growth(model, ids, depth)}} if takes_cache(model) else {}),
         "flops_per_token": {"value": counter.get_total_flops() / ids.shape[1] / 1e6},
-        **({f"decode/{k}": {"value": v} for k, v in _chunk_metrics(model, texts, depth).items()} if depth else {}),
+        **(
+            {f"decode/{k}": {"value": v} for k, v in _chunk_metrics(model, texts, depth, new_tokens=decoded).items()}
+            if depth
+            else {}
+        ),
     }
 
 
-def _prompts(model: Any, tokenizer: Any, documents: Sequence[str]) -> list[torch.Tensor]:
-    """Return `[1, position]` ids: first one long text, then the beginnings of some documents."""
-    room = context_length(model) - DECODE_TOKENS
+def _prompts(model: Any, tokenizer: Any, documents: Sequence[str], new_tokens: int) -> list[torch.Tensor]:
+    """Return `[1, position]` ids: first one long text, then the beginnings of some documents.
+
+    Raises:
+        RRError: the tokenizer makes no token of any document, or one that the model does not know.
+    """
+    room = max(1, context_length(model) - new_tokens)
     long: list[int] = []
     short = []
     for text in documents:
         tokens = encode_prompt(tokenizer, text)
+        refuse_unknown_tokens(vocabulary(model), tokenizer, tokens, f"the document {text[:40]!r}")
         long += tokens
         if tokens:
             short.append(tokens[: min(SAMPLE_TOKENS, room)])
         if len(long) >= PREFILL_TOKENS and len(short) >= SAMPLES:
             break
+    if not long:
+        raise RRError("the tokenizer makes no token of any document", "Does it belong to this model and this text?")
     return [torch.tensor([row], device=model.device) for row in (long[: min(PREFILL_TOKENS, room)], *short[:SAMPLES])]
 
 
 def _generate(model: Any, ids: torch.Tensor, new_tokens: int, *, decoding: Any, depth: int) -> torch.Tensor:
     """Return `[1, position]` prompt and exactly so many new tokens."""
-    with at_depth(model, depth):
+    with at_depth(model, depth), without_own_settings(model):
         generated: torch.Tensor = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -130,12 +143,12 @@ def _generate(model: Any, ids: torch.Tensor, new_tokens: int, *, decoding: Any, 
     return generated
 
 
-def _chunk_metrics(model: Any, texts: Sequence[torch.Tensor], depth: int) -> dict[str, float]:
+def _chunk_metrics(model: Any, texts: Sequence[torch.Tensor], depth: int, *, new_tokens: int) -> dict[str, float]:
     """Decode texts in chunks, and compare what the passes predict for the text that was written."""
     decoding, readout = ChunkedDecoding(), Readout(model)
     stable = ChunkTotals()
     for ids in texts:
-        text = _generate(model, ids, DECODE_TOKENS, decoding=decoding, depth=depth)
+        text = _generate(model, ids, new_tokens, decoding=decoding, depth=depth)
         inputs, scored = text[:, :-1], torch.zeros_like(text[:, :-1], dtype=torch.bool)
         scored[:, ids.shape[1] - 1 :] = True
         targets = text[:, 1:][scored]

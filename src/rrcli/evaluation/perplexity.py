@@ -20,6 +20,7 @@ from rrcli.evaluation.samples import SampleLog
 from rrcli.evaluation.windows import Window, windows_of
 from rrcli.recursion.calibration import BIN_SUMS, BINS, reliability
 from rrcli.recursion.chunk_metrics import ChunkTotals, teacher_forced_chunks
+from rrcli.recursion.facts import refuse_unknown_tokens, vocabulary
 from rrcli.recursion.readout import Readout, Scores
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
@@ -54,14 +55,20 @@ def score_documents(
         it.
 
     Raises:
-        RRError: a log-probability is not finite; names the document. CheckFailed: all of them are equal.
+        RRError: a log-probability is not finite, or the model has no embedding for a token; names the document.
+        CheckFailed: all log-probabilities are equal, or no document has a token.
     """
     log = log or SampleLog()
     encoded = [scored_after(tokenizer, text_ids(tokenizer, text)) for text in documents]
+    for number, (start, ids) in enumerate(encoded):
+        what = f"document {number + 1} ({documents[number][:40]!r})"
+        refuse_unknown_tokens(vocabulary(model), tokenizer, [*start, *ids], what)
     empty = [f"{number + 1} ({documents[number][:40]!r})" for number, (_, ids) in enumerate(encoded) if not ids]
+    if len(empty) == len(encoded):
+        raise CheckFailed("the tokenizer makes no token of any document", "Does it belong to this model and this text?")
     if empty:
         reporter.warn(f"left out, without a single token to score: document {', '.join(empty)}")
-    windows = windows_of(model, encoded, settings=settings)
+    windows = windows_of(model, encoded, settings=settings, reporter=reporter)
     expected = iter([[window.document, len(window.targets)] for window in windows])
     entries = log.done(PART, lambda _, entry: _fits(entry, expected, depth))
     done = sum(len(entry["windows"]) for entry in entries)

@@ -24,11 +24,13 @@ def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) ->
     """
     import torch
 
-    from rrcli.data.batching import context_length
     from rrcli.data.tokens import encode_prompt, end_tokens
-    from rrcli.evaluation.decoding import GREEDY
+    from rrcli.evaluation.decoding import GREEDY, room_for
+    from rrcli.evaluation.generation_settings import without_own_settings
+    from rrcli.recursion.facts import context_length
 
-    ids = encode_prompt(tokenizer, prompt)[-max(1, context_length(model) - new_tokens) :]
+    new_tokens = room_for(model, new_tokens)
+    ids = encode_prompt(tokenizer, prompt)[-(context_length(model) - new_tokens) :]
     inputs, ends = torch.tensor([ids], device=model.device), end_tokens(model, tokenizer)
     recursion = getattr(model, "recursion", None)
     decoding = None
@@ -36,15 +38,16 @@ def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) ->
         from rrcli.recursion.chunked_decoding import ChunkedDecoding
 
         decoding = ChunkedDecoding(adaptive=True)
-    sequence = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=new_tokens,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends, default=0),
-        custom_generate=decoding,
-        **GREEDY,
-    )[0, len(ids) :].tolist()
+    with without_own_settings(model):
+        sequence = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=new_tokens,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=min(ends, default=0),
+            custom_generate=decoding,
+            **GREEDY,
+        )[0, len(ids) :].tolist()
     passes, changed = [0] * len(sequence), [False] * len(sequence)
     if decoding is not None:
         passes, changed = decoding.traces[0].passes, decoding.traces[0].changed

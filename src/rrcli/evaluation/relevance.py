@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from rrcli.data.batching import context_length
 from rrcli.data.tokens import encode_prompt, piece_ids, scored_after
 from rrcli.errors import RRError
 from rrcli.recursion.engine import at_depth
+from rrcli.recursion.facts import context_length, refuse_unknown_tokens, vocabulary
 from rrcli.reporting import Reporter
 
 
@@ -41,6 +41,7 @@ def relevance(
     ):
         for record in generations:
             text = piece_ids(tokenizer, record["prompt"], record["text"])
+            refuse_unknown_tokens(vocabulary(model), tokenizer, text, f"the continuation {record['text'][:40]!r}")
             # Where there is no start token, the text's first token is left out of both terms.
             alone, scored = scored_after(tokenizer, text)
             prompt = encode_prompt(tokenizer, record["prompt"]) + text[: len(text) - len(scored)]

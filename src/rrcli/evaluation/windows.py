@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rrcli.data.batching import context_length
+from rrcli.recursion.facts import context_length
+from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
 
 # Tokens of a window unless --max-length says otherwise; fewer where the model's context is shorter.
@@ -49,14 +50,22 @@ def rolling_windows(tokens: list[int], prefix: int, *, length: int, stride: int)
     return windows
 
 
-def windows_of(model: Any, documents: Sequence[tuple[list[int], list[int]]], *, settings: EvalSettings) -> list[Window]:
+def windows_of(
+    model: Any, documents: Sequence[tuple[list[int], list[int]]], *, settings: EvalSettings, reporter: Reporter
+) -> list[Window]:
     """Return the windows of all documents, the longest first.
 
     Args:
         documents: for each the one token that it is scored after, and the tokens that are scored (`scored_after`).
         settings: `max_length` and `stride`, in tokens; 0 stands for the default length, and for a stride of a length.
+            A length beyond the model's context is cut to it, which is said.
     """
-    length = settings.max_length or min(DEFAULT_LENGTH, context_length(model))
+    context = context_length(model)
+    length = min(settings.max_length or DEFAULT_LENGTH, context)
+    if settings.max_length > context:
+        reporter.warn(
+            f"--max-length is {settings.max_length}, but the model's context is {context} tokens: windows have those"
+        )
     stride = min(settings.stride or length, length)
     windows = []
     for number, (start, ids) in enumerate(documents):

@@ -16,6 +16,7 @@ from rrcli.data.prompts import prompts_file
 from rrcli.data.training_data import source_fingerprint, task_specs
 from rrcli.errors import RRError
 from rrcli.evaluation.harness import task_files as harness_files
+from rrcli.experiment.template_date import template_date
 from rrcli.files import METRICS_FILE, combine, read_json
 from rrcli.models.source import ModelSource, base_of
 from rrcli.schemas import Inputs
@@ -75,10 +76,15 @@ def recorded_inputs(path: Path) -> str | None:
 
 
 def data_identity(settings: CommonSettings, directory: Path) -> str:
-    """Identify the text, the tasks and the prompts that the settings name, by the bytes of their files."""
+    """Identify the text, the tasks and the prompts that the settings name, by the bytes of their files.
+
+    The day that a chat template writes belongs to them, where there is one.
+    """
     files = [task_file(spec, directory) for spec in task_specs(settings) if is_file_task(spec)]
     if isinstance(settings, EvalSettings):
         files += [prompts_file(settings.prompts, directory)] if settings.prompts else []
         files += harness_files(settings.harness, directory)
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return combine(source_fingerprint(settings, directory), task_specs(settings), *([hashes] if hashes else []))
+    day = template_date(settings, directory)
+    more = [part for part in (hashes, day) if part]
+    return combine(source_fingerprint(settings, directory), task_specs(settings), *more)

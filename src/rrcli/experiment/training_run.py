@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.experiment.identity import data_identity, model_fingerprint, train_inputs
+from rrcli.experiment.template_date import with_template_date
 from rrcli.experiment.workspace import MAKERS, Workspace
 from rrcli.files import METRICS_FILE, checkpoints, combine, read_json, step_of
 from rrcli.models.source import ModelSource
@@ -82,6 +83,7 @@ def prepare_training(settings: TrainSettings, mode: str, directory: Path, *, mat
     callback = load_callback(settings.callback, directory)
     start = workspace.base() if mode == "vanilla" else workspace.stage_model("after_surgery")
     span = workspace.vanilla_span(settings) if mode == "vanilla" else None
+    settings = with_template_date(settings, start, directory)
     identity = data_identity(settings, directory)
     inputs = train_inputs(settings, mode, model_fingerprint(start, directory), identity, span)
     return TrainingRun(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rrcli.errors import RRError
+from rrcli.recursion.facts import text_config, vocabulary
 from rrcli.recursion.probing import in_pieces
 from rrcli.upstream import cache_of, countable_experts, patched
 
@@ -64,7 +65,7 @@ def measure(model: Any) -> Costs:
     recursion = model.recursion
     layers, span = recursion.layers, range(recursion.start, recursion.end)
     twins = _twins(model, layers)
-    ids = (torch.arange(PROMPT_TOKENS + 1, device=model.device)[None] * 37 + 11) % _vocabulary(model)
+    ids = (torch.arange(PROMPT_TOKENS + 1, device=model.device)[None] * 37 + 11) % vocabulary(model)
     counter = FlopCounterMode(display=False)
     with recursion.at_depth(0), countable(model), _run_once(layers, twins):
         outputs = in_pieces(model, ids, [PROMPT_TOKENS, 1])
@@ -98,10 +99,6 @@ def measure(model: Any) -> Costs:
     )
 
 
-def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().num_embeddings)
-
-
 def _twins(model: Any, layers: list[Any]) -> list[int]:
     """Return for each layer the first one that equals it in class, type and shapes; on a real model, itself.
 
@@ -110,7 +107,7 @@ def _twins(model: Any, layers: list[Any]) -> list[int]:
     """
     if model.device.type != "meta":
         return list(range(len(layers)))
-    types = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(layers)
+    types = getattr(text_config(model.config), "layer_types", None) or [""] * len(layers)
     first: dict[Any, int] = {}
     kinds = [
         (type(layer), types[index], tuple((name, tensor.shape) for name, tensor in layer.state_dict().items()))

@@ -12,6 +12,9 @@ from rrcli.models.source import ModelSource, base_of, resolve
 from rrcli.recursion.config import RecursionConfig
 from rrcli.settings import CommonSettings
 
+# What a tokenizer is tried on: words, digits, blanks, letters of other scripts, and no text at all.
+TRIED_TEXTS = ("Question: 2 + 3 =\nAnswer: five, it's 5.", "\t naïve 東京 🙂", "")
+
 
 def load(
     path: str | Path,
@@ -95,18 +98,24 @@ def load_sidecar(model: Any, folder: Path, config: RecursionConfig) -> Any:
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer in the folder of a model.
+    """Load the tokenizer in the folder of a model, and try it: a broken file is often found only in use.
 
     Raises:
-        RRError: there is none, or it cannot be read.
+        RRError: there is none, it cannot be read, or it fails on a short text.
     """
     from transformers import AutoTokenizer
 
     _quiet()
     try:
-        return AutoTokenizer.from_pretrained(**source.from_pretrained_arguments(), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise _unreadable(source, "tokenizer", error) from error
+        found = AutoTokenizer.from_pretrained(**source.from_pretrained_arguments(), trust_remote_code=trust_remote_code)
+        for text in TRIED_TEXTS:
+            found.decode(found(text)["input_ids"])
+    except BaseException as error:
+        # A panic in the Rust code of the library is no `Exception`.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise _unreadable(source, "tokenizer", error) from error
+        raise
+    return found
 
 
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
@@ -177,7 +186,7 @@ def _load_weights(source: ModelSource, dtype: Any, trust_remote_code: bool) -> A
     return model
 
 
-def _unreadable(source: ModelSource, what: str, error: Exception) -> RRError:
+def _unreadable(source: ModelSource, what: str, error: BaseException) -> RRError:
     if isinstance(error, RRError):
         return error
     hint = ""

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from rrcli.errors import CheckFailed
+from rrcli.recursion.facts import vocabulary
 from rrcli.recursion.probing import decoded_logits
 from rrcli.reporting import Reporter
 
 PROBES = ("The quick brown fox jumps over the lazy dog.", "Question: 2 + 3 =\nAnswer:")
 DECODE_STEPS = 3
+# The tokens of a probe that the tokenizer cannot make.
+STAND_IN_TOKENS = 10
 
 Logits = dict[str, Tensor]
 
@@ -21,7 +24,7 @@ def reference(model: Any, tokenizer: Any) -> list[Logits]:
     """Return the logits of a model before surgery on every probe.
 
     Raises:
-        CheckFailed: logits are not finite, or the tokenizer makes too few tokens of a probe.
+        CheckFailed: logits are not finite.
     """
     found = [_logits(model, ids) for ids in _probes(model, tokenizer)]
     for probe, logits in zip(PROBES, found, strict=True):
@@ -57,11 +60,19 @@ def verify(model: Any, tokenizer: Any, before: list[Logits], *, reporter: Report
 
 
 def _probes(model: Any, tokenizer: Any) -> list[Tensor]:
-    """Return the probes as token ids, each `[1, position]`."""
-    probes = [torch.tensor([tokenizer(probe)["input_ids"]], device=model.device) for probe in PROBES]
-    if min(ids.shape[1] for ids in probes) <= DECODE_STEPS:
-        raise CheckFailed("the tokenizer makes too few tokens of the probe prompts", "Check the tokenizer's files.")
-    return probes
+    """Return the probes as token ids, each `[1, position]`.
+
+    A tokenizer without a token for English letters makes few tokens of a probe, and some have more tokens than the
+    model: tokens from all over the embedding then stand for it.
+    """
+    size = vocabulary(model)
+    found = []
+    for number, probe in enumerate(PROBES):
+        ids = tokenizer(probe)["input_ids"]
+        if len(ids) <= DECODE_STEPS or max(ids) >= size:
+            ids = [(place * 37 + 11 + number) % size for place in range(STAND_IN_TOKENS)]
+        found.append(torch.tensor([ids], device=model.device))
+    return found
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from rrcli.errors import RRError, UsageError
 from rrcli.recursion import caches
 from rrcli.recursion.boundary_head import BoundaryHead
 from rrcli.recursion.config import RecursionConfig
+from rrcli.recursion.facts import hidden_size
 from rrcli.recursion.families import find_layout, home_of
 from rrcli.recursion.feedback_cell import FeedbackCell
 from rrcli.recursion.frames import Frame, Record, hidden_of, with_hidden
@@ -75,8 +76,7 @@ class Recursion(nn.Module):
 
         # Weights of one byte (fp8) are storage, not something to compute in.
         like = next(p for p in self.layers[self.start].parameters() if p.is_floating_point() and p.element_size() > 1)
-        width = getattr(model.config.get_text_config(), "hidden_size", None)
-        hidden = width or model.get_input_embeddings().embedding_dim
+        hidden = hidden_size(model)
         generator = torch.Generator().manual_seed(config.seed)
         self.cell = FeedbackCell(hidden, config.cell_width or hidden, config.max_steps, generator)
         self.head = BoundaryHead(hidden, generator)

@@ -8,13 +8,13 @@ model's structure, and it has to prove itself; see `proof`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from rrcli import upstream
 from rrcli.errors import RRError
+from rrcli.recursion.facts import text_config
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def find_layout(model: nn.Module) -> tuple[Layout, bool]:
     Raises:
         RRError: the family is known not to work, or the layers cannot be found; the message names what was seen.
     """
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    config = text_config(model.config)
     family = config.model_type
     reason = REFUSED.get(family)
     if reason is None and getattr(model.config, "is_encoder_decoder", False):

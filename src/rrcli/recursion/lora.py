@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rrcli import upstream
 from rrcli.errors import RRError
+from rrcli.recursion.facts import text_config
 from rrcli.recursion.families import find_layout
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -144,7 +145,7 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int = 0, span: Sequence[in
 
     if getattr(model, "lora", None) is not None or hasattr(model, "peft_config"):
         raise RRError("the model has adapters already", "Merge them with peft's merge_and_unload() first.")
-    family = model.config.get_text_config().model_type
+    family = text_config(model.config).model_type
     layers = find_layout(model)[0].layers
     recursion = getattr(model, "recursion", None)
     start, end = span or ((recursion.start, recursion.end) if recursion else (0, len(model.get_submodule(layers))))

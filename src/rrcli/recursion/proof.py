@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rrcli.errors import RRError
+from rrcli.recursion.facts import vocabulary
 from rrcli.recursion.families import home_of
 from rrcli.recursion.probing import decoded_logits, in_pieces
 from rrcli.upstream import CACHE_NAMES, is_cache
@@ -69,8 +70,7 @@ def self_check(recursion: Any, tokens: int = 8) -> None:
     """
     model = recursion.model
     family = model.config.model_type
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(tokens, device=home_of(model.get_input_embeddings()))[None] * 37 + 11) % vocabulary
+    ids = (torch.arange(tokens, device=home_of(model.get_input_embeddings()))[None] * 37 + 11) % vocabulary(model)
     training, _ = model.training, model.eval()
     try:
         with recursion.at_depth(0):
@@ -96,7 +96,7 @@ def _prove(recursion: Any) -> None:
     if "input_ids" not in inspect.signature(recursion.backbone.forward).parameters:
         kind = type(recursion.backbone).__name__
         raise _refusal(model, f"the module that holds its layers ({kind}) is not given the tokens")
-    size = model.get_input_embeddings().num_embeddings
+    size = vocabulary(model)
     ids = (torch.arange(BATCH * LENGTH, device=model.device).view(BATCH, LENGTH) * 41 + 13) % size
     tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION)
     with recursion.at_depth(0):

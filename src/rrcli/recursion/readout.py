@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 from rrcli.errors import RRError
 from rrcli.recursion import tiles
 from rrcli.recursion.engine import Passes, at_depth
+from rrcli.recursion.facts import text_config
 from rrcli.recursion.families import find_layout
 from rrcli.recursion.products import through_onednn
 from rrcli.upstream import attention_is_eager, patched
@@ -207,7 +208,7 @@ class Readout:
         Counted are the activations of one layer, the hidden states that each pass keeps, a row of the attention mask
         and, where attention is eager, of its scores; and plain logits in the way `plain`. Tiles do not grow with n.
         """
-        config, size = self.model.config.get_text_config(), self.model.dtype.itemsize
+        config, size = text_config(self.model.config), self.model.dtype.itemsize
         hidden = self.model.get_input_embeddings().weight.shape[1]
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
         inner = inner if isinstance(inner, int) else max(inner)

@@ -20,6 +20,7 @@ from rrcli.evaluation.held_out import EvalData, held_out_data
 from rrcli.evaluation.samples import SampleLog
 from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerprint
 from rrcli.experiment.provenance import provenance
+from rrcli.experiment.template_date import fix_date, with_template_date
 from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, Workspace, check_stage
 from rrcli.files import METRICS_FILE, SCHEMA, back_up, combine, finite, read_json, write_json
 from rrcli.locks import holding, lock, reading
@@ -68,6 +69,7 @@ def evaluate(
     source = held.enter_context(reading(lambda: workspace.resolve(model) if model else workspace.stage_model(stage)))
     held.enter_context(lock(file, f"the evaluation of '{stage}'"))
     fingerprint = source.fingerprint()
+    settings = with_template_date(settings, source, directory)
     inputs = eval_inputs(settings, stage, model_fingerprint(source, directory), data_identity(settings, directory))
     data = _data(settings, directory)
     training = _training(source)
@@ -79,6 +81,8 @@ def evaluate(
     loaded, tokenizer = load_for(settings, source, directory)
     if notice := end_notice(loaded, tokenizer):
         reporter.note(notice)
+    fix_date(tokenizer, settings.template_date)
+    _say_unfollowed(loaded, data, settings, reporter)
     if tokenizer.chat_template:
         _check_form(settings, training, reporter)
     measuring = _set_up_recursion(loaded, source, settings, directory, use_recursive)
@@ -165,6 +169,17 @@ def _tell_about(data: EvalData, settings: EvalSettings, reporter: Reporter) -> N
             f"only {len(data.documents):,} of {data.held_out:,} held-out documents are scored (--max-samples, chosen "
             f"with seed {settings.seed}): for trying out, not for claims"
         )
+
+
+def _say_unfollowed(model: Any, data: EvalData, settings: EvalSettings, reporter: Reporter) -> None:
+    """Say which generation settings of the model its answers are decoded without."""
+    from rrcli.evaluation.generation_settings import unfollowed_settings
+
+    decodes = (data.problems and not settings.skip_reasoning) or (data.prompts and not settings.skip_generation)
+    unfollowed = unfollowed_settings(model) if decodes or data.harness else ""
+    if unfollowed:
+        lm_eval = " (tasks of lm-eval follow those that choose tokens, as lm-eval does)" if data.harness else ""
+        reporter.note(unfollowed + lm_eval)
 
 
 def _check_form(settings: EvalSettings, training: dict[str, Any] | None, reporter: Reporter) -> None:

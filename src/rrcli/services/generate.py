@@ -14,6 +14,7 @@ from rrcli.evaluation.tracing import Piece, PieceBuilder
 from rrcli.experiment.workspace import Workspace
 from rrcli.locks import reading
 from rrcli.models.loading import load_for
+from rrcli.reporting import Reporter
 from rrcli.settings import STAGES, GenerateSettings
 
 
@@ -45,7 +46,13 @@ class GenerateResult:
 
 
 def generate(
-    settings: GenerateSettings, prompt: str, directory: Path, emit: Callable[[Piece], None], *, stage: str | None = None
+    settings: GenerateSettings,
+    prompt: str,
+    directory: Path,
+    emit: Callable[[Piece], None],
+    *,
+    stage: str | None = None,
+    reporter: Reporter | None = None,
 ) -> GenerateResult:
     """Continue a prompt with the model of a stage, by default the last stage that has one.
 
@@ -54,7 +61,7 @@ def generate(
 
     Raises:
         UsageError: an empty prompt or stop string, or a depth that the model does not have. RRError: the stage has no
-            model yet.
+            model yet, or the prompt has no tokens that the model knows.
     """
     if not prompt.strip():
         raise UsageError("the prompt is empty", "Give some text to go on with.")
@@ -64,15 +71,20 @@ def generate(
 
     import torch
 
-    from rrcli.data.batching import context_length
     from rrcli.data.tokens import encode_prompt, end_notice, end_tokens
     from rrcli.evaluation.decoding import GREEDY, StopStrings
+    from rrcli.evaluation.generation_settings import unfollowed_settings, without_own_settings
+    from rrcli.recursion.facts import context_length, refuse_unknown_tokens, vocabulary
 
     with reading(lambda: workspace.stage_model(stage)) as source:
         model, tokenizer = load_for(settings, source, directory)
     recursion = getattr(model, "recursion", None)
     depth = _depth(settings, recursion, stage)
-    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=model.device)
+    encoded = encode_prompt(tokenizer, prompt)
+    if not encoded:
+        raise RRError(f"the tokenizer makes no token of the prompt {prompt[:40]!r}", "Give a text that it knows.")
+    refuse_unknown_tokens(vocabulary(model), tokenizer, encoded, "the prompt")
+    ids = torch.tensor([encoded], device=model.device)
     room = context_length(model) - ids.shape[1]
     if room < 1:
         raise UsageError(f"the prompt has {ids.shape[1]} tokens", f"The model's context is {context_length(model)}.")
@@ -91,17 +103,21 @@ def generate(
         options |= {"top_p": settings.top_p, "top_k": settings.top_k}
     if stop:
         options["stopping_criteria"] = [StopStrings(tokenizer, stop, ids.shape[1], ends=ends)]
+    unfollowed = unfollowed_settings(model)
+    if unfollowed and reporter is not None:
+        reporter.note(unfollowed)
     torch.manual_seed(settings.seed)
     begin = time.perf_counter()
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=min(settings.max_new_tokens, room),
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends, default=0),
-        **options,
-        **({"streamer": stream} if decoding is None else {"custom_generate": decoding}),
-    )
+    with without_own_settings(model):
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(settings.max_new_tokens, room),
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=min(ends, default=0),
+            **options,
+            **({"streamer": stream} if decoding is None else {"custom_generate": decoding}),
+        )
     seconds = time.perf_counter() - begin
     metrics = decoding.totals.metrics() if decoding is not None else {}
     return GenerateResult(stage, prompt, pieces, depth, seconds, metrics, end_notice(model, tokenizer))

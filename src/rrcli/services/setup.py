@@ -181,10 +181,11 @@ def _tensorboard() -> str:
 
 
 def _model(workspace: Workspace) -> str:
+    from rrcli.recursion.facts import described
+
     source = workspace.base()
     config = load_config(source, trust_remote_code=workspace.settings.trust_remote_code)
-    text = config.get_text_config()
-    return f"{source.name}: {text.model_type}, {text.num_hidden_layers} layers, hidden size {text.hidden_size}"
+    return f"{source.name}: {described(config)}"
 
 
 def _tokenizer(workspace: Workspace) -> str:

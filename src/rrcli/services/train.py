@@ -22,6 +22,7 @@ from rrcli.data.training_data import TrainingData, task_specs
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.held_out import EvalData, held_out_data
 from rrcli.experiment.identity import recorded_inputs
+from rrcli.experiment.template_date import fix_date
 from rrcli.experiment.training_run import TrainingRun, prepare_training
 from rrcli.files import (
     checkpoints,
@@ -204,20 +205,18 @@ def _load_model(training: TrainingRun, device: str) -> tuple[Any, Any]:
     """Return the model with what the phase adds to it, and its tokenizer.
 
     Raises:
-        UsageError: the model is in float16. RRError: its vocabulary is smaller than the tokenizer's, or it cannot be
-            compiled.
+        UsageError: the model is in float16. RRError: it cannot be compiled.
     """
     settings, resumed = training.settings, training.resumed_from
     source = ModelSource(str(resumed), resumed) if resumed else training.start
     model, tokenizer = load_for(with_changes(settings, device=device), source, training.directory)
+    fix_date(tokenizer, settings.template_date)
     if "float16" in str(model.dtype).split("."):
         raise UsageError("float16 cannot be trained: its small gradients become zero", "Use --dtype bfloat16.")
     if settings.phase == "b" and not resumed:
         from rrcli.recursion.lora import add_lora
 
         add_lora(model, settings.lora_rank, settings.lora_alpha, settings.seed, training.span)
-    if model.config.get_text_config().vocab_size < len(tokenizer):
-        raise RRError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     if settings.gradient_checkpointing:
         model.config.use_cache = False
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -232,17 +231,22 @@ def _load_data(
     training: TrainingRun, model: Any, tokenizer: Any, reporter: Reporter
 ) -> tuple[EvalData | None, TrainingData]:
     """Return the data that is measured at intervals (None where nothing is), and the data that is trained on."""
+    from rrcli.recursion.facts import vocabulary
+
     settings, directory = training.settings, training.directory
     samples = settings.eval_samples
     evaluation = held_out_data(settings, directory, samples, samples) if settings.eval_interval else None
-    data = TrainingData(_within_context(settings, model, reporter), directory, tokenizer)
+    if evaluation is not None:
+        evaluation.texts(tokenizer, settings)  # what the chat template refuses is found before the first step
+    within = _within_context(settings, model, reporter)
+    data = TrainingData(within, directory, tokenizer, vocabulary=vocabulary(model))
     _tell_about(data, reporter)
     return evaluation, data
 
 
 def _within_context(settings: TrainSettings, model: Any, reporter: Reporter) -> TrainSettings:
     """Return settings whose longest example fits into the model's context; warn where that is shorter."""
-    from rrcli.data.batching import context_length
+    from rrcli.recursion.facts import context_length
 
     context = context_length(model)
     if settings.max_length <= context:

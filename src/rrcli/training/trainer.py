@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from rrcli.data.training_data import TrainingData
 from rrcli.errors import Interrupted, RRError
+from rrcli.evaluation.decoding import room_for
 from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import EvalData
 from rrcli.recursion.batch import Batch
@@ -292,8 +293,8 @@ class Trainer:
         """
         settings = self.settings
         limits = EvalSettings(
-            seed=settings.seed, max_new_tokens=32, skip_performance=True, depth=-1, task=settings.task,
-            chat_template=settings.chat_template,
+            seed=settings.seed, max_new_tokens=room_for(self.model, 32), skip_performance=True, depth=-1,
+            task=settings.task, chat_template=settings.chat_template,
         )  # fmt: skip
         with self.optimizer.published(), unsharded(self.computation):
             found = evaluate_model(
