@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rrcli import upstream
 from rrcli.recursion.engine import at_depth
+from rrcli.recursion.facts import vocabulary
 from rrcli.recursion.families import home_of
 from rrcli.recursion.probing import in_pieces
 from rrcli.recursion.proof import LOW_PRECISION, TOLERANCE
@@ -133,7 +134,7 @@ def _batch(model: Any) -> tuple[Tensor, Tensor]:
     """Return `[2, PROMPT + NEW]` ids, none of which ends a text, and their mask; the second row begins with padding."""
     embedding = model.get_input_embeddings()
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    usual = torch.tensor([i for i in range(min(embedding.num_embeddings, 1000)) if i not in _listed(ends)])
+    usual = torch.tensor([i for i in range(min(vocabulary(model), 1000)) if i not in _listed(ends)])
     count = PROMPT + NEW
     ids = usual[(torch.arange(2 * count).view(2, count) * 37 + 11) % len(usual)].to(home_of(embedding))
     mask = torch.ones_like(ids)
