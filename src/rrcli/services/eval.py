@@ -23,6 +23,7 @@ from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, Workspace, check_s
 from rrcli.files import METRICS_FILE, SCHEMA, combine, finite, make_folder, read_json, write_json
 from rrcli.models.loading import load_for
 from rrcli.models.source import ModelSource, base_of
+from rrcli.models.weights import stamps
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings, SurgerySettings
 from rrcli.tracker import SUMMARY, MetricsTracker
@@ -104,7 +105,7 @@ def evaluate(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "inputs": inputs,
             "model": {
-                "source": str(source.path if source.name != "default" else source.name),
+                "source": source.recorded(directory),
                 "fingerprint": source.fingerprint(),
                 **about,
                 "tokenizer": combine(sorted(tokenizer.get_vocab().items())),
@@ -120,6 +121,8 @@ def evaluate(
             "calibration": measured["calibration"],
             "records": measured["records"],
         }
+        if written := stamps(source.path, base_of(source, directory).path):
+            results["stamps"] = written
         preserved = _preserved(results, workspace) if stage == SURGERY_STAGE else None
         if preserved is not None:
             results["preservation"] = preserved.to_dict()

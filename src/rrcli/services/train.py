@@ -11,6 +11,7 @@ checkpoints and logs and reports to the user; the others wait for it.
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from rrcli.data.problem_files import FileTask
 from rrcli.data.training_data import TrainingData, task_specs
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.held_out import EvalData, held_out_data
-from rrcli.experiment.identity import recorded_inputs
+from rrcli.experiment.identity import recorded_inputs, rewritten
 from rrcli.experiment.training_run import TrainingRun, prepare_training
 from rrcli.files import (
     checkpoints,
@@ -99,9 +100,9 @@ def train(
     _check_shards(settings, processes)
     reporter = reporter if processes.main else Silent()
     training = replace(training, resumed_from=_open_folder(training, processes, restart=restart))
-    model, tokenizer = _load_model(training, processes.device)
-    evaluation, data = _load_data(training, model, tokenizer, reporter)
     try:
+        model, tokenizer = _load_model(training, processes.device)
+        evaluation, data = _load_data(training, model, tokenizer, reporter)
         trainer = _run(
             training, model, tokenizer, data=data, evaluation=evaluation, reporter=reporter, processes=processes
         )
@@ -113,6 +114,9 @@ def train(
         if error.exit_code == 1 and kept:
             error.hint = f"The last good checkpoint is {kept[-1]}. {error.hint}".strip()
         raise
+    finally:
+        with suppress(OSError):  # a refused training leaves no empty folder: only such a one can be removed
+            training.folder.rmdir()
     spent = trainer.state.spent
     return TrainResult(
         run=training.name,
@@ -179,7 +183,7 @@ def _open_folder(training: TrainingRun, processes: Processes, *, restart: bool) 
 
     processes.on_main(make_room)
     found = checkpoints(training.folder)
-    if found and recorded_inputs(found[-1]) != training.inputs:
+    if found and (recorded_inputs(found[-1]) != training.inputs or rewritten(found[-1], training.start.path)):
         raise RRError(
             f"{training.folder} holds a run of other settings, data or model",
             "Use --restart to replace it, or --run-name for another folder.",
@@ -209,7 +213,6 @@ def _load_model(training: TrainingRun, device: str) -> tuple[Any, Any]:
     if model.config.get_text_config().vocab_size < len(tokenizer):
         raise RRError(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
     if settings.gradient_checkpointing:
-        model.config.use_cache = False
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if settings.compile:
         from rrcli.training.compiling import compile_layers
@@ -314,6 +317,7 @@ def _checkpoints_of(training: TrainingRun) -> Checkpoints:
         folder=training.folder,
         inputs=training.inputs,
         base=base_of(training.start, training.directory),
+        directory=training.directory,
         training={
             "mode": training.mode,
             "run": training.name,

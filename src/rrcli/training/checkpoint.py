@@ -29,6 +29,7 @@ from rrcli.files import (
 )
 from rrcli.models.saving import save_folder
 from rrcli.models.source import ModelSource
+from rrcli.models.weights import stamps
 from rrcli.training.sharding import whole, whole_state
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Checkpoints:
         folder: where they lie.
         inputs: the hash of what the run is made from.
         base: the model that a checkpoint refers to where the base's weights are frozen.
+        directory: the working directory; a base inside it is named relative to it.
         training: what `metrics.json` says of the training, beside its costs: mode, run, phase, ...
         made_by: the command that writes them, for error messages.
     """
@@ -85,6 +87,7 @@ class Checkpoints:
     folder: Path
     inputs: str
     base: ModelSource
+    directory: Path
     training: dict[str, Any]
     made_by: str
 
@@ -149,9 +152,11 @@ class Checkpoints:
                 steps=settings.steps,
                 best=trainer.state.best.get("step") == step,
                 training=self.training | vars(trainer.state.spent),
+                **({"stamps": written} if (written := stamps(self.base.path)) else {}),
             )
             save_folder(
-                target, trainer.model, trainer.tokenizer, base=self.base, base_fingerprint=self.base.fingerprint(),
+                target, trainer.model, trainer.tokenizer,
+                base=self.base, directory=self.directory, base_fingerprint=self.base.fingerprint(),
                 own_weights=settings.phase == "c", states=states,
             )  # fmt: skip
 
