@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from rrcli import files
-from rrcli.models import weights
 from rrcli.errors import RRError
+from rrcli.models import weights
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 

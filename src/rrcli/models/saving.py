@@ -68,16 +68,20 @@ def save_folder(
         "lora": lora is not None,
     }
     write_json(folder / MANIFEST, manifest)
-    if recursion is not None:
-        _compare([folder / SIDECAR], sidecar)
-    if lora is not None:
-        _compare([folder / ADAPTER_WEIGHTS], lora.state_dict())
-    if own_weights:
-        refuse_adapter(folder)
-        left_out = model._keys_to_ignore_on_save or ()
-        weights = states[0] if states else model.state_dict()
-        _compare(weight_files(folder), {name: t for name, t in weights.items() if name not in left_out})
-    read_manifest(folder)
+    try:
+        if recursion is not None:
+            _compare([folder / SIDECAR], sidecar)
+        if lora is not None:
+            _compare([folder / ADAPTER_WEIGHTS], lora.state_dict())
+        if own_weights:
+            refuse_adapter(folder)
+            left_out = model._keys_to_ignore_on_save or ()
+            weights = states[0] if states else model.state_dict()
+            _compare(weight_files(folder), {name: t for name, t in weights.items() if name not in left_out})
+        read_manifest(folder)
+    except RRError as error:
+        hint = "Nothing was published; what was there before stays. Look at the disk; report the model's family."
+        raise RRError(f"what was written is not what was to be saved: {error.message}", hint) from error
 
 
 def _compare(files: list[Path], expected: Mapping[str, Any]) -> None:
@@ -95,7 +99,7 @@ def _compare(files: list[Path], expected: Mapping[str, Any]) -> None:
     distinct = {(t.data_ptr(), t.shape, t.stride()) if t.numel() else name: t for name, t in expected.items()}
     elements = sum(tensor.numel() for tensor in distinct.values())
     if (written := sum(math.prod(entry["shape"]) for _, entry in found.values())) != elements:
-        raise _not_written(files[0], f"it holds {written:,} numbers, {elements:,} were to be written")
+        raise _wrong(files[0], f"it holds {written:,} numbers, {elements:,} were to be written")
     if not found.keys() <= expected.keys():
         return
     for file in files:
@@ -103,9 +107,9 @@ def _compare(files: list[Path], expected: Mapping[str, Any]) -> None:
             for name in opened.keys():  # noqa: SIM118 - not a dictionary
                 saved, tensor = opened.get_slice(name), expected[name]
                 if saved.get_shape() != list(tensor.shape):
-                    raise _not_written(file, f"'{name}' has the shape {saved.get_shape()}, not {list(tensor.shape)}")
+                    raise _wrong(file, f"'{name}' has the shape {saved.get_shape()}, not {list(tensor.shape)}")
                 if tensor.ndim and tensor.numel() and not _same_ends(saved, tensor):
-                    raise _not_written(file, f"'{name}' holds other numbers")
+                    raise _wrong(file, f"'{name}' holds other numbers")
 
 
 def _same_ends(saved: Any, tensor: Any) -> bool:
@@ -119,5 +123,5 @@ def _same_ends(saved: Any, tensor: Any) -> bool:
     return True
 
 
-def _not_written(file: Path, what: str) -> RRError:
-    return RRError(f"{file.name} is not what was to be saved: {what}", "Nothing was published; what was there stays.")
+def _wrong(file: Path, what: str) -> RRError:
+    return RRError(f"{file.name}: {what}")
