@@ -207,7 +207,7 @@ def test_a_checkpoint_that_cannot_be_read_back_is_not_published_and_the_older_on
             model.config.save_pretrained(folder)
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_once)
-    with pytest.raises(RRError, match="not what was to be saved: .* holds no weights") as caught:
+    with pytest.raises(RRError, match=r"not what was to be saved: .* holds no weights") as caught:
         service.train(changed(steps=3, save_interval=1, keep=1), "vanilla", tmp_path, Silent())
     [left] = checkpoints(tmp_path / "checkpoints" / "finetuned_vanilla")
     assert left.name == "step-000001"

@@ -134,9 +134,9 @@ def fingerprint(source: Path) -> str:
         digest.update(f"{path.name if source.is_dir() else ''}:".encode())
         _hash_weights(path, digest)
     for path in behaviour_files(source):
-        content = path.read_bytes()
         name = path.relative_to(source).as_posix() if source.is_dir() else path.name
-        digest.update(f"{name}:{len(content)}\n".encode() + content)
+        with path.open("rb") as file:
+            digest.update(f"{name}:".encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
