@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rrcli
+from families import build
 from operating import operate, sidecar
 from rrcli.demo.defaults import MODEL_DIR
 from rrcli.errors import RRError
@@ -21,6 +22,7 @@ from rrcli.models.inspection import inspect_weights
 from rrcli.models.loading import load_tokenizer
 from rrcli.models.saving import save_folder
 from rrcli.models.source import ModelSource, base_of, resolve
+from tiny_configs import CONFIGS, MORE
 
 FIRST = "model.embed_tokens.weight"
 STALE = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -289,3 +291,23 @@ def test_what_was_saved_is_compared_before_it_is_published(
         save_folder(
             folder, model, tokenizer, base=source, directory=tmp_path, base_fingerprint="x", own_weights=True
         )  # fmt: skip
+
+
+def saved_and_read_back(family: str, folder: Path) -> None:
+    source = ModelSource("default", MODEL_DIR)
+    save_folder(
+        folder, build(family), load_tokenizer(source),
+        base=source, directory=folder, base_fingerprint="x", own_weights=True,
+    )  # fmt: skip
+
+
+# Tied weights, transposed ones, experts that are saved apart, and parameters without a matrix.
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "mamba", "gemma4_text", "qwen3_moe"])
+def test_whatever_way_a_family_is_saved_it_is_found_to_be_the_same(family: str, tmp_path: Path) -> None:
+    saved_and_read_back(family, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(CONFIGS | MORE))
+def test_every_family_is_found_to_be_the_same(family: str, tmp_path: Path) -> None:
+    saved_and_read_back(family, tmp_path)

@@ -64,6 +64,7 @@ def evaluate(
     source = workspace.resolve(model) if model else workspace.stage_model(stage)
     make_folder(file.parent)
     inputs = eval_inputs(settings, stage, model_fingerprint(source, directory), data_identity(settings, directory))
+    written = stamps(source.path, base_of(source, directory).path)
     data = _data(settings, directory)
     training = _training(source)
     _check_problems(data, settings, training, directory, reporter)
@@ -78,7 +79,7 @@ def evaluate(
     recursion = getattr(loaded, "recursion", None)
     shape = recursion.config.to_dict() if recursion is not None else None
     device, dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
-    key = combine(inputs, asdict(measuring), shape, device, dtype)
+    key = combine(inputs, asdict(measuring), shape, device, dtype, *([written] if written else []))
     step = training["steps"] if training else 0
     tracker = MetricsTracker(workspace.log_folder(stage)) if settings.tensorboard else None
     log_file = file.with_name(f"{stage}_samples.jsonl")
@@ -121,7 +122,7 @@ def evaluate(
             "calibration": measured["calibration"],
             "records": measured["records"],
         }
-        if written := stamps(source.path, base_of(source, directory).path):
+        if written:
             results["stamps"] = written
         preserved = _preserved(results, workspace) if stage == SURGERY_STAGE else None
         if preserved is not None:

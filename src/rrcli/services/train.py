@@ -31,6 +31,7 @@ from rrcli.files import (
 )
 from rrcli.models.loading import load_for
 from rrcli.models.source import ModelSource, base_of
+from rrcli.models.weights import stamps
 from rrcli.reporting import Reporter, Silent
 from rrcli.settings import TrainSettings, with_changes
 from rrcli.training.launching import launch, launched
@@ -312,11 +313,13 @@ def _run(
 def _checkpoints_of(training: TrainingRun) -> Checkpoints:
     from rrcli.training.checkpoint import Checkpoints
 
-    settings = training.settings
+    settings, base = training.settings, base_of(training.start, training.directory)
     return Checkpoints(
         folder=training.folder,
         inputs=training.inputs,
-        base=base_of(training.start, training.directory),
+        base=base,
+        base_fingerprint=base.fingerprint(),
+        base_stamps=stamps(base.path),
         directory=training.directory,
         training={
             "mode": training.mode,
