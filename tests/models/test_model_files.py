@@ -173,6 +173,18 @@ def test_a_large_file_that_is_written_again_makes_stale_what_was_made_from_it(
     base_of(resolve(str(sidecar(copy)), copy), copy)
 
 
+def test_a_folder_that_version_0_1_made_is_read_as_long_as_its_base_is_the_same(folder: Path, tmp_path: Path) -> None:
+    operate(tmp_path, verify=False)
+    file = sidecar(tmp_path) / "recursion.json"
+    manifest = json.loads(file.read_text())
+    manifest["base"] = {"source": str(folder), "fingerprint": weights.fingerprint_0_1(folder)}
+    file.write_text(json.dumps(manifest))
+    assert base_of(resolve(str(sidecar(tmp_path)), tmp_path), tmp_path).path == folder
+    configure(folder, rope_theta=5.0)
+    with pytest.raises(RRError, match=r"was made for \w{16}, found"):
+        base_of(resolve(str(sidecar(tmp_path)), tmp_path), tmp_path)
+
+
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 

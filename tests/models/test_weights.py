@@ -206,6 +206,12 @@ def test_a_fingerprint_changes_with_the_files_that_are_read_and_with_no_others(t
     assert weights.fingerprint(folder) != known
 
 
+def test_a_fingerprint_of_version_0_1_is_known_again(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "vocab.json").write_text("{}")
+    assert weights.fingerprint_0_1(folder) == "248ce06400239607"  # as that version computed it
+
+
 def test_a_fingerprint_of_a_gguf_file_is_its_content(tmp_path: Path) -> None:
     for name, content in (("a.gguf", b"GGUF one"), ("b.gguf", b"GGUF one"), ("c.gguf", b"GGUF two")):
         (tmp_path / name).write_bytes(content)

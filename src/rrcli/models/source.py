@@ -14,7 +14,7 @@ from rrcli.demo.defaults import MODEL_DIR
 from rrcli.errors import RRError, UsageError, first_line
 from rrcli.files import MANIFEST, METRICS_FILE, read_json
 from rrcli.models.manifest import compare_hashes, read_manifest
-from rrcli.models.weights import SUFFIXES, fingerprint, refuse_adapter, weight_files, written_since
+from rrcli.models.weights import SUFFIXES, fingerprint, fingerprint_0_1, refuse_adapter, weight_files, written_since
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def base_of(source: ModelSource, directory: Path) -> ModelSource:
     recorded = manifest["base"]
     base = resolve(recorded["source"], _start_of(recorded["source"], source, directory))
     found = base.fingerprint()
-    if found != recorded["fingerprint"]:
+    if found != recorded["fingerprint"] != fingerprint_0_1(base.path):
         raise RRError(
             f"the base model {recorded['source']} changed: {source.path} was made for {recorded['fingerprint']}, "
             f"found {found}",

@@ -39,6 +39,11 @@ SUFFIXES = (
     *(".json", ".jinja", ".py", ".txt", ".model"),
     *(".spm", ".codes", ".bpe", ".tiktoken", ".vocab", ".tokenizer"),
 )
+HASHED_BY_0_1 = (
+    *("config.json", "generation_config.json", "adapter_config.json", MANIFEST),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "chat_template.jinja"),
+)
 TEMPLATES = "additional_chat_templates"
 # What lies beside a model with one of these suffixes, and is read by people or trainers alone.
 NOT_READ = ("readme", "license", "notice", "requirements", "trainer_state.", "training_args.", METRICS_FILE)
@@ -137,6 +142,28 @@ def fingerprint(source: Path) -> str:
         name = path.relative_to(source).as_posix() if source.is_dir() else path.name
         with path.open("rb") as file:
             digest.update(f"{name}:".encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_0_1(source: Path) -> str:
+    """Return the fingerprint that manifests of version 0.1 hold, so that their folders can be read."""
+    digest = hashlib.sha256()
+    files = (
+        sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".gguf")) if source.is_dir() else [source]
+    )
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name if source.is_dir() else ''}:{size}\n".encode())
+        with path.open("rb") as file:
+            head = file.read(8)
+            if path.suffix == ".safetensors" and len(head) == 8:
+                digest.update(file.read(min(struct.unpack("<Q", head)[0], size)))
+            for block in range(SAMPLED_BLOCKS):
+                file.seek(max(0, size - BLOCK_BYTES) * block // (SAMPLED_BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    for path in (source / name for name in HASHED_BY_0_1):
+        if path.exists():
+            digest.update(f"{path.name}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
