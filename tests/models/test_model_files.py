@@ -97,6 +97,13 @@ def test_weights_that_transformers_does_not_find_are_not_found(folder: Path, alo
         resolve("model", folder.parent)
 
 
+@pytest.mark.parametrize("named", ["adapter_model.bin", "../model.safetensors", 3])
+def test_weights_that_the_configuration_names_are_safetensors_of_the_folder(folder: Path, named: object) -> None:
+    configure(folder, transformers_weights=named)
+    with pytest.raises(RRError, match="no safetensors file|is not a plain name"):
+        resolve("model", folder.parent)
+
+
 def test_an_export_of_a_folder_with_a_stale_index_holds_the_weights_that_are_read(folder: Path, tmp_path: Path) -> None:
     other(folder, *STALE, index=True)
     (folder / "additional_chat_templates").mkdir()

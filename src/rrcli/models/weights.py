@@ -218,12 +218,23 @@ def _hash_weights(path: Path, digest: Any) -> None:
 
 
 def _named_weights(folder: Path) -> str:
-    """Return the file that config.json names for the weights, or ''."""
+    """Return the file that config.json names for the weights, or ''.
+
+    Raises:
+        RRError: it is no safetensors file (transformers would read a pickled adapter), or lies elsewhere.
+    """
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(NAMED)
     except (OSError, ValueError, AttributeError):  # whoever loads the configuration says what is wrong with it
         return ""
-    return safe_name(named, NAMED) if isinstance(named, str) and named.endswith((".safetensors", ".index.json")) else ""
+    if named is None:
+        return ""
+    if not isinstance(named, str) or not named.endswith((".safetensors", ".safetensors.index.json")):
+        raise RRError(
+            f"{folder / 'config.json'} names {named!r} under '{NAMED}', which is no safetensors file",
+            "Only safetensors are read: save the model with save_pretrained().",
+        )
+    return safe_name(named, NAMED)
 
 
 def _is_read(name: str) -> bool:
