@@ -41,7 +41,7 @@ TORCH_FREE = (
     *(f"data/{name}" for name in ("lines", "problem_files", "prompts", "sources", "readers", "splits", "tasks")),
     *("data/conversations", "data/document_store", "data/rendering"),
     *("recursion/batch", "recursion/config"),
-    *("models/inspection", "models/manifest", "models/source", "models/export"),
+    *("models/inspection", "models/manifest", "models/source", "models/export", "models/weights"),
     *("evaluation/stats", "evaluation/metrics", "evaluation/judging", "evaluation/samples"),
     "evaluation/tracing",
     *("comparison", "experiment/planning", "experiment/workspace", "experiment/identity"),

@@ -1,6 +1,6 @@
-"""Writes files and folders so that a reader finds them complete or not at all, and tells models apart.
+"""Writes files and folders so that a reader finds them complete or not at all.
 
-Also here: manifests, fingerprints and the headers of safetensors files. Nothing imports torch, so every command can
+Also here: hashes, the headers of safetensors files, and checkpoints. Nothing imports torch, so every command can
 look at a workspace in milliseconds.
 """
 
@@ -22,29 +22,16 @@ import msgspec
 from safetensors import SafetensorError
 
 from rrcli.errors import RRError, UsageError
-from rrcli.schemas import WeightIndex
 
 MANIFEST = "recursion.json"
 METRICS_FILE = "metrics.json"
 SIDECAR = "recursion.safetensors"
-INDEX = "model.safetensors.index.json"
 TRAINER_STATE = "trainer_state"
-WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 SCHEMA = 1
 
 Object = TypeVar("Object")
 
-# A fingerprint reads the whole header of each weight file and this many blocks, spread over the rest of it: enough to
-# notice any training step, and no more for a model of 100 GB than for one of 1 GB.
-SAMPLED_BLOCKS = 16
-BLOCK_BYTES = 64 * 1024
 HASHED_BYTES = 2**24
-# Other files that decide how a model behaves; they are hashed whole.
-SMALL_FILES = (
-    *("config.json", "generation_config.json", "adapter_config.json", MANIFEST),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "chat_template.jinja"),
-)
 
 
 # -- publishing --------------------------------------------------------------------------------------------------------
@@ -315,56 +302,6 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         wrong = "truncated" if size < 8 + length + end else "too long"
         raise RRError(f"{path} is {wrong}: its header describes {8 + length + end} bytes, it has {size}", hint)
     return {key: entry for key, entry in header.items() if key != "__metadata__"}
-
-
-def weight_files(source: Path) -> list[Path]:
-    """Return the weight files of a model folder (safetensors) or the single `.gguf` file, checked for truncation.
-
-    Raises:
-        RRError: no weights, only pickled weights, a shard that the index names is missing, or a truncated file.
-    """
-    if source.is_file():
-        return [source]
-    index = source / INDEX
-    if index.exists():
-        weight_map = read_json(index, "the model's author", WeightIndex)["weight_map"]
-        names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (source / name).exists()]
-        if missing:
-            raise RRError(f"{source} lacks {missing[0]}, which its index names", "Download or copy the folder again.")
-        files = [source / safe_name(name, "shard") for name in names]
-    else:
-        files = [p for p in sorted(source.glob("*.safetensors")) if p.name != SIDECAR]
-    if not files:
-        pickled = sorted([*source.glob("*.bin"), *source.glob("*.pt"), *source.glob("*.pth")])
-        reason = f"only pickled weights ({pickled[0].name}), which are never read" if pickled else "no weights"
-        raise RRError(f"{source} holds {reason}", "A model folder needs config.json and model*.safetensors.")
-    for file in files:
-        safetensors_header(file)
-    return files
-
-
-def fingerprint(source: Path) -> str:
-    """Return a short hash that identifies the weights, configuration and tokenizer of a model folder or `.gguf` file.
-
-    Of each weight file it reads the header and `SAMPLED_BLOCKS` blocks, so the time does not grow with the model.
-    """
-    digest = hashlib.sha256()
-    files = [source] if source.is_file() else sorted(p for p in source.iterdir() if p.suffix in WEIGHT_SUFFIXES)
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name if source.is_dir() else ''}:{size}\n".encode())
-        with path.open("rb") as file:
-            head = file.read(8)
-            if path.suffix == ".safetensors" and len(head) == 8:
-                digest.update(file.read(min(struct.unpack("<Q", head)[0], size)))
-            for block in range(SAMPLED_BLOCKS):
-                file.seek(max(0, size - BLOCK_BYTES) * block // (SAMPLED_BLOCKS - 1))
-                digest.update(file.read(BLOCK_BYTES))
-    for name in SMALL_FILES:
-        if source.is_dir() and (source / name).exists():
-            digest.update(f"{name}\n".encode() + (source / name).read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def sha256(path: Path, advance: Callable[[int], None]) -> str:

@@ -210,10 +210,18 @@ class Manifest(TypedDict):
     lora: NotRequired[bool]
 
 
+class Stamps(TypedDict):
+    """When large weight files were written: path -> [bytes, time in nanoseconds], on one host."""
+
+    host: str
+    files: dict[str, list[int]]
+
+
 class Inputs(TypedDict):
     """What any artefact says of what it was made from."""
 
     inputs: NotRequired[str]
+    stamps: NotRequired[Stamps]
 
 
 class Scalar(TypedDict):

@@ -101,10 +101,10 @@ def test_missing_and_truncated_shards_are_named(model: Path, tmp_path: Path) -> 
         operate(tmp_path, verify=False)
 
 
-def test_a_tensor_in_two_files_without_an_index(tmp_path: Path) -> None:
+def test_files_without_an_index_are_not_guessed_at(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_file({"same": torch.ones(3)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(RRError, match="tensor 'same' is in 2 files"):
+    with pytest.raises(RRError, match=r"no model\.safetensors .* only one\.safetensors, two\.safetensors"):
         inspect_weights(tmp_path)
 
 
@@ -143,24 +143,34 @@ def test_hashes_are_recorded_and_compared_when_asked(model: Path, tmp_path: Path
     rrcli.load(sidecar(tmp_path), check_hashes=True)
 
 
-def test_a_byte_between_the_samples_is_seen_by_hashes_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The samples would cover all of so small a file.
-    monkeypatch.setattr("rrcli.files.BLOCK_BYTES", 1024)
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_byte_between_the_samples_is_seen_by_times_and_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashed: bool
+) -> None:
+    # So small a file would be hashed whole.
+    monkeypatch.setattr("rrcli.models.weights.WHOLE_BYTES", 1024)
+    monkeypatch.setattr("rrcli.models.weights.BLOCK_BYTES", 1024)
     folder = tmp_path / "model"
     shutil.copytree(defaults.MODEL_DIR, folder)
-    operate(tmp_path, hash_weights=True, verify=False)
+    operate(tmp_path, hash_weights=hashed, verify=False)
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
     place = next(i for i in range(len(content) // 2, len(content)) if not sampled(i, len(content)))
     content[place] ^= 1
+    before = file.stat()
     file.write_bytes(content)
+    found = r"changed: its SHA-256 was \w{64}, found \w{64}" if hashed else "was written again after"
+    with pytest.raises(RRError, match=found):
+        rrcli.load(sidecar(tmp_path))
+    # With its old time it looks like the old file, except to whoever reads all of it.
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     rrcli.load(sidecar(tmp_path))
-    with pytest.raises(RRError, match=r"changed: its SHA-256 was \w{64}, found \w{64}"):
+    with pytest.raises(RRError, match=found if hashed else "records no hashes"):
         rrcli.load(sidecar(tmp_path), check_hashes=True)
 
 
 def sampled(place: int, size: int) -> bool:
-    from rrcli.files import BLOCK_BYTES, SAMPLED_BLOCKS
+    from rrcli.models.weights import BLOCK_BYTES, SAMPLED_BLOCKS
 
     starts = [max(0, size - BLOCK_BYTES) * block // (SAMPLED_BLOCKS - 1) for block in range(SAMPLED_BLOCKS)]
     return any(start <= place < start + BLOCK_BYTES for start in starts)

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from rrcli import files
 from rrcli.errors import RRError
+from rrcli.models import weights
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
@@ -92,7 +93,7 @@ def test_any_bytes_give_a_header_or_one_of_our_errors(data: bytes) -> None:
 def test_weight_files_of_a_plain_folder(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     save(folder / files.SIDECAR)
-    assert files.weight_files(folder) == [folder / "model.safetensors"]
+    assert weights.weight_files(folder) == [folder / "model.safetensors"]
 
 
 def sharded(path: Path) -> Path:
@@ -106,12 +107,12 @@ def sharded(path: Path) -> Path:
 
 def test_weight_files_of_shards(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "model")
-    assert [file.name for file in files.weight_files(folder)] == [
+    assert [file.name for file in weights.weight_files(folder)] == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     ]
     save(folder / "stray.safetensors")
-    assert len(files.weight_files(folder)) == 2
+    assert len(weights.weight_files(folder)) == 2
 
 
 def test_a_missing_or_cut_shard_is_named(tmp_path: Path) -> None:
@@ -119,10 +120,10 @@ def test_a_missing_or_cut_shard_is_named(tmp_path: Path) -> None:
     last = folder / "model-00002-of-00002.safetensors"
     last.write_bytes(last.read_bytes()[:-1])
     with pytest.raises(RRError, match=r"model-00002-of-00002\.safetensors is truncated"):
-        files.weight_files(folder)
+        weights.weight_files(folder)
     last.unlink()
     with pytest.raises(RRError, match=r"lacks model-00002-of-00002\.safetensors"):
-        files.weight_files(folder)
+        weights.weight_files(folder)
 
 
 def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
@@ -131,26 +132,26 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "../outside.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(RRError, match="is not a plain name"):
-        files.weight_files(folder)
+        weights.weight_files(folder)
 
 
 @pytest.mark.parametrize("pickled", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
 def test_pickled_weights_are_never_read(tmp_path: Path, pickled: str) -> None:
     (tmp_path / pickled).write_bytes(b"\x80\x04.")
     with pytest.raises(RRError, match=f"only pickled weights \\({pickled}\\)") as caught:
-        files.weight_files(tmp_path)
+        weights.weight_files(tmp_path)
     assert "safetensors" in caught.value.hint
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(RRError, match="no weights"):
-        files.weight_files(tmp_path)
+        weights.weight_files(tmp_path)
 
 
 def test_a_single_file_is_its_own_weights(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    assert files.weight_files(file) == [file]
+    assert weights.weight_files(file) == [file]
 
 
 # -- fingerprints ------------------------------------------------------------------------------------------------------
@@ -158,17 +159,17 @@ def test_a_single_file_is_its_own_weights(tmp_path: Path) -> None:
 
 def test_a_fingerprint_is_the_same_for_a_copy_and_after_touching(tmp_path: Path) -> None:
     first, copy = model_folder(tmp_path / "first"), model_folder(tmp_path / "copy")
-    known = files.fingerprint(first)
-    assert files.fingerprint(copy) == known
+    known = weights.fingerprint(first)
+    assert weights.fingerprint(copy) == known
     (first / "README.md").write_text("not part of the model")
     os.utime(first / "model.safetensors", (1, 1))
-    assert files.fingerprint(first) == known
+    assert weights.fingerprint(first) == known
 
 
 @pytest.mark.parametrize("size", [24, 16 * 1024, 200 * 1024])
 def test_a_fingerprint_sees_every_single_byte_of_a_small_file(tmp_path: Path, size: int) -> None:
     folder = model_folder(tmp_path / "model", weight=np.zeros(size, np.float32))
-    known = {files.fingerprint(folder)}
+    known = {weights.fingerprint(folder)}
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     places = [0, 8, 20, len(whole) // 3, len(whole) // 2, len(whole) - 2, len(whole) - 1]
@@ -176,39 +177,45 @@ def test_a_fingerprint_sees_every_single_byte_of_a_small_file(tmp_path: Path, si
         changed = bytearray(whole)
         changed[place] ^= 1
         file.write_bytes(changed)
-        known.add(files.fingerprint(folder))
+        known.add(weights.fingerprint(folder))
     assert len(known) == 1 + len(places)
 
 
 def test_a_fingerprint_of_a_large_file_sees_a_training_step(tmp_path: Path) -> None:
-    weights = np.zeros(2_000_000, np.float32)
-    first = model_folder(tmp_path / "first", weight=weights)
-    second = model_folder(tmp_path / "second", weight=weights + np.float32(1e-8))
-    assert files.fingerprint(first) != files.fingerprint(second)
+    values = np.zeros(2_000_000, np.float32)
+    first = model_folder(tmp_path / "first", weight=values)
+    second = model_folder(tmp_path / "second", weight=values + np.float32(1e-8))
+    assert weights.fingerprint(first) != weights.fingerprint(second)
 
 
 @pytest.mark.parametrize("name", ["config.json", files.MANIFEST])
 def test_a_fingerprint_changes_with_the_configuration(tmp_path: Path, name: str) -> None:
     folder = model_folder(tmp_path / "model")
-    before = files.fingerprint(folder)
+    before = weights.fingerprint(folder)
     (folder / name).write_text('{"model_type": "other"}')
-    assert files.fingerprint(folder) != before
+    assert weights.fingerprint(folder) != before
 
 
-def test_a_fingerprint_changes_with_names_and_further_files(tmp_path: Path) -> None:
+def test_a_fingerprint_changes_with_the_files_that_are_read_and_with_no_others(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
-    seen = {files.fingerprint(folder)}
-    (folder / "model.safetensors").rename(folder / "other.safetensors")
-    seen.add(files.fingerprint(folder))
-    save(folder / "second.safetensors")
-    seen.add(files.fingerprint(folder))
-    assert len(seen) == 3
+    known = weights.fingerprint(folder)
+    save(folder / "model.fp16.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"weight": "gone.safetensors"}}))
+    assert weights.fingerprint(folder) == known
+    (folder / "model.safetensors").rename(folder / "gone.safetensors")
+    assert weights.fingerprint(folder) != known
+
+
+def test_a_fingerprint_of_version_0_1_is_known_again(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "vocab.json").write_text("{}")
+    assert weights.fingerprint_0_1(folder) == "248ce06400239607"  # as that version computed it
 
 
 def test_a_fingerprint_of_a_gguf_file_is_its_content(tmp_path: Path) -> None:
     for name, content in (("a.gguf", b"GGUF one"), ("b.gguf", b"GGUF one"), ("c.gguf", b"GGUF two")):
         (tmp_path / name).write_bytes(content)
-    a, b, c = (files.fingerprint(tmp_path / f"{name}.gguf") for name in "abc")
+    a, b, c = (weights.fingerprint(tmp_path / f"{name}.gguf") for name in "abc")
     assert a == b != c
 
 
@@ -219,7 +226,7 @@ def test_a_fingerprint_does_not_read_a_huge_file_whole(tmp_path: Path) -> None:
         sparse.write(b"GGUF")
         sparse.truncate(8 * 2**30)
     before = _read()
-    files.fingerprint(file)
+    weights.fingerprint(file)
     assert _read() - before < 2**28
 
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import rrcli
+from rrcli import configuration
 from rrcli.data.training_data import TrainingData
+from rrcli.demo.defaults import MODEL_DIR
 from rrcli.errors import RRError, UsageError
+from rrcli.experiment.planning import status_of
 from rrcli.files import checkpoints
 from rrcli.recursion.batch import IGNORED
 from rrcli.reporting import Silent
 from rrcli.services import train as service
-from rrcli.settings import TrainSettings, with_changes
+from rrcli.services.eval import evaluate
+from rrcli.services.surgery import surgery
+from rrcli.settings import EvalSettings, SurgerySettings, TrainSettings, with_changes
 from rrcli.training import step_plan
 from rrcli.training.optimizer import learning_rate_factor
 from training_runs import curve
@@ -164,3 +171,60 @@ def test_settings_that_mean_nothing_are_refused_before_a_model_is_loaded(
         service.train(changed(**values), mode, tmp_path, Silent(), match_flops=match_flops)
     assert message in f"{error.value.message} {error.value.hint}"
     assert not list((tmp_path / "checkpoints").glob("*/*"))
+
+
+@pytest.mark.parametrize("base_says", [True, False])
+def test_checkpointing_activations_leaves_the_configuration_as_the_base_has_it(tmp_path, base_says):
+    base = shutil.copytree(MODEL_DIR, tmp_path / "model")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"use_cache": base_says}))
+    for name, on in (("kept", False), ("recomputed", True)):
+        settings = changed(model="model", steps=2, run_name=name, gradient_checkpointing=on)
+        result = service.train(settings, "vanilla", tmp_path, Silent())
+        assert json.loads((result.checkpoint / "config.json").read_text())["use_cache"] is base_says
+    assert curve(tmp_path, "kept") == pytest.approx(curve(tmp_path, "recomputed"), rel=1e-5)
+
+
+def test_a_refused_training_leaves_nothing_that_looks_like_a_model(tmp_path):
+    run = tmp_path / "checkpoints" / "finetuned_vanilla"
+    with pytest.raises(UsageError, match="float16"):
+        service.train(changed(dtype="float16"), "vanilla", tmp_path, Silent())
+    assert not run.exists()
+    run.mkdir(parents=True)  # as a training that was killed leaves it
+    with pytest.raises(RRError, match="has no model yet") as caught:
+        evaluate(EvalSettings(), "finetuned_vanilla", tmp_path, Silent())
+    assert "rr train --mode vanilla" in caught.value.hint
+
+
+def test_a_checkpoint_that_cannot_be_read_back_is_not_published_and_the_older_ones_stay(tmp_path, monkeypatch):
+    save, saved = PreTrainedModel.save_pretrained, []
+
+    def save_once(model, folder, **options):
+        saved.append(folder)
+        if len(saved) == 1:
+            save(model, folder, **options)
+        else:
+            model.config.save_pretrained(folder)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_once)
+    with pytest.raises(RRError, match=r"not what was to be saved: .* holds no weights") as caught:
+        service.train(changed(steps=3, save_interval=1, keep=1), "vanilla", tmp_path, Silent())
+    [left] = checkpoints(tmp_path / "checkpoints" / "finetuned_vanilla")
+    assert left.name == "step-000001"
+    assert f"The last good checkpoint is {left}" in caught.value.hint
+
+
+def test_what_was_trained_is_still_done_after_the_experiment_was_moved(tmp_path):
+    before = tmp_path / "before"
+    before.mkdir()
+    shutil.copytree(MODEL_DIR, before / "model")
+    flags = {"model": "./model", "steps": 1, "eval_interval": 0, "batch_size": 2, "phase": "a", "max_length": 64}
+    surgery(configuration.load(SurgerySettings, before, {"model": "./model"}), before, Silent(), verify=False)
+    service.train(configuration.load(TrainSettings, before, flags), "recursive", before, Silent())
+    after = before.rename(tmp_path / "after")
+
+    def load(cls):
+        return configuration.load(cls, after, {k: v for k, v in flags.items() if k in cls.__dataclass_fields__})
+
+    assert status_of("surgery", "", after, load).status == "done"
+    assert status_of("train", "recursive", after, load).status == "done"

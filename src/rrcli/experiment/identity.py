@@ -19,6 +19,7 @@ from rrcli.evaluation.harness import task_files as harness_files
 from rrcli.experiment.template_date import template_date
 from rrcli.files import METRICS_FILE, combine, read_json
 from rrcli.models.source import ModelSource, base_of
+from rrcli.models.weights import written_since
 from rrcli.schemas import Inputs
 from rrcli.settings import (
     NUMBERS,
@@ -66,13 +67,20 @@ def model_fingerprint(source: ModelSource, directory: Path) -> str:
 
 def recorded_inputs(path: Path) -> str | None:
     """Return the inputs that a results file or a checkpoint folder was made from, or None if there is none."""
+    return _recorded(path).get("inputs")
+
+
+def rewritten(path: Path, *sources: Path) -> str:
+    """Return a large weight file of `sources` that was written again after the result at `path`, or ''."""
+    return written_since(_recorded(path).get("stamps"), *sources)
+
+
+def _recorded(path: Path) -> Inputs:
     file = path / METRICS_FILE if path.is_dir() else path
-    if not file.is_file():
-        return None
     try:
-        return read_json(file, "rr run", Inputs).get("inputs")
+        return read_json(file, "rr run", Inputs) if file.is_file() else {}
     except RRError:
-        return None
+        return {}
 
 
 def data_identity(settings: CommonSettings, directory: Path) -> str:

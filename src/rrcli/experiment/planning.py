@@ -13,11 +13,13 @@ from rrcli.experiment.identity import (
     eval_inputs,
     model_fingerprint,
     recorded_inputs,
+    rewritten,
     surgery_inputs,
     train_inputs,
 )
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import checkpoints, step_of
+from rrcli.models.source import base_of
 from rrcli.settings import CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings
 
 DONE = "done"
@@ -109,28 +111,34 @@ def status_of(kind: str, target: str, directory: Path, load: Load) -> Step:
         source = workspace.stage_model(target)
         identity = data_identity(settings, directory)
         expected = eval_inputs(settings, target, model_fingerprint(source, directory), identity)
-        return _status(kind, target, recorded_inputs(workspace.results_file(target)), expected)
+        made_from = (source.path, base_of(source, directory).path)
+        return _status(kind, target, workspace.results_file(target), expected, *made_from)
     if kind == "surgery":
         shape = load(SurgerySettings)
-        expected = surgery_inputs(shape, workspace.base().fingerprint())
-        return _status(kind, target, recorded_inputs(workspace.surgery_folder), expected)
+        base = workspace.base()
+        expected = surgery_inputs(shape, base.fingerprint())
+        return _status(kind, target, workspace.surgery_folder, expected, base.path)
     training = load(TrainSettings)
     start = workspace.base() if target == "vanilla" else workspace.stage_model(SURGERY_STAGE)
     identity = data_identity(training, directory)
     span = workspace.vanilla_span(training) if target == "vanilla" else None
     expected = train_inputs(training, target, model_fingerprint(start, directory), identity, span)
     found = checkpoints(workspace.run_folder(f"finetuned_{target}"))
-    step = _status(kind, target, recorded_inputs(found[-1]) if found else None, expected)
+    step = _status(kind, target, found[-1], expected, start.path) if found else Step(kind, target, "missing")
     if step.status == DONE and step_of(found[-1]) < training.steps:
         return Step(kind, target, "unfinished", f"continues from step {step_of(found[-1])} of {training.steps}")
     return step
 
 
-def _status(kind: str, target: str, recorded: str | None, expected: str) -> Step:
+def _status(kind: str, target: str, result: Path, expected: str, *models: Path) -> Step:
+    """Compare what a result was made from with what it would be made from now, `models` and all else."""
+    recorded = recorded_inputs(result)
     if recorded is None:
         return Step(kind, target, "missing")
     if recorded != expected:
         return Step(kind, target, "stale", "its inputs changed")
+    if again := rewritten(result, *models):
+        return Step(kind, target, "stale", f"{Path(again).name} was written again")
     return Step(kind, target, DONE)
 
 

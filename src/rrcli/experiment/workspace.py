@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rrcli.errors import RRError, UsageError, suggest
-from rrcli.files import checkpoints, safe_name
+from rrcli.files import MANIFEST, checkpoints, safe_name
 from rrcli.models.source import ModelSource, resolve
 from rrcli.settings import STAGES, CommonSettings, TrainSettings
 
@@ -94,10 +94,11 @@ class Workspace:
         else:
             found = checkpoints(self.run_folder(stage))
             folder = found[-1] if found else self.run_folder(stage)
-        source = resolve(str(folder), self.directory) if folder.exists() else None
-        if source is None or source.manifest is None:
-            raise RRError(f"stage '{stage}' has no model yet: {folder} does not exist", f"'{MAKERS[stage]}' makes it.")
-        return source
+        if not (folder / MANIFEST).is_file():
+            raise RRError(
+                f"stage '{stage}' has no model yet: {folder} holds no {MANIFEST}", f"'{MAKERS[stage]}' makes it."
+            )
+        return resolve(str(folder), self.directory)
 
 
 def check_stage(stage: str) -> str:

@@ -14,6 +14,7 @@ from rrcli.errors import RRError, UsageError
 from rrcli.files import MANIFEST, METRICS_FILE, SIDECAR, link, write_json
 from rrcli.models.manifest import read_manifest
 from rrcli.models.source import ModelSource
+from rrcli.models.weights import TEMPLATES, weight_index
 
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
 
@@ -51,10 +52,14 @@ def fill(folder: Path, base: ModelSource, weights: list[Path], sidecar: Path) ->
         How many weight files had to be copied because they could not be linked.
     """
     copied = sum(not link(file, folder / file.name) for file in weights)
+    index = weight_index(base.path)
     for file in sorted(base.path.iterdir()):
         ours = file.name in (MANIFEST, METRICS_FILE, SIDECAR)
-        if file.is_file() and file.suffix not in WEIGHTS and not ours and not file.name.startswith("."):
+        left_behind = file.name.endswith(".index.json") and file != index
+        if file.is_file() and file.suffix not in WEIGHTS and not (ours or left_behind or file.name.startswith(".")):
             shutil.copyfile(file, folder / file.name)
+    if (base.path / TEMPLATES).is_dir():
+        shutil.copytree(base.path / TEMPLATES, folder / TEMPLATES)
     for name in (SIDECAR, METRICS_FILE):
         shutil.copyfile(sidecar / name, folder / name)
     write_json(folder / MANIFEST, read_manifest(sidecar) | {"weights": "own"})

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError
-from rrcli.files import INDEX, read_json, safetensors_header, weight_files
+from rrcli.files import read_json, safetensors_header
+from rrcli.models.weights import weight_files, weight_index
 from rrcli.schemas import WeightIndex
 
 # Bits of one element, for every number format of the safetensors specification.
@@ -57,11 +58,9 @@ def inspect_weights(source: Path) -> Weights:
     problems = [
         f"{source / name}: {problem}" for name, header in headers.items() for problem in _header_problems(header)
     ]
-    if (source / INDEX).exists():
-        problems += _index_problems(source, headers)
-    else:
-        seen = Counter(tensor for header in headers.values() for tensor in header)
-        problems += [f"{source}: tensor '{name}' is in {count} files" for name, count in seen.items() if count > 1]
+    index = weight_index(source)
+    if index is not None:
+        problems += _index_problems(index, headers)
     if problems:
         more = f" ({len(problems) - 1:,} more problems like this)" if len(problems) > 1 else ""
         raise RRError(problems[0] + more, HINT)
@@ -90,11 +89,11 @@ def _header_problems(header: dict[str, Any]) -> Iterable[str]:
         expected = end
 
 
-def _index_problems(source: Path, headers: dict[str, dict[str, Any]]) -> Iterable[str]:
-    weight_map = read_json(source / INDEX, "the model's author", WeightIndex)["weight_map"]
+def _index_problems(index: Path, headers: dict[str, dict[str, Any]]) -> Iterable[str]:
+    weight_map = read_json(index, "the model's author", WeightIndex)["weight_map"]
     for tensor, shard in weight_map.items():
         if tensor not in headers[shard]:
-            yield f"{source / INDEX} names the tensor '{tensor}' in {shard}, which does not have it"
+            yield f"{index} names the tensor '{tensor}' in {shard}, which does not have it"
 
 
 def _gguf_tensors(path: Path) -> int:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError, UsageError, first_line
-from rrcli.files import MANIFEST, SIDECAR, safetensors_header, weight_files
+from rrcli.files import MANIFEST, SIDECAR, safetensors_header
 from rrcli.models.manifest import compare_hashes
 from rrcli.models.source import ModelSource, base_of, resolve
+from rrcli.models.weights import weight_files
 from rrcli.recursion.config import RecursionConfig
 from rrcli.settings import CommonSettings
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError, UsageError, suggest
-from rrcli.files import MANIFEST, read_json, sha256, weight_files
+from rrcli.files import MANIFEST, read_json, sha256
+from rrcli.models.weights import weight_files
 from rrcli.recursion.config import RecursionConfig
 from rrcli.schemas import Base, Manifest
 

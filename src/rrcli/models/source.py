@@ -5,14 +5,17 @@ A folder that rr wrote has a `recursion.json`, which names the base model or say
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rrcli.demo.defaults import MODEL_DIR
 from rrcli.errors import RRError, UsageError, first_line
-from rrcli.files import MANIFEST, fingerprint, weight_files
-from rrcli.models.manifest import read_manifest
+from rrcli.files import MANIFEST, METRICS_FILE, read_json
+from rrcli.models.manifest import compare_hashes, read_manifest
+from rrcli.models.weights import SUFFIXES, fingerprint, fingerprint_0_1, refuse_adapter, weight_files, written_since
+from rrcli.schemas import Inputs
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,22 @@ class ModelSource:
         return read_manifest(self.path) if (self.path / MANIFEST).is_file() else None
 
     def fingerprint(self) -> str:
-        """Return the identity of its weights; see `files.fingerprint`."""
+        """Return the identity of its weights; see `weights.fingerprint`."""
         return fingerprint(self.path)
+
+    def recorded(self, directory: Path) -> str:
+        """Return how files name this model: `default` or a hub id as it is, a path inside `directory` relative to it.
+
+        So a working directory that holds its model can be moved. Other paths are absolute.
+        """
+        if self.name == "default" or self.hub:
+            return self.name
+        root = Path(os.path.abspath(directory))
+        named = Path(os.path.abspath(root / Path(self.name).expanduser()))  # may be a link to a folder elsewhere
+        for path, above in ((named, root), (self.path, root.resolve())):
+            if _real(path) == self.path and path.is_relative_to(above):
+                return f"./{path.relative_to(above).as_posix()}"
+        return str(self.path)
 
     def from_pretrained_arguments(self) -> dict[str, Any]:
         """Return the first argument and options of every `from_pretrained` for this source."""
@@ -63,6 +80,8 @@ def resolve(name: str, directory: Path) -> ModelSource:
         if _looks_like_path(name):
             raise UsageError(f"the model {path} does not exist", "Name a folder, a .gguf file or a hub id.")
         path = _download(name)
+    elif not (path / "config.json").exists() and (path / "snapshots").is_dir():
+        path = _cached_snapshot(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise UsageError(f"the model {path} is not a .gguf file", "Name a folder, a .gguf file or a hub id.")
@@ -70,10 +89,14 @@ def resolve(name: str, directory: Path) -> ModelSource:
             if file.read(4) != b"GGUF":
                 raise RRError(f"{path} is not a GGUF file: it does not start with 'GGUF'", "Download or copy it again.")
     elif not (path / MANIFEST).is_file():
+        refuse_adapter(path)
         if not (path / "config.json").is_file():
-            raise RRError(f"{path} has no config.json", "A model folder needs config.json and model*.safetensors.")
+            raise RRError(f"{path} has no config.json", "A model folder needs config.json and model.safetensors.")
         weight_files(path)
-    return ModelSource(name, path.resolve(), hub)
+    source = ModelSource(name, _real(path), hub)
+    if source.is_gguf or (source.manifest and not source.manifest.get("lora")):
+        refuse_adapter(source.path)
+    return source
 
 
 def base_of(source: ModelSource, directory: Path) -> ModelSource:
@@ -86,15 +109,60 @@ def base_of(source: ModelSource, directory: Path) -> ModelSource:
     if manifest is None or manifest["weights"] == "own":
         return source
     recorded = manifest["base"]
-    base = resolve(recorded["source"], directory)
+    base = resolve(recorded["source"], _start_of(recorded["source"], source, directory))
     found = base.fingerprint()
-    if found != recorded["fingerprint"]:
+    if found != recorded["fingerprint"] != fingerprint_0_1(base.path):
         raise RRError(
             f"the base model {recorded['source']} changed: {source.path} was made for {recorded['fingerprint']}, "
             f"found {found}",
             "Run 'rr surgery --overwrite' for the changed model, or restore the old one.",
         )
+    metrics = source.path / METRICS_FILE
+    again = (
+        written_since(read_json(metrics, "rr surgery", Inputs).get("stamps"), base.path) if metrics.is_file() else ""
+    )
+    if again and recorded.get("sha256"):
+        compare_hashes(source.path, base.path)
+    elif again:
+        raise RRError(
+            f"{again} was written again after {source.path} was made; a large file is compared by samples, which did "
+            "not change",
+            "Run 'rr surgery --overwrite' for the changed model. If the file is certainly the same, remove 'stamps' "
+            f"from {metrics}. With 'rr surgery --hash' all bytes are compared.",
+        )
     return base
+
+
+def _real(path: Path) -> Path:
+    """Return a path without links to folders. A link to a file stays: its target in the hub's cache has no suffix."""
+    return path.parent.resolve() / path.name if path.is_file() else path.resolve()
+
+
+def _start_of(recorded: str, source: ModelSource, directory: Path) -> Path:
+    """Return where the path that a manifest names for its base starts: the working directory the folder was made in.
+
+    That is the folder above it in which the path exists; else, as for a folder that lies elsewhere, `directory`.
+    """
+    if not recorded.startswith("./"):
+        return directory
+    return next((above for above in source.path.parents if (above / recorded).exists()), directory)
+
+
+def _cached_snapshot(folder: Path) -> Path:
+    """Return the files of a model in the cache of the hub, whose folders are called `models--owner--name`.
+
+    Raises:
+        RRError: there is none, or there are several and none of them is the main one.
+    """
+    main = folder / "refs" / "main"
+    revisions = sorted(path.name for path in (folder / "snapshots").iterdir() if path.is_dir())
+    revision = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
+    if revision not in revisions:
+        if len(revisions) != 1:
+            what = f"holds {len(revisions)} revisions, none of which is the main one" if revisions else "holds no files"
+            raise RRError(f"{folder} is a folder of the hub's cache and {what}", "Name a folder in its 'snapshots'.")
+        revision = revisions[0]
+    return folder / "snapshots" / revision
 
 
 def _looks_like_path(name: str) -> bool:
@@ -105,7 +173,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    patterns = [f"*{suffix}" for suffix in (*SUFFIXES, ".safetensors")]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:

@@ -88,6 +88,12 @@ class Lora:
                 setattr(self.model.get_submodule(parent), child, module.base_layer)
         del self.model.peft_config, self.model.__dict__["lora"]
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the adapters' weights under the names that peft gives them in a file."""
+        state_dict = upstream.peft_function("get_peft_model_state_dict")
+        weights = state_dict(self.model, adapter_name=NAME, save_embedding_layers=False)
+        return {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}
+
     def save(self, folder: Path, base: str) -> None:
         """Write what `PeftModel.from_pretrained(base, folder)` reads.
 
@@ -96,13 +102,7 @@ class Lora:
         """
         from safetensors.torch import save_file
 
-        state_dict = upstream.peft_function("get_peft_model_state_dict")
-        weights = state_dict(self.model, adapter_name=NAME, save_embedding_layers=False)
-        save_file(
-            {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()},
-            folder / ADAPTER_WEIGHTS,
-            metadata={"format": "pt"},
-        )
+        save_file(self.state_dict(), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         self.config.base_model_name_or_path = base
         self.config.save_pretrained(folder)
         # peft keeps the targets in a set: sort them, so that equal adapters make equal files.

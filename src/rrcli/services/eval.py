@@ -26,6 +26,7 @@ from rrcli.files import METRICS_FILE, SCHEMA, back_up, combine, finite, read_jso
 from rrcli.locks import holding, lock, reading
 from rrcli.models.loading import load_for
 from rrcli.models.source import ModelSource, base_of
+from rrcli.models.weights import stamps
 from rrcli.reporting import Reporter
 from rrcli.schemas import CheckpointMetrics
 from rrcli.settings import EvalSettings, SurgerySettings
@@ -71,6 +72,7 @@ def evaluate(
     fingerprint = source.fingerprint()
     settings = with_template_date(settings, source, directory)
     inputs = eval_inputs(settings, stage, model_fingerprint(source, directory), data_identity(settings, directory))
+    written = stamps(source.path, base_of(source, directory).path)
     data = _data(settings, directory)
     training = _training(source)
     _check_problems(data, settings, training, directory, reporter)
@@ -90,7 +92,7 @@ def evaluate(
     shape = recursion.config.to_dict() if recursion is not None else None
     is_baseline = _is_baseline(loaded, source, workspace)
     device, dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
-    key = combine(inputs, asdict(measuring), shape, device, dtype)
+    key = combine(inputs, asdict(measuring), shape, device, dtype, *([written] if written else []))
     step = training["steps"] if training else 0
     tracker = MetricsTracker(workspace.log_folder(stage)) if settings.tensorboard else None
     log_file = file.with_name(f"{stage}_samples.jsonl")
@@ -117,7 +119,7 @@ def evaluate(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "inputs": inputs,
             "model": {
-                "source": str(source.path if source.name != "default" else source.name),
+                "source": source.recorded(directory),
                 "fingerprint": fingerprint,
                 **about,
                 "tokenizer": combine(sorted(tokenizer.get_vocab().items())),
@@ -133,6 +135,8 @@ def evaluate(
             "calibration": measured["calibration"],
             "records": measured["records"],
         }
+        if written:
+            results["stamps"] = written
         preserved = _preserved(results, workspace) if stage == SURGERY_STAGE else None
         if preserved is not None:
             results["preservation"] = preserved.to_dict()

@@ -17,6 +17,7 @@ from rrcli.models.inspection import inspect_weights
 from rrcli.models.loading import load_for, load_tokenizer
 from rrcli.models.saving import save_folder
 from rrcli.models.source import ModelSource
+from rrcli.models.weights import stamps
 from rrcli.recursion.config import RecursionConfig, parse_span
 from rrcli.reporting import Reporter
 from rrcli.settings import SurgerySettings
@@ -117,10 +118,11 @@ def surgery(
             target = stack.enter_context(publish_folder(folder, overwrite=overwrite))
             save_folder(
                 target, model, tokenizer,
-                base=base, base_fingerprint=base_fingerprint, own_weights=False, hashes=hashes,
+                base=base, directory=directory, base_fingerprint=base_fingerprint, own_weights=False, hashes=hashes,
             )  # fmt: skip
             inputs = surgery_inputs(settings, base_fingerprint)
-            write_json(target / METRICS_FILE, {"schema": SCHEMA, "inputs": inputs, "verified_depths": depths})
+            times = {"stamps": found} if (found := stamps(base.path)) else {}
+            write_json(target / METRICS_FILE, {"schema": SCHEMA, "inputs": inputs, "verified_depths": depths} | times)
             written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
             if export is not None:
                 alone = stack.enter_context(publish_folder(export, overwrite=overwrite))

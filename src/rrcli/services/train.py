@@ -11,7 +11,7 @@ checkpoints and logs and reports to the user; the others wait for it.
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from rrcli.data.tokens import end_notice
 from rrcli.data.training_data import TrainingData, task_specs
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.held_out import EvalData, held_out_data
-from rrcli.experiment.identity import recorded_inputs
+from rrcli.experiment.identity import recorded_inputs, rewritten
 from rrcli.experiment.template_date import fix_date
 from rrcli.experiment.training_run import TrainingRun, prepare_training
 from rrcli.files import (
@@ -33,6 +33,7 @@ from rrcli.files import (
 from rrcli.locks import holding, lock
 from rrcli.models.loading import load_for
 from rrcli.models.source import ModelSource, base_of
+from rrcli.models.weights import stamps
 from rrcli.reporting import Reporter, Silent
 from rrcli.settings import TrainSettings, with_changes
 from rrcli.training.launching import launch, launched
@@ -104,11 +105,11 @@ def train(
     _check_shards(settings, processes)
     reporter = reporter if processes.main else Silent()
     training = replace(training, resumed_from=_open_folder(training, processes, held, restart=restart))
-    model, tokenizer = _load_model(training, processes.device)
-    if notice := end_notice(model, tokenizer):
-        reporter.note(notice)
-    evaluation, data = _load_data(training, model, tokenizer, reporter)
     try:
+        model, tokenizer = _load_model(training, processes.device)
+        if notice := end_notice(model, tokenizer):
+            reporter.note(notice)
+        evaluation, data = _load_data(training, model, tokenizer, reporter)
         trainer = _run(
             training, model, tokenizer, data=data, evaluation=evaluation, reporter=reporter, processes=processes
         )
@@ -120,6 +121,9 @@ def train(
         if error.exit_code == 1 and kept:
             error.hint = f"The last good checkpoint is {kept[-1]}. {error.hint}".strip()
         raise
+    finally:
+        with suppress(OSError):  # a refused training leaves no empty folder: only such a one can be removed
+            training.folder.rmdir()
     spent = trainer.state.spent
     return TrainResult(
         run=training.name,
@@ -190,7 +194,7 @@ def _open_folder(training: TrainingRun, processes: Processes, held: ExitStack, *
 
     processes.on_main(make_room)
     found = checkpoints(training.folder)
-    if found and recorded_inputs(found[-1]) != training.inputs:
+    if found and (recorded_inputs(found[-1]) != training.inputs or rewritten(found[-1], training.start.path)):
         raise RRError(
             f"{training.folder} holds a run of other settings, data or model",
             "Use --restart to replace it, or --run-name for another folder.",
@@ -218,7 +222,6 @@ def _load_model(training: TrainingRun, device: str) -> tuple[Any, Any]:
 
         add_lora(model, settings.lora_rank, settings.lora_alpha, settings.seed, training.span)
     if settings.gradient_checkpointing:
-        model.config.use_cache = False
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if settings.compile:
         from rrcli.training.compiling import compile_layers
@@ -323,11 +326,14 @@ def _run(
 def _checkpoints_of(training: TrainingRun) -> Checkpoints:
     from rrcli.training.checkpoint import Checkpoints
 
-    settings = training.settings
+    settings, base = training.settings, base_of(training.start, training.directory)
     return Checkpoints(
         folder=training.folder,
         inputs=training.inputs,
-        base=base_of(training.start, training.directory),
+        base=base,
+        base_fingerprint=base.fingerprint(),
+        base_stamps=stamps(base.path),
+        directory=training.directory,
         training={
             "mode": training.mode,
             "run": training.name,

@@ -32,7 +32,7 @@ from rrcli.files import (
 from rrcli.locks import dropping
 from rrcli.models.saving import save_folder
 from rrcli.models.source import ModelSource
-from rrcli.schemas import CheckpointMetrics, Progress
+from rrcli.schemas import CheckpointMetrics, Progress, Stamps
 from rrcli.training.sharding import whole, whole_state
 from rrcli.training.state import Spent, TrainingState
 
@@ -54,6 +54,8 @@ class Checkpoints:
         folder: where they lie.
         inputs: the hash of what the run is made from.
         base: the model that a checkpoint refers to where the base's weights are frozen.
+        base_fingerprint, base_stamps: what it was when the training began; see `models/weights`.
+        directory: the working directory; a base inside it is named relative to it.
         training: what `metrics.json` says of the training, beside its costs: mode, run, phase, ...
         made_by: the command that writes them, for error messages.
     """
@@ -61,6 +63,9 @@ class Checkpoints:
     folder: Path
     inputs: str
     base: ModelSource
+    base_fingerprint: str
+    base_stamps: Stamps | None
+    directory: Path
     training: dict[str, Any]
     made_by: str
 
@@ -126,9 +131,11 @@ class Checkpoints:
                 steps=settings.steps,
                 best=trainer.state.best.get("step") == step,
                 training=self.training | vars(trainer.state.spent),
+                **({"stamps": self.base_stamps} if self.base_stamps else {}),
             )
             save_folder(
-                target, trainer.model, trainer.tokenizer, base=self.base, base_fingerprint=self.base.fingerprint(),
+                target, trainer.model, trainer.tokenizer,
+                base=self.base, directory=self.directory, base_fingerprint=self.base_fingerprint,
                 own_weights=settings.phase == "c", states=states,
             )  # fmt: skip
 
