@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from made_tokenizers import chain, like_llama_2, with_special_tokens
+from rrcli.data.tasks import tagged
 from rrcli.data.tokens import encode_prompt, text_ids
 from rrcli.evaluation.decoding import Decoded, decode
 from rrcli.evaluation.perplexity import score_documents
@@ -71,6 +72,7 @@ def test_marks_that_are_special_tokens_are_judged_with_the_text(depth: int) -> N
         attach(model, RecursionConfig(max_steps=depth))
     found = decoded(model, tokenizer, PROMPT, depth=depth)
     assert (found.text, found.ended) == (text.removesuffix("<|endoftext|>"), True)
+    assert tagged(found.text) == "7"
     assert "".join(piece.text for piece in generate_traced(model, tokenizer, PROMPT, 12)) == found.text
 
 
