@@ -118,7 +118,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
 
 
 def _try_out(tokenizer: Any) -> None:
-    """Encode and decode short texts, and raise what is raised; but a tokenizer may refuse words that it has no id for."""
+    """Encode and decode short texts, and raise what is raised; a tokenizer may refuse words that it has no id for."""
     for text in TRIED_TEXTS:
         try:
             ids = tokenizer(text)["input_ids"]
