@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import rrcli
 from families import attach_random
@@ -107,6 +108,26 @@ def test_generated_answers_and_exact_match_are_those_of_our_own_path(folder, dep
         assert 0 < found["value"] < 1
     else:
         assert model.recursion.depth == depth
+
+
+def test_of_a_models_own_settings_those_hold_that_hold_in_lm_eval(folder):
+    """Penalties choose other tokens there too; what changes only how tokens are found would stop it."""
+    model, tokenizer = rrcli.load("default")
+    tasks, outputs = load_tasks([str(folder / "generate.yaml")]), []
+    own = {"use_cache": False, "return_dict_in_generate": True, "stop_strings": ["1"], "prompt_lookup_num_tokens": 2}
+    for settings in ({}, own, {"repetition_penalty": 5.0}):
+        model.generation_config = GenerationConfig(**settings, eos_token_id=0, pad_token_id=0)
+        outputs.append([record["output"] for record in run_harness(model, tokenizer, tasks, SETTINGS, Silent())[1]])
+    plain, found, penalised = outputs
+    assert found == plain
+    assert penalised != plain
+
+
+def test_a_request_with_a_token_that_the_model_does_not_know_is_named(folder):
+    model, tokenizer = rrcli.load("default")
+    tokenizer.add_tokens(["Question:"])
+    with pytest.raises(RRError, match=r"lm-eval cannot run .*: the request 'Question: .* holds the token 'Question:'"):
+        run_harness(model, tokenizer, load_tasks([str(folder / "generate.yaml")]), SETTINGS, Silent())
 
 
 def test_the_recursion_takes_part_at_its_depth(folder):

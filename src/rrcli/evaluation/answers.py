@@ -163,7 +163,12 @@ def _with_tokens(
     Raises:
         RRError: the model has no embedding for a token.
     """
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    encoded = []
+    for prompt in prompts:
+        try:
+            encoded.append(encode_prompt(tokenizer, prompt))
+        except Exception:  # some tokenizers refuse words that they have no token for
+            encoded.append([])
     empty = [repr(prompt[:40]) for prompt, ids in zip(prompts, encoded, strict=True) if not ids]
     if empty:
         reporter.warn(f"left out, without a single token: prompt {', '.join(empty)}; --prompts FILE names others")

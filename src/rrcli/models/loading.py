@@ -109,14 +109,25 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     _quiet()
     try:
         found = AutoTokenizer.from_pretrained(**source.from_pretrained_arguments(), trust_remote_code=trust_remote_code)
-        for text in TRIED_TEXTS:
-            found.decode(found(text)["input_ids"])
+        _try_out(found)
     except BaseException as error:
         # A panic in the Rust code of the library is no `Exception`.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise _unreadable(source, "tokenizer", error) from error
         raise
     return found
+
+
+def _try_out(tokenizer: Any) -> None:
+    """Encode and decode short texts, and raise what is raised; a tokenizer may refuse words that it has no id for."""
+    for text in TRIED_TEXTS:
+        try:
+            ids = tokenizer(text)["input_ids"]
+        except Exception as error:
+            if type(error) is not Exception:  # what the library refuses has no kind of its own
+                raise
+        else:
+            tokenizer.decode(ids)
 
 
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:

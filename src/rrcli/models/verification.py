@@ -68,7 +68,10 @@ def _probes(model: Any, tokenizer: Any) -> list[Tensor]:
     size = vocabulary(model)
     found = []
     for number, probe in enumerate(PROBES):
-        ids = tokenizer(probe)["input_ids"]
+        try:
+            ids = tokenizer(probe)["input_ids"]
+        except Exception:  # some refuse words that they have no token for
+            ids = []
         if len(ids) <= DECODE_STEPS or max(ids) >= size:
             ids = [(place * 37 + 11 + number) % size for place in range(STAND_IN_TOKENS)]
         found.append(torch.tensor([ids], device=model.device))

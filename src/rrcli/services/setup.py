@@ -190,8 +190,11 @@ def _model(workspace: Workspace) -> str:
 
 def _tokenizer(workspace: Workspace) -> str:
     tokenizer = load_tokenizer(workspace.base(), trust_remote_code=workspace.settings.trust_remote_code)
-    chat = "with" if getattr(tokenizer, "chat_template", None) else "without"
-    return f"{len(tokenizer):,} tokens, {chat} a chat template"
+    template = getattr(tokenizer, "chat_template", None)
+    chat = "with a chat template" if template else "without a chat template"
+    if isinstance(template, dict) and "default" not in template:
+        chat = f"with chat templates of which none is the default ({', '.join(sorted(template))})"
+    return f"{len(tokenizer):,} tokens, {chat}"
 
 
 def _data(settings: CommonSettings, directory: Path) -> str:
