@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from rrcli.models.source import ModelSource, base_of
 from rrcli.reporting import Reporter
 from rrcli.schemas import CheckpointMetrics
 from rrcli.settings import EvalSettings, SurgerySettings
-from rrcli.tracker import SUMMARY, MetricsTracker
+from rrcli.tracker import EVALUATION, SUMMARY, MetricsTracker
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,10 @@ def evaluate(
     device, dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
     key = combine(inputs, asdict(measuring), shape, device, dtype)
     step = training["steps"] if training else 0
-    tracker = MetricsTracker(workspace.log_folder(stage)) if settings.tensorboard else None
+    logs = workspace.log_folder(stage)
+    tracker = MetricsTracker(logs, part=EVALUATION, warn=reporter.warn) if settings.tensorboard else None
     log_file = file.with_name(f"{stage}_samples.jsonl")
-    with SampleLog(log_file, key) as log, closing(tracker) if tracker is not None else nullcontext():
+    with SampleLog(log_file, key) as log, tracker or nullcontext():
         if log.found:
             reporter.note(f"going on with an interrupted evaluation: {log_file} holds {log.found:,} entries")
         measured = evaluate_model(

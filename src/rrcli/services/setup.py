@@ -171,9 +171,14 @@ def _tensorboard() -> str:
 
     from rrcli.tracker import MetricsTracker
 
+    problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        with MetricsTracker(folder) as tracker:
+        with MetricsTracker(folder, warn=problems.append) as tracker:
             tracker.log_scalar("setup/check", 0.5, 1)
+        if problems:
+            raise RRError(
+                problems[0], "Free some space if the disk is full; TMPDIR names another folder for this check."
+            )
         events = EventAccumulator(folder).Reload()
         if [event.value for event in events.Scalars("setup/check")] != [0.5]:
             raise RRError("an event was written but not read back", "Install tensorboard again.")

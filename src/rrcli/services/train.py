@@ -287,7 +287,8 @@ def _run(
 
     saved = _checkpoints_of(training)
     logs = training.logs if processes.main else None
-    with MetricsTracker(logs, purge_step=training.first_step + 1) as tracker, stop_signals() as stopped:
+    purge_step = training.first_step + 1
+    with MetricsTracker(logs, purge_step, warn=reporter.warn) as tracker, stop_signals() as stopped:
         trainer = Trainer(
             training.settings,
             model,
