@@ -36,7 +36,7 @@ PANELS = (
 SWITCHES = {item.name: item.default for cls in settings.SECTIONS for item in fields(cls) if item.type == "bool"}
 # Groups of common options, for the commands that do not read all of them.
 LOADING = ("model", "device", "dtype", "trust_remote_code", "seed", "checkpoint_dir")
-DATA = ("data", "text_field", "task", "template_date")
+DATA = ("data", "text_field", "on_bad_row", "task", "template_date")
 
 
 class Commands(TyperGroup):

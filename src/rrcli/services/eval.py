@@ -16,7 +16,7 @@ from rrcli.data.prompts import read_prompts, stop_strings
 from rrcli.data.tokens import end_notice, text_ids
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.harness import harness_tasks, load_tasks
-from rrcli.evaluation.held_out import EvalData, held_out_data
+from rrcli.evaluation.held_out import EvalData, held_out_data, showable
 from rrcli.evaluation.samples import SampleLog
 from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerprint
 from rrcli.experiment.provenance import provenance
@@ -74,7 +74,6 @@ def evaluate(
     data = _data(settings, directory)
     training = _training(source)
     _check_problems(data, settings, training, directory, reporter)
-    _tell_about(data, settings, reporter)
 
     from rrcli.evaluation.evaluate import evaluate_model
 
@@ -83,6 +82,8 @@ def evaluate(
         reporter.note(notice)
     fix_date(tokenizer, settings.template_date)
     _say_unfollowed(loaded, data, settings, reporter)
+    data = showable(data, tokenizer, settings)
+    _tell_about(data, settings, reporter)
     if tokenizer.chat_template:
         _check_form(settings, training, reporter)
     measuring = _set_up_recursion(loaded, source, settings, directory, use_recursive)

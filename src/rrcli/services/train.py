@@ -20,7 +20,7 @@ from rrcli.data.problem_files import FileTask
 from rrcli.data.tokens import end_notice
 from rrcli.data.training_data import TrainingData, task_specs
 from rrcli.errors import RRError, UsageError
-from rrcli.evaluation.held_out import EvalData, held_out_data
+from rrcli.evaluation.held_out import EvalData, held_out_data, showable
 from rrcli.experiment.identity import recorded_inputs
 from rrcli.experiment.template_date import fix_date
 from rrcli.experiment.training_run import TrainingRun, prepare_training
@@ -237,6 +237,7 @@ def _load_data(
     samples = settings.eval_samples
     evaluation = held_out_data(settings, directory, samples, samples) if settings.eval_interval else None
     if evaluation is not None:
+        evaluation = showable(evaluation, tokenizer, settings)
         evaluation.texts(tokenizer, settings)  # what the chat template refuses is found before the first step
     within = _within_context(settings, model, reporter)
     data = TrainingData(within, directory, tokenizer, vocabulary=vocabulary(model))
@@ -311,7 +312,7 @@ def _run(
         shown = ["train/loss/total"] + [f"evaluation/{INTERVAL_TAG}/perplexity"] * (evaluation is not None)
         shown += [f"final/{metric}" for metric in SUMMARY]  # `rr eval` logs them into the same run
         tracker.log_hparams({"mode": training.mode, **asdict(trainer.settings)}, shown)
-        data.drawn = data.cut = data.skipped = 0  # what was drawn to estimate costs does not count
+        data.drawn = data.cut = data.skipped = data.refused = 0  # what was drawn to estimate costs does not count
         try:
             trainer.train(training.first_step, stopped)
             processes.on_main(lambda: saved.prune(trainer))
