@@ -73,16 +73,20 @@ def _deciding(document: Document, counts: Counter[bytes]) -> str:
 
 
 def _is_common(text: str, counts: Counter[bytes]) -> bool:
-    count = counts[_digest(text)]
-    return count >= COMMON_ROWS and count * COMMON_ONE_IN > counts[b""]
+    return _is_often(counts[_digest(text)], counts[b""])
+
+
+def _is_often(count: int, total: int) -> bool:
+    return count >= COMMON_ROWS and count * COMMON_ONE_IN > total
 
 
 def _sentence(documents: Iterable[Document], counts: Counter[bytes], name: str) -> str:
     """Return a sentence about the questions that do not decide, or '' if there is none."""
-    conversations, total = (d for d in documents if not isinstance(d, str)), counts[b""]
+    total = counts[b""]
+    if not any(_is_often(count, total) for question, count in counts.items() if question):
+        return ""  # without reading the documents again
+    conversations = (d for d in documents if not isinstance(d, str))
     common = {text: None for d in conversations for text in asked(d) if _is_common(text, counts)}
-    if not common:
-        return ""
     most = max(common, key=lambda text: counts[_digest(text)])
     words = " ".join(most.split())
     shown = words if len(words) <= SHOWN else f"{words[:SHOWN]}..."
