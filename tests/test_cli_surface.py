@@ -55,7 +55,7 @@ def plain(text: str) -> str:
 EVERYWHERE = {"--dir", "--debug", "--json"}
 MODEL = {"--model", "--model-path", "--model-name", "--trust-remote-code", "--no-trust-remote-code"}
 LOADING = MODEL | {"--device", "--dtype", "--seed", "--checkpoint-dir"}
-DATA = {"--data", "--text-field", "--task", "--template-date"}
+DATA = {"--data", "--text-field", "--on-bad-row", "--task", "--template-date"}
 COMMON = LOADING | DATA | {"--log-dir", "--output-dir"}
 SURGERY = {"--span", "--max-steps", "--cell-width", "--chunk-width"}
 TRAIN = (

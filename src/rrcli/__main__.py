@@ -2,6 +2,7 @@
 
 import os
 
+from rrcli import ui
 from rrcli.allocator import keep_freed_memory
 from rrcli.cli import app
 
@@ -18,6 +19,7 @@ def main() -> None:
     keep_freed_memory()
     # Libraries' own bars (the GGUF reader draws one) would tear ours.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    ui.never_fail_to_write()
     app()
 
 

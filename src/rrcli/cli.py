@@ -36,7 +36,7 @@ PANELS = (
 SWITCHES = {item.name: item.default for cls in settings.SECTIONS for item in fields(cls) if item.type == "bool"}
 # Groups of common options, for the commands that do not read all of them.
 LOADING = ("model", "device", "dtype", "trust_remote_code", "seed", "checkpoint_dir")
-DATA = ("data", "text_field", "task", "template_date")
+DATA = ("data", "text_field", "on_bad_row", "task", "template_date")
 
 
 class Commands(TyperGroup):
@@ -424,13 +424,14 @@ def generate(
     """Continue a prompt; a recursive model drafts, refines and commits chunks."""
     from rrcli.services import generate as service
 
-    text = typer.get_text_stream("stdin").read().rstrip("\n") if prompt == "-" else prompt
-    emit = (lambda piece: None) if json else ui.PieceWriter(text, trace=trace)
-    loaded = ctx.load(settings.GenerateSettings)
+    text = _standard_input() if prompt == "-" else prompt
+    loaded, writer = ctx.load(settings.GenerateSettings), ui.PieceWriter(text, trace=trace)
+    emit = (lambda piece: None) if json else writer
     result = service.generate(loaded, text, ctx.directory, emit, stage=stage, reporter=_reporter())
     if json:
         ui.show_json("generation", result.to_dict())
         return
+    writer.end()
     ui.show_generation(result, trace=trace)
 
 
@@ -557,6 +558,20 @@ def _perform(step: Any, ctx: Context) -> None:
         training.train(ctx.load(settings.TrainSettings), step.target, directory, reporter, restart=restart)
     else:
         evaluating.evaluate(ctx.load(settings.EvalSettings), step.target, directory, reporter)
+
+
+def _standard_input() -> str:
+    """Return standard input as it is, but for the line ends at its end.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    try:
+        return typer.get_binary_stream("stdin").read().decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"standard input is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from None
 
 
 def _reporter() -> ui.TerminalReporter:

@@ -118,6 +118,13 @@ class CommonSettings:
         reaches=CONTENT,
         panel=MODEL,
     )
+    on_bad_row: str = option(
+        "error",
+        "What to do with a row of --data that cannot be read: error, or skip to leave it out and count it.",
+        reaches=NOTHING,
+        panel=MODEL,
+        choices=("error", "skip"),
+    )
     task: tuple[str, ...] = option(
         (),
         "Reasoning task: NAME[:key=value,...] of reasoning-gym, or a .jsonl file with a question and an answer on each "

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rrcli.errors import first_line
 from rrcli.files import METRICS_FILE, finite, make_folder, read_json, write_json
 from rrcli.schemas import CheckpointMetrics
 
@@ -51,30 +54,63 @@ SUMMARY = (
 )
 
 
+# What must at least fit on the disk for a log to be begun: more than the first events.
+PROBE_BYTES = 2**14
+# The part of a run that `rr eval` logs; what logs it again replaces it.
+EVALUATION = "evaluation"
+
+
 class MetricsTracker:
     """Writes scalars, texts, pictures, histograms and hyper-parameters of one run for TensorBoard.
 
-    The last value of every scalar is kept, for `metrics.json`.
+    The last value of every scalar is kept, for `metrics.json`. Logs are not worth losing a training or an evaluation:
+    what cannot be written, for example because the disk is full, is warned about once and left out.
 
     Args:
         log_dir: the run's folder, for example `logs/finetuned_recursive`; None to log nothing, which is for all but
             the main one of a training's processes.
         purge_step: when a run is resumed, the step from which TensorBoard drops what an earlier process logged.
+        part: the part of the run that is logged, for example EVALUATION. It has event files of its own: if the tracker
+            is left without an error, they replace those that logged the same part before; else they are removed.
+        warn: is told what cannot be written.
 
     Raises:
-        RRError: the folder cannot be written.
+        RRError: the folder cannot be made.
     """
 
-    def __init__(self, log_dir: str | Path | None, purge_step: int | None = None) -> None:
+    def __init__(
+        self,
+        log_dir: str | Path | None,
+        purge_step: int | None = None,
+        *,
+        part: str = "",
+        warn: Callable[[str], object] = warnings.warn,
+    ) -> None:
         self._last: dict[str, dict[str, Any]] = {}
         self._writer: Any = _Nowhere()
+        self._part, self._warn = part, warn
+        self._earlier: set[Path] = set()
+        self._error: Exception | None = None
+        self._told = False
         if log_dir is None:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        from rrcli.upstream import guard_events
+
         self.log_dir = Path(log_dir)
         make_folder(self.log_dir)
-        self._writer = SummaryWriter(str(self.log_dir), purge_step=purge_step)
+        self._earlier = self._files()
+        try:
+            with tempfile.TemporaryFile(dir=self.log_dir) as probe:  # the writer's thread could only print its error
+                probe.write(bytes(PROBE_BYTES))
+            suffix = f".{part}" if part else ""
+            self._writer = SummaryWriter(str(self.log_dir), purge_step=purge_step, filename_suffix=suffix)
+        except OSError as error:
+            self._failed(error)
+            self._tell()
+            return
+        guard_events(self._writer, self._failed)
         self._writer.add_custom_scalars({k: {c: ["Multiline", t] for c, t in v.items()} for k, v in LAYOUT.items()})
 
     def log_scalar(self, tag: str, value: float, step: int) -> None:
@@ -82,6 +118,7 @@ class MetricsTracker:
         value = float(value)
         self._writer.add_scalar(tag, value, step)
         self._last[tag] = {"value": value if math.isfinite(value) else None, "step": step}
+        self._tell()
 
     def log_text(self, tag: str, text: str, step: int) -> None:
         """Log a text (Markdown)."""
@@ -127,20 +164,38 @@ class MetricsTracker:
     def flush(self) -> None:
         """Write everything that is buffered to disk."""
         self._writer.flush()
+        self._tell()
 
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
+        self._tell()
 
     def __enter__(self) -> MetricsTracker:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            self.close()
-        except OSError:
-            if kind is None:  # otherwise the error that is being raised says it
-                raise
+        self.close()
+        if self._part and not isinstance(self._writer, _Nowhere):
+            mine = self._files() - self._earlier
+            for file in self._earlier if kind is None else mine:
+                file.unlink(missing_ok=True)
+
+    def _files(self) -> set[Path]:
+        """Return the event files of this part of the run."""
+        return set(self.log_dir.glob(f"events.out.tfevents.*.{self._part}")) if self._part else set()
+
+    def _failed(self, error: Exception) -> None:
+        """Remember an error of writing; also called by the writer's own thread."""
+        self._error = error
+
+    def _tell(self) -> None:
+        """Warn of an error of writing, once."""
+        if self._error is None or self._told:
+            return
+        self._told = True
+        why = getattr(self._error, "strerror", None) or first_line(self._error)
+        self._warn(f"TensorBoard's log in {self.log_dir} is incomplete: {why}")
 
 
 class _Nowhere:

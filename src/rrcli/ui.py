@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +42,31 @@ VERDICT_STYLES = {"better": "green", "worse": "red", "same": "cyan", "not compar
 # The colour of a token by the passes that it took after pass 0.
 PASS_STYLES = ("", "cyan", "magenta", "yellow", "green", "blue", "red")
 STATUS_STYLES = {"done": "green", "missing": "yellow", "stale": "yellow", "unfinished": "cyan"}
+# Control characters that act on a terminal: all of C0 and C1, and DEL, but for line feeds and tabs.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# What is written for the few characters of ours that an output of another encoding than UTF-8 may lack: one for one, so
+# that columns stay aligned.
+SUBSTITUTES = str.maketrans("↓↑−–…▁▂▃▄▅▆▇█", "v^--~12345678")
+
+
+def visible(text: str) -> str:
+    """Return a text with its control characters as escapes, such as `\\x1b`, so that none acts on a terminal."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def never_fail_to_write() -> None:
+    """Let stdout and stderr write what their encoding lacks as substitutes or escapes, instead of raising an error."""
+    codecs.register_error("rr", _substituted)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="rr")
+
+
+def _substituted(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(SUBSTITUTES)
+    return text.encode("ascii", "backslashreplace").decode(), error.end
 
 
 def out() -> Console:
@@ -54,7 +81,7 @@ def err() -> Console:
 
 def _console(stream: Any) -> Console:
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH
-    return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+    return Console(file=stream, width=width, highlight=False, soft_wrap=False, emoji=False)
 
 
 class TerminalReporter:
@@ -231,7 +258,7 @@ def show_eval(result: EvalResult) -> None:
         number = functools.partial(formats.number, percent=metric.unit == "%")
         interval = f"{number(low)} to {number(high)}" if low is not None and high is not None else ""
         count = formats.number(entry["n"]) if "n" in entry else ""
-        table.add_row(metric.label, f"{number(entry['value'])} {metric.unit}".strip(), interval, count)
+        table.add_row(escape(metric.label), f"{number(entry['value'])} {metric.unit}".strip(), interval, count)
     out().print(table)
     if result.preserved is not None and not result.preserved.broken:  # a broken one is shown as an error
         style = "green" if result.preserved.exact else "yellow"
@@ -258,29 +285,50 @@ def show_train(result: TrainResult) -> None:
 
 
 class PieceWriter:
-    """Writes a text as it is generated: the prompt dim, then each piece; plain where stdout is no terminal."""
+    """Writes a text as it is generated: the prompt, then each piece.
+
+    A file or a pipe gets the text as it is, as UTF-8, byte for byte. A terminal shows the prompt dim, and control
+    characters as escapes.
+    """
 
     def __init__(self, prompt: str, *, trace: bool) -> None:
         self.console, self.prompt, self.trace = out(), prompt, trace
+        self.shown = self.console.file.isatty() or (trace and self.console.is_terminal)  # colours may be forced
 
     def __call__(self, piece: Piece) -> None:
-        """Write a piece, behind the prompt if it is the first."""
-        if self.prompt:
-            self._write(self.prompt, "dim")
-            self.prompt = ""
+        """Write a piece, after the prompt if it is the first."""
+        self._write_prompt()
         style = PASS_STYLES[min(piece.passes, len(PASS_STYLES) - 1)] + (" underline" if piece.changed else "")
         self._write(piece.text, style if self.trace else "")
 
-    def _write(self, text: str, style: str) -> None:
-        from rich.text import Text
+    def end(self) -> None:
+        """End the text; of an empty one, the prompt is all that is written."""
+        self._write_prompt()
+        self._write("\n", "")
 
-        self.console.print(Text(text, style=style), end="", soft_wrap=True)
+    def _write_prompt(self) -> None:
+        if self.prompt:
+            self._write(self.prompt, "dim")
+            self.prompt = ""
+
+    def _write(self, text: str, style: str) -> None:
+        if self.shown:
+            self.console.print(Text(visible(text), style=style), end="", soft_wrap=True)
+        else:
+            write_bytes(text)
         self.console.file.flush()
 
 
+def write_bytes(text: str) -> None:
+    """Write a text to stdout as UTF-8, whatever its encoding, and without touching line ends."""
+    sys.stdout.flush()
+    # A prompt that was not valid UTF-8 on the command line goes out as it came in.
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+    sys.stdout.buffer.flush()
+
+
 def show_generation(result: GenerateResult, *, trace: bool) -> None:
-    """End the text, and say what there is to know about it; with a trace, say in one line how it came about."""
-    out().print()
+    """Say what there is to know about a text; with a trace, say in one line how it came about."""
     if result.notice:
         err().print(f"[dim]{escape(result.notice)}[/dim]", soft_wrap=True)
     if not trace:
@@ -360,7 +408,7 @@ def comparison_text(comparison: Comparison, form: str) -> str:
     if form in ("csv", "markdown"):
         return formats.csv_text(comparison) if form == "csv" else formats.markdown(comparison)
     file = io.StringIO()
-    show_comparison(comparison, Console(file=file, width=PIPED_WIDTH, highlight=False, no_color=True))
+    show_comparison(comparison, Console(file=file, width=PIPED_WIDTH, highlight=False, no_color=True, emoji=False))
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 

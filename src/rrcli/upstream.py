@@ -19,6 +19,7 @@ need. It is found by signature, type or trial, never by a version number. What h
     experts whose products are counted            `_experts_implementation` of a config      RRError for fused experts
     estimating what scoring takes in memory       `_attn_implementation` of a config         a lower estimate
     hyper-parameters inside a run                 `torch.utils.tensorboard.summary.hparams`  they are not logged
+    an event file that may fail                   the file of TensorBoard's writer           the command ends with it
     a GGUF model that can be saved                `hf_quantizer`, `quantization_config`      transformers' own error
 
 The versions that this was tested with are in pyproject.toml; `untested` compares them with what is installed.
@@ -504,3 +505,47 @@ def add_hparams(writer: Any, values: Mapping[str, Any], metrics: Mapping[str, fl
     for summary in summaries:
         add(summary)
     return True
+
+
+def guard_events(writer: Any, failed: Callable[[Exception], None]) -> bool:
+    """Hand the first error of writing a TensorBoard writer's file to `failed`, and return whether that was possible.
+
+    Without it, the writer's own thread would end with a traceback on the screen, and every later call would raise.
+    """
+    try:
+        records = writer.file_writer.event_writer._async_writer._writer
+        records._writer = _Guarded(records._writer, failed)
+    except AttributeError:
+        return False
+    return True
+
+
+class _Guarded:
+    """A file that ignores every write after the first that failed."""
+
+    def __init__(self, file: Any, failed: Callable[[Exception], None]) -> None:
+        self._file, self._failed, self._broken = file, failed, False
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        """Write bytes."""
+        self._attempt("write", data)
+
+    def flush(self) -> None:
+        """Flush the file."""
+        self._attempt("flush")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.closed = True
+        self._attempt("close")
+
+    def _attempt(self, name: str, *arguments: Any) -> None:
+        if self._broken and name != "close":
+            return
+        try:
+            getattr(self._file, name)(*arguments)
+        except Exception as error:  # an OSError, or TensorFlow's own kind where that is installed
+            if not self._broken:
+                self._failed(error)
+            self._broken = True

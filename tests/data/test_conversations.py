@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from rrcli.data.conversations import question_of
-from rrcli.data.sources import Dropped, read_documents
+from rrcli.data.conversations import asked
+from rrcli.data.sources import Notes, read_documents
 from rrcli.data.splits import is_held_out
 from rrcli.errors import RRError
 from rrcli.evaluation.held_out import held_out_data
 from rrcli.settings import EvalSettings
 
 PAIR = {"prompt": "How many?", "completion": " Two."}
+ASK = [{"role": "user", "content": "How many?"}]
+SHARED = {"conversations": [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Two."}]}
 TALK = {"messages": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}]}
 
 
@@ -26,9 +28,9 @@ def jsonl(file: Path, *rows: Any) -> str:
 
 @pytest.mark.parametrize("row", [PAIR, TALK], ids=["completion", "messages"])
 def test_conversations_are_read_without_repeats_and_other_fields(tmp_path: Path, row: dict[str, Any]) -> None:
-    name, dropped = jsonl(tmp_path / "a.jsonl", row | {"id": 3}, row | {"id": 4}), Dropped()
-    assert list(read_documents(name, tmp_path, dropped=dropped)) == [row]
-    assert dropped.repeated == 1
+    name, notes = jsonl(tmp_path / "a.jsonl", row | {"id": 3}, row | {"id": 4}), Notes()
+    assert list(read_documents(name, tmp_path, notes=notes)) == [row]
+    assert notes.repeated == 1
 
 
 def test_the_text_field_goes_before_conversations(tmp_path: Path) -> None:
@@ -68,7 +70,16 @@ def test_data_sets_of_the_hub_hold_conversations(tmp_path: Path) -> None:
     [
         (PAIR, {"prompt": "How many?"}, "no 'completion' that is text"),
         (PAIR, {"prompt": "", "completion": "x"}, "no 'prompt' that is text"),
-        (PAIR, {"prompt": [{"role": "user"}], "completion": []}, "no 'prompt' that is text"),
+        (PAIR, {"prompt": [{"role": "user"}], "completion": []}, "message 1 of 'prompt' has no 'content' that is text"),
+        (PAIR, PAIR | {"completion": TALK["messages"]}, r"no 'completion' that is text \(it is a list\)"),
+        (PAIR, PAIR | {"completion": 4}, r"no 'completion' that is text \(it is a number\)"),
+        (PAIR, {"prompt": ASK, "completion": ASK}, "'completion' has no message of the assistant to learn from"),
+        (TALK, {"messages": [*TALK["messages"], {"role": "user", "content": [{"type": "image"}]}]}, "type is 'image'"),
+        (TALK, {"messages": [*TALK["messages"], {"role": "user", "tool_calls": [{}]}]}, "message 3 has no 'content'"),
+        (TALK, TALK | {"tools": "find"}, "no JSON|Expecting value"),
+        (TALK, TALK | {"tools": ["find"]}, "'tools' is not a list of tools"),
+        (SHARED, {"conversations": [{"from": "human", "value": 5}]}, r"no 'value' that is text \(it is a number\)"),
+        (SHARED, {"conversations": None}, "'conversations' is not a list of messages"),
         (PAIR, TALK, "no 'prompt' that is text"),
         (TALK, {"text": "x"}, "'messages' is not a list of messages"),
         (TALK, {"messages": []}, "'messages' is not a list of messages"),
@@ -94,11 +105,11 @@ def test_a_table_of_texts_has_no_messages(tmp_path: Path) -> None:
 
 def test_a_conversation_is_split_by_what_it_asks(tmp_path: Path) -> None:
     """So all answers to one question are on one side, and it is the side of the problem that asks it."""
-    assert question_of(PAIR) == question_of(TALK) == question_of(PAIR | {"completion": " Three."}) == "How many?"
-    assert question_of({"messages": [{"role": "system", "content": "Be brief."}, *TALK["messages"]]}) == "How many?"
-    assert question_of({"messages": [{"role": "assistant", "content": "Hello."}]}) == "Hello."
-    asked = [f"How many are {n} and {n}?" for n in range(60)]
-    rows = [{"prompt": q, "completion": c} for q in asked for c in (" Two.", " Three.")]
+    assert asked(PAIR) == asked(TALK) == asked(PAIR | {"completion": " Three."}) == ["How many?"]
+    assert asked({"messages": [{"role": "system", "content": "Be brief."}, *TALK["messages"]]}) == ["How many?"]
+    assert asked({"messages": [{"role": "assistant", "content": "Hello."}]}) == ["Hello."]
+    questions = [f"How many are {n} and {n}?" for n in range(60)]
+    rows = [{"prompt": q, "completion": c} for q in questions for c in (" Two.", " Three.")]
     name = jsonl(tmp_path / "a.jsonl", *rows)
     held_out = held_out_data(EvalSettings(data=name), tmp_path, 1, reasoning=False).documents
     assert list(held_out) == [row for row in rows if is_held_out(row["prompt"])]

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from test_data import jsonl, write
 
 from rrcli.data import sources
-from rrcli.data.sources import Dropped, fingerprint, read_documents, source_files
+from rrcli.data.sources import Notes, fingerprint, read_documents, source_files
 from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 
@@ -117,11 +117,11 @@ def test_a_source_that_is_none_is_refused(tmp_path: Path, spec: str, message: st
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     write(tmp_path / "a" / "1.jsonl", jsonl("one", "", "two", "one "))
     write(tmp_path / "a" / "2.csv", "text\none\n  \nthree\n")
-    dropped = Dropped()
-    assert list(read_documents("a", tmp_path, dropped=dropped)) == ["one", "two", "three"]
-    assert dropped == Dropped(empty=2, repeated=2)
-    assert dropped.notice("a") == "a: 2 empty and 2 repeated documents were left out"
-    assert Dropped().notice("a") == ""
+    notes = Notes()
+    assert list(read_documents("a", tmp_path, notes=notes)) == ["one", "two", "three"]
+    assert notes == Notes(empty=2, repeated=2)
+    assert notes.notice("a") == "a: 2 empty and 2 repeated documents were left out"
+    assert Notes().notice("a") == ""
 
 
 # -- the field ---------------------------------------------------------------------------------------------------------
@@ -205,9 +205,9 @@ def test_parquet_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_null_is_an_empty_document(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", text=["one", None, "two", ""])
-    dropped = Dropped()
-    assert list(read_documents("a.parquet", tmp_path, dropped=dropped)) == ["one", "two"]
-    assert dropped.empty == 2
+    notes = Notes()
+    assert list(read_documents("a.parquet", tmp_path, notes=notes)) == ["one", "two"]
+    assert notes.empty == 2
 
 
 def test_broken_parquet_is_named(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_plain_folder_of_parquet_is_a_data_set_too(tmp_path: Path) -> None:
         ("hf://./birds:plan", "text", r"cannot read hf://\./birds:plan: .*plan"),
         ("hf://./absent", "text", r"cannot read hf://\./absent"),
         ("hf://./birds:plain", "body", r"no column 'body' \(it has text, number\)"),
-        ("hf://./birds:plain", "number", "row 1: 'number' holds int, not text"),
+        ("hf://./birds:plain", "number", "row 1: 'number' holds a number, not text"),
     ],
 )
 def test_a_data_set_that_cannot_be_read_is_named(data_set: Path, spec: str, field: str, message: str) -> None:

@@ -1,6 +1,7 @@
 """The samples log: what was measured stays, whatever cuts an evaluation off."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +99,15 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RRError, match="file"):
         SampleLog(tmp_path / "file" / "x_samples.jsonl", "key")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_said(tmp_path):
+    (tmp_path / "s.jsonl").symlink_to("/dev/full")
+    log = SampleLog()
+    log._path, log._file = tmp_path / "s.jsonl", (tmp_path / "s.jsonl").open("a")
+    with log, pytest.raises(RRError, match=r"cannot write .*s.jsonl: No space left on device"):
+        log.append("documents", [{"n": 1}])
 
 
 def test_numbers_that_json_does_not_know_are_refused(tmp_path):

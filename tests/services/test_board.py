@@ -20,7 +20,7 @@ from rrcli.errors import RRError
 from rrcli.reporting import Silent
 from rrcli.services import board as service
 from rrcli.settings import BoardSettings
-from rrcli.tracker import LAYOUT, MetricsTracker
+from rrcli.tracker import EVALUATION, LAYOUT, MetricsTracker
 
 RR = [sys.executable, "-m", "rrcli"]
 
@@ -100,9 +100,37 @@ def test_check_prints_the_runs_and_tags_and_exits(logged: Path) -> None:
 
 
 def test_check_says_what_tensorboard_says_when_it_fails(logged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "WATCHED", "raise SystemExit('no luck today')")
-    with pytest.raises(RRError, match="exit code 1: no luck today"):
+    """Also what the line before the last says, and while its standard input is watched."""
+    failing = "raise SystemExit('no luck today\\nat port 1')"
+    monkeypatch.setattr(service, "WATCHED", service.WATCHED.replace("from tensorboard.main import run_main", failing))
+    with pytest.raises(RRError, match=r"^TensorBoard ended with exit code 1\nno luck today\nat port 1$"):
         service.check(BoardSettings(), logged)
+
+
+def test_all_event_files_of_a_run_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without TensorBoard's data server: a training goes on in its file while an evaluation writes another."""
+    monkeypatch.setattr(service, "WATCHED", "import sys; sys.argv.append('--load_fast=false')\n" + service.WATCHED)
+    folder = tmp_path / "logs" / "run"
+    found = []
+
+    def go_on(board: service.Board) -> None:
+        end = time.monotonic() + 60
+        while "run" not in service._get(board.url, "data/plugin/scalars/tags") and time.monotonic() < end:
+            time.sleep(0.1)
+        training.log_scalar("train/loss/total", 3.0, 2)
+        training.flush()
+        while len(found) < 2 and time.monotonic() < end:
+            found[:] = service._get(board.url, "data/plugin/scalars/scalars?run=run&tag=train/loss/total")
+            time.sleep(0.1)
+        raise KeyboardInterrupt
+
+    with MetricsTracker(folder) as training:
+        training.log_scalar("train/loss/total", 4.0, 1)
+        training.flush()
+        with MetricsTracker(folder, part=EVALUATION) as evaluation:
+            evaluation.log_scalar("final/perplexity", 2.0, 1)
+        service.board(BoardSettings(port=0, reload_interval=1), tmp_path, Silent(), started=go_on)
+    assert [(step, value) for _, step, value in found] == [(1, 4.0), (2, 3.0)]
 
 
 def test_the_layout_of_custom_scalars_is_in_every_run(logged: Path) -> None:

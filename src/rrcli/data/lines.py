@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError
 
+# What is done with an error in a line or row: it is raised, or the row is left out and counted.
+OnBadRow = Callable[[RRError], None]
 
-def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
+
+def refuse(error: RRError) -> None:
+    """Raise the error of a bad row."""
+    raise error
+
+
+def decoded_lines(lines: Iterable[bytes], name: str, bad: OnBadRow = refuse) -> Iterator[str]:
     """Yield lines decoded from UTF-8, with their line ends and without a byte order mark.
 
     Args:
         lines: cut at line feeds only, because JSON strings and CSV fields may hold other separators.
+        bad: gets the error of a line that is not UTF-8; a blank line is yielded in its place.
 
     Raises:
         RRError: a line is not UTF-8; names the line.
@@ -23,9 +32,9 @@ def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[str]:
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise RRError(
-                f"{name}, line {number}: byte {line[error.start]:#04x} is not UTF-8", "Convert it to UTF-8."
-            ) from error
+            where = f"{name}, line {number}"
+            bad(RRError(f"{where}: byte {line[error.start]:#04x} is not UTF-8", "Convert it to UTF-8."))
+            text = "\n"
         yield text.removeprefix("\ufeff") if number == 1 else text
 
 
@@ -36,8 +45,11 @@ def placed(lines: Iterable[str], name: str) -> Iterator[tuple[str, str]]:
             yield f"{name}, line {number}", line.removesuffix("\n").removesuffix("\r")
 
 
-def json_objects(lines: Iterable[str], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_objects(lines: Iterable[str], name: str, bad: OnBadRow = refuse) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, object) for each line that is not blank.
+
+    Args:
+        bad: gets the error of a line that is no JSON object.
 
     Raises:
         RRError: a line is not a JSON object; names the line.
@@ -46,20 +58,22 @@ def json_objects(lines: Iterable[str], name: str) -> Iterator[tuple[str, dict[st
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise RRError(f"{place}: no JSON ({error})", "Each line is one JSON object.") from error
-        if not isinstance(value, dict):
-            raise RRError(f"{place}: no JSON object", "Each line is one JSON object.")
-        yield place, value
+            bad(RRError(f"{place}: no JSON ({error})", "Each line is one JSON object."))
+            continue
+        if isinstance(value, dict):
+            yield place, value
+        else:
+            bad(RRError(f"{place}: no JSON object", "Each line is one JSON object."))
 
 
-def file_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file, with their line ends.
+def file_lines(path: Path, bad: OnBadRow = refuse) -> Iterator[str]:
+    """Yield the lines of a file, with their line ends; see `decoded_lines`.
 
     Raises:
         RRError: the file cannot be read, or is not UTF-8.
     """
     try:
         with path.open("rb") as file:
-            yield from decoded_lines(file, str(path))
+            yield from decoded_lines(file, str(path), bad)
     except OSError as error:
         raise RRError(f"cannot read {path}: {error.strerror}") from error

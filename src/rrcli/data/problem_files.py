@@ -144,6 +144,11 @@ def evaluated_whole(tasks: Sequence[Task | FileTask]) -> set[str]:
     return {p.question for task in tasks if isinstance(task, FileTask) and task.whole for p in task.all}
 
 
+def held_out_questions(tasks: Sequence[Task | FileTask]) -> set[str]:
+    """Return the questions of files that are evaluated; no training may see them, in whatever form."""
+    return {p.question for task in tasks if isinstance(task, FileTask) for p in task.side(held_out=True)}
+
+
 def trained_questions(specs: Sequence[str], directory: Path) -> set[str]:
     """Return the questions from files that a training with these tasks may have shown to the model.
 

@@ -1,7 +1,8 @@
 """Readers: each turns one kind of file, or the hub, into a stream of documents (see `conversations`), piece by piece.
 
-Whatever cannot be read is an error that names the file and the line or row. The readers of lines take the decoded lines
-of a file, the name that errors show, and the field that holds the text.
+Whatever cannot be read is an error that names the file and the line or row. The error of a single row is given to
+`bad`, which raises it, or counts it so that the next row is read. The readers of lines take the decoded lines of a
+file, the name that errors show, and the field that holds the text.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rrcli.data.conversations import FIELDS, MESSAGES, TEXT, Document, conversation, kind_of
-from rrcli.data.lines import json_objects
+from rrcli.data.conversations import FIELDS, MESSAGES, SHAREGPT, TEXT, TOOLS, Document, conversation, json_type, kind_of
+from rrcli.data.lines import OnBadRow, json_objects, refuse
 from rrcli.errors import RRError, UsageError, first_line
 
 HUB = "hf://"
 PARQUET_ROWS = 1024
 
 
-def paragraphs(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
-    """Yield the texts between blank lines. `field` is not used: plain text has no fields."""
+def paragraphs(lines: Iterable[str], name: str, field: str, bad: OnBadRow = refuse) -> Iterator[str]:
+    """Yield the texts between blank lines. `field` and `bad` are not used: plain text has no fields."""
     held: list[str] = []
     for line in lines:
         line = line.removesuffix("\n").removesuffix("\r")
@@ -34,24 +35,35 @@ def paragraphs(lines: Iterable[str], name: str, field: str) -> Iterator[str]:
         yield "\n".join(held)
 
 
-def json_lines(lines: Iterable[str], name: str, field: str) -> Iterator[Document]:
+def json_lines(lines: Iterable[str], name: str, field: str, bad: OnBadRow = refuse) -> Iterator[Document]:
     """Yield the text field of the object on each line, or the conversation in it; the first line decides which."""
     kind = ""
-    for place, value in json_objects(lines, name):
+    for place, value in json_objects(lines, name, bad):
         kind = kind or kind_of(value, field)
-        if kind != TEXT:
-            yield conversation(value, kind, place)
-            continue
-        if field not in value:
-            texts = [key for key, entry in value.items() if isinstance(entry, str)]
-            raise RRError(f"{place}: no object with a '{field}' (it has {_listed(value)})", _other(texts))
-        if not isinstance(value[field], str):
-            kind = type(value[field]).__name__
-            raise RRError(f"{place}: no object with a '{field}' that is text (it is {kind})", "Texts stand in quotes.")
-        yield _encodable(value[field], place)
+        try:
+            document = conversation(value, kind, place) if kind not in ("", TEXT) else _text(value, field, place)
+        except RRError as error:
+            bad(error)
+        else:
+            yield document
 
 
-def csv_rows(lines: Iterable[str], name: str, field: str) -> Iterator[Document]:
+def _text(row: dict[str, Any], field: str, place: str) -> str:
+    """Return the text of a row.
+
+    Raises:
+        RRError: there is none; names the place and the field.
+    """
+    if field not in row:
+        texts = [key for key, entry in row.items() if isinstance(entry, str)]
+        raise RRError(f"{place}: no object with a '{field}' (it has {_listed(row)})", _other(texts))
+    if not isinstance(row[field], str):
+        kind = json_type(row[field])
+        raise RRError(f"{place}: no object with a '{field}' that is text (it is {kind})", "Texts stand in quotes.")
+    return _encodable(row[field], place)
+
+
+def csv_rows(lines: Iterable[str], name: str, field: str, bad: OnBadRow = refuse) -> Iterator[Document]:
     """Yield the text column of each record, or its prompt and completion.
 
     The first line names the columns. A text in quotes may hold line breaks.
@@ -63,8 +75,8 @@ def csv_rows(lines: Iterable[str], name: str, field: str) -> Iterator[Document]:
         header = next(rows, None)
         if not header:
             raise RRError(f"{name}, line 1: no header", "The first line names the columns.")
-        kind = kind_of(header, field)
-        if kind == MESSAGES:
+        kind = kind_of(header, field) or TEXT
+        if kind in (MESSAGES, SHAREGPT):
             raise RRError(f"{name}, line 1: a table has no messages", "Write them to a .jsonl or .parquet file.")
         if kind == TEXT and header.count(field) != 1:
             wrong = "two columns" if field in header else "no column"
@@ -75,13 +87,17 @@ def csv_rows(lines: Iterable[str], name: str, field: str) -> Iterator[Document]:
             if row is None:
                 return
             if row and len(row) != len(header):
-                raise RRError(
-                    f"{name}, line {begins}: {len(row)} columns, the header has {len(header)}",
-                    "Put texts with commas or line breaks in double quotes.",
-                )
-            if row:
+                columns = f"{len(row)} columns, the header has {len(header)}"
+                hint = "Put texts with commas or line breaks in double quotes."
+                bad(RRError(f"{name}, line {begins}: {columns}", hint))
+            elif row:
                 values = dict(zip(header, row, strict=True))
-                yield values[field] if kind == TEXT else conversation(values, kind, f"{name}, line {begins}")
+                try:
+                    document = values[field] if kind == TEXT else conversation(values, kind, f"{name}, line {begins}")
+                except RRError as error:
+                    bad(error)
+                else:
+                    yield document
     except csv.Error as error:
         raise RRError(
             f"{name}: the record that begins in line {begins} is not valid CSV ({error})",
@@ -89,7 +105,7 @@ def csv_rows(lines: Iterable[str], name: str, field: str) -> Iterator[Document]:
         ) from error
 
 
-def parquet_rows(path: Path, field: str) -> Iterator[Document]:
+def parquet_rows(path: Path, field: str, bad: OnBadRow = refuse) -> Iterator[Document]:
     """Yield the text column of each row, or its conversation. Rows are read in pieces; a null is an empty text."""
     try:
         import pyarrow
@@ -101,15 +117,22 @@ def parquet_rows(path: Path, field: str) -> Iterator[Document]:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             texts = [item.name for item in schema if _is_text(item.type, pyarrow)]
-            kind = kind_of(schema.names, field)
+            kind = kind_of(schema.names, field) or TEXT
             if kind == TEXT and field not in schema.names:
                 raise RRError(f"{path}: no column '{field}' (it has {_listed(schema.names)})", _other(texts))
             if kind == TEXT and field not in texts:
                 raise RRError(f"{path}: column '{field}' holds {schema.field(field).type}, not text", _other(texts))
-            for batch in file.iter_batches(PARQUET_ROWS, columns=list(FIELDS.get(kind, (field,)))):
+            columns = [*FIELDS.get(kind, (field,)), *[TOOLS] * (kind != TEXT and TOOLS in schema.names)]
+            for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
                 for values in batch.to_pylist():
                     row += 1
-                    yield values[field] or "" if kind == TEXT else conversation(values, kind, f"{path}, row {row}")
+                    try:
+                        place = f"{path}, row {row}"
+                        document = values[field] or "" if kind == TEXT else conversation(values, kind, place)
+                    except RRError as error:
+                        bad(error)
+                    else:
+                        yield document
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         where = f"{path}, row {row}" if row else str(path)
         raise RRError(f"cannot read {where}: {first_line(error)}", "Is the file whole? Make or fetch it again.") from (
@@ -117,7 +140,7 @@ def parquet_rows(path: Path, field: str) -> Iterator[Document]:
         )
 
 
-def hub_rows(spec: str, directory: Path, field: str) -> Iterator[Document]:
+def hub_rows(spec: str, directory: Path, field: str, bad: OnBadRow = refuse) -> Iterator[Document]:
     """Stream a data set: yield the text column of each row, or its conversation. A null is an empty text."""
     name, _, rest = spec.removeprefix(HUB).partition(":")
     config, _, split = rest.partition(":")
@@ -132,24 +155,32 @@ def hub_rows(spec: str, directory: Path, field: str) -> Iterator[Document]:
     row, kind = 0, ""
     try:
         for entry in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
-            kind = kind or kind_of(entry, field)
-            if kind != TEXT:
-                row += 1
-                yield conversation(entry, kind, f"{spec}, row {row}")
-                continue
-            if field not in entry:
+            kind = kind or kind_of(entry, field) or TEXT
+            if kind == TEXT and field not in entry:
                 texts = [key for key, value in entry.items() if isinstance(value, str)]
                 raise RRError(f"{spec}: no column '{field}' (it has {_listed(entry)})", _other(texts))
             row += 1
-            if not isinstance(entry[field], str | None):
-                raise RRError(f"{spec}, row {row}: '{field}' holds {type(entry[field]).__name__}, not text")
-            yield _encodable(entry[field] or "", f"{spec}, row {row}")
+            place = f"{spec}, row {row}"
+            try:
+                document = (
+                    _text_or_null(entry[field], field, place) if kind == TEXT else conversation(entry, kind, place)
+                )
+            except RRError as error:
+                bad(error)
+            else:
+                yield document
     except RRError:
         raise
     except Exception as error:  # the library raises dozens of kinds: its own, httpx's, pyarrow's, fsspec's
         where = f"{spec}, row {row + 1}" if row else spec
         hint = "Check the name, the configuration and the split, and the connection (HF_HUB_OFFLINE forbids it)."
         raise RRError(f"cannot read {where}: {first_line(error)}", hint) from error
+
+
+def _text_or_null(value: Any, field: str, place: str) -> str:
+    if not isinstance(value, str | None):
+        raise RRError(f"{place}: '{field}' holds {json_type(value)}, not text")
+    return _encodable(value or "", place)
 
 
 def _encodable(text: str, place: str) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rrcli.data.conversations import ASSISTANT, Document
+from rrcli.data.conversations import ASSISTANT, TOOLS, Document, messages_of
 from rrcli.data.tasks import Problem, prompt_of
 from rrcli.data.tokens import closed, encode_prompt, piece_ids, start_token, text_ids
 from rrcli.errors import RRError
@@ -89,18 +89,20 @@ def example_of(tokenizer: Any, document: Document, settings: TrainSettings) -> E
     """
     if isinstance(document, str):
         return _joined(_start(tokenizer), [(closed(tokenizer, text_ids(tokenizer, document)), True)])
-    if "prompt" in document:
+    if isinstance(document.get("prompt"), str):
         completion = closed(tokenizer, piece_ids(tokenizer, document["prompt"], document["completion"]))
         return _joined(encode_prompt(tokenizer, document["prompt"]), [(completion, True)])
-    messages = document["messages"]
+    messages, first = messages_of(document)
+    tools = document.get(TOOLS)
     if not chats(tokenizer, settings):
-        return _joined(_start(tokenizer), _parts(tokenizer, _plain(messages), closing=True))
+        return _joined(_start(tokenizer), _parts(tokenizer, _plain(messages, tools, first), closing=True))
     if "{% generation" in tokenizer.get_chat_template().replace("{%-", "{%"):
-        return _marked(tokenizer, messages)
-    segments = _turns(tokenizer, messages)
+        return _marked(tokenizer, messages, tools, first)
+    segments = _turns(tokenizer, messages, tools, first)
     last = next(m["content"] for m in reversed(messages) if m["role"] == ASSISTANT)
     parts = _parts(tokenizer, segments, closing=False)
-    if _is_open(segments[-1][0], last):
+    # A turn that only calls tools has no words after which an end could be missing.
+    if last.strip() and _is_open(segments[-1][0], last):
         parts[-1] = (closed(tokenizer, parts[-1][0]), True)
     return _joined([], parts)
 
@@ -109,26 +111,35 @@ def text_of(tokenizer: Any, document: Document, settings: EvalSettings | TrainSe
     """Return the text of a document that perplexity is measured on, without the start token, which scoring adds."""
     if isinstance(document, str):
         return document
-    if "prompt" in document:
+    if isinstance(document.get("prompt"), str):
         return str(document["prompt"] + document["completion"])
+    messages, _ = messages_of(document)
     if not chats(tokenizer, settings):
-        return "".join(text for text, _ in _plain(document["messages"]))
-    return _through_template(tokenizer, document["messages"]).removeprefix(tokenizer.bos_token or "")
+        return "".join(text for text, _ in _plain(messages, document.get(TOOLS)))
+    return _through_template(tokenizer, messages, tools=document.get(TOOLS)).removeprefix(tokenizer.bos_token or "")
 
 
-def _plain(messages: Messages) -> list[Segment]:
+def _plain(messages: Messages, tools: Any = None, first: int = 0) -> list[Segment]:
     """Return a conversation as plain text, with a blank line between turns; system messages stay as they are.
 
+    Args:
+        first: the number of the first message that may be learned.
+
     Raises:
-        RRError: plain text has no form for a role.
+        RRError: plain text has no form for a role, or for tools.
     """
+    if tools or any(message.get("tool_calls") for message in messages):
+        raise RRError(
+            f"the conversation '{_begin(messages)}' uses tools and there is no template",
+            "Train a model whose tokenizer has one, or leave such conversations out.",
+        )
     segments, text = [], ""
-    for message in messages:
+    for number, message in enumerate(messages):
         content = message["content"].strip()
         if message["role"] == ASSISTANT:
-            segments += [(f"{text}Answer:", False), (f" {content}", True)]
+            segments += [(f"{text}Answer:", False), (f" {content}", number >= first)]
             text = "\n\n"
-        elif message["role"] in ("user", "system"):
+        elif message["role"] in ("user", "system", "developer"):
             text += prompt_of(content).removesuffix("Answer:") if message["role"] == "user" else f"{content}\n\n"
         else:
             raise RRError(
@@ -138,21 +149,24 @@ def _plain(messages: Messages) -> list[Segment]:
     return segments
 
 
-def _turns(tokenizer: Any, messages: Messages) -> list[Segment]:
+def _turns(tokenizer: Any, messages: Messages, tools: Any, first: int) -> list[Segment]:
     """Return a conversation through the chat template, cut where turns of the assistant begin and end.
 
     A turn is what the template writes after the prompt for an answer, including the mark of its end.
+
+    Args:
+        first: the number of the first message that may be learned.
 
     Raises:
         RRError: the template writes a turn in another way when others follow it, so that it cannot be located.
     """
     segments, done = [], 0
-    whole = _through_template(tokenizer, messages)
+    whole = _through_template(tokenizer, messages, tools=tools)
     for number, message in enumerate(messages):
-        if message["role"] != ASSISTANT:
+        if message["role"] != ASSISTANT or number < first:
             continue
-        begin = _through_template(tokenizer, messages[:number], answer=True) if number else ""
-        end = _through_template(tokenizer, messages[: number + 1])
+        begin = _through_template(tokenizer, messages[:number], answer=True, tools=tools) if number else ""
+        end = _through_template(tokenizer, messages[: number + 1], tools=tools)
         content = message["content"].strip()
         if content and not whole.startswith(end):
             # Some templates begin the last turn with an empty thought, and leave it out when other turns follow.
@@ -167,20 +181,23 @@ def _turns(tokenizer: Any, messages: Messages) -> list[Segment]:
     return segments
 
 
-def _marked(tokenizer: Any, messages: Messages) -> Example:
-    """Return a conversation through a template that marks what the assistant says."""
+def _marked(tokenizer: Any, messages: Messages, tools: Any, first: int) -> Example:
+    """Return a conversation through a template that marks what the assistant says; see `_turns`."""
     try:
         found = tokenizer.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            list(messages), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
     except Exception as error:
         raise _refused(messages, error) from error
-    return list(found["input_ids"]), [bool(own) for own in found["assistant_masks"]]
+    prompt = _through_template(tokenizer, messages[:first], answer=True, tools=tools) if first else ""
+    given = len(text_ids(tokenizer, prompt))
+    return list(found["input_ids"]), [bool(own) and n >= given for n, own in enumerate(found["assistant_masks"])]
 
 
-def _through_template(tokenizer: Any, messages: Messages, *, answer: bool = False) -> str:
+def _through_template(tokenizer: Any, messages: Messages, *, answer: bool = False, tools: Any = None) -> str:
+    options = {"add_generation_prompt": answer, "tokenize": False, **({"tools": tools} if tools else {})}
     try:
-        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=answer, tokenize=False))
+        return str(tokenizer.apply_chat_template(list(messages), **options))
     except Exception as error:  # templates may raise anything: jinja's errors, TypeErrors, their own
         raise _refused(messages, error) from error
 

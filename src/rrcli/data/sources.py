@@ -11,8 +11,9 @@ A source is one of
   `.`), streamed by the extra `datasets`; the split is `train` unless named;
 - `-`: standard input, read once; JSON lines if its first line is a JSON object, else text.
 
-Files are read piece by piece, so they may be larger than memory. Broken data are never skipped: they are an error that
-names the file and the line or row. Repeated and empty documents are left out and counted.
+Files are read piece by piece, so they may be larger than memory. A row that cannot be read is an error that names the
+file and the line or row; if that is asked for, it is left out and counted. Repeated and empty documents are left out
+and counted.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rrcli.data import readers
-from rrcli.data.conversations import Document
-from rrcli.data.lines import decoded_lines, file_lines
+from rrcli.data.conversations import Document, identity
+from rrcli.data.lines import OnBadRow, decoded_lines, file_lines, refuse
+from rrcli.data.openings import split
 from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 from rrcli.files import combine
@@ -39,46 +40,77 @@ TEXT_FIELD = "text"
 
 
 @dataclass
-class Dropped:
-    """What was left out of a source while it was read."""
+class Notes:
+    """What there is to say about a source after it was read.
+
+    Attributes:
+        empty, repeated: documents that were left out. bad: rows that could not be read and were left out.
+        first_bad: what was wrong with the first of these.
+        common: sentences about what many rows have in common; see `openings`.
+    """
 
     empty: int = 0
     repeated: int = 0
+    bad: int = 0
+    first_bad: str = ""
+    common: list[str] = field(default_factory=list)
+
+    def leave_out(self, error: RRError) -> None:
+        """Count a row that could not be read."""
+        self.bad += 1
+        self.first_bad = self.first_bad or error.message
 
     def notice(self, spec: str) -> str:
-        """Return a sentence that says what was left out, or '' if nothing was."""
-        counts = [f"{count:,} {name}" for name, count in vars(self).items() if count]
+        """Return sentences that say what was left out and what is common, or '' if there is nothing to say."""
+        counts = [f"{count:,} {name}" for name, count in (("empty", self.empty), ("repeated", self.repeated)) if count]
         name = "standard input" if spec == STDIN else spec
-        return f"{name}: {' and '.join(counts)} documents were left out" if counts else ""
+        said = [f"{name}: {' and '.join(counts)} documents were left out"] if counts else []
+        if self.bad:
+            rows = "1 row that cannot be read was" if self.bad == 1 else f"{self.bad:,} rows that cannot be read were"
+            said.append(f"{name}: {rows} left out (the first: {self.first_bad})")
+        return "\n".join([*said, *self.common])
 
 
 def read_documents(
-    spec: str, directory: Path, text_field: str = TEXT_FIELD, dropped: Dropped | None = None
+    spec: str, directory: Path, text_field: str = TEXT_FIELD, notes: Notes | None = None, *, on_bad_row: str = "error"
 ) -> Iterator[Document]:
-    """Yield every document of a source once, in order; texts come without surrounding white space.
+    """Yield every document of a source once, in order; see `read_split`."""
+    for document, _ in read_split(spec, directory, text_field, notes, on_bad_row=on_bad_row):
+        yield document
 
-    Repeats are recognised by hashes, which take about 100 bytes of memory for each document while the source is read.
+
+def read_split(
+    spec: str, directory: Path, text_field: str = TEXT_FIELD, notes: Notes | None = None, *, on_bad_row: str = "error"
+) -> Iterator[tuple[Document, bool]]:
+    """Yield every document of a source once, in order, with whether it is held out for evaluation.
+
+    Texts come without surrounding white space. Repeats are recognised by hashes, which take about 100 bytes of memory
+    for each document while the source is read.
 
     Args:
-        directory: where relative paths start. dropped: counts what is left out.
+        directory: where relative paths start. notes: counts what is left out.
+        on_bad_row: 'error', or 'skip' to leave out rows that cannot be read.
 
     Raises:
         UsageError: the source does not exist, is of an unknown kind, or needs an extra that is not installed.
         RRError: it is empty, or a part of it cannot be read; names the file and the line or row.
     """
-    dropped = dropped if dropped is not None else Dropped()
+    notes = notes if notes is not None else Notes()
     seen: set[bytes] = set()
-    for document in _documents(spec, directory, text_field):
-        document = document.strip() if isinstance(document, str) else document
-        identity = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
-        digest = hashlib.blake2b(identity.encode(), digest_size=16).digest()
-        if document and digest not in seen:
-            seen.add(digest)
-            yield document
-        elif document:
-            dropped.repeated += 1
-        else:
-            dropped.empty += 1
+    bad = notes.leave_out if on_bad_row == "skip" else refuse
+    for name, documents in _files(spec, directory, text_field, bad):
+        stripped = (d.strip() if isinstance(d, str) else d for d in documents)
+        for document, held_out in split(stripped, directory, name, notes.common):
+            digest = hashlib.blake2b(identity(document).encode(), digest_size=16).digest()
+            if document and digest not in seen:
+                seen.add(digest)
+                yield document, held_out
+            elif document:
+                notes.repeated += 1
+            else:
+                notes.empty += 1
+    if not seen and notes.bad:
+        raise RRError(f"no row of the data {spec} can be read (the first: {notes.first_bad})", "Correct the data.")
     if not seen:
         raise RRError(f"the data {spec} is empty", "It needs at least one document.")
 
@@ -131,25 +163,32 @@ def source_files(spec: str, directory: Path) -> list[Path]:
     return [path]
 
 
-def _documents(spec: str, directory: Path, field: str) -> Iterator[Document]:
+def _files(spec: str, directory: Path, field: str, bad: OnBadRow) -> Iterator[tuple[str, Iterator[Document]]]:
+    """Yield the name and the documents of each file of a source."""
     if spec.startswith(readers.HUB):
-        yield from readers.hub_rows(spec, directory, field)
+        yield spec, readers.hub_rows(spec, directory, field, bad)
     elif spec == STDIN:
         name, lines = "standard input", functools.partial(io.BytesIO, _stdin())
         first = next((line for line in lines() if line.strip()), b"")
-        read = readers.json_lines if readers.is_json_object(first) else readers.paragraphs
-        yield from read(decoded_lines(lines(), name), name, field)
+        if readers.is_json_object(first):
+            yield name, readers.json_lines(decoded_lines(lines(), name, bad), name, field, bad)
+        else:
+            yield name, readers.paragraphs(decoded_lines(lines(), name), name, field)
     else:
         for path in source_files(spec, directory):
-            yield from _file(path, field)
+            yield path.name, _documents(path, field, bad)
 
 
-def _file(path: Path, field: str) -> Iterator[Document]:
-    if path.suffix == ".parquet":
-        yield from readers.parquet_rows(path, field)
-        return
-    read = {".jsonl": readers.json_lines, ".csv": readers.csv_rows}.get(path.suffix, readers.paragraphs)
-    yield from read(file_lines(path), str(path), field)
+def _documents(path: Path, field: str, bad: OnBadRow) -> Iterator[Document]:
+    match path.suffix:
+        case ".parquet":
+            return readers.parquet_rows(path, field, bad)
+        case ".jsonl":
+            return readers.json_lines(file_lines(path, bad), str(path), field, bad)
+        case ".csv":  # after a line that is not UTF-8 it is not known where the next record begins
+            return readers.csv_rows(file_lines(path), str(path), field, bad)
+        case _:
+            return readers.paragraphs(file_lines(path), str(path), field)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The data that training reads: text and problems on the training side of the split, as batches.
 
-Documents come from `sources`. A source that training and evaluation share is split by `splits.is_held_out`.
+Documents come from `sources`, which say what is held out of a source that training and evaluation share.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from rrcli.data.conversations import Document, Form, noting_forms, question_of
+from rrcli.data.conversations import Document, Form, asked, noting_forms
 from rrcli.data.document_store import DocumentStore
-from rrcli.data.problem_files import FileTask, evaluated_whole, is_file_task, open_task
+from rrcli.data.problem_files import FileTask, evaluated_whole, held_out_questions, is_file_task, open_task
 from rrcli.data.rendering import Example, example_of, solved_problem
-from rrcli.data.sources import Dropped, fingerprint, read_documents
+from rrcli.data.sources import Notes, fingerprint, read_split
 from rrcli.data.splits import is_held_out
 from rrcli.data.tasks import Task
 from rrcli.demo import defaults
@@ -52,6 +52,7 @@ class TrainingData:
         cut: how many of them were longer than `max_length` and were cut.
         skipped: how many documents or problems were replaced by others, because nothing to learn would have been left
             of them within `max_length`.
+        refused: how many documents were replaced because they cannot be shown to this model (`--on-bad-row skip`).
 
     Args:
         vocabulary: how many tokens the model's embedding has; None = not known, and not checked.
@@ -73,17 +74,18 @@ class TrainingData:
                 "every task is evaluated whole (held_out=all): there is no problem to train on",
                 "Add a task to train on, or train on text alone with --task-share 0.",
             )
-        dropped = Dropped()
-        documents = read_documents(settings.data, directory, settings.text_field, dropped)
+        notes = Notes()
+        read = read_split(settings.data, directory, settings.text_field, notes, on_bad_row=settings.on_bad_row)
+        problems = self.evaluated | held_out_questions(tasks)
+        kept = (d for d, held_out in read if not held_out and problems.isdisjoint(asked(d)))
         forms: dict[Form, Document] = {}
-        kept = (document for document in documents if self._may_train(question_of(document)))
         self.documents = DocumentStore(noting_forms(kept, forms), directory)
-        for document in forms.values():
+        for document in forms.values() if settings.on_bad_row == "error" else ():
             example_of(tokenizer, document, settings)  # what the chat template refuses is found before the first step
-        self.notice = dropped.notice(settings.data)
+        self.notice = notes.notice(settings.data)
         if not self.documents and share < 1:
             raise RRError(f"every document of {settings.data} is held out", "Give more documents (about 50 or more).")
-        self.drawn = self.cut = self.skipped = 0
+        self.drawn = self.cut = self.skipped = self.refused = 0
 
     def batch(self, step: int) -> Batch:
         """Return the examples of one optimiser step (`batch_size` of them).
@@ -129,17 +131,36 @@ class TrainingData:
         )
 
     def warning(self) -> str:
-        """Say how many examples were cut or left out for their length; '' if none was."""
-        if not self.cut + self.skipped:
-            return ""
-        skipped = f"; {self.skipped:,} more had nothing to learn within it and were left out" if self.skipped else ""
-        length = self.settings.max_length
-        return f"{self.cut:,} of {self.drawn:,} examples were longer than {length} tokens and were cut{skipped}"
+        """Say how many examples were cut or left out; '' if none was."""
+        said = []
+        if self.cut + self.skipped:
+            length = self.settings.max_length
+            said.append(f"{self.cut:,} of {self.drawn:,} examples were longer than {length} tokens and were cut")
+        if self.skipped:
+            said.append(f"{self.skipped:,} more had nothing to learn within it and were left out")
+        if self.refused:
+            said.append(f"conversations left out because they cannot be shown to this model: {self.refused:,}")
+        return "; ".join(said)
 
     def _documents(self, place: int) -> Iterator[Example]:
-        """Yield the document at a place in the sequence of epochs, then those after it, which may replace it."""
+        """Yield the document at a place in the sequence of epochs, then those after it, which may replace it.
+
+        Raises:
+            RRError: one cannot be shown to the model; with `--on-bad-row skip`, none of them can.
+        """
+        refused = 0
         for other in range(CANDIDATES):
-            yield example_of(self.tokenizer, self.documents.in_order(place + other, self.settings.seed), self.settings)
+            document = self.documents.in_order(place + other, self.settings.seed)
+            try:
+                example = example_of(self.tokenizer, document, self.settings)
+            except RRError:
+                refused += 1
+                if self.settings.on_bad_row != "skip" or refused == CANDIDATES:
+                    raise
+                continue
+            self.refused += refused
+            refused = 0
+            yield example
 
     def _problems(self, task: Task | FileTask, number: int) -> Iterator[Example]:
         """Yield the problem of example `number`, then others that may replace it.

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from rrcli.errors import RRError
-from rrcli.files import SCHEMA, make_folder, mismatch
+from rrcli.files import SCHEMA, make_folder, mismatch, unwritable
 from rrcli.schemas import ENTRIES, SamplesHead
 
 END = "end"
@@ -50,7 +51,7 @@ class SampleLog:
                 path.write_text(_line({"schema": SCHEMA, "kind": "samples", "key": key}), encoding="utf-8")
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise RRError(f"cannot write {path}: {error.strerror}") from error
+            raise unwritable(path, error) from error
 
     def __enter__(self) -> SampleLog:
         return self
@@ -80,13 +81,22 @@ class SampleLog:
         return entries
 
     def append(self, part: str, entries: Iterable[dict[str, Any]]) -> None:
-        """Log entries of a part. They are on disk when this returns."""
+        """Log entries of a part. They are on disk when this returns.
+
+        Raises:
+            RRError: the file cannot be written, for example because the disk is full.
+        """
         lines = [_line({"part": part, **entry}) for entry in entries]
-        if self._file is None or not lines:
+        if self._file is None or self._path is None or not lines:
             return
-        self._file.write("".join(lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write("".join(lines))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with suppress(OSError):  # closing writes what is left, which fails too
+                self._file.close()
+            raise unwritable(self._path, error) from error
 
     def end(self) -> None:
         """Mark the evaluation as complete, so that the next one begins a new log."""

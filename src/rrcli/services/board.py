@@ -25,6 +25,8 @@ from rrcli.settings import BoardSettings
 PORTS_TO_TRY = 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 START_SECONDS = 120
+# How many of TensorBoard's last lines an error shows.
+LAST_LINES = 5
 # Plugins whose tags `--check` asks for; all of them answer run -> tag -> description under `tags`.
 PLUGINS = ("scalars", "text", "images", "histograms")
 # TensorBoard, which ends when its standard input is closed. That happens whenever the process that started it ends, in
@@ -32,7 +34,8 @@ PLUGINS = ("scalars", "text", "images", "histograms")
 WATCHED = """
 import os, signal, sys, threading
 def watch():
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # sys.stdin would be locked at the end of the process, which aborts it
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 threading.Thread(target=watch, daemon=True).start()
 from tensorboard.main import run_main
@@ -128,7 +131,8 @@ def _serving(settings: BoardSettings, logs: Path, port: int) -> Iterator[tuple[s
     import tempfile
 
     command = [sys.executable, "-c", WATCHED, "--logdir", str(logs), "--host", settings.host, "--port", str(port)]
-    command += ["--reload_interval", str(settings.reload_interval)]
+    # Without its data server TensorBoard would follow only the newest event file of each run.
+    command += ["--reload_interval", str(settings.reload_interval), "--reload_multifile=true"]
     shown = "localhost" if settings.host in LOOPBACK or settings.host in ("0.0.0.0", "::") else settings.host
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
     with tempfile.TemporaryFile() as errors:  # a pipe that nobody reads becomes full and blocks
@@ -179,8 +183,9 @@ def _get(address: str, path: str) -> Any:
 def _ended(process: subprocess.Popen[bytes], code: int) -> RRError:
     errors: IO[bytes] = process.stderr  # type: ignore[assignment]
     errors.seek(0)
-    last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-    return RRError(f"TensorBoard ended with exit code {code}{': ' if last else ''}{''.join(last)}")
+    lines = [line for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return RRError("\n".join([f"TensorBoard {how}", *lines[-LAST_LINES:]]))
 
 
 def _open(address: str, reporter: Reporter) -> None:

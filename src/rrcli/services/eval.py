@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from rrcli.data.prompts import read_prompts, stop_strings
 from rrcli.data.tokens import end_notice, text_ids
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.harness import harness_tasks, load_tasks
-from rrcli.evaluation.held_out import EvalData, held_out_data
+from rrcli.evaluation.held_out import EvalData, held_out_data, showable
 from rrcli.evaluation.samples import SampleLog
 from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerprint
 from rrcli.experiment.provenance import provenance
@@ -30,7 +30,7 @@ from rrcli.models.weights import stamps
 from rrcli.reporting import Reporter
 from rrcli.schemas import CheckpointMetrics
 from rrcli.settings import EvalSettings, SurgerySettings
-from rrcli.tracker import SUMMARY, MetricsTracker
+from rrcli.tracker import EVALUATION, SUMMARY, MetricsTracker
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,6 @@ def evaluate(
     data = _data(settings, directory)
     training = _training(source)
     _check_problems(data, settings, training, directory, reporter)
-    _tell_about(data, settings, reporter)
 
     from rrcli.evaluation.evaluate import evaluate_model
 
@@ -85,6 +84,8 @@ def evaluate(
         reporter.note(notice)
     fix_date(tokenizer, settings.template_date)
     _say_unfollowed(loaded, data, settings, reporter)
+    data = showable(data, tokenizer, settings)
+    _tell_about(data, settings, reporter)
     if tokenizer.chat_template:
         _check_form(settings, training, reporter)
     measuring = _set_up_recursion(loaded, source, settings, directory, use_recursive)
@@ -94,9 +95,10 @@ def evaluate(
     device, dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
     key = combine(inputs, asdict(measuring), shape, device, dtype, *([written] if written else []))
     step = training["steps"] if training else 0
-    tracker = MetricsTracker(workspace.log_folder(stage)) if settings.tensorboard else None
+    logs = workspace.log_folder(stage)
+    tracker = MetricsTracker(logs, part=EVALUATION, warn=reporter.warn) if settings.tensorboard else None
     log_file = file.with_name(f"{stage}_samples.jsonl")
-    with SampleLog(log_file, key) as log, closing(tracker) if tracker is not None else nullcontext():
+    with SampleLog(log_file, key) as log, tracker or nullcontext():
         if log.found:
             reporter.note(f"going on with an interrupted evaluation: {log_file} holds {log.found:,} entries")
         measured = evaluate_model(

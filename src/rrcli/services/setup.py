@@ -171,9 +171,14 @@ def _tensorboard() -> str:
 
     from rrcli.tracker import MetricsTracker
 
+    problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        with MetricsTracker(folder) as tracker:
+        with MetricsTracker(folder, warn=problems.append) as tracker:
             tracker.log_scalar("setup/check", 0.5, 1)
+        if problems:
+            raise RRError(
+                problems[0], "Free some space if the disk is full; TMPDIR names another folder for this check."
+            )
         events = EventAccumulator(folder).Reload()
         if [event.value for event in events.Scalars("setup/check")] != [0.5]:
             raise RRError("an event was written but not read back", "Install tensorboard again.")
@@ -200,4 +205,5 @@ def _tokenizer(workspace: Workspace) -> str:
 def _data(settings: CommonSettings, directory: Path) -> str:
     data = held_out_data(settings, directory, problems_per_task=1)
     names = ", ".join(task.name for task in data.tasks)
-    return f"{len(data.documents):,} held-out documents; tasks {names}"
+    found = f"{len(data.documents):,} held-out documents; tasks {names}"
+    return "\n".join([found, *[data.notice] * bool(data.notice)])

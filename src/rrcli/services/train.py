@@ -20,7 +20,7 @@ from rrcli.data.problem_files import FileTask
 from rrcli.data.tokens import end_notice
 from rrcli.data.training_data import TrainingData, task_specs
 from rrcli.errors import RRError, UsageError
-from rrcli.evaluation.held_out import EvalData, held_out_data
+from rrcli.evaluation.held_out import EvalData, held_out_data, showable
 from rrcli.experiment.identity import recorded_inputs, rewritten
 from rrcli.experiment.template_date import fix_date
 from rrcli.experiment.training_run import TrainingRun, prepare_training
@@ -240,6 +240,7 @@ def _load_data(
     samples = settings.eval_samples
     evaluation = held_out_data(settings, directory, samples, samples) if settings.eval_interval else None
     if evaluation is not None:
+        evaluation = showable(evaluation, tokenizer, settings)
         evaluation.texts(tokenizer, settings)  # what the chat template refuses is found before the first step
     within = _within_context(settings, model, reporter)
     data = TrainingData(within, directory, tokenizer, vocabulary=vocabulary(model))
@@ -290,7 +291,8 @@ def _run(
 
     saved = _checkpoints_of(training)
     logs = training.logs if processes.main else None
-    with MetricsTracker(logs, purge_step=training.first_step + 1) as tracker, stop_signals() as stopped:
+    purge_step = training.first_step + 1
+    with MetricsTracker(logs, purge_step, warn=reporter.warn) as tracker, stop_signals() as stopped:
         trainer = Trainer(
             training.settings,
             model,
@@ -313,7 +315,7 @@ def _run(
         shown = ["train/loss/total"] + [f"evaluation/{INTERVAL_TAG}/perplexity"] * (evaluation is not None)
         shown += [f"final/{metric}" for metric in SUMMARY]  # `rr eval` logs them into the same run
         tracker.log_hparams({"mode": training.mode, **asdict(trainer.settings)}, shown)
-        data.drawn = data.cut = data.skipped = 0  # what was drawn to estimate costs does not count
+        data.drawn = data.cut = data.skipped = data.refused = 0  # what was drawn to estimate costs does not count
         try:
             trainer.train(training.first_step, stopped)
             processes.on_main(lambda: saved.prune(trainer))
