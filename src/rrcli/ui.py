@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as without_markup
 from rich.table import Table
 from rich.text import Text
 
@@ -52,6 +52,11 @@ SUBSTITUTES = str.maketrans("↓↑−–…▁▂▃▄▅▆▇█", "v^--~123
 def visible(text: str) -> str:
     """Return a text with its control characters as escapes, such as `\\x1b`, so that none acts on a terminal."""
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def escape(text: str) -> str:
+    """Return a text from outside as rich prints it to the letter: no markup, no control characters."""
+    return without_markup(visible(text))
 
 
 def never_fail_to_write() -> None:
