@@ -42,6 +42,7 @@ def refused(model, match, config=None):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # zamba2 takes minutes on a busy machine
 @pytest.mark.parametrize("family", sorted(MORE))
 def test_every_property_holds(family):
     findings = examine(family)
