@@ -146,8 +146,16 @@ def test_what_cannot_be_shown_without_a_template_is_an_error_or_left_out(tmp_pat
     with pytest.raises(RRError, match="the conversation 'Where\\?' uses tools and there is no template"):
         TrainingData(TrainSettings(**options), tmp_path, tokenizer).batch(0)
     data = TrainingData(TrainSettings(**options, on_bad_row="skip"), tmp_path, tokenizer)
-    data.batch(0)
+    for step in range(3):
+        data.batch(step)
     assert data.warning() == "conversations left out because they cannot be shown to this model: 1"
+    write(
+        tmp_path / "b.jsonl",
+        *[bad | {"messages": [ASK | {"content": f"{n}?"}, *bad["messages"][1:]]} for n in range(60)],
+    )
+    options["data"] = "b.jsonl"
+    with pytest.raises(RRError, match="uses tools and there is no template"):
+        TrainingData(TrainSettings(**options, on_bad_row="skip"), tmp_path, tokenizer).batch(0)
     held_out = EvalData(documents=(good[0], bad), source=name, held_out=2)
     assert showable(held_out, tokenizer, EvalSettings()) is held_out
     shown = showable(held_out, tokenizer, EvalSettings(on_bad_row="skip"))

@@ -131,7 +131,7 @@ def _plain(messages: Messages, tools: Any = None, first: int = 0) -> list[Segmen
     if tools or any(message.get("tool_calls") for message in messages):
         raise RRError(
             f"the conversation '{_begin(messages)}' uses tools and there is no template",
-            "Train a model whose tokenizer has one, or leave such conversations out.",
+            "Train a model whose tokenizer has one, or leave such conversations out with --on-bad-row skip.",
         )
     segments, text = [], ""
     for number, message in enumerate(messages):
@@ -144,7 +144,7 @@ def _plain(messages: Messages, tools: Any = None, first: int = 0) -> list[Segmen
         else:
             raise RRError(
                 f"the conversation '{_begin(messages)}' has a role '{message['role']}' and there is no template",
-                "Train a model whose tokenizer has one, or leave such conversations out.",
+                "Train a model whose tokenizer has one, or leave such conversations out with --on-bad-row skip.",
             )
     return segments
 
@@ -205,7 +205,7 @@ def _through_template(tokenizer: Any, messages: Messages, *, answer: bool = Fals
 def _refused(messages: Messages, error: Exception) -> RRError:
     return RRError(
         f"the chat template refuses the conversation '{_begin(messages)}': {error}",
-        "Correct it, or leave the template out with --no-chat-template.",
+        "Correct it, leave it out with --on-bad-row skip, or the template with --no-chat-template.",
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from rrcli.data.conversations import Document, Form, asked, noting_forms
+from rrcli.data.conversations import Document, Form, asked, identity, noting_forms
 from rrcli.data.document_store import DocumentStore
 from rrcli.data.problem_files import FileTask, evaluated_whole, held_out_questions, is_file_task, open_task
 from rrcli.data.rendering import Example, example_of, solved_problem
@@ -52,7 +52,7 @@ class TrainingData:
         cut: how many of them were longer than `max_length` and were cut.
         skipped: how many documents or problems were replaced by others, because nothing to learn would have been left
             of them within `max_length`.
-        refused: how many documents were replaced because they cannot be shown to this model (`--on-bad-row skip`).
+        refused: the documents that were replaced because they cannot be shown to this model (`--on-bad-row skip`).
 
     Args:
         vocabulary: how many tokens the model's embedding has; None = not known, and not checked.
@@ -85,7 +85,8 @@ class TrainingData:
         self.notice = notes.notice(settings.data)
         if not self.documents and share < 1:
             raise RRError(f"every document of {settings.data} is held out", "Give more documents (about 50 or more).")
-        self.drawn = self.cut = self.skipped = self.refused = 0
+        self.drawn = self.cut = self.skipped = 0
+        self.refused: set[str] = set()
 
     def batch(self, step: int) -> Batch:
         """Return the examples of one optimiser step (`batch_size` of them).
@@ -139,7 +140,7 @@ class TrainingData:
         if self.skipped:
             said.append(f"{self.skipped:,} more had nothing to learn within it and were left out")
         if self.refused:
-            said.append(f"conversations left out because they cannot be shown to this model: {self.refused:,}")
+            said.append(f"conversations left out because they cannot be shown to this model: {len(self.refused):,}")
         return "; ".join(said)
 
     def _documents(self, place: int) -> Iterator[Example]:
@@ -157,9 +158,8 @@ class TrainingData:
                 refused += 1
                 if self.settings.on_bad_row != "skip" or refused == CANDIDATES:
                     raise
+                self.refused.add(identity(document))
                 continue
-            self.refused += refused
-            refused = 0
             yield example
 
     def _problems(self, task: Task | FileTask, number: int) -> Iterator[Example]:

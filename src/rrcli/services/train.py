@@ -315,7 +315,7 @@ def _run(
         shown = ["train/loss/total"] + [f"evaluation/{INTERVAL_TAG}/perplexity"] * (evaluation is not None)
         shown += [f"final/{metric}" for metric in SUMMARY]  # `rr eval` logs them into the same run
         tracker.log_hparams({"mode": training.mode, **asdict(trainer.settings)}, shown)
-        data.drawn = data.cut = data.skipped = data.refused = 0  # what was drawn to estimate costs does not count
+        data.drawn = data.cut = data.skipped = 0  # what was drawn to estimate costs does not count
         try:
             trainer.train(training.first_step, stopped)
             processes.on_main(lambda: saved.prune(trainer))
