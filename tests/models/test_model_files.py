@@ -100,7 +100,7 @@ def test_weights_that_transformers_does_not_find_are_not_found(folder: Path, alo
 @pytest.mark.parametrize("named", ["adapter_model.bin", "../model.safetensors", 3])
 def test_weights_that_the_configuration_names_are_safetensors_of_the_folder(folder: Path, named: object) -> None:
     configure(folder, transformers_weights=named)
-    with pytest.raises(RRError, match="no safetensors file|is not a plain name"):
+    with pytest.raises(RRError, match=r"no safetensors file|is not a plain name"):
         resolve("model", folder.parent)
 
 
