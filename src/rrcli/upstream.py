@@ -21,6 +21,7 @@ need. It is found by signature, type or trial, never by a version number. What h
     hyper-parameters inside a run                 `torch.utils.tensorboard.summary.hparams`  they are not logged
     an event file that may fail                   the file of TensorBoard's writer           the command ends with it
     a GGUF model that can be saved                `hf_quantizer`, `quantization_config`      transformers' own error
+    reading back what was saved                   `_keys_to_ignore_on_save` of a model       RRError if it has any
 
 The versions that this was tested with are in pyproject.toml; `untested` compares them with what is installed.
 `patched` is here because other packages replace the same attributes.
@@ -345,6 +346,11 @@ def forget_quantisation(model: Any) -> None:
         model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def unsaved_tensors(model: Any) -> tuple[str, ...]:
+    """Return the names of a model's tensors that `save_pretrained` leaves out."""
+    return tuple(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
 def computing_device(module: Any) -> Any:

@@ -85,7 +85,9 @@ def test_other_files_beside_the_weights_count_for_nothing(folder: Path, tmp_path
     assert (inspect_weights(folder), weights.fingerprint(folder)) == before
     operate(tmp_path, export=Path("alone"), verify=False, hash_weights=True)
     assert beside not in {file.name for file in (tmp_path / "alone").iterdir()}
-    assert list(read_json(sidecar(tmp_path) / "recursion.json", "")["base"]["sha256"]) == ["model.safetensors"]
+    assert list(read_json(sidecar(tmp_path) / "recursion.json", "", Manifest)["base"]["sha256"]) == [
+        "model.safetensors"
+    ]
 
 
 @pytest.mark.parametrize("alone", ["model.fp16.safetensors", "consolidated.safetensors", "adapter_model.safetensors"])
@@ -250,7 +252,7 @@ def test_an_experiment_with_its_model_inside_can_be_moved(tmp_path: Path, monkey
     before.mkdir()
     shutil.copytree(MODEL_DIR, before / "model")
     operate(before, before / "model", verify=False)  # named by an absolute path
-    assert read_json(sidecar(before) / "recursion.json", "")["base"]["source"] == "./model"
+    assert read_json(sidecar(before) / "recursion.json", "", Manifest)["base"]["source"] == "./model"
     after = before.rename(tmp_path / "after")
     assert base_of(resolve(str(sidecar(after)), after), after).path == after / "model"
     monkeypatch.chdir("/")
@@ -262,10 +264,10 @@ def test_a_base_outside_of_the_experiment_is_recorded_by_its_whole_path(folder: 
     (tmp_path / "inside").mkdir()
     operate(tmp_path / "inside", folder, verify=False)
     manifest = sidecar(tmp_path / "inside") / "recursion.json"
-    assert read_json(manifest, "")["base"]["source"] == str(folder)
+    assert read_json(manifest, "", Manifest)["base"]["source"] == str(folder)
     (tmp_path / "inside" / "link").symlink_to(folder)
     operate(tmp_path / "inside", "link", verify=False, overwrite=True)
-    assert read_json(manifest, "")["base"]["source"] == "./link"
+    assert read_json(manifest, "", Manifest)["base"]["source"] == "./link"
     rrcli.load(sidecar(tmp_path / "inside"))
 
 

@@ -42,7 +42,7 @@ def save_folder(
     """
     from safetensors.torch import save_file
 
-    from rrcli.upstream import forget_quantisation
+    from rrcli.upstream import forget_quantisation, unsaved_tensors
 
     recursion = getattr(model, "recursion", None)
     sidecar: Mapping[str, Any] = {}
@@ -75,7 +75,7 @@ def save_folder(
             _compare([folder / ADAPTER_WEIGHTS], lora.state_dict())
         if own_weights:
             refuse_adapter(folder)
-            left_out = model._keys_to_ignore_on_save or ()
+            left_out = unsaved_tensors(model)
             weights = states[0] if states else model.state_dict()
             _compare(weight_files(folder), {name: t for name, t in weights.items() if name not in left_out})
         read_manifest(folder)
