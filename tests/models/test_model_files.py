@@ -22,6 +22,7 @@ from rrcli.models.inspection import inspect_weights
 from rrcli.models.loading import load_tokenizer
 from rrcli.models.saving import save_folder
 from rrcli.models.source import ModelSource, base_of, resolve
+from rrcli.schemas import Manifest
 from tiny_configs import CONFIGS, MORE
 
 FIRST = "model.embed_tokens.weight"
