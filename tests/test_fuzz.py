@@ -114,8 +114,15 @@ def holds(folder: Path, arguments: tuple[str, ...], what: str) -> int:
 def mutate(
     made: Path, folder: Path, file: str, commands: list[tuple[str, ...]], count: int, seed: str
 ) -> dict[int, int]:
-    """Damage a file `count` times, each time in a fresh copy of `made`, and run a command; return exit codes."""
+    """Damage a file `count` times, each time in a fresh copy of `made`, and run a command; return exit codes.
+
+    Without damage every command succeeds: what fails, fails because of it.
+    """
     codes: dict[int, int] = {}
+    for command in commands:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(made, folder)
+        assert holds(folder, command, "no damage") == 0, command
     for number in range(count):
         draw = random.Random(f"{SEED}/{seed}/{number}")
         shutil.rmtree(folder, ignore_errors=True)
@@ -185,6 +192,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quick(folder, "setup", *common)
     quick(folder, "surgery")
     quick(folder, *TRAIN)
+    shutil.rmtree(folder / "checkpoints" / "finetuned_recursive" / "step-000003")  # so that it has a step to go
     quick(folder, *EVAL)
     log = folder / "eval_results" / "baseline_samples.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines()
@@ -193,15 +201,16 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TRAIN = (
-    *("train", "--mode", "recursive", "--steps", "2", "--batch-size", "2", "--eval-interval", "0"),
-    *("--save-interval", "1", "--max-length", "32"),
+    *("train", "--mode", "recursive", "--steps", "3", "--batch-size", "2", "--eval-interval", "0"),
+    *("--save-interval", "1", "--keep", "3", "--max-length", "32"),
 )
 EVAL = (
     *("eval", "--stage", "baseline", "--problems", "3", "--max-new-tokens", "4", "--max-samples", "4"),
     *("--prompts", "prompts.jsonl", "--skip-performance", "--no-tensorboard"),
 )
-MORE = (*TRAIN[:4], "3", *TRAIN[5:])
 GENERATE = ("generate", "Once upon", "--max-new-tokens", "3")
+LEARN = (*TRAIN, "--restart")
+AFTER_SURGERY = (*GENERATE, "--stage", "after_surgery")
 LOOK = [("status",), ("run", "--dry-run"), ("status", "--json")]
 STEP = "checkpoints/finetuned_recursive/step-000002"
 
@@ -211,20 +220,20 @@ STEP = "checkpoints/finetuned_recursive/step-000002"
     [
         ("rr.toml", [*LOOK, ("compare",), EVAL], 60),
         ("eval_results/baseline_samples.jsonl", [EVAL], 60),
-        ("checkpoints/after_surgery/recursion.json", [*LOOK, GENERATE, MORE], 30),
-        ("checkpoints/after_surgery/recursion.safetensors", [GENERATE], 15),
-        (f"{STEP}/recursion.json", [*LOOK, GENERATE, MORE], 30),
-        (f"{STEP}/metrics.json", [*LOOK, MORE], 40),
-        (f"{STEP}/trainer_state/progress.json", [MORE], 30),
-        (f"{STEP}/trainer_state/optimizer.safetensors", [MORE], 15),
+        ("checkpoints/after_surgery/recursion.json", [*LOOK, AFTER_SURGERY, TRAIN], 30),
+        ("checkpoints/after_surgery/recursion.safetensors", [AFTER_SURGERY], 15),
+        (f"{STEP}/recursion.json", [*LOOK, GENERATE, TRAIN], 30),
+        (f"{STEP}/metrics.json", [*LOOK, TRAIN], 40),
+        (f"{STEP}/trainer_state/progress.json", [TRAIN], 30),
+        (f"{STEP}/trainer_state/optimizer.safetensors", [TRAIN], 15),
         (f"{STEP}/model.safetensors", [GENERATE], 15),
         ("model/config.json", [EVAL, GENERATE, LOOK[0]], 40),
         ("model/tokenizer.json", [EVAL], 63),
         ("model/tokenizer_config.json", [EVAL], 30),
         ("model/generation_config.json", [EVAL], 30),
         ("model/model.safetensors", [EVAL, LOOK[1]], 20),
-        ("text.jsonl", [EVAL, TRAIN], 40),
-        ("problems.jsonl", [EVAL, TRAIN], 30),
+        ("text.jsonl", [EVAL, LEARN], 40),
+        ("problems.jsonl", [EVAL, LEARN], 30),
         ("prompts.jsonl", [EVAL], 20),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -85,17 +85,31 @@ def load_sidecar(model: Any, folder: Path, config: RecursionConfig) -> Any:
     Raises:
         RRError: the file is broken, or its tensors do not match the configuration.
     """
-    from safetensors.torch import load_file
-
     from rrcli.recursion.engine import attach
 
-    safetensors_header(folder / SIDECAR)
+    tensors = read_tensors(folder / SIDECAR, "Run 'rr surgery' again.")
     recursion = attach(model, config)
     try:
-        recursion.load_state_dict(load_file(folder / SIDECAR))
+        recursion.load_state_dict(tensors)
     except RuntimeError as error:
         raise RRError(f"{folder / SIDECAR} does not fit its {MANIFEST}: {error}", "Run 'rr surgery' again.") from error
     return recursion
+
+
+def read_tensors(path: Path, hint: str) -> dict[str, Any]:
+    """Return the tensors in a safetensors file.
+
+    Raises:
+        RRError: the file is missing, truncated or damaged; with this hint.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    safetensors_header(path)
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise RRError(f"cannot read {path}: {first_line(error)}", hint) from error
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:

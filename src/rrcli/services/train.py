@@ -104,12 +104,13 @@ def train(
     _check_shares(settings, processes.count)
     _check_shards(settings, processes)
     reporter = reporter if processes.main else Silent()
-    training = replace(training, resumed_from=_open_folder(training, processes, held, restart=restart))
+    training = replace(training, resumed_from=_lock_run(training, processes, held, restart=restart))
     try:
         model, tokenizer = _load_model(training, processes.device)
         if notice := end_notice(model, tokenizer):
             reporter.note(notice)
         evaluation, data = _load_data(training, model, tokenizer, reporter)
+        processes.on_main(lambda: _make_room(training, restart=restart))
         trainer = _run(
             training, model, tokenizer, data=data, evaluation=evaluation, reporter=reporter, processes=processes
         )
@@ -173,33 +174,38 @@ def _check_shards(settings: TrainSettings, processes: Processes) -> None:
         )
 
 
-def _open_folder(training: TrainingRun, processes: Processes, held: ExitStack, *, restart: bool) -> Path | None:
-    """Lock the run and make its folder, empty for a restart; return the checkpoint to continue from, or None.
+def _lock_run(training: TrainingRun, processes: Processes, held: ExitStack, *, restart: bool) -> Path | None:
+    """Lock the run, and return the checkpoint to continue from; None for a new run, or a restart.
 
     Raises:
-        RRError: the folder holds a run of other inputs.
+        RRError: another command is training it, or the folder holds a run of other inputs.
     """
 
-    from rrcli.training.checkpoint import remove_run
-
-    def make_room() -> None:
+    def lock_and_sweep() -> None:
         held.enter_context(lock(training.folder, f"the run '{training.name}'"))
-        if restart and training.folder.exists():
-            remove_run(training.folder)
-        if restart:
-            shutil.rmtree(training.logs, ignore_errors=True)
         sweep(training.folder.parent, training.name)
-        make_folder(training.folder)
-        sweep(training.folder)
+        if training.folder.is_dir():
+            sweep(training.folder)
 
-    processes.on_main(make_room)
-    found = checkpoints(training.folder)
+    processes.on_main(lock_and_sweep)
+    found = [] if restart else checkpoints(training.folder)
     if found and (recorded_inputs(found[-1]) != training.inputs or rewritten(found[-1], training.start.path)):
         raise RRError(
             f"{training.folder} holds a run of other settings, data or model",
             "Use --restart to replace it, or --run-name for another folder.",
         )
     return found[-1] if found else None
+
+
+def _make_room(training: TrainingRun, *, restart: bool) -> None:
+    """Make the run's folder, empty for a restart: as late as can be, so that what is refused removes nothing."""
+    from rrcli.training.checkpoint import remove_run
+
+    if restart and training.folder.exists():
+        remove_run(training.folder)
+    if restart:
+        shutil.rmtree(training.logs, ignore_errors=True)
+    make_folder(training.folder)
 
 
 # -- build -------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from rrcli.errors import RRError
 from rrcli.files import (
@@ -30,6 +30,7 @@ from rrcli.files import (
     write_json,
 )
 from rrcli.locks import dropping
+from rrcli.models.loading import read_tensors
 from rrcli.models.saving import save_folder
 from rrcli.models.source import ModelSource
 from rrcli.schemas import CheckpointMetrics, Progress, Stamps
@@ -89,11 +90,19 @@ class Checkpoints:
             processes.on_main(publish_and_prune)
 
     def resume(self, trainer: Trainer, checkpoint: Path) -> None:
-        """Bring the optimiser, the weights in training and the state back from a checkpoint."""
-        folder = checkpoint / TRAINER_STATE
-        trainer.optimizer.load_state(load_file(folder / OPTIMIZER_FILE))
-        if (folder / WEIGHTS_FILE).exists():
-            trainer.optimizer.load_weights(load_file(folder / WEIGHTS_FILE))
+        """Bring the optimiser, the weights in training and the state back from a checkpoint.
+
+        Raises:
+            RRError: a file is missing or damaged, or holds the state of another model.
+        """
+        folder, optimizer = checkpoint / TRAINER_STATE, trainer.optimizer
+        hint = f"Remove {checkpoint}, and the same command goes on from the checkpoint before it."
+        try:
+            optimizer.load_state(read_tensors(folder / OPTIMIZER_FILE, hint))
+            if optimizer.weights() or (folder / WEIGHTS_FILE).exists():
+                optimizer.load_weights(read_tensors(folder / WEIGHTS_FILE, hint))
+        except ValueError as error:
+            raise RRError(f"{folder} does not belong to this model: {error}", hint) from error
         saved = read_json(folder / STATE_FILE, self.made_by, Progress)
         trainer.tracker.restore(checkpoint)
         trainer.state = TrainingState(

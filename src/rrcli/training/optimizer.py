@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rrcli.errors import RRError
 from rrcli.settings import TrainSettings
 from rrcli.training.sharding import cut_like
 
 BETAS = (0.9, 0.95)
 FINAL_SHARE = 0.1
+# What AdamW keeps of each parameter.
+ENTRIES = ("step", "exp_avg", "exp_avg_sq")
 
 
 def learning_rate_factor(step: int, settings: TrainSettings) -> float:
@@ -155,7 +156,15 @@ class Optimizer:
 
     @torch.no_grad()
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
-        """Bring back what `weights` returned."""
+        """Bring back what `weights` returned.
+
+        Raises:
+            ValueError: tensors are missing, or are those of other parameters.
+        """
+        expected = {f"raw/{name}": p for name, p in self.trained.items()}
+        expected |= {f"average/{name}": t for name, t in self.average.items()}
+        if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in expected.items()}:
+            raise ValueError("its weights are not those that train")
         for name, parameter in self.trained.items():
             parameter.copy_(cut_like(tensors[f"raw/{name}"], parameter))
         for name, average in self.average.items():
@@ -173,16 +182,17 @@ class Optimizer:
         """Bring back what `state` returned.
 
         Raises:
-            RRError: it belongs to other parameters.
+            ValueError: tensors are missing, or are those of other parameters.
         """
         index = {name: number for number, name in enumerate(self.names)}
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, entry = key.rpartition("/")
             if name not in index:
-                raise RRError(
-                    f"the saved optimiser state has a parameter '{name}', which the model does not have",
-                    "Train anew with --restart.",
-                )
+                raise ValueError(f"the model has no parameter '{name}'")
+            if entry not in ENTRIES or (entry != "step" and tensor.shape != self.trained[name].shape):
+                raise ValueError(f"'{key}' of shape {list(tensor.shape)} is no state of that parameter")
             state.setdefault(index[name], {})[entry] = cut_like(tensor, self.trained[name])
+        if incomplete := [self.names[number] for number, entries in state.items() if len(entries) != len(ENTRIES)]:
+            raise ValueError(f"the state of '{incomplete[0]}' is not complete")
         self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
