@@ -21,6 +21,7 @@ from rrcli.data.tokens import (
     start_token,
     text_ids,
 )
+from rrcli.errors import RRError
 from rrcli.settings import TrainSettings
 
 pytest.importorskip("transformers")
@@ -196,3 +197,16 @@ def test_special_tokens_are_text_but_for_ends_padding_and_starts() -> None:
     assert Detokenizer(tokenizer, ends={ids[-1]}).text(ids) == "a</think> <answer> 7"
     # What a stop string names can be found.
     assert Detokenizer(tokenizer, stop=["7<pad>"]).text(ids) == "a</think> <answer> 7<pad><e>"
+
+
+def test_a_tokenizer_of_known_words_refuses_others_in_one_sentence() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "red": 1, "ball": 2}))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    assert encode_prompt(tokenizer, "red ball") == [1, 2]
+    assert piece_ids(tokenizer, "red", "ball") == [2]
+    with pytest.raises(RRError, match="the tokenizer fails on the text 'blue ball'"):
+        encode_prompt(tokenizer, "blue ball")

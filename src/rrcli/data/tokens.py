@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from rrcli.errors import RRError, first_line
+
 # What a tokenizer is asked about, to see what it puts around texts, and texts that end in a token of their own.
 PROBE, BEFORE_PROBE = "a", ("\n", "1")
 # The tokens of a prompt that are looked at for how the text after them begins: the fewest of these that are enough. A
@@ -31,8 +33,18 @@ BROKEN = "\ufffd"
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a text, with nothing around it."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    """Return the ids of a text, with nothing around it.
+
+    Raises:
+        RRError: the tokenizer fails on it, as some do on words that they do not know.
+    """
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as error:
+        raise RRError(
+            f"the tokenizer fails on the text {text[:40]!r}: {first_line(error)}",
+            "Does it belong to this text? A tokenizer without an unknown token needs texts of words that it knows.",
+        ) from error
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -87,7 +99,10 @@ def scored_after(tokenizer: Any, ids: list[int]) -> tuple[list[int], list[int]]:
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return what the tokenizer itself puts before and after a text."""
-    bare, whole = text_ids(tokenizer, PROBE), list(tokenizer(PROBE)["input_ids"])
+    try:
+        bare, whole = text_ids(tokenizer, PROBE), list(tokenizer(PROBE)["input_ids"])
+    except Exception:  # it has no id for the probe: what it puts around nothing is all that can be seen
+        bare, whole = [], list(tokenizer("")["input_ids"])
     places = range(len(whole) - len(bare) + 1) if bare else ()
     begin = next((n for n in places if whole[n : n + len(bare)] == bare), len(whole))
     return whole[:begin], whole[begin + len(bare) :]
@@ -95,8 +110,11 @@ def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def _marks_beginnings(tokenizer: Any) -> bool:
     """Tell whether a text at the beginning has other ids than the same text after another one."""
-    alone = text_ids(tokenizer, PROBE)
-    return any(_after(tokenizer, before, PROBE) not in (None, alone) for before in BEFORE_PROBE)
+    try:
+        alone = text_ids(tokenizer, PROBE)
+        return any(_after(tokenizer, before, PROBE) not in (None, alone) for before in BEFORE_PROBE)
+    except RRError:  # a tokenizer of words that it knows, which are the same everywhere
+        return False
 
 
 def _after(tokenizer: Any, before: str, piece: str) -> list[int] | None:
