@@ -141,6 +141,7 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:Unfeasible length constraints:UserWarning")  # what the settings ask for
 def test_every_command_says_it_once_and_holds_to_what_the_user_asks_for(asking: Path, tmp_path: Path) -> None:
     reporter, notes = Silent(), []
     reporter.note = notes.append  # type: ignore[method-assign]
