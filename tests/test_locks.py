@@ -65,10 +65,11 @@ def test_who_would_write_the_same_is_refused_and_told_by_whom(command, tmp_path)
 
 def test_of_two_evaluations_the_first_goes_on_and_readers_do_not_wait(tmp_path):
     assert rr(*EVAL, folder=tmp_path).returncode == 0
-    rows = [json.dumps({"question": f"{n} and 1?", "answer": str(n)}) for n in range(2000)]
+    rows = [json.dumps({"question": f"{n} and 1?", "answer": str(n)}) for n in range(20_000)]
     (tmp_path / "many.jsonl").write_text("\n".join(rows))
     first = subprocess.Popen(
-        [RR, "eval", "--task", "many.jsonl:held_out=all", "--problems", "2000", "--skip-perplexity"],
+        [RR, "eval", "--task", "many.jsonl:held_out=all", "--problems", "20000", "--skip-perplexity",
+         "--batch-tokens", "256"],
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
