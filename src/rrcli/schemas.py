@@ -28,7 +28,7 @@ Counts = Annotated[list[Count], Meta(min_length=1)]
 
 
 class MetricEntry(TypedDict):
-    """A metric's value, with its interval and the number of records behind it where there are such."""
+    """A metric's value, with its interval and the number of records that it was computed from, if known."""
 
     value: Number
     low: NotRequired[Number]

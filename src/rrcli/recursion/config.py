@@ -48,11 +48,11 @@ class RecursionConfig:
         """Return `[start, end)` for a model with that many decoder layers.
 
         Raises:
-            UsageError: the span ends behind the last layer.
+            UsageError: the span ends after the last layer.
         """
         start, end = self.span or (0, layers)
         if end > layers:
-            raise UsageError(f"span {start}:{end} ends behind the model's {layers} layers", f"Use at most 0:{layers}.")
+            raise UsageError(f"span {start}:{end} ends after the model's {layers} layers", f"Use at most 0:{layers}.")
         return start, end
 
     def to_dict(self) -> dict[str, Any]:
