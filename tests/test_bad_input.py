@@ -145,7 +145,7 @@ def test_surgery_refuses_to_overwrite_or_to_write_into_the_model(tmp_path):
         (("compare", "finetuned_recursiv"), ("Did you mean 'finetuned_recursive'?",)),
         (("evall",), ("unknown command 'evall'", "Did you mean 'eval'?")),
         (("surgery", "--span", "3"), ("span '3' is not understood", "START:END")),
-        (("surgery", "--span", "2:99"), ("behind the model's", "layers")),
+        (("surgery", "--span", "2:99"), ("after the model's", "layers")),
         (("surgery", "--max-steps", "9"), ("--max-steps is 9", "at most 8")),
         (("eval", "--task", "chain_sums"), ("unknown task 'chain_sums'", "Did you mean 'chain_sum'?")),
         (("train", "--mode", "vanila"), ("mode is 'vanila'",)),
