@@ -210,3 +210,19 @@ def test_a_tokenizer_of_known_words_refuses_others_in_one_sentence() -> None:
     assert piece_ids(tokenizer, "red", "ball") == [2]
     with pytest.raises(RRError, match="the tokenizer fails on the text 'blue ball'"):
         encode_prompt(tokenizer, "blue ball")
+
+
+@pytest.mark.parametrize("kind", ["raises", "makes nothing"])
+def test_a_tokenizer_that_has_no_token_for_the_probe_does_not_close_prompts(kind: str) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"[CLS]": 0, "[SEP]": 1, "C": 2, "G": 3}
+    backend = Tokenizer(models.WordLevel(vocabulary) if kind == "raises" else models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A $B [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="[CLS]", sep_token="[SEP]")
+    assert encode_prompt(tokenizer, "C G") == [0, 2, 3]
+    assert start_token(tokenizer) == 0

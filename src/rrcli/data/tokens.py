@@ -14,13 +14,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 from rrcli.errors import RRError, first_line
 
 # What a tokenizer is asked about, to see what it puts around texts, and texts that end in a token of their own.
 PROBE, BEFORE_PROBE = "a", ("\n", "1")
+OWN_WORDS = 20
 # The tokens of a prompt that are looked at for how the text after them begins: the fewest of these that are enough. A
 # character has at most four bytes, which may be tokens: one of four lengths begins with a whole character.
 CONTEXT_LENGTHS = (8, 9, 10, 11, 32, 64)
@@ -99,13 +101,23 @@ def scored_after(tokenizer: Any, ids: list[int]) -> tuple[list[int], list[int]]:
 
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return what the tokenizer itself puts before and after a text."""
-    try:
-        bare, whole = text_ids(tokenizer, PROBE), list(tokenizer(PROBE)["input_ids"])
-    except Exception:  # it has no id for the probe: what it puts around nothing is all that can be seen
-        bare, whole = [], list(tokenizer("")["input_ids"])
-    places = range(len(whole) - len(bare) + 1) if bare else ()
-    begin = next((n for n in places if whole[n : n + len(bare)] == bare), len(whole))
-    return whole[:begin], whole[begin + len(bare) :]
+    for text in chain((PROBE,), _own_words(tokenizer)):
+        try:
+            bare, whole = text_ids(tokenizer, text), list(tokenizer(text)["input_ids"])
+        except Exception:  # some tokenizers fail on words that they have no id for: the next text is tried
+            continue
+        places = range(len(whole) - len(bare) + 1) if bare else ()
+        begin = next((n for n in places if whole[n : n + len(bare)] == bare), None)
+        if begin is not None:
+            return whole[:begin], whole[begin + len(bare) :]
+    return [], []
+
+
+def _own_words(tokenizer: Any) -> Iterator[str]:
+    """Yield the texts of some tokens, for a tokenizer that makes no token of the probe."""
+    special = set(tokenizer.all_special_tokens)
+    words = (token for token in sorted(tokenizer.get_vocab()) if token not in special)
+    yield from (tokenizer.convert_tokens_to_string([token]) for token in islice(words, OWN_WORDS))
 
 
 def _marks_beginnings(tokenizer: Any) -> bool:
