@@ -172,13 +172,19 @@ def test_killed_at_any_call_the_same_command_ends_as_if_never_killed(command, ki
 def test_stopped_by_the_user_at_any_call_nothing_is_left_half_written(command, number, stops, killer, whole):
     arguments, (missing, _), random = command.split(), COMMANDS[command], Random(f"{command} {number} {stops}")
     calls = killer.rr(*arguments, folder=begin(whole, missing)).count
-    for _ in range(stops):
+    done = 0
+    while done < stops:
         place = begin(whole, missing)
         stopped = killer.rr(*arguments, folder=place, at=random.randint(1, calls), number=number)
+        if not stopped.hit:  # the number of calls varies a little, so that its last ones may not come
+            assert stopped.code == 0, stopped.said
+            calls = stopped.count
+            continue
+        done += 1
         assert stopped.code == 130, (stopped.hit, stopped.said)
         assert "interrupted: by the user" in stopped.said
         assert not [path for path in place.rglob(".*") if path.suffix in (".tmp", ".old")], stopped.hit
         check_whole(place)
-        done = killer.rr(*arguments, folder=place)
-        assert done.code == 0, done.said
+        again = killer.rr(*arguments, folder=place)
+        assert again.code == 0, again.said
         check_same(command, place, whole)
