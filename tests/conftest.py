@@ -18,6 +18,7 @@ os.environ.pop("COLUMNS", None)
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from tensorboard.summary.writer import event_file_writer
 from transformers.utils import logging
 
 # A busy machine must not fail a property: no limit of time for an example.
@@ -35,6 +36,11 @@ def _strict(log: standard.Logger, message: Any, *args: Any, **kwargs: Any) -> No
         raise DeprecationWarning(f"{caller}: {message}")
     _said_once(log, message, *args, **kwargs)
 
+
+# Event files that one process makes in one second are told apart by a counter in their names, and are read in the order
+# of their names: a counter whose number of digits stays the same keeps them in order.
+_files_made = event_file_writer._global_uid
+_files_made._value = max(_files_made._value, 1000)
 
 # Some deprecations are logged, not warned about.
 _said_once = standard.Logger.warning_once  # type: ignore[attr-defined]
