@@ -141,7 +141,7 @@ def adaptive(folder: Path, results: dict[str, Any], limit: int) -> Answers:
     wanted = {r["key"] for r in records[:: ceil(len(records) / limit)]}
     correct, passes = {}, []
     for spec, task in tasks.items():
-        for problem in task.problems(settings["problems"], settings["seed"], held_out=True):
+        for problem in task.problems(settings["problems"], settings["seed"], side="test"):
             if problem.key not in wanted:
                 continue
             prompt = next(r["prompt"] for r in records if r["key"] == problem.key)

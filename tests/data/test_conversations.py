@@ -10,7 +10,7 @@ import pytest
 
 from rrcli.data.conversations import asked
 from rrcli.data.sources import Notes, read_documents
-from rrcli.data.splits import is_held_out
+from rrcli.data.splits import side_of
 from rrcli.errors import RRError
 from rrcli.evaluation.held_out import held_out_data
 from rrcli.settings import EvalSettings
@@ -112,5 +112,5 @@ def test_a_conversation_is_split_by_what_it_asks(tmp_path: Path) -> None:
     rows = [{"prompt": q, "completion": c} for q in questions for c in (" Two.", " Three.")]
     name = jsonl(tmp_path / "a.jsonl", *rows)
     held_out = held_out_data(EvalSettings(data=name), tmp_path, 1, reasoning=False).documents
-    assert list(held_out) == [row for row in rows if is_held_out(row["prompt"])]
+    assert list(held_out) == [row for row in rows if side_of(row["prompt"]) == "test"]
     assert len(held_out) >= 4

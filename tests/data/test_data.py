@@ -12,7 +12,7 @@ import pytest
 
 from rrcli.data.batching import collate
 from rrcli.data.rendering import encode_prompt
-from rrcli.data.splits import is_held_out
+from rrcli.data.splits import side_of
 from rrcli.data.tasks import Task, prompt_of
 from rrcli.data.training_data import TRAINING_SEEDS, TrainingData, source_fingerprint, task_specs, training_seed
 from rrcli.demo import defaults
@@ -56,10 +56,10 @@ def stories(tmp_path: Path) -> Path:
 
 def test_evaluation_takes_exactly_what_is_held_out(stories: Path) -> None:
     data = held_out_data(EvalSettings(data="stories.jsonl", task=("gcd",)), stories, problems_per_task=7)
-    assert list(data.documents) == [text for text in TEXTS if is_held_out(text)]
+    assert list(data.documents) == [text for text in TEXTS if side_of(text) == "test"]
     assert [task.name for task in data.tasks] == ["gcd"]
     assert len(data.problems) == 7
-    assert all(is_held_out(problem.question) for problem in data.problems)
+    assert all(side_of(problem.question) == "test" for problem in data.problems)
     assert data.prompts
 
 
@@ -81,9 +81,31 @@ def test_without_reasoning_no_problem_is_made(stories: Path) -> None:
     assert (data.tasks, data.problems) == ((), ())
 
 
+def test_validation_does_without_what_a_small_source_lacks(tmp_path: Path) -> None:
+    """Only where there is nothing at all to validate with it is an error."""
+    write(tmp_path / "data.jsonl", jsonl(*[text for text in TEXTS if side_of(text) != "validation"]))
+    settings = EvalSettings(data="data.jsonl", task=("chain_sum",))
+    data = held_out_data(settings, tmp_path, 9, side="validation")
+    assert (data.documents, len(data.problems)) == ((), 9)
+    assert {side_of(problem.question) for problem in data.problems} == {"validation"}
+    assert data.notice == "nothing to validate with in: data.jsonl"
+    with pytest.raises(RRError, match=r"nothing of data\.jsonl is on the validation side") as caught:
+        held_out_data(settings, tmp_path, 9, side="validation", reasoning=False)
+    assert "--eval-interval 0" in caught.value.hint
+    write(tmp_path / "data.jsonl", jsonl(*TEXTS))
+    data = held_out_data(settings, tmp_path, 9, side="validation")
+    assert list(data.documents) == [text for text in TEXTS if side_of(text) == "validation"]
+    write(tmp_path / "p.jsonl", '{"question": "q", "answer": "1"}\n')
+    whole = EvalSettings(data="data.jsonl", task=("p.jsonl:held_out=all",))
+    assert (
+        held_out_data(whole, tmp_path, 9, side="validation").notice
+        == "nothing to validate with in: p.jsonl:held_out=all"
+    )
+
+
 def test_nothing_held_out_is_told(tmp_path: Path) -> None:
-    write(tmp_path / "data.txt", next(text for text in TEXTS if not is_held_out(text)))
-    with pytest.raises(RRError, match="held-out tenth"):
+    write(tmp_path / "data.txt", next(text for text in TEXTS if side_of(text) == "train"))
+    with pytest.raises(RRError, match="is on the test side"):
         held_out_data(EvalSettings(data="data.txt"), tmp_path, 1)
 
 
@@ -157,10 +179,10 @@ def test_a_problem_has_its_prompt_masked_and_its_answer_as_labels(stories: Path,
             assert labels[len(prompt) - 1 : -1] == ids[len(prompt) :]
             assert labels[-1] == IGNORED
             assert ids[-1] == tokenizer.eos_token_id
-            assert not is_held_out(question)
+            assert side_of(question) == "train"
             questions[question] = answer
     assert len(questions) > 20
-    known = {p.question: p for p in task.stream(0, limit=64 * 32, held_out=False)}
+    known = {p.question: p for p in task.stream(0, limit=64 * 32, side="train")}
     scored = [task.score(answer, known[question]) for question, answer in questions.items() if question in known]
     assert scored
     assert set(scored) == {1.0}
@@ -176,7 +198,7 @@ def test_a_document_has_its_own_tokens_shifted_as_labels(stories: Path, tokenize
             assert labels == [*ids[1:], IGNORED]
             text = tokenizer.decode(ids, skip_special_tokens=True)
             assert text in TEXTS
-            assert not is_held_out(text)
+            assert side_of(text) == "train"
 
 
 @pytest.mark.parametrize(("share", "problems"), [(0.0, 0), (1.0, 100), (0.3, 30), (0.75, 75)])
@@ -192,7 +214,7 @@ def test_an_epoch_shows_every_document_once_and_the_next_in_another_order(storie
     data = training(stories, tokenizer, task_share=0.5)
     shown = [tokenizer.decode(data.example(2 * n)[0], skip_special_tokens=True) for n in range(2 * len(data.documents))]
     first, second = shown[: len(data.documents)], shown[len(data.documents) :]
-    assert sorted(first) == sorted(second) == sorted(text for text in TEXTS if not is_held_out(text))
+    assert sorted(first) == sorted(second) == sorted(text for text in TEXTS if side_of(text) == "train")
     assert first != second
 
 
@@ -204,7 +226,7 @@ def test_a_problem_of_the_evaluation_that_turns_up_in_training_stops_it(
 ) -> None:
     """The split already keeps them apart: break it, as a fault of a task would."""
     data = training(stories, tokenizer, task_share=1.0)
-    held_out = Task("chain_sum:max_digits=1").problems(1, seed=0, held_out=True)
+    held_out = Task("chain_sum:max_digits=1").problems(1, seed=0, side="test")
     monkeypatch.setattr(Task, "stream", lambda *_, **__: iter(held_out))
     with pytest.raises(RRError, match="kept for evaluation turned up in training"):
         data.batch(0)
@@ -227,13 +249,13 @@ def test_a_conversation_that_asks_a_problem_of_the_test_set_is_left_out(
     write(tmp_path / "data.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
     specs = ("test.jsonl:held_out=all", "chain_sum")
     data = training(tmp_path, tokenizer, data="data.jsonl", task=specs, task_share=share)
-    assert [d["prompt"] for d in data.documents] == [q for q in asked[30:] if not is_held_out(q)]
+    assert [d["prompt"] for d in data.documents] == [q for q in asked[30:] if side_of(q) == "train"]
 
 
 def test_only_problems_need_no_training_document(tmp_path: Path, tokenizer: Any) -> None:
-    write(tmp_path / "stories.jsonl", jsonl(*[text for text in TEXTS if is_held_out(text)]))
+    write(tmp_path / "stories.jsonl", jsonl(*[text for text in TEXTS if side_of(text) == "test"]))
     assert training(tmp_path, tokenizer, task_share=1.0).batch(0).tokens > 0
-    with pytest.raises(RRError, match=r"every document of .* is held out"):
+    with pytest.raises(RRError, match=r"no document of .* is on the training side"):
         training(tmp_path, tokenizer, task_share=0.5)
 
 
@@ -248,7 +270,7 @@ def test_long_examples_are_cut_and_counted(stories: Path, tokenizer: Any) -> Non
 
 def test_an_example_with_nothing_to_learn_is_never_in_a_batch(stories: Path, tokenizer: Any) -> None:
     task = "chain_sum:min_terms=2,max_terms=4,min_digits=1,max_digits=3"
-    problems = Task(task).problems(40, seed=0, held_out=False)
+    problems = Task(task).problems(40, seed=0, side="train")
     # About half of the prompts leave no room for an answer.
     length = median_low(len(encode_prompt(tokenizer, prompt_of(problem.question))) for problem in problems)
     data = training(stories, tokenizer, task=(task,), task_share=1.0, max_length=length, batch_size=1)

@@ -11,14 +11,14 @@ import pytest
 import rrcli
 from rrcli.data.openings import COMMON_ONE_IN, COMMON_ROWS
 from rrcli.data.sources import Notes, read_split
-from rrcli.data.splits import is_held_out
+from rrcli.data.splits import side_of
 from rrcli.data.training_data import TrainingData
 from rrcli.evaluation.held_out import held_out_data
 from rrcli.settings import EvalSettings, TrainSettings
 
 N = 1000
-# One of the held-out side, one of the training side.
-SIDES = [next(q for n in range(99) if is_held_out(q := f"Write story {n}.") is side) for side in (True, False)]
+# One of the test side, one of the training side.
+SIDES = [next(q for n in range(99) if side_of(q := f"Write story {n}.") == side) for side in ("test", "train")]
 
 
 def pairs(prompt: str, count: int = N, first: int = 0) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def held_out(folder: Path, name: str, notes: Notes | None = None) -> list[Any]:
-    return [document for document, held_out in read_split(name, folder, notes=notes) if held_out]
+    return [document for document, side in read_split(name, folder, notes=notes) if side == "test"]
 
 
 @pytest.mark.parametrize("question", SIDES)
@@ -59,8 +59,9 @@ def test_rows_that_ask_the_same_are_split_by_what_differs(tmp_path: Path, rows: 
     assert data.notice == notes.notice(name)
     training = TrainingData(TrainSettings(**settings), tmp_path, rrcli.load("default")[1])
     assert training.notice == data.notice
-    assert len(training.documents) == N - len(evaluated)
-    assert not any(document in evaluated for document in training.documents)
+    validation = held_out_data(EvalSettings(**settings), tmp_path, 1, side="validation", reasoning=False).documents
+    assert len(training.documents) == N - len(evaluated) - len(validation)
+    assert not any(document in evaluated or document in validation for document in training.documents)
 
 
 def test_a_later_question_decides_with_all_its_answers(tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_a_later_question_decides_with_all_its_answers(tmp_path: Path) -> None:
         for a in ("Yes.", "No.")
     ]
     found = held_out(tmp_path, write(tmp_path / "a.jsonl", rows))
-    assert found == [row for row in rows if is_held_out(row["messages"][2]["content"])]
+    assert found == [row for row in rows if side_of(row["messages"][2]["content"]) == "test"]
 
 
 def test_a_question_with_few_answers_stays_whole(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_a_question_with_few_answers_stays_whole(tmp_path: Path) -> None:
     assert held_out(tmp_path, write(tmp_path / "few.jsonl", few), notes) == few[: COMMON_ROWS - 1]
     assert notes.notice("few.jsonl") == ""
     others = [{"prompt": f"How many are {n}?", "completion": " So many."} for n in range(N)]
-    rest = [row for row in others if is_held_out(row["prompt"])]
+    rest = [row for row in others if side_of(row["prompt"]) == "test"]
     many = pairs(SIDES[0], N // COMMON_ONE_IN)
     assert held_out(tmp_path, write(tmp_path / "many.jsonl", [*many, *others])) == [*many, *rest]
     more = pairs(SIDES[0], N // (COMMON_ONE_IN - 1) + 1)

@@ -10,7 +10,7 @@ import pytest
 
 import rrcli
 from rrcli.data.problem_files import FileTask, number, open_task, read_problems, trained_questions
-from rrcli.data.splits import is_held_out
+from rrcli.data.splits import side_of
 from rrcli.data.tasks import Problem, Task
 from rrcli.data.training_data import TrainingData
 from rrcli.errors import RRError, UsageError
@@ -118,14 +118,15 @@ def test_names_of_files_are_shown_without_their_folders():
 def test_a_file_is_split_like_everything_else(tmp_path):
     write(tmp_path / "a.jsonl")
     task = FileTask("a.jsonl", tmp_path)
-    evaluated, trained = task.side(held_out=True), task.side(held_out=False)
-    assert len(evaluated) + len(trained) == 200
-    assert all(is_held_out(problem.question) for problem in evaluated)
+    evaluated, trained = task.on("test"), task.on("train")
+    assert len(evaluated) + len(task.on("validation")) + len(trained) == 200
+    for side in ("train", "validation", "test"):
+        assert {side_of(problem.question) for problem in task.on(side)} == {side}
     assert 5 < len(evaluated) < 60
-    assert {p.question for p in task.stream(0, 3000, held_out=False)} == {p.question for p in trained}
-    assert task.problems(1000, 0, held_out=True) == task.problems(1000, 0, held_out=True)
-    assert task.problems(1000, 0, held_out=True)[:4] == task.problems(4, 0, held_out=True)
-    assert {p.key for p in task.problems(1000, 1, held_out=True)} == {p.key for p in evaluated}
+    assert {p.question for p in task.stream(0, 3000, side="train")} == {p.question for p in trained}
+    assert task.problems(1000, 0, side="test") == task.problems(1000, 0, side="test")
+    assert task.problems(1000, 0, side="test")[:4] == task.problems(4, 0, side="test")
+    assert {p.key for p in task.problems(1000, 1, side="test")} == {p.key for p in evaluated}
     assert not {p.key for p in task.examples(20, 0)} & {p.key for p in evaluated}
 
 
@@ -147,7 +148,7 @@ def test_a_test_set_is_evaluated_whole_and_never_trained_on(tmp_path):
         for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
     }
     everything = {p.question for p in read_problems(tmp_path / "train.jsonl", "")}
-    expected = {question for question in everything - tested if not is_held_out(question)}
+    expected = {question for question in everything - tested if side_of(question) == "train"}
     assert {question.removeprefix(tokenizer.bos_token or "") for question in seen} == expected
     assert trained_questions(specs, tmp_path) == expected
 
@@ -187,11 +188,11 @@ def test_solved_examples_of_a_test_set_come_from_another_file(tmp_path):
 
 
 def test_a_file_without_held_out_problems_says_how_to_evaluate_it(tmp_path):
-    trained = [i for i in range(99) if not is_held_out(f"What is {i} + {i}?")][:3]
+    trained = [i for i in range(99) if side_of(f"What is {i} + {i}?") == "train"][:3]
     lines = [json.dumps({"question": f"What is {i} + {i}?", "answer": i}) for i in trained]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UsageError, match=r"none of the 3 problems .* held-out side") as caught:
-        FileTask("a.jsonl", tmp_path).problems(5, 0, held_out=True)
+    with pytest.raises(UsageError, match=r"none of the 3 problems .* test side") as caught:
+        FileTask("a.jsonl", tmp_path).problems(5, 0, side="test")
     assert "a.jsonl:held_out=all" in caught.value.hint
 
 
@@ -236,7 +237,7 @@ def test_answers_of_files_are_judged(tmp_path, answer, output, verdict):
 
 def test_answers_of_generators_are_judged_by_their_own_scorer():
     task = Task("chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1")
-    [problem] = task.problems(1, 0, held_out=True)
+    [problem] = task.problems(1, 0, side="test")
     right, wrong = problem.answer, int(problem.answer) + 1
     for output, expected in (
         (f" {right}", (True, True)),

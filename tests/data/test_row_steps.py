@@ -31,7 +31,7 @@ def test_steps_add_up():
 
 
 def test_the_question_holds_steps_and_row_and_the_answer_follows_from_them():
-    for problem in Task("row_steps:min_steps=2,max_steps=5,length=7").problems(40, 0, held_out=True):
+    for problem in Task("row_steps:min_steps=2,max_steps=5,length=7").problems(40, 0, side="test"):
         steps = problem.entry["metadata"]["difficulty"]["steps"]
         row = problem.question.split("from: ")[1]
         assert 2 <= steps <= 5
@@ -42,7 +42,7 @@ def test_the_question_holds_steps_and_row_and_the_answer_follows_from_them():
 
 def test_only_the_whole_row_is_right():
     task = Task("row_steps")
-    problem = task.problems(1, 0, held_out=True)[0]
+    problem = task.problems(1, 0, side="test")[0]
     assert task.score(f"  {problem.answer}\n", problem) == 1
     for wrong in ("", problem.answer[:-2], f"{problem.answer} 0", problem.answer.replace(" ", "")):
         assert task.score(wrong, problem) == 0

@@ -141,7 +141,7 @@ def test_a_step_always_has_something_to_learn(operated):
     """A single example, of a length that the prompts of some problems fill, and of others always do."""
     task = "chain_sum:min_terms=2,max_terms=4,min_digits=2,max_digits=4"
     tokenizer = rrcli.load("default")[1]
-    problems = Task(task).problems(40, seed=0, held_out=False)
+    problems = Task(task).problems(40, seed=0, side="train")
     length = median_low(len(encode_prompt(tokenizer, prompt_of(problem.question))) for problem in problems)
     settings = {"batch_size": 1, "steps": 12, "max_length": length, "task_share": 1.0, "run_name": "short"}
     reporter = Silent()

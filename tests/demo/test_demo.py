@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rrcli.data.sources import read_documents
-from rrcli.data.splits import is_held_out
+from rrcli.data.splits import side_of
 from rrcli.data.tasks import Task
 from rrcli.demo import defaults
 
@@ -48,14 +48,14 @@ def test_its_curve_tells_how_it_learned():
 
 def test_training_text_and_held_out_text_are_both_there():
     documents = list(read_documents("default", Path()))
-    held_out = [text for text in documents if is_held_out(text)]
+    held_out = [text for text in documents if side_of(text) == "test"]
     assert len(documents) > 3000
     assert 0.05 < len(held_out) / len(documents) < 0.15
 
 
 @pytest.mark.parametrize("spec", defaults.TASKS)
 def test_every_task_has_enough_held_out_problems(spec):
-    assert len({problem.key for problem in Task(spec).problems(400, seed=7, held_out=True)}) == 400
+    assert len({problem.key for problem in Task(spec).problems(400, seed=7, side="test")}) == 400
 
 
 def test_any_text_survives_the_tokenizer():

@@ -36,7 +36,7 @@ def default():
 
 def data_of(count=24):
     task = Task(SPEC)
-    return EvalData(tasks=(task,), problems=tuple(task.problems(count, 0, held_out=True)))
+    return EvalData(tasks=(task,), problems=tuple(task.problems(count, 0, side="test")))
 
 
 # -- how a question is put ---------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_problems_that_were_trained_on_are_not_evaluated(tmp_path):
         with pytest.raises(RRError, match=r"was trained on \d+ of the problems") as caught:
             evaluate(spec)
         assert spec in caught.value.message
-        assert "held-out side" in caught.value.hint
+        assert "test side" in caught.value.hint
 
     both = ("train.jsonl", "test.jsonl:held_out=all")
     reporter = Listening()

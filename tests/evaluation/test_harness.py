@@ -69,7 +69,7 @@ SETTINGS = EvalSettings(max_new_tokens=16, num_fewshot=-1)
 
 
 def rows(count=40):
-    for problem in Task(defaults.TASKS[0]).problems(count, seed=0, held_out=True):
+    for problem in Task(defaults.TASKS[0]).problems(count, seed=0, side="test"):
         yield problem.question, problem.answer
 
 

@@ -14,7 +14,7 @@ from tokenizers import models as vocabularies
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rrcli
-from rrcli.data.splits import is_held_out
+from rrcli.data.splits import side_of
 from rrcli.data.training_data import TrainingData
 from rrcli.demo import MODEL_DIR
 from rrcli.errors import CheckFailed, RRError
@@ -89,7 +89,7 @@ def test_a_token_without_an_embedding_is_named_with_its_text(larger: Path, tmp_p
 
 def test_training_stops_at_such_a_text_alone(larger: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(ModelSource("larger", larger))
-    texts = [text for i in range(60) if not is_held_out(text := f"Text {i} of a cat.")]
+    texts = [text for i in range(60) if side_of(text := f"Text {i} of a cat.") == "train"]
     settings = TrainSettings(data="t.jsonl", task_share=0)
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     assert TrainingData(settings, tmp_path, tokenizer, vocabulary=1024).batch(0)
@@ -213,7 +213,7 @@ def test_a_model_without_a_limit_has_a_default_one() -> None:
 
 def conversations(tmp_path: Path, *, system: int) -> TrainSettings:
     """Write conversations, of which the training side has one with a system turn."""
-    asked = [text for i in range(60) if not is_held_out(text := f"Where is cat {i}?")]
+    asked = [text for i in range(60) if side_of(text := f"Where is cat {i}?") == "train"]
     rows = [[{"role": "user", "content": text}, {"role": "assistant", "content": "Here."}] for text in asked]
     rows[system] = [{"role": "system", "content": "Be kind."}, *rows[system]]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         staging = Path(name)
         text_file = staging / TEXT_FILE.name
         save_stories(write_stories(STORIES, options.seed), text_file)
-        stories = load_stories(text_file, held_out=False)
+        stories = load_stories(text_file, side="train")
         tokenizer = train_tokenizer([*stories, *prompts_for_tokenizer(options.seed)])
         # Saved before measuring, because the file would record the padding of the measured batches too.
         tokenizer.save_pretrained(staging / MODEL_DIR.name)
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
             "parameters": model.num_parameters(),
             "pretrain_tasks": list(PRETRAIN_TASKS),
             "curve": curve,
-            "held_out_perplexity": perplexity(model, tokenizer, load_stories(text_file, held_out=True)),
+            "held_out_perplexity": perplexity(model, tokenizer, load_stories(text_file, side="test")),
             "accuracy": {spec: accuracy(model, tokenizer, spec) for spec in dict.fromkeys(PRETRAIN_TASKS + TASKS)},
         }
         print(json.dumps({key: result[key] for key in ("held_out_perplexity", "accuracy")}, indent=2))
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
 def prompts_for_tokenizer(seed: int) -> Iterator[str]:
     """Yield training problems of every task, easy and hard, with their answers."""
     for spec in dict.fromkeys(PRETRAIN_TASKS + TASKS):
-        stream = Task(spec).stream(seed, limit=2 * TOKENIZER_PROBLEMS, held_out=False)
+        stream = Task(spec).stream(seed, limit=2 * TOKENIZER_PROBLEMS, side="train")
         for problem in islice(stream, TOKENIZER_PROBLEMS):
             yield f"{prompt_of(problem.question)} {problem.answer}"
 
@@ -132,7 +132,7 @@ def document_batches(
     rng = random.Random(seed)
     # Twice as many candidates as are needed, because the held-out ones are skipped.
     limit = 2 * math.ceil(steps * PROBLEMS_PER_STEP / len(PRETRAIN_TASKS))
-    streams = cycle([Task(spec).stream(seed, limit, held_out=False) for spec in PRETRAIN_TASKS])
+    streams = cycle([Task(spec).stream(seed, limit, side="train") for spec in PRETRAIN_TASKS])
     shuffled = endless(stories, rng)
     for _ in range(steps):
         batch = [story_document(tokenizer, story) for story in islice(shuffled, STORIES_PER_STEP)]
@@ -239,7 +239,7 @@ def perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, stor
 def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, spec: str) -> float:
     """Return the share of held-out problems of a task that greedy decoding answers correctly."""
     task = Task(spec)
-    problems = task.problems(EVAL_PROBLEMS, EVAL_SEED, held_out=True)
+    problems = task.problems(EVAL_PROBLEMS, EVAL_SEED, side="test")
     correct = 0
     for begin in range(0, len(problems), EVAL_BATCH):
         part = problems[begin : begin + EVAL_BATCH]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrcli.data.splits import is_held_out
+from rrcli.data.splits import Side, side_of
 from tools.demo_model.words import (
     ANIMALS,
     BOYS,
@@ -343,8 +343,8 @@ def save_stories(stories: list[str], path: Path) -> None:
     path.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories), encoding="ascii")
 
 
-def load_stories(path: Path, *, held_out: bool) -> list[str]:
+def load_stories(path: Path, *, side: Side) -> list[str]:
     """Return the stories of `path` on one side of the split."""
     lines = path.read_text(encoding="ascii").splitlines()
     stories = [json.loads(line)["text"] for line in lines]
-    return [story for story in stories if is_held_out(story) == held_out]
+    return [story for story in stories if side_of(story) == side]

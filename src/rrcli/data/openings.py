@@ -1,4 +1,4 @@
-"""Decides which rows of a file are held out, where what they ask cannot decide it.
+"""Decides on which side of the split the rows of a file are, where what they ask cannot decide it.
 
 A plain text decides by its own words, and a conversation by what is asked first: then all answers to one question are
 on one side of the split. But where a large part of a file asks the same ("Write a short story.", or "Hi" in every
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rrcli.data.conversations import Document, asked, identity
 from rrcli.data.document_store import DocumentStore
-from rrcli.data.splits import is_held_out
+from rrcli.data.splits import Side, side_of
 
 # A question is common if so many conversations of its file ask it, and more than one in so many.
 COMMON_ROWS = 10
@@ -30,8 +30,8 @@ SHOWN = 60
 
 def split(
     documents: Iterable[Document], directory: Path, name: str, said: list[str]
-) -> Iterator[tuple[Document, bool]]:
-    """Yield each document of a file with whether it is held out, in the file's order.
+) -> Iterator[tuple[Document, Side]]:
+    """Yield each document of a file with the side of the split that it is on, in the file's order.
 
     Plain texts are streamed. From the first conversation on, all documents are kept until the last one is read (see
     `DocumentStore`), because their questions have to be counted first.
@@ -46,12 +46,12 @@ def split(
     rest = iter(documents)
     for document in rest:
         if isinstance(document, str):
-            yield document, is_held_out(document)
+            yield document, side_of(document)
             continue
         counts: Counter[bytes] = Counter()
         kept = DocumentStore(_counted(chain([document], rest), counts), directory)
         for later in kept:
-            yield later, is_held_out(_deciding(later, counts))
+            yield later, side_of(_deciding(later, counts))
         if sentence := _sentence(kept, counts, name):
             said.append(sentence)
 
@@ -92,7 +92,7 @@ def _sentence(documents: Iterable[Document], counts: Counter[bytes], name: str) 
     shown = words if len(words) <= SHOWN else f"{words[:SHOWN]}..."
     others = f", and {len(common) - 1} other questions are as common" if len(common) > 1 else ""
     return (
-        f"{name}: {counts[_digest(most)]:,} of {total:,} conversations ask '{shown}'{others}: what is held out of them "
+        f"{name}: {counts[_digest(most)]:,} of {total:,} conversations ask '{shown}'{others}: on which side they are "
         "is decided by the rest of what they say"
     )
 

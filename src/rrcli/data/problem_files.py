@@ -1,9 +1,9 @@
 """Reasoning problems from a file: JSON lines with a `question` and an `answer`.
 
-Such a task is written `FILE.jsonl` and is split like all data: questions that `splits.is_held_out` picks are evaluated;
-the others are trained on and used as solved examples. A test set is written `FILE.jsonl:held_out=all`: all of it is
-evaluated, and none of its questions is trained on, even if another file of the same settings asks it too. Its solved
-examples come from `examples=OTHER.jsonl`.
+Such a task is written `FILE.jsonl` and is split like all data: `splits.side_of` decides which questions are evaluated,
+which are for validation, and which are trained on and used as solved examples. A test set is written
+`FILE.jsonl:held_out=all`: all of it is evaluated, and none of its questions is trained on, even if another file of the
+same settings asks it too. Its solved examples come from `examples=OTHER.jsonl`.
 
 An answer is a number or a text. If the text ends in `#### 42`, as in GSM8K, the answer is 42, and the whole text is the
 solution that training and solved examples show.
@@ -21,13 +21,15 @@ from random import Random
 from typing import Any
 
 from rrcli.data.lines import file_lines, json_objects
-from rrcli.data.splits import is_held_out
+from rrcli.data.splits import SIDE_NAMES, Side, side_of
 from rrcli.data.tasks import Problem, Task, parse_spec, tagged
 from rrcli.errors import RRError, UsageError, suggest
 
 SUFFIX = ".jsonl"
 OPTIONS = ("held_out", "examples")
 MARK = "####"
+# The sides that no training sees.
+KEPT: tuple[Side, ...] = ("validation", "test")
 LINE_HINT = 'Write {"question": "...", "answer": "..."} on each line.'
 
 
@@ -53,33 +55,32 @@ class FileTask:
             )
         self.whole = "held_out" in options
         self.all = read_problems(self.path, self.spec)
-        held_out = [self.whole or is_held_out(p.question) for p in self.all]
-        self._sides = {
-            side: [p for p, out in zip(self.all, held_out, strict=True) if out == side] for side in (True, False)
-        }
+        self._sides: dict[Side, list[Problem]] = {"train": [], "validation": [], "test": []}
+        for problem in self.all:
+            self._sides["test" if self.whole else side_of(problem.question)].append(problem)
         other = options.get("examples")
         self.others = read_problems(task_file(str(other), directory), self.spec) if other else None
 
-    def side(self, *, held_out: bool) -> list[Problem]:
-        """Return the problems of one side of the split, in the file's order."""
-        return self._sides[held_out]
+    def on(self, side: Side) -> list[Problem]:
+        """Return the problems of one side of the split, in the file's order; of a test set all are on the test side."""
+        return self._sides[side]
 
-    def problems(self, count: int, seed: int, *, held_out: bool) -> list[Problem]:
+    def problems(self, count: int, seed: int, *, side: Side) -> list[Problem]:
         """Return `count` problems of one side, drawn by `seed`, or all of them if there are fewer.
 
         Raises:
             UsageError: that side has none.
         """
-        side = self.side(held_out=held_out)
-        if not side:
+        found = self.on(side)
+        if not found:
             whole = f"{self.spec}:held_out=all"
             raise UsageError(
-                f"none of the {len(self.all)} problems of {self.path} is on the {_SIDES[held_out]} side of the split",
+                f"none of the {len(self.all)} problems of {self.path} is on the {SIDE_NAMES[side]} side of the split",
                 f"Give more problems (about 50 or more), or evaluate all of them with --task {whole}."
-                if held_out
+                if side != "train"
                 else "Name a file for solved examples: --task FILE.jsonl:held_out=all,examples=OTHER.jsonl.",
             )
-        return Random(seed).sample(side, len(side))[:count]
+        return Random(seed).sample(found, len(found))[:count]
 
     def examples(self, count: int, seed: int) -> list[Problem]:
         """Return `count` problems to show as solved examples, none of which is evaluated.
@@ -88,20 +89,20 @@ class FileTask:
             UsageError: there are fewer.
         """
         if self.others is None:
-            pool = self.problems(len(self.all), seed, held_out=False)
+            pool = self.problems(len(self.all), seed, side="train")
         else:
-            evaluated = {p.question for p in self.side(held_out=True)}
-            pool = [p for p in self.others if p.question not in evaluated]
+            kept = {p.question for side in KEPT for p in self.on(side)}
+            pool = [p for p in self.others if p.question not in kept]
             pool = Random(seed).sample(pool, len(pool))
         if len(pool) < count:
             raise UsageError(f"--num-fewshot is {count}, but task '{self.spec}' has {len(pool)} solved examples")
         return pool[:count]
 
-    def stream(self, seed: int, limit: int, *, held_out: bool) -> Iterator[Problem]:
+    def stream(self, seed: int, limit: int, *, side: Side) -> Iterator[Problem]:
         """Yield `limit` problems of one side, drawn by `seed` with repeats; none if that side is empty."""
-        side, random = self.side(held_out=held_out), Random(seed)
-        for _ in range(limit if side else 0):
-            yield random.choice(side)
+        found, random = self.on(side), Random(seed)
+        for _ in range(limit if found else 0):
+            yield random.choice(found)
 
     def score(self, answer: str, problem: Problem) -> float:
         """Return 1 for the expected answer, else 0. Numbers are compared as numbers, words without regard to case."""
@@ -112,9 +113,6 @@ class FileTask:
     def extract(self, output: str) -> str:
         """Return the part of an output that is the answer: after `####`, or between answer tags, or all of it."""
         return tagged(output.rpartition(MARK)[2])
-
-
-_SIDES = {True: "held-out", False: "training"}
 
 
 def is_file_task(spec: str) -> bool:
@@ -145,8 +143,9 @@ def evaluated_whole(tasks: Sequence[Task | FileTask]) -> set[str]:
 
 
 def held_out_questions(tasks: Sequence[Task | FileTask]) -> set[str]:
-    """Return the questions of files that are evaluated; no training may see them, in whatever form."""
-    return {p.question for task in tasks if isinstance(task, FileTask) for p in task.side(held_out=True)}
+    """Return the questions of files that are kept for validation and test; no training may see them, in any form."""
+    files = [task for task in tasks if isinstance(task, FileTask)]
+    return {p.question for task in files for side in KEPT for p in task.on(side)}
 
 
 def trained_questions(specs: Sequence[str], directory: Path) -> set[str]:
@@ -156,7 +155,7 @@ def trained_questions(specs: Sequence[str], directory: Path) -> set[str]:
         RRError: a file is no longer there, or cannot be read.
     """
     tasks = [FileTask(spec, directory) for spec in specs if is_file_task(spec)]
-    seen = {p.question for task in tasks if not task.whole for p in task.side(held_out=False)}
+    seen = {p.question for task in tasks if not task.whole for p in task.on("train")}
     return seen - evaluated_whole(tasks)
 
 

@@ -30,6 +30,7 @@ from rrcli.data import readers
 from rrcli.data.conversations import Document, identity
 from rrcli.data.lines import OnBadRow, decoded_lines, file_lines, refuse
 from rrcli.data.openings import split
+from rrcli.data.splits import Side
 from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 from rrcli.files import combine
@@ -81,8 +82,8 @@ def read_documents(
 
 def read_split(
     spec: str, directory: Path, text_field: str = TEXT_FIELD, notes: Notes | None = None, *, on_bad_row: str = "error"
-) -> Iterator[tuple[Document, bool]]:
-    """Yield every document of a source once, in order, with whether it is held out for evaluation.
+) -> Iterator[tuple[Document, Side]]:
+    """Yield every document of a source once, in order, with the side of the split that it is on.
 
     Texts come without surrounding white space. Repeats are recognised by hashes, which take about 100 bytes of memory
     for each document while the source is read.
@@ -100,11 +101,11 @@ def read_split(
     bad = notes.leave_out if on_bad_row == "skip" else refuse
     for name, documents in _files(spec, directory, text_field, bad):
         stripped = (d.strip() if isinstance(d, str) else d for d in documents)
-        for document, held_out in split(stripped, directory, name, notes.common):
+        for document, side in split(stripped, directory, name, notes.common):
             digest = hashlib.blake2b(identity(document).encode(), digest_size=16).digest()
             if document and digest not in seen:
                 seen.add(digest)
-                yield document, held_out
+                yield document, side
             elif document:
                 notes.repeated += 1
             else:

@@ -1,14 +1,25 @@
-"""The one rule that keeps training and evaluation apart.
+"""The one rule that keeps training, validation and test apart.
 
-A text or a problem is held out when a hash of its own words says so. The rule needs no list, no seed and no file that
-could go missing. Training and evaluation both filter with it, so they never share a text or a problem.
+On which side a text or a problem is, a hash of its own words says. The rule needs no list, no seed and no file that
+could go missing. Everything that reads data filters with it, so no text and no problem is ever on two sides.
+
+- `train`: what weights are learned from; also solved examples in prompts.
+- `validation`: what choices are made with: measurements during training, the best checkpoint, thresholds.
+- `test`: what `rr eval` reports.
 """
 
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
-HELD_OUT_SHARE = 26 / 256
+Side = Literal["train", "validation", "test"]
+
+# How messages call the sides.
+SIDE_NAMES: dict[Side, str] = {"train": "training", "validation": "validation", "test": "test"}
+# Of the 256 values of the hash's first byte, how many belong to test, and how many to validation.
+TEST_BYTES, VALIDATION_BYTES = 26, 13
+TEST_SHARE, VALIDATION_SHARE = TEST_BYTES / 256, VALIDATION_BYTES / 256
 
 
 def content_hash(text: str) -> str:
@@ -16,6 +27,9 @@ def content_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def is_held_out(text: str) -> bool:
-    """Tell whether `text` belongs to evaluation (about one in ten) rather than to training."""
-    return int(content_hash(text)[:2], 16) < 26
+def side_of(text: str) -> Side:
+    """Return the side that `text` is on: about one in ten is test, one in twenty validation, the rest training."""
+    first = int(content_hash(text)[:2], 16)
+    if first < TEST_BYTES:
+        return "test"
+    return "validation" if first < TEST_BYTES + VALIDATION_BYTES else "train"

@@ -1,8 +1,8 @@
 """Reasoning problems with a verifier: reasoning-gym generators, addressed by name and options.
 
 A task is written `NAME` or `NAME:key=value,key=value`, for example `chain_sum:min_terms=2,max_terms=3`. Options are the
-fields of the generator's own configuration. Problems are split into training and evaluation by `splits.is_held_out`.
-Problems from a file are in `problem_files`.
+fields of the generator's own configuration. On which side of the split a problem is, `splits.side_of` decides. Problems
+from a file are in `problem_files`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rrcli.data.splits import content_hash, is_held_out
+from rrcli.data.splits import SIDE_NAMES, Side, content_hash, side_of
 from rrcli.errors import UsageError, suggest
 
-# How many candidates are drawn at most for each problem. One in ten is held out, and small generators repeat.
+# How many candidates are drawn at most for each problem. One in twenty is for validation, and small generators repeat.
 MAX_DRAWS_PER_PROBLEM = 200
 
 
@@ -80,34 +80,37 @@ class Task:
         self.options = options
         self._scorer = self._create(seed=0, size=1)
 
-    def problems(self, count: int, seed: int, *, held_out: bool) -> list[Problem]:
+    def problems(self, count: int, seed: int, *, side: Side) -> list[Problem]:
         """Return `count` distinct problems of one side of the split, the same for the same seed.
+
+        Validation gets fewer where there are fewer.
 
         Raises:
             UsageError: the generator has too few distinct problems on that side.
         """
         found: dict[str, Problem] = {}
-        for problem in self.stream(seed, limit=count * MAX_DRAWS_PER_PROBLEM, held_out=held_out):
+        for problem in self.stream(seed, limit=count * MAX_DRAWS_PER_PROBLEM, side=side):
             found.setdefault(problem.question, problem)
             if len(found) == count:
                 return list(found.values())
-        side = "held-out" if held_out else "training"
+        if side == "validation" and found:
+            return list(found.values())
         raise UsageError(
-            f"task '{self.spec}' yields only {len(found)} distinct {side} problems, {count} were asked for",
+            f"task '{self.spec}' yields only {len(found)} distinct {SIDE_NAMES[side]} problems, {count} were asked for",
             "Ask for fewer problems, or widen the task's options.",
         )
 
-    def stream(self, seed: int, limit: int, *, held_out: bool) -> Iterator[Problem]:
+    def stream(self, seed: int, limit: int, *, side: Side) -> Iterator[Problem]:
         """Yield those of `limit` candidates, drawn from `seed`, that are on one side of the split; they may repeat."""
         dataset = self._create(seed=seed, size=limit)
         for index in range(limit):
             entry = dataset[index]
-            if is_held_out(entry["question"]) == held_out and isinstance(entry["answer"], str):
+            if side_of(entry["question"]) == side and isinstance(entry["answer"], str):
                 yield Problem(self.spec, entry["question"], entry["answer"], entry)
 
     def examples(self, count: int, seed: int) -> list[Problem]:
         """Return `count` problems to show as solved examples, none of which is evaluated."""
-        return self.problems(count, seed, held_out=False)
+        return self.problems(count, seed, side="train")
 
     def score(self, answer: str, problem: Problem) -> float:
         """Return the generator's own score of `answer`, in [0, 1]; 1 is a correct answer."""

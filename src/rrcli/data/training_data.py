@@ -16,7 +16,7 @@ from rrcli.data.document_store import DocumentStore
 from rrcli.data.problem_files import FileTask, evaluated_whole, held_out_questions, is_file_task, open_task
 from rrcli.data.rendering import Example, example_of, solved_problem
 from rrcli.data.sources import Notes, fingerprint, read_split
-from rrcli.data.splits import is_held_out
+from rrcli.data.splits import side_of
 from rrcli.data.tasks import Task
 from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
@@ -77,14 +77,17 @@ class TrainingData:
         notes = Notes()
         read = read_split(settings.data, directory, settings.text_field, notes, on_bad_row=settings.on_bad_row)
         problems = self.evaluated | held_out_questions(tasks)
-        kept = (d for d, held_out in read if not held_out and problems.isdisjoint(asked(d)))
+        kept = (d for d, side in read if side == "train" and problems.isdisjoint(asked(d)))
         forms: dict[Form, Document] = {}
         self.documents = DocumentStore(noting_forms(kept, forms), directory)
         for document in forms.values() if settings.on_bad_row == "error" else ():
             example_of(tokenizer, document, settings)  # what the chat template refuses is found before the first step
         self.notice = notes.notice(settings.data)
         if not self.documents and share < 1:
-            raise RRError(f"every document of {settings.data} is held out", "Give more documents (about 50 or more).")
+            raise RRError(
+                f"no document of {settings.data} is on the training side of the split",
+                "Give more documents (about 50 or more).",
+            )
         self.drawn = self.cut = self.skipped = 0
         self.refused: set[str] = set()
 
@@ -169,7 +172,7 @@ class TrainingData:
             UsageError: the task has none. RRError: one is kept for evaluation.
         """
         found = 0
-        for problem in task.stream(training_seed(self.settings.seed, number), limit=4096, held_out=False):
+        for problem in task.stream(training_seed(self.settings.seed, number), limit=4096, side="train"):
             if problem.question in self.evaluated:
                 continue
             if not self._may_train(problem.question):
@@ -187,7 +190,7 @@ class TrainingData:
 
     def _may_train(self, question: str) -> bool:
         """Return whether training may use this question: no evaluation asks it."""
-        return not is_held_out(question) and question not in self.evaluated
+        return side_of(question) == "train" and question not in self.evaluated
 
 
 def training_seed(seed: int, number: int) -> int:

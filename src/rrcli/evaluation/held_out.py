@@ -1,4 +1,4 @@
-"""What a model is evaluated on: the held-out side of text and problems, and prompts."""
+"""What a model is evaluated on: the test or the validation side of text and problems, and prompts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rrcli.data.document_store import DocumentStore
 from rrcli.data.problem_files import FileTask, open_task
 from rrcli.data.rendering import text_of
 from rrcli.data.sources import Notes, read_split
+from rrcli.data.splits import Side
 from rrcli.data.tasks import MAX_DRAWS_PER_PROBLEM, Problem, Task
 from rrcli.data.training_data import TRAINING_SEEDS, task_specs
 from rrcli.errors import RRError, UsageError
@@ -35,11 +36,11 @@ class EvalData:
     """What a model is evaluated on.
 
     Attributes:
-        documents: held-out texts and conversations. tasks, problems: reasoning tasks and the problems of each.
+        documents: texts and conversations of the side. tasks, problems: reasoning tasks and the problems of each.
         prompts: to continue.
         harness: tasks of lm-evaluation-harness.
         source: what `--data` named. notice: sentences about what was left out of it, or ''.
-        held_out: how many documents are held out, of which `documents` may be a sample.
+        held_out: how many documents are on the side, of which `documents` may be a sample.
     """
 
     documents: tuple[Document, ...] = ()
@@ -57,12 +58,26 @@ class EvalData:
 
 
 def held_out_data(
-    settings: CommonSettings, directory: Path, problems_per_task: int, max_samples: int = 0, *, reasoning: bool = True
+    settings: CommonSettings,
+    directory: Path,
+    problems_per_task: int,
+    max_samples: int = 0,
+    *,
+    side: Side = "test",
+    reasoning: bool = True,
 ) -> EvalData:
-    """Return the evaluation side of the split: documents, problems and the built-in prompts.
+    """Return the documents and problems of one side of the split, and the built-in prompts.
+
+    A small source may have nothing on the validation side. Validation does without it, and the notice says so: it is an
+    error only if there is nothing at all. A test set (`held_out=all`) has test problems alone.
+
+    Args:
+        problems_per_task: how many problems of each task; validation takes fewer where there are fewer.
+        max_samples: how many documents at most; 0 means all. side: 'test', or 'validation' for choices.
 
     Raises:
-        RRError: no document of the source is held out. UsageError: the seed reaches into those of training.
+        RRError: no document of the source is on the test side, or nothing at all on the validation side.
+        UsageError: the seed reaches into those of training.
     """
     if settings.seed + problems_per_task * MAX_DRAWS_PER_PROBLEM > TRAINING_SEEDS:
         raise UsageError(
@@ -72,17 +87,29 @@ def held_out_data(
         )
     notes = Notes()
     read = read_split(settings.data, directory, settings.text_field, notes, on_bad_row=settings.on_bad_row)
-    documents: Sequence[Document] = DocumentStore((d for d, held_out in read if held_out), directory)
-    if not documents:
+    documents: Sequence[Document] = DocumentStore((d for d, on in read if on == side), directory)
+    if not documents and side == "test":
         raise RRError(
-            f"no document of {settings.data} falls into the held-out tenth", "Give more documents (about 50 or more)."
+            f"no document of {settings.data} is on the test side of the split (a tenth)",
+            "Give more documents (about 50 or more).",
         )
     held_out = len(documents)
     if 0 < max_samples < held_out:
         documents = Random(settings.seed).sample(documents, max_samples)
     tasks = tuple(open_task(spec, directory) for spec in task_specs(settings)) if reasoning else ()
-    problems = [problem for task in tasks for problem in task.problems(problems_per_task, settings.seed, held_out=True)]
+    if side == "validation":
+        lacking = [task.spec for task in tasks if isinstance(task, FileTask) and not task.on(side)]
+        tasks = tuple(task for task in tasks if task.spec not in lacking)
+        lacking += [] if documents else [settings.data]
+        if not documents and not tasks:
+            raise RRError(
+                f"nothing of {', '.join(lacking)} is on the validation side of the split (a twentieth)",
+                "Give more documents or problems (about 100 or more); --eval-interval 0 trains without validation.",
+            )
+    problems = [problem for task in tasks for problem in task.problems(problems_per_task, settings.seed, side=side)]
     notice = notes.notice(settings.data)
+    if side == "validation" and lacking:
+        notice = "\n".join(filter(None, (notice, f"nothing to validate with in: {', '.join(lacking)}")))
     return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data, notice=notice, held_out=held_out)
 
 

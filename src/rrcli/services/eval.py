@@ -258,7 +258,7 @@ def _check_problems(
         if spoiled:
             raise RRError(
                 f"the model was trained on {len(spoiled)} of the problems that task '{task.spec}' would evaluate",
-                "Evaluate the held-out side alone, or name the test set in --task for training too: it is left out.",
+                "Evaluate the test side alone, or name the test set in --task for training too: it is left out.",
             )
 
 

@@ -273,7 +273,7 @@ def _tell_about(data: TrainingData, reporter: Reporter) -> None:
         reporter.note(data.notice)
     for task in data.tasks:
         if isinstance(task, FileTask):
-            used = sum(problem.question not in data.evaluated for problem in task.side(held_out=False))
+            used = sum(problem.question not in data.evaluated for problem in task.on("train"))
             reporter.note(f"{task.spec}: {used} of its {len(task.all)} problems are trained on, the rest is held out")
 
 
