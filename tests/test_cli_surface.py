@@ -56,7 +56,8 @@ EVERYWHERE = {"--dir", "--debug", "--json"}
 MODEL = {"--model", "--model-path", "--model-name", "--trust-remote-code", "--no-trust-remote-code"}
 LOADING = MODEL | {"--device", "--dtype", "--seed", "--checkpoint-dir"}
 DATA = {"--data", "--text-field", "--on-bad-row", "--task", "--template-date"}
-COMMON = LOADING | DATA | {"--log-dir", "--output-dir"}
+LOGS = {"--log-dir", "--output-dir"}
+COMMON = LOADING | DATA | LOGS | {"--seeds", "--equal-flops", "--no-equal-flops"}
 SURGERY = {"--span", "--max-steps", "--cell-width", "--chunk-width"}
 TRAIN = (
     {"--phase", "--steps", "--batch-size", "--gradient-accumulation", "--lr", "--sidecar-lr", "--warmup-steps"}
@@ -83,7 +84,7 @@ OWN = {
     | TRAIN
     | {"--log-dir", "--mode", "--restart", "--match-flops", "--run-name", "--max-length", "--max-steps"}
     | {"--chunk-width"},
-    "eval": COMMON | EVAL | {"--stage", "--use-recursive", "--no-use-recursive", "--max-length"},
+    "eval": LOADING | DATA | LOGS | EVAL | {"--stage", "--use-recursive", "--no-use-recursive", "--max-length"},
     "compare": COMPARE
     | {"--log-dir", "--output-dir", "--generations", "--no-generations", "--format", "--out", "--report"},
     "generate": LOADING
@@ -214,7 +215,7 @@ def test_options_given_to_run_reach_the_settings_file_each_in_its_section(
     from rrcli.services import setup
 
     def first_step_alone(*_: Any, perform: Any, **__: Any) -> None:
-        perform(Step("setup", "", "missing"))
+        perform(Step("setup", None, "missing"))
         raise RRError("stopped by the test")
 
     monkeypatch.setattr(service, "run", first_step_alone)
@@ -415,7 +416,7 @@ def test_a_run_cannot_take_the_place_of_surgery(tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture
 def measured(tmp_path: Path) -> Path:
-    for stage, better in zip(STAGES, (0.0, 0.0, 0.1, 0.2), strict=True):
+    for stage, better in zip(STAGES, (0.0, 0.0, 0.1, 0.2, 0.1), strict=True):
         file = tmp_path / "eval_results" / f"{stage}_results.json"
         write_json(file, stage_results(stage, better))
     return tmp_path

@@ -323,6 +323,8 @@ def other_value(cls: type[CommonSettings], item: dataclasses.Field[Any]) -> Any:
         return item.default + 1
     if kind is float:
         return item.default / 2 + 1e-7
+    if kind == tuple[int, ...]:
+        return (7, 1)
     return ('q"uote', "back\\slash [x] = #") if kind == tuple[str, ...] else 'it\'s "näme"\\ # [x]'
 
 

@@ -36,6 +36,7 @@ PANELS = (
 SWITCHES = {item.name: item.default for cls in settings.SECTIONS for item in fields(cls) if item.type == "bool"}
 # Groups of common options, for the commands that do not read all of them.
 LOADING = ("model", "device", "dtype", "trust_remote_code", "seed", "checkpoint_dir")
+LOGS = ("log_dir", "output_dir")
 DATA = ("data", "text_field", "on_bad_row", "task", "template_date")
 
 
@@ -123,7 +124,8 @@ class Flag:
         if len(self.sections) > 1:
             text += f" For {' and '.join(f'rr {section}' for section in self.sections)}."
         names = [f"{written}/--no-{written[2:]}"] if self.kind is bool else [written, *metadata["aliases"]]
-        annotation = list[str] | None if self.kind == tuple[str, ...] else self.kind | None
+        kind = str if self.kind == tuple[int, ...] else self.kind
+        annotation = list[str] | None if kind == tuple[str, ...] else kind | None
         option = typer.Option(
             *names,
             help=(text + shown).replace("[", r"\["),  # help is rich markup
@@ -339,6 +341,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Fine-tune with or without recursion; continues from the last checkpoint."""
+    from rrcli.experiment.replicates import replicate
     from rrcli.services import train as service
 
     loaded = ctx.load(settings.TrainSettings)
@@ -349,12 +352,13 @@ def train(
         ui.show_json("train", vars(result))
         return
     ui.show_train(result)
-    standard = result.run in STAGES
-    command = f"rr eval --stage finetuned_{mode}" + ("" if standard else f" --model {result.checkpoint}")
+    one = replicate(result.stage, loaded)
+    other = "" if result.run == one.name else f" --model {result.checkpoint}"
+    command = f"rr eval --stage {one.stage}{one.flag}{other}"
     ui.show_next("Checkpoint:", result.checkpoint, command)
 
 
-@_command(EXPERIMENT, _flags(settings.EvalSettings, None), writes=True)
+@_command(EXPERIMENT, _flags(settings.EvalSettings, (*LOADING, *DATA, *LOGS)), writes=True)
 def eval(
     ctx: Context,
     stage: Stage = "baseline",
@@ -390,12 +394,11 @@ def eval(
     require_preserved(result.preserved)
     if json:
         return
-    following = STAGES.index(stage) + 1
-    command = f"rr compare baseline {stage}" if following > 1 else "rr surgery"
+    command = "rr surgery" if stage == "baseline" else f"rr compare baseline {stage}"
     ui.show_next("Results:", result.file, command)
 
 
-@_command(LOOK, _flags(settings.CompareSettings, ("log_dir", "output_dir")))
+@_command(LOOK, _flags(settings.CompareSettings, LOGS))
 def compare(
     ctx: Context,
     stages: Annotated[
@@ -478,7 +481,7 @@ def run(
     if dry_run:
         steps = plan(ctx.directory, ctx.load, new_options=bool(ctx.given))
         if json:
-            ui.show_json("plan", {"steps": [vars(step) | {"command": step.command} for step in steps]})
+            ui.show_json("plan", {"steps": [step.to_dict() for step in steps]})
         else:
             ui.show_plan(steps)
         return
@@ -540,6 +543,7 @@ def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: P
 
 def _perform(step: Any, ctx: Context) -> None:
     """Do one step of `rr run`."""
+    from rrcli.experiment.replicates import EQUAL_FLOPS_STAGE, RECURSIVE_STAGE, TRAINED
     from rrcli.services import eval as evaluating
     from rrcli.services import setup as setting_up
     from rrcli.services import surgery as operating
@@ -554,10 +558,13 @@ def _perform(step: Any, ctx: Context) -> None:
     elif step.kind == "surgery":
         operating.surgery(ctx.load(settings.SurgerySettings), directory, reporter, overwrite=True)
     elif step.kind == "train":
-        restart = step.status == "stale"
-        training.train(ctx.load(settings.TrainSettings), step.target, directory, reporter, restart=restart)
+        one = step.replicate
+        loaded = settings.with_changes(ctx.load(settings.TrainSettings), seed=one.seed)
+        restart, matched = step.status == "stale", RECURSIVE_STAGE if one.stage == EQUAL_FLOPS_STAGE else ""
+        training.train(loaded, TRAINED[one.stage], directory, reporter, restart=restart, match_flops=matched)
     else:
-        evaluating.evaluate(ctx.load(settings.EvalSettings), step.target, directory, reporter)
+        measuring = settings.with_changes(ctx.load(settings.EvalSettings), seed=step.replicate.seed)
+        evaluating.evaluate(measuring, step.replicate.stage, directory, reporter)
 
 
 def _standard_input() -> str:

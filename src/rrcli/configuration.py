@@ -20,6 +20,8 @@ from rrcli.settings import SECTIONS, CommonSettings, S, flag_name, own_fields
 
 SETTINGS_FILE = "rr.toml"
 KINDS = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+# More seeds than this are taken for a mistake: `--seeds 1234` where `--seed 1234` was meant.
+MOST_SEEDS = 100
 BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -41,7 +43,8 @@ def load(
         use_file: whether to read `rr.toml`.
 
     Raises:
-        UsageError: an unknown key in `rr.toml`, or a value of the wrong type or outside its limits; names the place.
+        UsageError: an unknown key in `rr.toml`, a value of the wrong type or outside its limits, or a seed that is not
+            among the seeds of the experiment; names the place.
     """
     file = read_file(directory) if use_file else {}
     environment = os.environ if environment is None else environment
@@ -64,6 +67,13 @@ def load(
     checked = {
         item.name: _check(item, types[item.name], *values[item.name]) for item in fields(cls) if item.name in values
     }
+    if seeds := checked.get("seeds"):
+        seed, listed = checked.setdefault("seed", seeds[0]), ",".join(map(str, seeds))
+        if seed not in seeds:
+            raise UsageError(
+                f"{values['seed'][1]} is {seed}, which is not among the seeds of the experiment: {listed}",
+                f"Take one of them, or add it: --seeds {seed},{listed}.",
+            )
     return cls(**checked)
 
 
@@ -115,6 +125,8 @@ def write_file(common: CommonSettings, changes: Mapping[str, Mapping[str, Any]])
 
 
 def _check(item: Field[Any], kind: Any, value: Any, place: str) -> Any:
+    if kind == tuple[int, ...]:
+        return read_seeds(value, place)
     try:
         value = _convert(kind, value)
     except (TypeError, ValueError) as error:
@@ -129,6 +141,33 @@ def _check(item: Field[Any], kind: Any, value: Any, place: str) -> Any:
     if maximum is not None and value > maximum:
         raise UsageError(f"{place} is {value}", f"It must be at most {maximum:g}.")
     return value
+
+
+def read_seeds(value: Any, place: str) -> tuple[int, ...]:
+    """Return the seeds that an option names: a number of seeds, counted from 0, or a list of them.
+
+    Args:
+        value: a whole number, a text such as "3" or "0,5,7", or a list of numbers; no seed for an empty one.
+        place: where it was written, for error messages.
+
+    Raises:
+        UsageError: it is neither, or a seed is negative or named twice.
+    """
+    hint = "Write how many seeds, such as 3 for 0, 1 and 2, or a list of seeds, such as 0,5,7."
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    parts = [part.strip() if isinstance(part, str) else part for part in parts]
+    alone = not isinstance(value, (list, tuple)) and len(parts) == 1 and parts != [""]
+    parts = [part for part in parts if part != ""]
+    if not all(str(part).isascii() and str(part).isdigit() for part in parts):
+        raise UsageError(f"{place} is {value!r}, which names no seeds", hint)
+    seeds = tuple(map(int, parts))
+    if alone:
+        if not 1 <= seeds[0] <= MOST_SEEDS:
+            raise UsageError(f"{place} asks for {seeds[0]} seeds", f"{hint} One seed alone is --seed {seeds[0]}.")
+        return tuple(range(seeds[0]))
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"{place} is {value!r}, which names a seed twice", hint)
+    return seeds
 
 
 def _convert(kind: Any, value: Any) -> Any:

@@ -173,10 +173,16 @@ class CalibrationBin(TypedDict):
 
 
 class Results(TypedDict):
-    """`<stage>_results.json`."""
+    """`<stage>_results.json`, of a replicate `<stage>-seed<seed>_results.json`.
+
+    `seed` is that of the training; `test_seeds` are those whose problems were evaluated. Baseline and surgery, which
+    are made once, are evaluated on the problems of all seeds.
+    """
 
     schema: int
     stage: str
+    seed: NotRequired[Count]
+    test_seeds: NotRequired[list[Count]]
     model: MeasuredModel
     data: MeasuredData
     provenance: Provenance

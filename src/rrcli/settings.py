@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from rrcli.recursion.config import LossWeights, RecursionConfig
 
-STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive")
+STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive", "vanilla_equal_flops")
 
 
 # The panels of `--help`, in the order in which they are shown. The first holds the options of every day.
@@ -149,12 +149,34 @@ class CommonSettings:
         reaches=CONTENT,
         panel=MODEL,
     )
-    seed: int = option(0, "Random seed.", reaches=SIDECAR | WEIGHTS | NUMBERS, minimum=0)
+    seed: int = option(
+        0,
+        "Random seed; in an experiment with several seeds, the one that is meant.",
+        reaches=SIDECAR | WEIGHTS | NUMBERS,
+        minimum=0,
+    )
+    seeds: tuple[int, ...] = option(
+        (),
+        "Seeds of the experiment: 3 for 0, 1 and 2, or a list such as 0,5,7. Every training is repeated with each seed "
+        "and measured on that seed's own problems. [default: the one of --seed]",
+        reaches=NUMBERS,
+    )
+    equal_flops: bool = option(
+        False,
+        "Also train vanilla until it has spent as many FLOPs as recursion: the stage vanilla_equal_flops. With several "
+        "seeds it is always made.",
+        reaches=NOTHING,
+    )
     log_dir: str = option("logs", "Folder for TensorBoard logs.", reaches=NOTHING, panel=FILES)
     checkpoint_dir: str = option(
         "checkpoints", "Folder for the results of surgery and for training checkpoints.", reaches=NOTHING, panel=FILES
     )
     output_dir: str = option("eval_results", "Folder for evaluation results.", reaches=NOTHING, panel=FILES)
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds of the experiment: those of `seeds`, else the one of `seed`."""
+        return self.seeds or (self.seed,)
 
 
 @dataclass(frozen=True)

@@ -159,9 +159,11 @@ def test_a_large_file_that_is_written_again_makes_stale_what_was_made_from_it(
 ) -> None:
     from rrcli import configuration
     from rrcli.experiment.planning import status_of
+    from rrcli.experiment.replicates import Replicate
 
     def status(directory: Path) -> str:
-        step = status_of("surgery", "", directory, lambda cls: configuration.load(cls, directory, {"model": "model"}))
+        one, flags = Replicate("after_surgery", 0), {"model": "model"}
+        step = status_of("surgery", one, directory, lambda cls: configuration.load(cls, directory, flags))
         return f"{step.status} {step.detail}".strip()
 
     monkeypatch.setattr(weights, "WHOLE_BYTES", 1000)

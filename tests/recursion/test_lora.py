@@ -324,11 +324,12 @@ def test_a_plan_knows_that_vanilla_adapts_what_surgery_chose(trained, tmp_path):
         def load(cls):
             return SETTINGS if cls is TrainSettings else cls(**(changes if cls is SurgerySettings else {}))
 
-        return {(step.kind, step.target): step.status for step in plan(folder, load)}
+        return {step.command: step.status for step in plan(folder, load)}
 
-    assert statuses(trained)["train", "vanilla"] == statuses(trained)["train", "recursive"] == "done"
-    assert statuses(trained, span="0:1")["train", "vanilla"] == "stale"
-    assert statuses(tmp_path)["train", "vanilla"] == "missing"
+    vanilla, recursive = (f"rr train --mode {mode}" for mode in ("vanilla", "recursive"))
+    assert statuses(trained)[vanilla] == statuses(trained)[recursive] == "done"
+    assert statuses(trained, span="0:1")[vanilla] == "stale"
+    assert statuses(tmp_path)[vanilla] == "missing"
 
 
 def test_an_adapters_settings_belong_to_the_run(trained, tmp_path):

@@ -18,6 +18,7 @@ from rrcli.errors import RRError, UsageError
 from rrcli.experiment import template_date as dates
 from rrcli.experiment.identity import data_identity
 from rrcli.experiment.planning import status_of
+from rrcli.experiment.replicates import Replicate
 from rrcli.experiment.template_date import FILE, fix_date, with_template_date
 from rrcli.experiment.training_run import prepare_training
 from rrcli.files import combine
@@ -82,7 +83,7 @@ def test_two_days_ask_the_same_question(tmp_path: Path, now: Any) -> None:
     options = {name: first["settings"][name] for name in ("problems", "max_new_tokens", "skip_perplexity", "task")}
     options |= {"skip_generation": True, "skip_performance": True, "model": str(model)}
     plan = lambda cls: cls(**{k: v for k, v in options.items() if k in cls.__dataclass_fields__})  # noqa: E731
-    assert status_of("eval", "baseline", tmp_path, plan).status == "done"
+    assert status_of("eval", Replicate("baseline", 0), tmp_path, plan).status == "done"
     training = prepare_training(TrainSettings(model=str(model)), "vanilla", tmp_path)
     assert training.settings.template_date == "2026-07-03"
     other = measured(model, tmp_path, template_date="2026-01-02")

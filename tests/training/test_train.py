@@ -16,6 +16,7 @@ from rrcli.data.training_data import TrainingData
 from rrcli.demo.defaults import MODEL_DIR
 from rrcli.errors import RRError, UsageError
 from rrcli.experiment.planning import status_of
+from rrcli.experiment.replicates import Replicate
 from rrcli.files import checkpoints
 from rrcli.recursion.batch import IGNORED
 from rrcli.reporting import Silent
@@ -154,7 +155,11 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     ("values", "mode", "match_flops", "message"),
     [
         ({"phase": "a"}, "vanilla", "", "nothing to train"),
-        ({"run_name": "baseline"}, "vanilla", "", "is a stage of its own"),
+        ({"run_name": "baseline"}, "vanilla", "", "is that of another stage or seed"),
+        ({"run_name": "Vanilla_Equal_FLOPs"}, "vanilla", "", "is that of another stage or seed"),
+        ({"run_name": "finetuned_vanilla-seed1"}, "vanilla", "", "is that of another stage or seed"),
+        ({"run_name": "../outside"}, "vanilla", "", "is not a plain name"),
+        ({}, "vanilla", "my_run", "--match-flops my_run needs a name for the run"),
         ({}, "recursive", "absent", "--match-flops is for vanilla training"),
         ({"batch_size": 3, "num_processes": 2}, "vanilla", "", "--batch-size 3 cannot be shared out evenly among 2"),
         ({"callback": "nowhere"}, "vanilla", "", "--callback is 'nowhere'"),
@@ -226,5 +231,5 @@ def test_what_was_trained_is_still_done_after_the_experiment_was_moved(tmp_path)
     def load(cls):
         return configuration.load(cls, after, {k: v for k, v in flags.items() if k in cls.__dataclass_fields__})
 
-    assert status_of("surgery", "", after, load).status == "done"
-    assert status_of("train", "recursive", after, load).status == "done"
+    assert status_of("surgery", Replicate("after_surgery", 0), after, load).status == "done"
+    assert status_of("train", Replicate("finetuned_recursive", 0), after, load).status == "done"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from functools import partial
 
 import pytest
@@ -250,21 +251,28 @@ def test_a_callback_adds_a_metric_and_its_error_stops_at_a_saved_step(operated):
 
 def test_vanilla_trains_to_the_flops_of_a_recursive_run(operated):
     spent = service.train(changed(run_name="twice", steps=8), "recursive", operated, Silent(), restart=True).flops
-    result = service.train(SETTINGS, "vanilla", operated, Silent(), match_flops="twice")
-    assert result.run == "vanilla_equal_flops"
+    matching = changed(run_name="as_much")
+    result = service.train(matching, "vanilla", operated, Silent(), match_flops="twice")
+    assert result.run == "as_much"
     assert result.steps > 8
     assert result.flops == pytest.approx(spent, rel=0.1)
-    rates = curve(operated, "vanilla_equal_flops", "train/lr")
+    rates = curve(operated, "as_much", "train/lr")
     assert rates == pytest.approx(
         [SETTINGS.lr * learning_rate_factor(s, changed(steps=result.steps)) for s in range(result.steps)]
     )
-    again = service.train(SETTINGS, "vanilla", operated, Silent(), match_flops="twice")
+    again = service.train(matching, "vanilla", operated, Silent(), match_flops="twice")
     assert again.first_step == again.steps == result.steps
 
 
-def test_matching_needs_a_trained_run(tmp_path):
+def test_matching_needs_a_run_that_has_ended(operated, tmp_path):
     with pytest.raises(RRError, match="'absent' has no checkpoint"):
-        service.train(SETTINGS, "vanilla", tmp_path, Silent(), match_flops="absent")
+        service.train(changed(run_name="x"), "vanilla", tmp_path, Silent(), match_flops="absent")
+    some = changed(run_name="part_of_it", save_interval=1, keep=9)
+    service.train(some, "vanilla", operated, Silent())
+    for later in checkpoints(operated / "checkpoints" / "part_of_it")[2:]:
+        shutil.rmtree(later)
+    with pytest.raises(RRError, match="'part_of_it' is at step 2 of 4"):
+        service.train(changed(run_name="x"), "vanilla", operated, Silent(), match_flops="part_of_it")
 
 
 # -- a disk that is full ----------------------------------------------------------------------------------------------

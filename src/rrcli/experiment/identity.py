@@ -16,11 +16,12 @@ from rrcli.data.prompts import prompts_file
 from rrcli.data.training_data import source_fingerprint, task_specs
 from rrcli.errors import RRError
 from rrcli.evaluation.harness import task_files as harness_files
+from rrcli.experiment.replicates import evaluated_seeds
 from rrcli.experiment.template_date import template_date
 from rrcli.files import METRICS_FILE, combine, read_json
 from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import written_since
-from rrcli.schemas import Inputs
+from rrcli.schemas import CheckpointMetrics, Inputs
 from rrcli.settings import (
     NUMBERS,
     SIDECAR,
@@ -39,23 +40,35 @@ def surgery_inputs(settings: SurgerySettings, base_fingerprint: str) -> str:
 
 
 def train_inputs(
-    settings: TrainSettings, mode: str, start_fingerprint: str, data_fingerprint: str, span: Any = None
+    settings: TrainSettings,
+    mode: str,
+    start_fingerprint: str,
+    data_fingerprint: str,
+    *,
+    span: Any = None,
+    matched_flops: float = 0.0,
 ) -> str:
     """Identify a training by the model it starts from, its data, and every setting that reaches the weights.
 
     Args:
         span: the layers that have LoRA adapters in vanilla training; see `Workspace.vanilla_span`.
+        matched_flops: what it is to spend, in FLOPs; 0 where the settings give its number of steps.
     """
     kinds = [kind for kind, is_one in (("recursive", mode == "recursive"), ("lora", settings.phase == "b")) if is_one]
     values = reaching(settings, WEIGHTS, kinds)
     if mode == "vanilla":
         values |= {"phase": "b", "span": span} if settings.phase == "b" else {"phase": "c"}
-    return combine("train", mode, start_fingerprint, data_fingerprint, values)
+    inputs = combine("train", mode, start_fingerprint, data_fingerprint, values)
+    return combine(inputs, "equal FLOPs", matched_flops) if matched_flops else inputs
 
 
 def eval_inputs(settings: EvalSettings, stage: str, model_fingerprint: str, data_fingerprint: str) -> str:
-    """Identify an evaluation by the model, the data and every setting that reaches the numbers."""
+    """Identify an evaluation by the model, the data, the seeds of its problems, and every setting that reaches numbers.
+
+    What else the seed decides is drawn from the experiment's first seed, so that it is alike in all replicates.
+    """
     values = reaching(settings, NUMBERS)
+    values |= {"seed": settings.all_seeds[0], "seeds": evaluated_seeds(stage, settings)}
     return combine("eval", stage, model_fingerprint, data_fingerprint, values, __version__)
 
 
@@ -63,6 +76,11 @@ def model_fingerprint(source: ModelSource, directory: Path) -> str:
     """Identify the weights of a stage: the folder's own, and the base's where it refers to one."""
     base = base_of(source, directory)
     return source.fingerprint() if base is source else combine(source.fingerprint(), base.fingerprint())
+
+
+def recorded_steps(checkpoint: Path) -> int:
+    """Return how many steps the training of a checkpoint is to have."""
+    return read_json(checkpoint / METRICS_FILE, "rr train", CheckpointMetrics).get("steps", 0)
 
 
 def recorded_inputs(path: Path) -> str | None:

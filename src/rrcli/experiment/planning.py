@@ -1,10 +1,13 @@
-"""Plan an experiment: every step of `rr run` with its status, read from the files on disk. Loads no torch."""
+"""Plan an experiment: every step of `rr run` with its status, read from the files on disk. Loads no torch.
+
+Baseline and surgery come once. Then each seed of the experiment has its trainings, each with its evaluation.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rrcli.configuration import SETTINGS_FILE
 from rrcli.data.sources import refuse_stdin
@@ -13,14 +16,16 @@ from rrcli.experiment.identity import (
     eval_inputs,
     model_fingerprint,
     recorded_inputs,
+    recorded_steps,
     rewritten,
     surgery_inputs,
     train_inputs,
 )
-from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
+from rrcli.experiment.replicates import EQUAL_FLOPS_STAGE, RECURSIVE_STAGE, TRAINED, Replicate, replicates
+from rrcli.experiment.workspace import SURGERY_STAGE, Workspace, maker
 from rrcli.files import checkpoints, step_of
 from rrcli.models.source import base_of
-from rrcli.settings import CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings
+from rrcli.settings import CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings, with_changes
 
 DONE = "done"
 
@@ -36,42 +41,34 @@ class Step:
     """One command of the experiment.
 
     Attributes:
-        kind: setup, eval, surgery or train. target: the stage, or the training mode.
+        kind: setup, eval, surgery or train.
+        replicate: what it makes or measures; None for setup.
         status: done, missing, stale (made from other inputs) or unfinished; detail: why, in a few words.
     """
 
     kind: str
-    target: str
+    replicate: Replicate | None
     status: str
     detail: str = ""
 
     @property
     def command(self) -> str:
         """The command that a user would type for it."""
-        flag = {"eval": " --stage ", "train": " --mode "}.get(self.kind)
-        return f"rr {self.kind}{flag}{self.target}" if flag else f"rr {self.kind}"
+        one = self.replicate
+        if one is None:
+            return "rr setup"
+        return f"rr eval --stage {one.stage}{one.flag}" if self.kind == "eval" else maker(one)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        one = self.replicate
+        about = {"stage": one.stage if one else None, "seed": one.seed if one else None}
+        return {"kind": self.kind, **about, "status": self.status, "detail": self.detail, "command": self.command}
 
 
-ORDER = (
-    ("setup", ""),
-    ("eval", "baseline"),
-    ("surgery", ""),
-    ("eval", "after_surgery"),
-    ("train", "vanilla"),
-    ("eval", "finetuned_vanilla"),
-    ("train", "recursive"),
-    ("eval", "finetuned_recursive"),
-)
-# What each step is made from: if one of these has to be done, the step has to be done after it.
-NEEDS = {
-    ("eval", "baseline"): (("setup", ""),),
-    ("surgery", ""): (("setup", ""),),
-    ("eval", "after_surgery"): (("surgery", ""),),
-    ("train", "vanilla"): (("setup", ""),),
-    ("eval", "finetuned_vanilla"): (("train", "vanilla"),),
-    ("train", "recursive"): (("surgery", ""),),
-    ("eval", "finetuned_recursive"): (("train", "recursive"),),
-}
+# What is to be done: a kind of step and the replicate that it is for.
+Task = tuple[str, Replicate | None]
+SETUP: Task = ("setup", None)
 
 
 def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step]:
@@ -81,69 +78,105 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
         load: makes the settings of a class, as the command line would.
         new_options: options were given on the command line, which `rr setup` has to write into `rr.toml` first.
     """
-    refuse_stdin(load(CommonSettings).data, "run")
-    steps: dict[tuple[str, str], Step] = {}
-    needs = NEEDS
-    if load(TrainSettings).phase == "b":  # vanilla adapts the layers of surgery's span
-        needs = NEEDS | {("train", "vanilla"): (("surgery", ""),)}
-    for kind, target in ORDER:
-        waiting = [steps[need] for need in needs.get((kind, target), ()) if steps[need].status != DONE]
+    settings = load(CommonSettings)
+    refuse_stdin(settings.data, "run")
+    steps: dict[Task, Step] = {}
+    on_span = load(TrainSettings).phase == "b"
+    for kind, one in _tasks(settings):
+        waiting = [steps[need] for need in _needs(kind, one, settings, on_span=on_span)]
         # Without rr.toml the settings are the defaults and the command line: the other steps can be judged too.
-        waiting = [step for step in waiting if step.kind != "setup"]
+        waiting = [step for step in waiting if step.kind != "setup" and step.status != DONE]
         if waiting:
-            there = _exists(kind, target, directory, load)
-            steps[kind, target] = Step(kind, target, "stale" if there else "missing", f"after {waiting[0].command}")
+            there = one is not None and _exists(kind, one, directory, load)
+            step = Step(kind, one, "stale" if there else "missing", f"after {waiting[0].command}")
         else:
-            steps[kind, target] = status_of(kind, target, directory, load)
-        if kind == "setup" and new_options and steps[kind, target].status == DONE:
-            steps[kind, target] = Step(kind, target, "stale", "new options")
+            step = status_of(kind, one, directory, load)
+        if kind == "setup" and new_options and step.status == DONE:
+            step = Step(kind, one, "stale", "new options")
+        steps[kind, one] = step
     return list(steps.values())
 
 
-def status_of(kind: str, target: str, directory: Path, load: Load) -> Step:
-    """Return one step with its status; what it is made from must exist."""
-    if kind == "setup":
-        there = (directory / SETTINGS_FILE).is_file()
-        return Step(kind, target, DONE if there else "missing", "" if there else f"no {SETTINGS_FILE} yet")
-    workspace = Workspace(directory, load(CommonSettings))
+def _tasks(settings: CommonSettings) -> list[Task]:
+    """Return what an experiment consists of, in the order in which it is done: one seed after the other."""
+    (baseline,), (operated,) = (replicates(stage, settings) for stage in ("baseline", SURGERY_STAGE))
+    tasks: list[Task] = [SETUP, ("eval", baseline), ("surgery", operated), ("eval", operated)]
+    trained = [stage for stage in TRAINED if stage != EQUAL_FLOPS_STAGE or has_equal_flops(settings)]
+    for replicas in zip(*(replicates(stage, settings) for stage in trained), strict=True):
+        tasks += [(kind, one) for one in replicas for kind in ("train", "eval")]
+    return tasks
+
+
+def has_equal_flops(settings: CommonSettings) -> bool:
+    """Tell whether an experiment has the control of vanilla training at equal FLOPs."""
+    return settings.equal_flops or len(settings.all_seeds) > 1
+
+
+def _needs(kind: str, one: Replicate | None, settings: CommonSettings, *, on_span: bool) -> list[Task]:
+    """Return what a step is made from: if one of these has to be done, the step has to be done after it.
+
+    Args:
+        on_span: vanilla training adapts the layers of the surgery's span.
+    """
+    if one is None:
+        return []
+    (operated,) = replicates(SURGERY_STAGE, settings)
     if kind == "eval":
-        settings = load(EvalSettings)
-        source = workspace.stage_model(target)
+        return [SETUP if one.stage == "baseline" else ("surgery" if one == operated else "train", one)]
+    if kind == "surgery":
+        return [SETUP]
+    if one.stage == EQUAL_FLOPS_STAGE:
+        return [("train", replace(one, stage=RECURSIVE_STAGE))]
+    return [("surgery", operated)] if one.stage == RECURSIVE_STAGE or on_span else [SETUP]
+
+
+def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> Step:
+    """Return one step with its status; what it is made from must exist."""
+    if one is None:
+        there = (directory / SETTINGS_FILE).is_file()
+        return Step(kind, one, DONE if there else "missing", "" if there else f"no {SETTINGS_FILE} yet")
+    workspace = Workspace(directory, with_changes(load(CommonSettings), seed=one.seed))
+    if kind == "eval":
+        settings = with_changes(load(EvalSettings), seed=one.seed)
+        source = workspace.stage_model(one.stage)
         identity = data_identity(settings, directory)
-        expected = eval_inputs(settings, target, model_fingerprint(source, directory), identity)
+        expected = eval_inputs(settings, one.stage, model_fingerprint(source, directory), identity)
         made_from = (source.path, base_of(source, directory).path)
-        return _status(kind, target, workspace.results_file(target), expected, *made_from)
+        return _status(kind, one, workspace.results_file(one.name), expected, *made_from)
     if kind == "surgery":
         shape = load(SurgerySettings)
         base = workspace.base()
         expected = surgery_inputs(shape, base.fingerprint())
-        return _status(kind, target, workspace.surgery_folder, expected, base.path)
-    training = load(TrainSettings)
-    start = workspace.base() if target == "vanilla" else workspace.stage_model(SURGERY_STAGE)
+        return _status(kind, one, workspace.surgery_folder, expected, base.path)
+    training, mode = with_changes(load(TrainSettings), seed=one.seed), TRAINED[one.stage]
+    start = workspace.base() if mode == "vanilla" else workspace.stage_model(SURGERY_STAGE)
+    flops = workspace.spent_flops(RECURSIVE_STAGE) if one.stage == EQUAL_FLOPS_STAGE else 0.0
     identity = data_identity(training, directory)
-    span = workspace.vanilla_span(training) if target == "vanilla" else None
-    expected = train_inputs(training, target, model_fingerprint(start, directory), identity, span)
-    found = checkpoints(workspace.run_folder(f"finetuned_{target}"))
-    step = _status(kind, target, found[-1], expected, start.path) if found else Step(kind, target, "missing")
-    if step.status == DONE and step_of(found[-1]) < training.steps:
-        return Step(kind, target, "unfinished", f"continues from step {step_of(found[-1])} of {training.steps}")
+    span = workspace.vanilla_span(training) if mode == "vanilla" else None
+    expected = train_inputs(
+        training, mode, model_fingerprint(start, directory), identity, span=span, matched_flops=flops
+    )
+    found = checkpoints(workspace.run_folder(one.name))
+    step = _status(kind, one, found[-1], expected, start.path) if found else Step(kind, one, "missing")
+    if step.status == DONE and step_of(found[-1]) < (steps := recorded_steps(found[-1])):
+        return Step(kind, one, "unfinished", f"continues from step {step_of(found[-1])} of {steps}")
     return step
 
 
-def _status(kind: str, target: str, result: Path, expected: str, *models: Path) -> Step:
+def _status(kind: str, one: Replicate, result: Path, expected: str, *models: Path) -> Step:
     """Compare what a result was made from with what it would be made from now, `models` and all else."""
     recorded = recorded_inputs(result)
     if recorded is None:
-        return Step(kind, target, "missing")
+        return Step(kind, one, "missing")
     if recorded != expected:
-        return Step(kind, target, "stale", "its inputs changed")
+        return Step(kind, one, "stale", "its inputs changed")
     if again := rewritten(result, *models):
-        return Step(kind, target, "stale", f"{Path(again).name} was written again")
-    return Step(kind, target, DONE)
+        return Step(kind, one, "stale", f"{Path(again).name} was written again")
+    return Step(kind, one, DONE)
 
 
-def _exists(kind: str, target: str, directory: Path, load: Load) -> bool:
+def _exists(kind: str, one: Replicate, directory: Path, load: Load) -> bool:
     workspace = Workspace(directory, load(CommonSettings))
     if kind == "eval":
-        return workspace.results_file(target).is_file()
-    return bool(checkpoints(workspace.run_folder(f"finetuned_{target}")))
+        return workspace.results_file(one.name).is_file()
+    return bool(checkpoints(workspace.run_folder(one.name)))

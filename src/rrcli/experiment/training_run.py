@@ -6,18 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rrcli.errors import RRError, UsageError, suggest
+from rrcli.errors import UsageError, suggest
 from rrcli.experiment.identity import data_identity, model_fingerprint, train_inputs
+from rrcli.experiment.replicates import EQUAL_FLOPS_STAGE, RECURSIVE_STAGE, Replicate, reserved
 from rrcli.experiment.template_date import with_template_date
-from rrcli.experiment.workspace import MAKERS, Workspace
-from rrcli.files import METRICS_FILE, checkpoints, combine, read_json, step_of
+from rrcli.experiment.workspace import SURGERY_STAGE, Workspace, maker
+from rrcli.files import step_of
 from rrcli.models.source import ModelSource
-from rrcli.schemas import CheckpointMetrics
-from rrcli.settings import STAGES, TrainSettings
+from rrcli.settings import TrainSettings
 from rrcli.training.callbacks import StepContext, load_callback
 
 MODES = ("vanilla", "recursive")
-MATCHED_RUN = "vanilla_equal_flops"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +25,7 @@ class TrainingRun:
 
     Attributes:
         mode: 'vanilla' or 'recursive'. directory: the working directory.
+        replicate: the stage and the seed that the training is of.
         name: the run's name. folder: where its checkpoints are. logs: where its TensorBoard events are.
         start: the model that step 0 starts from.
         span: the layers that get adapters in vanilla training in phase b; None means all of them.
@@ -38,6 +38,7 @@ class TrainingRun:
     settings: TrainSettings
     mode: str
     directory: Path
+    replicate: Replicate
     name: str
     folder: Path
     logs: Path
@@ -56,7 +57,7 @@ class TrainingRun:
     @property
     def made_by(self) -> str:
         """The command that makes this run, for error messages."""
-        return MAKERS.get(self.name, "rr train")
+        return maker(self.replicate) if self.name == self.replicate.name else "rr train"
 
 
 def prepare_training(settings: TrainSettings, mode: str, directory: Path, *, match_flops: str = "") -> TrainingRun:
@@ -75,40 +76,34 @@ def prepare_training(settings: TrainSettings, mode: str, directory: Path, *, mat
     workspace = Workspace(directory, settings)
     if match_flops and mode != "vanilla":
         raise UsageError("--match-flops is for vanilla training", "Use it with --mode vanilla.")
-    flops = _spent_flops(workspace, match_flops) if match_flops else 0.0
-    name = settings.run_name or (MATCHED_RUN if match_flops else f"finetuned_{mode}")
-    if name in STAGES and name != f"finetuned_{mode}":
-        raise UsageError(f"run name '{name}' is a stage of its own", "Choose another --run-name.")
+    if match_flops not in ("", RECURSIVE_STAGE) and not settings.run_name:
+        raise UsageError(
+            f"--match-flops {match_flops} needs a name for the run",
+            f"Add --run-name NAME. (The stage {EQUAL_FLOPS_STAGE} matches {RECURSIVE_STAGE}.)",
+        )
+    flops = workspace.spent_flops(match_flops) if match_flops else 0.0
+    replicate = workspace.replicate(EQUAL_FLOPS_STAGE if match_flops else f"finetuned_{mode}")
+    name = settings.run_name or replicate.name
+    if reserved(name) and name != replicate.name:
+        raise UsageError(f"run name '{name}' is that of another stage or seed", "Choose another --run-name.")
     folder = workspace.run_folder(name)
     callback = load_callback(settings.callback, directory)
-    start = workspace.base() if mode == "vanilla" else workspace.stage_model("after_surgery")
+    start = workspace.base() if mode == "vanilla" else workspace.stage_model(SURGERY_STAGE)
     span = workspace.vanilla_span(settings) if mode == "vanilla" else None
     settings = with_template_date(settings, start, directory)
     identity = data_identity(settings, directory)
-    inputs = train_inputs(settings, mode, model_fingerprint(start, directory), identity, span)
+    inputs = train_inputs(settings, mode, model_fingerprint(start, directory), identity, span=span, matched_flops=flops)
     return TrainingRun(
         settings=settings,
         mode=mode,
         directory=directory,
+        replicate=replicate,
         name=name,
         folder=folder,
         logs=workspace.log_folder(name),
         start=start,
         span=span,
-        inputs=combine(inputs, "equal FLOPs", flops) if flops else inputs,
+        inputs=inputs,
         flops=flops,
         callback=callback,
     )
-
-
-def _spent_flops(workspace: Workspace, run: str) -> float:
-    """Return the FLOPs that a run spent on training.
-
-    Raises:
-        RRError: it has no checkpoint.
-    """
-    found = checkpoints(workspace.run_folder(run))
-    if not found:
-        raise RRError(f"--match-flops: the run '{run}' has no checkpoint", "Train it first.")
-    spent = read_json(found[-1] / METRICS_FILE, MAKERS.get(run, "rr train"), CheckpointMetrics)["training"]
-    return float(spent["flops"])

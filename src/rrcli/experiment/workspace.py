@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rrcli.errors import RRError, UsageError, suggest
-from rrcli.files import MANIFEST, checkpoints, safe_name
+from rrcli.experiment.replicates import TRAINED, Replicate, replicate, replicates
+from rrcli.files import MANIFEST, METRICS_FILE, checkpoints, read_json, safe_name
 from rrcli.models.source import ModelSource, resolve
+from rrcli.schemas import CheckpointMetrics
 from rrcli.settings import STAGES, CommonSettings, TrainSettings
 
 SURGERY_STAGE = "after_surgery"
-TRAINED = {"finetuned_vanilla": "vanilla", "finetuned_recursive": "recursive"}
 MAKERS = {
     "baseline": "rr setup",
     "after_surgery": "rr surgery",
     "finetuned_vanilla": "rr train --mode vanilla",
     "finetuned_recursive": "rr train --mode recursive",
+    "vanilla_equal_flops": "rr train --mode vanilla --match-flops finetuned_recursive",
 }
 
 
@@ -26,6 +28,7 @@ class Workspace:
 
     Attributes:
         directory: the working directory (`--dir`); every relative path in the settings starts here.
+        settings: their `seed` says which replicate of a stage is meant.
     """
 
     directory: Path
@@ -45,9 +48,21 @@ class Workspace:
         root = self.directory / self.settings.log_dir
         return root / safe_name(run, "run name") if run else root
 
-    def results_file(self, stage: str) -> Path:
-        """The results of a stage."""
-        return self.directory / self.settings.output_dir / f"{stage}_results.json"
+    def results_file(self, name: str) -> Path:
+        """The results of a replicate, by its name; the first one's name is that of the stage."""
+        return self.directory / self.settings.output_dir / f"{safe_name(name, 'stage')}_results.json"
+
+    def replicate(self, stage: str) -> Replicate:
+        """The replicate of a stage that the settings' seed means."""
+        return replicate(check_stage(stage), self.settings)
+
+    def replicates(self, stage: str) -> tuple[Replicate, ...]:
+        """All replicates that the experiment has of a stage, whether they were made yet or not."""
+        return replicates(check_stage(stage), self.settings)
+
+    def measured(self, stage: str) -> tuple[Replicate, ...]:
+        """Those replicates of a stage that have results."""
+        return tuple(one for one in self.replicates(stage) if self.results_file(one.name).is_file())
 
     def base(self) -> ModelSource:
         """The base model of the experiment.
@@ -81,8 +96,28 @@ class Workspace:
         manifest = self.stage_model(SURGERY_STAGE).manifest
         return manifest["recursion"]["span"] if manifest else None
 
+    def spent_flops(self, run: str) -> float:
+        """Return the FLOPs that a training has spent; of a stage, that of the settings' seed.
+
+        Raises:
+            RRError: it has no checkpoint, or is not finished.
+        """
+        name = self.replicate(run).name if run in TRAINED else run
+        made_by = maker(self.replicate(run)) if run in TRAINED else "rr train"
+        found = checkpoints(self.run_folder(name))
+        if not found:
+            raise RRError(f"--match-flops: the run '{name}' has no checkpoint", f"Train it first: '{made_by}'.")
+        about = read_json(found[-1] / METRICS_FILE, made_by, CheckpointMetrics)
+        done, steps = about.get("step", 0), about.get("steps", 0)
+        if done < steps:
+            raise RRError(
+                f"--match-flops: the run '{name}' is at step {done} of {steps}: its whole cost is not known yet",
+                f"Finish it first: '{made_by}'.",
+            )
+        return float(about["training"]["flops"])
+
     def stage_model(self, stage: str) -> ModelSource:
-        """Return the model that a stage measures.
+        """Return the model that a stage measures: that of the settings' seed, where the stage has several.
 
         Raises:
             RRError: it was not made yet; the hint names the command that makes it.
@@ -92,21 +127,31 @@ class Workspace:
         if stage == SURGERY_STAGE:
             folder = self.surgery_folder
         else:
-            found = checkpoints(self.run_folder(stage))
-            folder = found[-1] if found else self.run_folder(stage)
+            run = self.run_folder(self.replicate(stage).name)
+            found = checkpoints(run)
+            folder = found[-1] if found else run
         if not (folder / MANIFEST).is_file():
             raise RRError(
-                f"stage '{stage}' has no model yet: {folder} holds no {MANIFEST}", f"'{MAKERS[stage]}' makes it."
+                f"stage '{stage}' has no model yet: {folder} holds no {MANIFEST}",
+                f"'{maker(self.replicate(stage))}' makes it.",
             )
         return resolve(str(folder), self.directory)
+
+
+def maker(one: Replicate) -> str:
+    """Return the command that makes the model of a replicate."""
+    return MAKERS[one.stage] + one.flag
 
 
 def check_stage(stage: str) -> str:
     """Return `stage` if it is the name of a stage.
 
     Raises:
-        UsageError: it is not; the hint suggests the closest.
+        UsageError: it is not; the hint suggests the closest, or names the replicate as options do.
     """
     if stage not in STAGES:
-        raise UsageError(f"unknown stage '{stage}'", suggest(stage, STAGES))
+        name, _, seed = stage.partition("-seed")
+        named = name in STAGES and seed.isdigit()
+        hint = f"Write --stage {name} --seed {seed}." if named else suggest(stage, STAGES)
+        raise UsageError(f"unknown stage '{stage}'", hint)
     return stage

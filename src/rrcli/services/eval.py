@@ -66,9 +66,10 @@ def evaluate(
     """
     check_stage(stage)
     workspace = Workspace(directory, settings)
-    file = workspace.results_file(stage)
+    replicate = workspace.replicate(stage)
+    file = workspace.results_file(replicate.name)
     source = held.enter_context(reading(lambda: workspace.resolve(model) if model else workspace.stage_model(stage)))
-    held.enter_context(lock(file, f"the evaluation of '{stage}'"))
+    held.enter_context(lock(file, f"the evaluation of '{replicate.name}'"))
     fingerprint = source.fingerprint()
     settings = with_template_date(settings, source, directory)
     inputs = eval_inputs(settings, stage, model_fingerprint(source, directory), data_identity(settings, directory))
@@ -95,9 +96,9 @@ def evaluate(
     device, dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
     key = combine(inputs, asdict(measuring), shape, device, dtype, *([written] if written else []))
     step = training["steps"] if training else 0
-    logs = workspace.log_folder(stage)
+    logs = workspace.log_folder(replicate.name)
     tracker = MetricsTracker(logs, part=EVALUATION, warn=reporter.warn) if settings.tensorboard else None
-    log_file = file.with_name(f"{stage}_samples.jsonl")
+    log_file = file.with_name(f"{replicate.name}_samples.jsonl")
     with SampleLog(log_file, key) as log, tracker or nullcontext():
         if log.found:
             reporter.note(f"going on with an interrupted evaluation: {log_file} holds {log.found:,} entries")
@@ -118,6 +119,7 @@ def evaluate(
             "schema": SCHEMA,
             "kind": "evaluation",
             "stage": stage,
+            "seed": replicate.seed,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "inputs": inputs,
             "model": {

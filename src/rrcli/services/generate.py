@@ -11,6 +11,7 @@ from typing import Any
 from rrcli.data.prompts import stop_strings
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.tracing import Piece, PieceBuilder
+from rrcli.experiment.replicates import EQUAL_FLOPS_STAGE
 from rrcli.experiment.workspace import Workspace
 from rrcli.locks import reading
 from rrcli.models.loading import load_for
@@ -124,7 +125,8 @@ def generate(
 
 
 def _last_stage(workspace: Workspace) -> str:
-    for stage in reversed(STAGES):
+    # The control is not what one wants to read, unless it is asked for.
+    for stage in reversed([stage for stage in STAGES if stage != EQUAL_FLOPS_STAGE]):
         try:
             workspace.stage_model(stage)
         except RRError:

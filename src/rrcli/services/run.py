@@ -37,13 +37,13 @@ def run(
     planned = plan(directory, load, new_options=new_options)
     for number, step in enumerate(planned, start=1):
         # Its status is looked up again: the steps before it may have changed what it is made from.
-        now = step if step.kind == "setup" else status_of(step.kind, step.target, directory, load)
+        now = step if step.kind == "setup" else status_of(step.kind, step.replicate, directory, load)
         if now.status == DONE:
             reporter.note(f"[{number}/{len(planned)}] {now.command}: done already")
         else:
             reporter.note(f"[{number}/{len(planned)}] {now.command}{': ' + now.detail if now.detail else ''}")
             perform(now)
-        if (step.kind, step.target) == ("eval", SURGERY_STAGE):
+        if step.kind == "eval" and step.replicate is not None and step.replicate.stage == SURGERY_STAGE:
             _require_preserved(Workspace(directory, load(CommonSettings)))
     return planned
 

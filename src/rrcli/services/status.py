@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError
-from rrcli.experiment.planning import DONE, Load, Step, plan
-from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, TRAINED, Workspace
+from rrcli.experiment.planning import DONE, Load, Step, plan, status_of
+from rrcli.experiment.replicates import TRAINED, Replicate
+from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import METRICS_FILE, checkpoints, read_json, step_of
 from rrcli.schemas import CheckpointMetrics, Results
 from rrcli.settings import STAGES, CommonSettings
 
 SHOWN = ("perplexity", "token_accuracy", "reasoning_accuracy")
-NOT_MADE = Step("", "", "")
+NOT_MADE = Step("", None, "")
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """A stage, or another training run, in the workspace.
+    """A stage as made with one seed, or another training run, in the workspace.
 
     Attributes:
+        name: that of its files. stage, seed: None for a run that is of no stage.
         model, results: done, missing, stale or unfinished; empty where the stage has none.
         detail: why a status is not `done`, in a few words.
         checkpoint: the last complete one. step, steps: its step, and the last step of the training. bytes: the size of
@@ -34,6 +36,8 @@ class StageStatus:
     model: str
     results: str
     detail: str = ""
+    stage: str | None = None
+    seed: int | None = None
     checkpoint: str | None = None
     step: int | None = None
     steps: int | None = None
@@ -53,7 +57,7 @@ class Status:
 
 
 def status(directory: Path, load: Load) -> Status:
-    """Look at every stage and every other training run of the workspace; changes nothing.
+    """Look at every stage, with every seed, and every other training run of the workspace; changes nothing.
 
     Args:
         load: makes the settings of a class, as the command line would.
@@ -63,29 +67,54 @@ def status(directory: Path, load: Load) -> Status:
     """
     workspace = Workspace(directory, load(CommonSettings))
     steps = plan(directory, load)
-    stages = [_stage(workspace, name, steps) for name in STAGES]
+    by_task = {(step.kind, step.replicate): step for step in steps}
     runs = sorted(path.name for path in (directory / workspace.settings.checkpoint_dir).glob("*") if checkpoints(path))
-    others = [_other(workspace, run) for run in runs if run not in STAGES]
+    stages = []
+    for one in (one for stage in STAGES for one in workspace.replicates(stage)):
+        if ("eval", one) not in by_task:  # the control, where it is not part of the experiment
+            if one.name not in runs and not workspace.results_file(one.name).is_file():
+                continue
+            by_task |= {(kind, one): _looked_up(kind, one, directory, load) for kind in ("train", "eval")}
+        stages.append(_stage(workspace, one, by_task))
+    others = [_other(workspace, run) for run in runs if run not in [stage.name for stage in stages]]
     following = next((step.command for step in steps if step.status != DONE), "rr compare")
     return Status(directory, stages + others, following)
 
 
-def _stage(workspace: Workspace, name: str, steps: Sequence[Step]) -> StageStatus:
-    by_command = {step.command: step for step in steps}
-    made = by_command.get(MAKERS[name], NOT_MADE) if name != "baseline" else NOT_MADE
-    measured = by_command[f"rr eval --stage {name}"]
+def _looked_up(kind: str, one: Replicate, directory: Path, load: Load) -> Step:
+    """Return a step that is not planned with its status; stale where what it is made from is not there any more."""
+    try:
+        return status_of(kind, one, directory, load)
+    except RRError as error:
+        return Step(kind, one, "stale", error.message)
+
+
+def _stage(workspace: Workspace, one: Replicate, steps: Mapping[tuple[str, Replicate | None], Step]) -> StageStatus:
+    name = one.name
+    made = steps.get(("train" if one.stage in TRAINED else "surgery", one), NOT_MADE)
+    measured = steps["eval", one]
     detail = (made if made.status not in ("", DONE) else measured).detail
     metrics, during = _results(workspace, name), False
     found: dict[str, Any] = {}
-    if name in TRAINED:
+    if one.stage in TRAINED:
         found = _checkpoints(workspace.run_folder(name))
         if not metrics and (latest := found.pop("latest", {})):
             metrics, during = latest, True
-    elif name == SURGERY_STAGE and workspace.surgery_folder.is_dir():
+    elif one.stage == SURGERY_STAGE and workspace.surgery_folder.is_dir():
         folder = workspace.surgery_folder
         found = {"checkpoint": str(folder), "bytes": _size(folder)}
     found.pop("latest", None)
-    return StageStatus(name, made.status, measured.status, detail, metrics=metrics, during_training=during, **found)
+    return StageStatus(
+        name,
+        made.status,
+        measured.status,
+        detail,
+        stage=one.stage,
+        seed=one.seed,
+        metrics=metrics,
+        during_training=during,
+        **found,
+    )
 
 
 def _other(workspace: Workspace, run: str) -> StageStatus:

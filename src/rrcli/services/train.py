@@ -51,6 +51,7 @@ class TrainResult:
 
     Attributes:
         checkpoint: the last complete checkpoint.
+        stage, seed: what was trained; a `run` with a name of its own is beside that stage.
         first_step: the step that this call began with (0 unless it resumed a run). steps: of the whole run.
         tokens, flops, seconds: spent on the whole run; tokens are those that bear loss.
         losses: the losses of the last step, by name.
@@ -58,6 +59,8 @@ class TrainResult:
 
     run: str
     mode: str
+    stage: str
+    seed: int
     checkpoint: Path
     first_step: int
     steps: int
@@ -129,6 +132,8 @@ def train(
     return TrainResult(
         run=training.name,
         mode=mode,
+        stage=training.replicate.stage,
+        seed=training.replicate.seed,
         checkpoint=checkpoints(training.folder)[-1],
         first_step=training.first_step,
         steps=trainer.settings.steps,
