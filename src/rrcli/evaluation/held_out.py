@@ -64,6 +64,7 @@ def held_out_data(
     max_samples: int = 0,
     *,
     side: Side = "test",
+    seeds: Sequence[int] = (),
     reasoning: bool = True,
 ) -> EvalData:
     """Return the documents and problems of one side of the split, and the built-in prompts.
@@ -74,14 +75,16 @@ def held_out_data(
     Args:
         problems_per_task: how many problems of each task; validation takes fewer where there are fewer.
         max_samples: how many documents at most; 0 means all. side: 'test', or 'validation' for choices.
+        seeds: whose problems; `problems_per_task` of each. By default those of the settings' seed.
 
     Raises:
         RRError: no document of the source is on the test side, or nothing at all on the validation side.
         UsageError: the seed reaches into those of training.
     """
-    if settings.seed + problems_per_task * MAX_DRAWS_PER_PROBLEM > TRAINING_SEEDS:
+    seeds = seeds or (settings.seed,)
+    if max(seeds) + problems_per_task * MAX_DRAWS_PER_PROBLEM > TRAINING_SEEDS:
         raise UsageError(
-            f"--seed {settings.seed} with {problems_per_task} problems per task reaches into the seeds of training, "
+            f"--seed {max(seeds)} with {problems_per_task} problems per task reaches into the seeds of training, "
             f"which begin at {TRAINING_SEEDS}",
             "Take a smaller --seed, or fewer problems.",
         )
@@ -106,11 +109,16 @@ def held_out_data(
                 f"nothing of {', '.join(lacking)} is on the validation side of the split (a twentieth)",
                 "Give more documents or problems (about 100 or more); --eval-interval 0 trains without validation.",
             )
-    problems = [problem for task in tasks for problem in task.problems(problems_per_task, settings.seed, side=side)]
+    drawn = (
+        problem for seed in seeds for task in tasks for problem in task.problems(problems_per_task, seed, side=side)
+    )
+    problems = {problem.key: problem for problem in drawn}  # of a small file, all seeds have the same
     notice = notes.notice(settings.data)
     if side == "validation" and lacking:
         notice = "\n".join(filter(None, (notice, f"nothing to validate with in: {', '.join(lacking)}")))
-    return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data, notice=notice, held_out=held_out)
+    return EvalData(
+        tuple(documents), tasks, tuple(problems.values()), PROMPTS, settings.data, notice=notice, held_out=held_out
+    )
 
 
 def showable(data: EvalData, tokenizer: Any, settings: EvalSettings | TrainSettings) -> EvalData:

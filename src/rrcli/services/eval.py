@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from rrcli.evaluation.held_out import EvalData, held_out_data, showable
 from rrcli.evaluation.samples import SampleLog
 from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerprint
 from rrcli.experiment.provenance import provenance
+from rrcli.experiment.replicates import evaluated_seeds
 from rrcli.experiment.template_date import fix_date, with_template_date
 from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, Workspace, check_stage
 from rrcli.files import METRICS_FILE, SCHEMA, back_up, combine, finite, read_json, write_json
@@ -74,7 +76,10 @@ def evaluate(
     settings = with_template_date(settings, source, directory)
     inputs = eval_inputs(settings, stage, model_fingerprint(source, directory), data_identity(settings, directory))
     written = stamps(source.path, base_of(source, directory).path)
-    data = _data(settings, directory)
+    seeds = evaluated_seeds(stage, settings)
+    # What else is drawn (a sample of documents, solved examples) is alike in all replicates.
+    settings = replace(settings, seed=settings.all_seeds[0])
+    data = _data(settings, directory, seeds)
     training = _training(source)
     _check_problems(data, settings, training, directory, reporter)
 
@@ -120,6 +125,7 @@ def evaluate(
             "kind": "evaluation",
             "stage": stage,
             "seed": replicate.seed,
+            "test_seeds": list(seeds),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "inputs": inputs,
             "model": {
@@ -156,10 +162,15 @@ def _preserved(results: dict[str, Any], workspace: Workspace) -> Preservation | 
     return check_preserved(finite(results), read_results(file, "rr eval --stage baseline")) if file.is_file() else None
 
 
-def _data(settings: EvalSettings, directory: Path) -> EvalData:
-    """Read the held-out documents and problems, the prompts and the tasks of lm-eval."""
+def _data(settings: EvalSettings, directory: Path, seeds: Sequence[int]) -> EvalData:
+    """Read the documents of the test side, the problems of `seeds`, the prompts and the tasks of lm-eval."""
     data = held_out_data(
-        settings, directory, settings.problems, settings.max_samples, reasoning=not settings.skip_reasoning
+        settings,
+        directory,
+        settings.problems,
+        settings.max_samples,
+        seeds=seeds,
+        reasoning=not settings.skip_reasoning,
     )
     return replace(
         data,

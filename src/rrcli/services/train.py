@@ -244,18 +244,19 @@ def _load_model(training: TrainingRun, device: str) -> tuple[Any, Any]:
 def _load_data(
     training: TrainingRun, model: Any, tokenizer: Any, reporter: Reporter
 ) -> tuple[EvalData | None, TrainingData]:
-    """Return the data that is measured at intervals (None where nothing is), and the data that is trained on."""
+    """Return the validation data, which is measured at intervals (None where nothing is), and what is trained on."""
     from rrcli.recursion.facts import vocabulary
 
     settings, directory = training.settings, training.directory
     samples = settings.eval_samples
-    evaluation = held_out_data(settings, directory, samples, samples) if settings.eval_interval else None
-    if evaluation is not None:
+    evaluation = None
+    if settings.eval_interval:
+        evaluation = held_out_data(settings, directory, samples, samples, side="validation")
         evaluation = showable(evaluation, tokenizer, settings)
         evaluation.texts(tokenizer, settings)  # what the chat template refuses is found before the first step
     within = _within_context(settings, model, reporter)
     data = TrainingData(within, directory, tokenizer, vocabulary=vocabulary(model))
-    _tell_about(data, reporter)
+    _tell_about(data, evaluation, reporter)
     return evaluation, data
 
 
@@ -272,10 +273,11 @@ def _within_context(settings: TrainSettings, model: Any, reporter: Reporter) -> 
     return with_changes(settings, max_length=context)
 
 
-def _tell_about(data: TrainingData, reporter: Reporter) -> None:
+def _tell_about(data: TrainingData, evaluation: EvalData | None, reporter: Reporter) -> None:
     """Report what was left out of the text, and how many problems of each file are trained on."""
-    if data.notice:
-        reporter.note(data.notice)
+    notices = data.notice.splitlines() + (evaluation.notice.splitlines() if evaluation is not None else [])
+    for notice in dict.fromkeys(notices):
+        reporter.note(notice)
     for task in data.tasks:
         if isinstance(task, FileTask):
             used = sum(problem.question not in data.evaluated for problem in task.on("train"))
