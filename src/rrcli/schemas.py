@@ -228,6 +228,7 @@ class Inputs(TypedDict):
 
     inputs: NotRequired[str]
     stamps: NotRequired[Stamps]
+    test_seeds: NotRequired[list[Count]]
 
 
 class Scalar(TypedDict):

@@ -377,7 +377,7 @@ def show_plan(steps: list[Step]) -> None:
 
 
 def show_status(status: Status) -> None:
-    """Print the workspace, a line for each stage and run, and the next command."""
+    """Print the workspace, a line for each stage with its seeds and for each run, and the next command."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("Stage", no_wrap=True)
     table.add_column("Model", no_wrap=True)
@@ -385,22 +385,24 @@ def show_status(status: Status) -> None:
     for name in ("Step", "Size", "PPL", "Reas. %"):
         table.add_column(name, justify="right", no_wrap=True)
     marked = False
-    for stage in status.stages:
-        states = [f"[{STATUS_STYLES[state]}]{state}[/]" if state else "-" for state in (stage.model, stage.results)]
-        step = "-" if stage.step is None else str(stage.step)
-        step += f"/{stage.steps}" if stage.steps and stage.step != stage.steps else ""
-        mark = "*" if stage.during_training else ""
-        marked = marked or bool(mark)
-        metrics = [("perplexity", False), ("reasoning_accuracy", True)]
-        values = [formats.number(stage.metrics.get(name), percent=percent) for name, percent in metrics]
-        cells = [value if value == "-" else value + mark for value in values]
-        size = _bytes(stage.bytes, digits=1) if stage.bytes else "-"
-        table.add_row(escape(stage.name), *states, step, size, *cells)
+    lines = status.lines()
+    for line in lines:
+        states = [line.state(part) for part in ("model", "results")]
+        shown = [f"[{STATUS_STYLES[state]}]{text}[/]" if text else "-" for text, state in states]
+        cells = []
+        for name, percent in (("perplexity", False), ("reasoning_accuracy", True)):
+            value, during = line.metric(name)
+            marked = marked or during
+            cells.append(formats.number(value, percent=percent) + "*" * during)
+        size = sum(member.bytes for member in line.members)
+        table.add_row(escape(line.name), *shown, line.step, _bytes(size, digits=1) if size else "-", *cells)
     console = out()
     console.print(table)
-    for stage in status.stages:
-        if stage.detail:
-            console.print(f"{escape(stage.name)}: {escape(stage.detail)}", soft_wrap=True)
+    for line in lines:
+        for detail in line.details():
+            console.print(f"{escape(line.name)}: {escape(detail)}", soft_wrap=True)
+    if len(status.seeds) > 1:
+        console.print(f"Seeds {', '.join(map(str, status.seeds))}; metrics are their means", soft_wrap=True)
     if marked:
         console.print("[dim]* measured during training, on a sample[/dim]", soft_wrap=True)
     console.print(f"Next: [bold]{escape(status.next)}[/bold]", soft_wrap=True)

@@ -61,6 +61,38 @@ def test_runs_checkpoints_and_metrics_are_found(tmp_path: Path) -> None:
     assert (other.model, other.step) == ("done", 40)
 
 
+def test_seeds_share_a_line_that_says_which_of_them_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rr.toml").write_text("[common]\nseeds = 5\n")
+    publish(tmp_path, results("baseline") | {"inputs": "x", "test_seeds": [0, 1]})
+    for name in ("finetuned_vanilla", "finetuned_vanilla-seed3", "finetuned_recursive-seed1"):
+        checkpoint(tmp_path / "checkpoints" / name, 10_000, 20_000, perplexity=2.0 + (name[-1] == "3"))
+    found = looked(tmp_path)
+    assert found.seeds == [0, 1, 2, 3, 4]
+    assert len(found.stages) == 2 + 3 * 5
+    replicate = next(stage for stage in found.stages if stage.name == "finetuned_vanilla-seed3")
+    assert (replicate.stage, replicate.seed, replicate.step) == ("finetuned_vanilla", 3, 10_000)
+    lines = {line.name: line for line in found.lines()}
+    assert list(lines) == list(settings.STAGES)
+    assert lines["baseline"].details() == ["not measured on the problems of seed 2, 3, 4"]
+    assert lines["finetuned_vanilla"].metric("perplexity") == (2.5, True)
+    assert lines["finetuned_vanilla"].details() == [
+        "seeds 0, 3 stale: its inputs changed",
+        "seeds 1, 2, 4 missing",
+    ]
+    assert lines["finetuned_recursive"].details() == [
+        "seeds 0, 2, 3, 4 missing: after surgery",
+        "seed 1 stale: after surgery",
+    ]
+    file = io.StringIO()
+    monkeypatch.setattr(ui, "out", lambda: Console(file=file, width=80))
+    ui.show_status(found)
+    table = [line for line in file.getvalue().splitlines() if line.strip().startswith(settings.STAGES)]
+    assert [line.split()[0].rstrip(":") for line in table[:5]] == list(settings.STAGES)
+    assert "…" not in file.getvalue()
+
+
 def test_torn_results_are_no_results(tmp_path: Path) -> None:
     file = tmp_path / "eval_results" / "baseline_results.json"
     file.parent.mkdir()

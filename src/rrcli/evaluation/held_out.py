@@ -109,16 +109,12 @@ def held_out_data(
                 f"nothing of {', '.join(lacking)} is on the validation side of the split (a twentieth)",
                 "Give more documents or problems (about 100 or more); --eval-interval 0 trains without validation.",
             )
-    drawn = (
-        problem for seed in seeds for task in tasks for problem in task.problems(problems_per_task, seed, side=side)
-    )
-    problems = {problem.key: problem for problem in drawn}  # of a small file, all seeds have the same
+    drawn = [p for seed in seeds for task in tasks for p in task.problems(problems_per_task, seed, side=side)]
+    problems = tuple({problem.key: problem for problem in drawn}.values())  # of a small file, all seeds have the same
     notice = notes.notice(settings.data)
     if side == "validation" and lacking:
         notice = "\n".join(filter(None, (notice, f"nothing to validate with in: {', '.join(lacking)}")))
-    return EvalData(
-        tuple(documents), tasks, tuple(problems.values()), PROMPTS, settings.data, notice=notice, held_out=held_out
-    )
+    return EvalData(tuple(documents), tasks, problems, PROMPTS, settings.data, notice=notice, held_out=held_out)
 
 
 def showable(data: EvalData, tokenizer: Any, settings: EvalSettings | TrainSettings) -> EvalData:

@@ -83,6 +83,11 @@ def recorded_steps(checkpoint: Path) -> int:
     return read_json(checkpoint / METRICS_FILE, "rr train", CheckpointMetrics).get("steps", 0)
 
 
+def recorded_seeds(results: Path) -> list[int]:
+    """Return the seeds whose problems a results file was measured on; none where there is no file."""
+    return _recorded(results).get("test_seeds", [])
+
+
 def recorded_inputs(path: Path) -> str | None:
     """Return the inputs that a results file or a checkpoint folder was made from, or None if there is none."""
     return _recorded(path).get("inputs")

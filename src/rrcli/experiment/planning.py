@@ -16,12 +16,20 @@ from rrcli.experiment.identity import (
     eval_inputs,
     model_fingerprint,
     recorded_inputs,
+    recorded_seeds,
     recorded_steps,
     rewritten,
     surgery_inputs,
     train_inputs,
 )
-from rrcli.experiment.replicates import EQUAL_FLOPS_STAGE, RECURSIVE_STAGE, TRAINED, Replicate, replicates
+from rrcli.experiment.replicates import (
+    EQUAL_FLOPS_STAGE,
+    RECURSIVE_STAGE,
+    TRAINED,
+    Replicate,
+    evaluated_seeds,
+    replicates,
+)
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace, maker
 from rrcli.files import checkpoints, step_of
 from rrcli.models.source import base_of
@@ -88,7 +96,7 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
         waiting = [step for step in waiting if step.kind != "setup" and step.status != DONE]
         if waiting:
             there = one is not None and _exists(kind, one, directory, load)
-            step = Step(kind, one, "stale" if there else "missing", f"after {waiting[0].command}")
+            step = Step(kind, one, "stale" if there else "missing", _after(waiting[0], one))
         else:
             step = status_of(kind, one, directory, load)
         if kind == "setup" and new_options and step.status == DONE:
@@ -130,6 +138,13 @@ def _needs(kind: str, one: Replicate | None, settings: CommonSettings, *, on_spa
     return [("surgery", operated)] if one.stage == RECURSIVE_STAGE or on_span else [SETUP]
 
 
+def _after(step: Step, one: Replicate | None) -> str:
+    """Say after which step another one, for `one`, has its turn."""
+    if step.replicate == one and step.kind == "train":
+        return "after its training"
+    return f"after {step.replicate.stage if step.kind == 'train' and step.replicate else step.kind}"
+
+
 def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> Step:
     """Return one step with its status; what it is made from must exist."""
     if one is None:
@@ -142,7 +157,11 @@ def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> 
         identity = data_identity(settings, directory)
         expected = eval_inputs(settings, one.stage, model_fingerprint(source, directory), identity)
         made_from = (source.path, base_of(source, directory).path)
-        return _status(kind, one, workspace.results_file(one.name), expected, *made_from)
+        step = _status(kind, one, workspace.results_file(one.name), expected, *made_from)
+        lacking = set(evaluated_seeds(one.stage, settings)) - set(recorded_seeds(workspace.results_file(one.name)))
+        if step.status == "stale" and one.stage not in TRAINED and lacking:
+            return replace(step, detail=f"not measured on the problems of seed {', '.join(map(str, sorted(lacking)))}")
+        return step
     if kind == "surgery":
         shape = load(SurgerySettings)
         base = workspace.base()

@@ -49,11 +49,70 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """The workspace, and the command that comes next."""
+    """The workspace, the seeds of the experiment, and the command that comes next."""
 
     directory: Path
+    seeds: list[int]
     stages: list[StageStatus]
     next: str
+
+    def lines(self) -> list[Line]:
+        """Return what a table shows: a line for each stage with all its seeds, and for each other run."""
+        grouped: dict[str, list[StageStatus]] = {}
+        for stage in self.stages:
+            grouped.setdefault(stage.stage or f"run {stage.name}", []).append(stage)
+        return [Line(members[0].name, members) for members in grouped.values()]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A stage with all its seeds, or another run.
+
+    Attributes:
+        members: its replicates; a single one where it is not repeated.
+    """
+
+    name: str
+    members: list[StageStatus]
+
+    def state(self, part: str) -> tuple[str, str]:
+        """Return what is said of `part`, model or results, and the state that is it coloured by: that of the worst."""
+        states = [getattr(member, part) for member in self.members]
+        worst = next((state for state in states if state != DONE), DONE)
+        done = states.count(DONE)
+        return (worst if done in (0, len(states)) else f"{done}/{len(states)} {DONE}"), worst
+
+    @property
+    def step(self) -> str:
+        """The step of the training, as 'step/steps' where it is not at its end; of several, the smallest to largest."""
+        known = [(member.step, member.steps or member.step) for member in self.members if member.step is not None]
+        if not known:
+            return "-"
+        (low, low_of), (high, _) = min(known), max(known)
+        if low != low_of:
+            return f"{low}/{low_of}"
+        return str(low) if low == high else f"{low}-{high}"
+
+    def metric(self, name: str) -> tuple[float | None, bool]:
+        """Return a metric's mean over the replicates that were evaluated, and False; else from training, and True."""
+        for during in (False, True):
+            found = [member.metrics.get(name) for member in self.members if member.during_training == during]
+            values = [value for value in found if value is not None]
+            if values:
+                return sum(values) / len(values), during
+        return None, False
+
+    def details(self) -> list[str]:
+        """Return why it is not done, in a sentence for each reason; of several seeds, which of them."""
+        reasons: dict[str, list[int | None]] = {}
+        for member in self.members:
+            state = next((state for state in (member.model, member.results) if state not in ("", DONE)), "")
+            why = member.detail if len(self.members) == 1 else f"{state}: {member.detail}".rstrip(": ")
+            if why and (state or member.detail):
+                reasons.setdefault(why, []).append(member.seed)
+        if len(self.members) == 1:
+            return list(reasons)
+        return [f"seed{'s' * (len(s) > 1)} {', '.join(map(str, s))} {why}" for why, s in reasons.items()]
 
 
 def status(directory: Path, load: Load) -> Status:
@@ -78,7 +137,7 @@ def status(directory: Path, load: Load) -> Status:
         stages.append(_stage(workspace, one, by_task))
     others = [_other(workspace, run) for run in runs if run not in [stage.name for stage in stages]]
     following = next((step.command for step in steps if step.status != DONE), "rr compare")
-    return Status(directory, stages + others, following)
+    return Status(directory, list(workspace.settings.all_seeds), stages + others, following)
 
 
 def _looked_up(kind: str, one: Replicate, directory: Path, load: Load) -> Step:
