@@ -134,6 +134,7 @@ def adaptive(folder: Path, results: dict[str, Any], limit: int) -> Answers:
     from rrcli.data.problem_files import open_task
     from rrcli.evaluation.judging import judge
     from rrcli.recursion.chunked_decoding import ChunkedDecoding
+    from rrcli.recursion.exits import ExitRule
 
     model, tokenizer = rrcli.load(checkpoints(folder / "checkpoints" / RECURSIVE)[-1])
     tasks = {spec: open_task(spec, folder) for spec in results["data"]["tasks"]}
@@ -146,7 +147,7 @@ def adaptive(folder: Path, results: dict[str, Any], limit: int) -> Answers:
                 continue
             prompt = next(r["prompt"] for r in records if r["key"] == problem.key)
             inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-            chunked = ChunkedDecoding(adaptive=True)
+            chunked = ChunkedDecoding(exit=ExitRule("head", 0.5))
             options = {"max_new_tokens": settings["max_new_tokens"], "do_sample": False}
             output = model.generate(**inputs, **options, custom_generate=chunked)
             text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

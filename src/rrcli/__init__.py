@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from rrcli.recursion.chunked_decoding import ChunkedDecoding
     from rrcli.recursion.config import RecursionConfig
     from rrcli.recursion.engine import Recursion, attach
+    from rrcli.recursion.exits import ExitRule
     from rrcli.tracker import MetricsTracker
 
 _HOMES = {
     "ChunkedDecoding": "rrcli.recursion.chunked_decoding",
+    "ExitRule": "rrcli.recursion.exits",
     "MetricsTracker": "rrcli.tracker",
     "Recursion": "rrcli.recursion.engine",
     "RecursionConfig": "rrcli.recursion.config",
@@ -32,6 +34,7 @@ _HOMES = {
 
 __all__ = [
     "ChunkedDecoding",
+    "ExitRule",
     "MetricsTracker",
     "Recursion",
     "RecursionConfig",

@@ -302,6 +302,7 @@ class ChunkCounts(TypedDict):
     refine_steps: Count
     whole: Count
     committed: Count
+    left: Count | None
     stable: list[Count]
     wrong: Count
     fixed: Count

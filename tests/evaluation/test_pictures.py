@@ -30,7 +30,7 @@ def test_the_traced_tokens_are_those_of_generate() -> None:
     model.recursion.depth = 2
     recursive = generate_traced(model, tokenizer, PROMPT, 12)
     assert "".join(token.text for token in recursive) == text  # zero-init changes nothing
-    assert {token.passes for token in recursive} == {2}
+    assert {token.passes for token in recursive} == {0, 2}  # where pass 0 is sure of a token, no other is run
     assert not any(token.changed for token in recursive)
 
 

@@ -158,6 +158,7 @@ KNOWN: dict[str, Metric] = {
         Metric("commit_ece_weighted", "  tokens weighed as in training"),
         Metric("decode/avg_refine_steps", "Refine steps per chunk, decoding"),
         Metric("decode/avg_chunk_length", "Tokens per chunk, decoding"),
+        Metric("decode/avg_passes", "Passes per token, decoding"),
         Metric("decode/commit_rate", "Commit rate, decoding"),
     )
 }

@@ -12,6 +12,8 @@ products          matrix products on a CPU
 losses            what training minimises
 calibration       whether the boundary head's probabilities are right
 chunk_metrics     how chunked decoding would do on known text
+exits, signals    when a position stops being refined, and what the rules for that read
+lag               passes that have not seen all tokens yet
 chunked_decoding  a decoding method for `generate`; drafting: draft, refine, commit; rows: the batch it works on
 abilities         what a model can do when it decodes, found by trying
 probing           a model run piece by piece with its own cache

@@ -4,6 +4,7 @@
     continues_in_blocks  several tokens after a cache give together what they give one by one
     rows_may_part        the same where chunked decoding itself runs the model
     filled_layers        which layers of a cache the decoder layers up to the span's end write to
+    layers_return_states decoder layers return the hidden state alone
 
 Families differ here, and so do versions of transformers, so a table would soon be wrong. A trial runs the model as
 decoding runs it, so it finds what would happen there. What was found is kept on the model, or on its recursion.
@@ -73,12 +74,24 @@ def filled_layers(recursion: Any) -> list[int]:
 
     Mostly these are layers of the same numbers. A layer of LongCat-Flash attends twice and writes to two of them.
     """
-    if "rr_filled_layers" not in recursion.__dict__:
-        found: list[int] = []
+    return list(_looked_at_span(recursion)[0])
 
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+
+def layers_return_states(recursion: Any) -> bool:
+    """Tell whether decoder layers return the hidden state alone, so that a stub can stand for them."""
+    return bool(_looked_at_span(recursion)[1])
+
+
+def _looked_at_span(recursion: Any) -> tuple[list[int], bool]:
+    """Run pass 0 once; return the filled layers of its cache and whether the span's last layer returns a tensor."""
+    if "rr_span" not in recursion.__dict__:
+        found: list[int] = []
+        kinds: list[bool] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             cache = next(value for value in (*args, *kwargs.values()) if upstream.is_cache(value))
             found.extend(index for index, layer in enumerate(cache.layers) if not upstream.is_blank(layer))
+            kinds.append(isinstance(output, Tensor))
 
         ids, mask = _batch(recursion.model)
         hook = recursion.layers[recursion.end - 1].register_forward_hook(note, with_kwargs=True)
@@ -87,8 +100,9 @@ def filled_layers(recursion: Any) -> list[int]:
                 _run(recursion.model, ids, mask, [PROMPT])
         finally:
             hook.remove()
-        recursion.__dict__["rr_filled_layers"] = found
-    return list(recursion.__dict__["rr_filled_layers"])
+        recursion.__dict__["rr_span"] = found, all(kinds)
+    kept: tuple[list[int], bool] = recursion.__dict__["rr_span"]
+    return kept
 
 
 def _padding_is_hidden(model: Any, depth: int) -> bool:

@@ -26,6 +26,7 @@ class ChunkTotals:
         refine_steps: passes after pass 0, summed over chunks, when the boundary head stops them.
         whole: chunks whose whole draft the last pass agrees with.
         committed: tokens committed at once, summed over chunks: the agreed prefix plus the corrected token.
+        left: the passes with which they left (0 for pass 0), summed over these tokens; None where nothing was decoded.
         stable: for each pass k >= 1, positions whose prediction equals that of pass k-1.
         wrong, fixed: errors of pass 0, and how many of them the last pass corrects.
         right, broken: right predictions of pass 0, and how many of them the last pass makes wrong.
@@ -37,6 +38,7 @@ class ChunkTotals:
     refine_steps: int = 0
     whole: int = 0
     committed: int = 0
+    left: int | None = None
     stable: list[int] = field(default_factory=list)
     wrong: int = 0
     fixed: int = 0
@@ -48,6 +50,8 @@ class ChunkTotals:
         """Add another batch's totals."""
         for name in ("chunks", "positions", "refine_steps", "whole", "committed", "wrong", "fixed", "right", "broken"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        if other.left is not None:
+            self.left = (self.left or 0) + other.left
         width = max(len(self.stable), len(other.stable))
         padded = [[*t.stable, *[0] * (width - len(t.stable))] for t in (self, other)]
         self.stable = [a + b for a, b in zip(*padded, strict=True)]
@@ -62,6 +66,8 @@ class ChunkTotals:
             "commit_rate": self.whole / self.chunks,
             "avg_chunk_length": self.committed / self.chunks,
         }
+        if self.left is not None:
+            values["avg_passes"] = self.left / self.committed
         values |= {f"stability@{k}": count / self.positions for k, count in enumerate(self.stable, start=1)}
         if self.wrong:
             values["fix_rate"] = self.fixed / self.wrong

@@ -16,10 +16,13 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from rrcli import upstream
-from rrcli.errors import UsageError
+from rrcli.errors import RRError, UsageError
 from rrcli.recursion.abilities import continues_in_blocks
-from rrcli.recursion.chunk_metrics import COMMIT_THRESHOLD, ChunkTotals
-from rrcli.recursion.drafting import Chunk, can_lag, commit, draft_and_refine
+from rrcli.recursion.caches import is_empty
+from rrcli.recursion.chunk_metrics import ChunkTotals
+from rrcli.recursion.drafting import Chunk, commit, draft_and_refine, first_token
+from rrcli.recursion.exits import NEVER, ExitRule
+from rrcli.recursion.lag import Lag, can_lag
 from rrcli.recursion.products import through_onednn
 from rrcli.recursion.rows import Chooser, Rows
 
@@ -31,8 +34,8 @@ class Trace:
     """How one row's new tokens came about; one entry per token.
 
     Attributes:
-        passes: passes after pass 0 that were run before it was committed.
-        changed: whether the last pass put another token in place of pass 0's.
+        passes: the pass with which it left; 0 is pass 0.
+        changed: whether that pass put another token in place of pass 0's.
     """
 
     passes: list[int] = field(default_factory=list)
@@ -44,7 +47,8 @@ class ChunkedDecoding:
 
     Decodes greedily or by sampling, takes batches with left padding, and works with every logits processor, stopping
     criterion and streamer of `generate`, at the recursion's current depth. A model or a cache that cannot be taken back
-    is decoded token by token, with all passes and one notice in the log: the same tokens, more slowly.
+    is decoded token by token, with all passes and one notice in the log: the same tokens, more slowly. With an exit
+    rule, whose tokens are others, that is an error.
 
     Attributes:
         totals: the chunk metrics of everything that was decoded with this object.
@@ -52,21 +56,16 @@ class ChunkedDecoding:
 
     Args:
         width: tokens drafted at a time; the recursion's `chunk_width` if not given.
-        boundary: end a draft where the boundary head's probability of committing is below this; None = never. The draft
-            of a batch ends when every row has reached such a place.
-        adaptive: end refining where that probability is at least `boundary` (0.5 if not given) at every position. Needs
-            full attention and a span that ends with the last layer; other models refine at the full depth.
+        exit: when a token stops being refined; the rule that was chosen for the model if not given, and every pass for
+            every token if none was.
         streamer: is given the prompt, and tokens as they are committed. Give it here and not to `generate`, which does
             not hand it on to a custom decoding method.
     """
 
-    def __init__(
-        self, width: int | None = None, boundary: float | None = None, *, adaptive: bool = False, streamer: Any = None
-    ) -> None:
+    def __init__(self, width: int | None = None, exit: ExitRule | None = None, *, streamer: Any = None) -> None:
         if width is not None and width < 1:
             raise UsageError(f"the chunk width is {width}", "It must be at least 1.")
-        self.width, self.adaptive, self.streamer = width, adaptive, streamer
-        self.boundary = COMMIT_THRESHOLD if boundary is None and adaptive else boundary
+        self.width, self.exit, self.streamer = width, exit, streamer
         self.totals = ChunkTotals()
         self.traces: list[Trace] = []
 
@@ -84,7 +83,7 @@ class ChunkedDecoding:
         """Return `[batch, position]` prompts and new tokens, padded on the right, in the form `generate` was asked for.
 
         Raises:
-            UsageError: beam search, which chunks cannot do.
+            UsageError: beam search, which chunks cannot do. RRError: an exit rule that cannot be decoded here.
         """
         if generation_config.num_beams > 1:
             raise UsageError("chunked decoding cannot search beams", "Leave num_beams or custom_generate out.")
@@ -93,8 +92,10 @@ class ChunkedDecoding:
             self.streamer.put(input_ids.cpu())
         obstacle = _obstacle(model, cache, model_kwargs.get("attention_mask"))
         self.traces = [Trace() for _ in input_ids]
+        rule = _rule(model, self.exit)
         if obstacle:
-            _warn_once(model, obstacle)
+            _refuse_exit(rule, obstacle)
+            _warn_once(model, f"decoding token by token: {obstacle}")
             output = upstream.sample_one_by_one(
                 model, input_ids, logits_processor=logits_processor, stopping_criteria=stopping_criteria,
                 generation_config=generation_config, synced_gpus=synced_gpus,
@@ -107,20 +108,28 @@ class ChunkedDecoding:
         mask = model_kwargs.get("attention_mask")
         rows = Rows(model, input_ids, mask, cache=cache, criteria=stopping_criteria, streamer=self.streamer)
         chooser = Chooser(rows, logits_processor, sample=bool(generation_config.do_sample))
-        first = chooser.choose(chooser.scores(rows.prefill()[:, -1:]))
-        one = torch.ones_like(first[:, 0])
-        self._trace_chunk(Chunk(rows.active, first, first, one, one, model.recursion.depth))
-        rows.commit(first.tolist())
+        recursion = model.recursion
+        recursion.prepare(cache)
+        if rule != NEVER and can_lag(recursion, cache):
+            rows.lag = Lag(recursion, cache, 0 if is_empty(cache) else int(cache.get_seq_length()))
+        else:
+            if rule != NEVER:
+                _refuse_exit(
+                    rule, "" if recursion.can_exit else "layers follow the span, and only the last pass runs them"
+                )
+                _warn_once(model, "exits save nothing: this cache cannot be taken back, so every pass is run")
+            first = first_token(rows, chooser, rule)
+            self._trace_chunk(first)
+            rows.commit(first.tokens.tolist())
         if cache.is_croppable:
             cache.activate_past_recording()
-        rows.pending = [0] * model.recursion.depth if self.adaptive and can_lag(model.recursion, cache) else None
-        width = self.width or model.recursion.config.chunk_width
+        width = self.width or recursion.config.chunk_width
         committed = width
         with through_onednn(model):
             while rows.active:
                 # Where drafts are rejected early, long ones are useless: at most twice what the last chunk committed.
                 room = rows.room(stopping_criteria.max_length, width)
-                chunk = draft_and_refine(rows, chooser, min(width, 2 * committed, room), boundary=self.boundary)
+                chunk = draft_and_refine(rows, chooser, min(width, 2 * committed, room), rule=rule)
                 committed = int(chunk.commit_length.max())
                 self.totals.add(chunk.totals())
                 self._trace_chunk(chunk)  # before a streamer gets the tokens: it may look at the traces
@@ -131,6 +140,8 @@ class ChunkedDecoding:
             del trace.passes[len(new) :], trace.changed[len(new) :]
         sequences = rows.sequences(upstream.padding_token(generation_config))
         if generation_config.return_dict_in_generate:
+            if rows.lag is not None:
+                rows.lag.level()
             return GenerateDecoderOnlyOutput(**{"sequences": sequences, upstream.output_cache_field(): cache})
         return sequences
 
@@ -148,8 +159,9 @@ class ChunkedDecoding:
     def _trace_chunk(self, chunk: Chunk) -> None:
         """Note how each token of a chunk came about."""
         changed = chunk.draft.ne(chunk.tokens).tolist()
-        for row, differs, length in zip(chunk.rows, changed, chunk.commit_length.tolist(), strict=True):
-            self.traces[row].passes += [chunk.passes] * length
+        lengths = chunk.commit_length.tolist()
+        for row, differs, passes, length in zip(chunk.rows, changed, chunk.passes.tolist(), lengths, strict=True):
+            self.traces[row].passes += passes[:length]
             self.traces[row].changed += differs[:length]
 
 
@@ -174,12 +186,32 @@ def _depth(model: Any) -> int:
     return 0 if recursion is None else int(recursion.depth)
 
 
+def _rule(model: Any, asked: ExitRule | None) -> ExitRule:
+    """Return the rule to decode by; at depth 0 no rule has anything to decide."""
+    recursion = getattr(model, "recursion", None)
+    if recursion is None or recursion.depth == 0:
+        return NEVER
+    found: ExitRule = asked or recursion.exit or NEVER
+    # Running to the full depth for every token is what the rule says then, and chunks do that in fewer forwards.
+    return NEVER if found.kind == "depth" and found.threshold >= recursion.depth else found
+
+
+def _refuse_exit(rule: ExitRule, obstacle: str) -> None:
+    """Refuse to decode by an exit rule where only the tokens of every pass can be found.
+
+    Raises:
+        RRError: there is an obstacle, and a rule.
+    """
+    if rule != NEVER and obstacle:
+        raise RRError(f"texts cannot be decoded with the exit {rule}: {obstacle}", "--exit none runs every pass.")
+
+
 def _warn_once(model: Any, obstacle: str) -> None:
-    """Log why a model is decoded token by token, once for each reason."""
+    """Log something about a model, once for each reason."""
     said = model.__dict__.setdefault("rr_obstacles", set())
     if obstacle not in said:
         said.add(obstacle)
-        log.warning("decoding token by token: %s", obstacle)
+        log.warning("%s", obstacle)
 
 
 def _obstacle(model: Any, cache: Any, mask: Tensor | None) -> str:

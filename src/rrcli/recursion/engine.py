@@ -19,7 +19,7 @@ pass 0 inside the span, and those of the last pass after it. What the passes aft
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,8 @@ from rrcli import upstream
 from rrcli.errors import RRError, UsageError
 from rrcli.recursion import caches
 from rrcli.recursion.boundary_head import BoundaryHead
-from rrcli.recursion.config import RecursionConfig
+from rrcli.recursion.config import MAX_STEPS_LIMIT, RecursionConfig
+from rrcli.recursion.exits import ExitRule
 from rrcli.recursion.facts import hidden_size
 from rrcli.recursion.families import find_layout, home_of
 from rrcli.recursion.feedback_cell import FeedbackCell
@@ -58,6 +59,10 @@ class Recursion(nn.Module):
     """A recursion attached to a model. `.parameters()` are its own (the sidecar), never the model's.
 
     Set `.depth` to choose how many passes follow pass 0 (0 = the stock model). `.detach()` takes it off again.
+
+    Attributes:
+        exit: the exit rule that was chosen for this model, which decoding uses unless told otherwise; None if none was.
+        deepest: the greatest depth that may be set; `max_steps` unless `allow` raised it.
     """
 
     def __init__(self, model: Any, config: RecursionConfig) -> None:
@@ -82,6 +87,9 @@ class Recursion(nn.Module):
         self.head = BoundaryHead(hidden, generator)
         self.to(device=home_of(self.layers[self.start]), dtype=like.dtype)
 
+        # Passes beyond `max_steps` were not trained; they use the last step's embedding, where a caller allows them.
+        self.deepest = config.max_steps
+        self.exit: ExitRule | None = None
         self._depth = config.max_steps
         self._frame: Frame | None = None
         self._untranslate = upstream.translate(model)
@@ -92,14 +100,29 @@ class Recursion(nn.Module):
 
     @property
     def depth(self) -> int:
-        """How many passes follow pass 0, `0..max_steps`."""
+        """How many passes follow pass 0, `0..deepest`."""
         return self._depth
 
     @depth.setter
     def depth(self, depth: int) -> None:
-        if not 0 <= depth <= self.config.max_steps:
-            raise UsageError(f"depth is {depth}", f"It must be between 0 and max_steps, {self.config.max_steps}.")
+        if not 0 <= depth <= self.deepest:
+            raise UsageError(f"depth is {depth}", f"It must be between 0 and {self.deepest}.")
         self._depth = depth
+
+    @property
+    def can_exit(self) -> bool:
+        """Whether texts can be decoded with an exit rule: only the last pass goes through layers after the span."""
+        return self.end == len(self.layers)
+
+    def allow(self, depth: int) -> None:
+        """Allow depths beyond `max_steps`, which were not trained, up to this one.
+
+        Raises:
+            UsageError: more than the most passes that any recursion may have.
+        """
+        if depth > MAX_STEPS_LIMIT:
+            raise UsageError(f"depth is {depth}", f"It must be between 0 and {MAX_STEPS_LIMIT}.")
+        self.deepest = max(self.deepest, depth)
 
     @contextmanager
     def at_depth(self, depth: int) -> Iterator[None]:
@@ -114,40 +137,54 @@ class Recursion(nn.Module):
     def drafting(self) -> Iterator[Record]:
         """Run pass 0 alone in the forwards inside, and record them.
 
-        The caches of the passes after pass 0 do not see these tokens; `refining` or `refining_until` adds them.
+        The caches of the passes after pass 0 do not see these tokens; `refining` adds them.
         """
         record = Record()
         with self._forced(Frame(0, record, prepares_caches=False)):
             yield record
 
     @contextmanager
-    def refining(self, drafted: tuple[Tensor, Tensor]) -> Iterator[Record]:
-        """Run the passes after pass 0 in the one forward inside, over tokens that were drafted, and record them.
-
-        Pass 0 is not run again: the layers before the span's end return h(0) and leave pass 0's cache alone.
-
-        Args:
-            drafted: the span's input and h(0) of the forward's tokens, both `[batch, position, hidden]`, as `drafting`
-                recorded them.
-        """
+    def recording(self) -> Iterator[Record]:
+        """Run all passes in the forwards inside, and record them."""
         record = Record()
-        with ExitStack() as stubs, self._forced(Frame(self._depth, record, drafted=drafted, stubs=stubs)):
-            for layer in self.layers[: self.end]:
-                stubs.enter_context(upstream.patched(layer, forward=lambda *_, **__: drafted[1]))
+        with self._forced(Frame(self._depth, record)):
             yield record
 
     @contextmanager
-    def refining_until(self, enough: Callable[[Tensor], bool], *, depth: int) -> Iterator[Record]:
-        """Run pass 0 and up to `depth` more in the forwards inside, ending each where `enough` says so; record them.
+    def refining(self, before: tuple[Tensor, Tensor], *, first: int = 1, last: int | None = None) -> Iterator[Record]:
+        """Run the passes `first` to `last` in the one forward inside, over tokens that went through those before them.
 
-        The caches of passes that are not run do not see a forward's tokens: the caller has to run them later.
+        The passes before `first` are not run again: the layers before the span's end return h(first - 1), and leave
+        the caches of these passes alone.
 
         Args:
-            enough: is given h(k), `[batch, position, hidden]`, for k >= 1; True means that pass k + 1 is not run.
+            before: the span's input and h(first - 1) of the forward's tokens, both `[batch, position, hidden]`, as they
+                were recorded.
+            last: the recursion's depth if not given.
         """
-        record = Record()
-        with self._forced(Frame(depth, record, prepares_caches=False, enough=enough)):
+        record, depth = Record(), self._depth if last is None else last
+        prepares = first == 1 and depth == self._depth
+        frame = Frame(depth, record, prepares_caches=prepares, first=first, before=before)
+        with ExitStack() as stubs, self._forced(frame):
+            frame.stubs = stubs
+            for layer in self.layers[: self.end]:
+                stubs.enter_context(upstream.patched(layer, forward=lambda *_, **__: before[1]))
             yield record
+
+    def prepare(self, cache: Any) -> None:
+        """Make a cache carry one copy for each pass up to the depth, as a forward at that depth would."""
+        if not caches.is_ready(cache, self._depth):
+            caches.prepare(cache, self._depth, full=self.can_exit, start=self.start)
+
+    def readout(self, state: Tensor) -> Tensor:
+        """Return what the model's head reads for the output of a pass, `[batch, position, hidden]`.
+
+        For a span that ends with the last layer.
+        """
+        assert self.can_exit
+        for module in self.tail:
+            state = module(state)
+        return state
 
     def detach(self) -> None:
         """Remove every hook, and the adapters of the passes; the model is the stock model again."""
@@ -245,7 +282,7 @@ class Recursion(nn.Module):
         if frame.stubs is not None:
             frame.stubs.close()
         span = range(self.start, self.end)
-        entry = hidden_of(frame.calls[self.start]) if frame.drafted is None else frame.drafted[0]
+        entry = hidden_of(frame.calls[self.start]) if frame.before is None else frame.before[0]
         if frame.record is not None and isinstance(output, Tensor):
             frame.record.entries.append(entry)
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -254,9 +291,7 @@ class Recursion(nn.Module):
         home = self.head.score.weight.device
         entry = entry.to(home)
         with self._forced(None), upstream.unrecorded():
-            for step in range(1, frame.depth + 1):
-                if step > 1 and frame.enough is not None and frame.enough(hidden):
-                    break
+            for step in range(frame.first, frame.depth + 1):
                 feedback = self.cell(hidden.to(home), step)
                 if frame.record is not None:
                     frame.record.feedback.append(_relative_norm(feedback, entry))

@@ -35,5 +35,9 @@ class FeedbackCell(nn.Module):
             self.w_out.weight.zero_()
 
     def forward(self, hidden: Tensor, step: int) -> Tensor:
-        """Return the feedback of pass `step` (1-based) from `h(step-1)`, both `[batch, position, hidden]`."""
-        return self.w_out(F.silu(self.w_in(self.norm(hidden.to(self.w_in.weight.dtype))) + self.step.weight[step - 1]))
+        """Return the feedback of pass `step` (1-based) from `h(step-1)`, both `[batch, position, hidden]`.
+
+        A step beyond `max_steps` has no embedding of its own: it uses the last one.
+        """
+        own = self.step.weight[min(step, len(self.step.weight)) - 1]
+        return self.w_out(F.silu(self.w_in(self.norm(hidden.to(self.w_in.weight.dtype))) + own))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,17 +37,18 @@ class Frame:
         record: where states are recorded; None if nobody asked for them.
         prepares_caches: make the cache carry one copy for each pass up to `depth`, and no other. If not, it keeps the
             copies that it has: passes that this forward does not run see its tokens in a later one.
-        enough: is given h(k) before pass k + 1 is run, for k >= 1; True ends the forward's passes there.
-        drafted: the span's input and h(0), where pass 0 was run in an earlier forward.
-        stubs: while set, the layers before the span's end are stubs that return h(0). Closing it puts the layers back.
+        first: the first pass after pass 0 that is run.
+        before: the span's input and h(first - 1), where the passes before `first` were run in earlier forwards.
+        stubs: while set, the layers before the span's end are stubs that return h(first - 1). Closing it puts the
+            layers back.
         calls: the arguments of each layer from the span's first on.
     """
 
     depth: int
     record: Record | None = None
     prepares_caches: bool = True
-    enough: Callable[[Tensor], bool] | None = None
-    drafted: tuple[Tensor, Tensor] | None = None
+    first: int = 1
+    before: tuple[Tensor, Tensor] | None = None
     stubs: ExitStack | None = None
     calls: dict[int, Call] = field(default_factory=dict)
 

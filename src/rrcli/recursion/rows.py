@@ -11,6 +11,8 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from rrcli.recursion import caches
 from rrcli.recursion.abilities import rows_may_part
+from rrcli.recursion.lag import Lag
+from rrcli.recursion.signals import draws
 from rrcli.upstream import cache_argument
 
 
@@ -22,10 +24,10 @@ class Rows:
     Attributes:
         tokens: `[row, position]`; real: `[row]` how many of a row's positions are not padding.
         active: the numbers of these rows in the batch. new: the new tokens of every row of the batch.
-        pending: how many committed tokens pass k + 1 has not seen, for each k; None where every pass sees every token.
+        lag: which tokens each pass has not seen yet; None where every pass sees every token at once.
     """
 
-    pending: list[int] | None = None
+    lag: Lag | None = None
 
     def __init__(
         self, model: Any, input_ids: Tensor, mask: Tensor | None, *, cache: Any, criteria: Any, streamer: Any
@@ -42,13 +44,18 @@ class Rows:
     def prefill(self) -> Tensor:
         """Run the part of the prompt that is not in the cache yet; return `[row, position, vocabulary]` logits."""
         ids = self.tokens if caches.is_empty(self.cache) else self.tokens[:, int(self.cache.get_seq_length()) :]
-        return self._run(ids, self.tokens.shape[1], {"logits_to_keep": 1} if "logits_to_keep" in self._accepts else {})
+        return self.run(ids, self.tokens.shape[1], keep=1)
 
     def forward(self, ids: Tensor, offset: int = 0) -> Tensor:
         """Run `[row, position]` ids, which begin `offset` tokens after the first unprocessed one; return logits."""
-        return self._run(ids, self.tokens.shape[1] - 1 + offset + ids.shape[1], {})
+        return self.run(ids, self.tokens.shape[1] - 1 + offset + ids.shape[1])
 
-    def _run(self, ids: Tensor, total: int, options: dict[str, Any]) -> Tensor:
+    def run(self, ids: Tensor, total: int, *, keep: int = 0) -> Tensor:
+        """Run `[row, position]` ids, the last of `total` columns; return logits of the last `keep` (0 = all) of them.
+
+        A model that cannot leave logits out returns all.
+        """
+        options: dict[str, Any] = {"logits_to_keep": keep} if keep and "logits_to_keep" in self._accepts else {}
         # The columns before a row's first real one are padding; drafted tokens after it change nothing about that.
         padding = self.tokens.shape[1] - self.real
         mask = (torch.arange(total, device=ids.device) >= padding[:, None]).long()
@@ -69,6 +76,12 @@ class Rows:
             return width
         furthest_back = max_length - self.prompts.shape[1] - min(len(self.new[row]) for row in self.active)
         return max(1, min(width, furthest_back, max_length - int(self.real.max())))
+
+    def draws(self, first: int, count: int) -> Tensor:
+        """Return `[row, position]` a draw for each of `count` new tokens from the one numbered `first` on."""
+        rows = torch.tensor(self.active, device=self.tokens.device)[:, None]
+        done = torch.tensor([len(self.new[row]) for row in self.active], device=self.tokens.device)[:, None]
+        return draws(rows, done + torch.arange(first, first + count, device=self.tokens.device))
 
     def may_part(self) -> bool:
         """Tell whether each row may commit as many tokens as it can: its cache moves, and padding takes up the rest."""
@@ -116,6 +129,8 @@ class Rows:
             keep = torch.tensor(going, device=self.tokens.device)
             self.cache.reorder_cache(keep)
             self.tokens, self.real = self.tokens[keep], self.real[keep]
+            if self.lag is not None:
+                self.lag.select(keep)
             dropped = None if dropped is None else dropped[keep]
         most = int(counts.max())
         added = torch.tensor([[*new[i], *[0] * (most - len(new[i]))] for i in going], device=self.tokens.device)
@@ -145,6 +160,7 @@ class Chooser:
 
     def __init__(self, rows: Rows, processors: Any, *, sample: bool) -> None:
         self.rows, self.processors, self.sample = rows, processors, sample
+        self.takes_the_most_likely = not sample and not processors
 
     def scores(self, logits: Tensor, draft: Tensor | None = None, *, last_only: bool = False) -> Tensor:
         """Return `[row, position, vocabulary]` fp32 scores: the logits after the logits processors.
@@ -156,6 +172,7 @@ class Chooser:
         scores = logits.float()
         if not self.processors:
             return scores
+        scores = scores.clone()  # the logits may still be needed
         known = [[]] * len(scores) if draft is None else draft.tolist()
         for position in range(scores.shape[1]):
             texts = [
