@@ -95,7 +95,7 @@ def ours(model: Any, data: Batches, steps: int, depth: int, folder: Path) -> tup
         model.zero_grad(set_to_none=True)
         if recursion is not None:
             recursion.detach()
-    return seconds, trainer.state.flops_by_depth[depth]
+    return seconds, trainer.state.costs[depth].per_position
 
 
 def theirs(model: Any, data: Batches, steps: int, folder: Path) -> list[float]:

@@ -148,11 +148,12 @@ class Provenance(TypedDict):
 
 
 class Training(TypedDict):
-    """What a training was and what it cost: FLOPs, seconds, loss-bearing tokens."""
+    """What a training was and what it cost: FLOPs, what they leave out, seconds, loss-bearing tokens."""
 
     tokens: Count
     seconds: float
     flops: float
+    uncounted: NotRequired[list[str]]
     steps: NotRequired[Count]
     positions: NotRequired[Count]
     mode: NotRequired[str]
@@ -259,6 +260,16 @@ class Spent(TypedDict):
     positions: Count
     seconds: float
     flops: float
+    uncounted: list[str]
+
+
+class DepthCost(TypedDict):
+    """The steps of one depth, and the FLOPs of those that were counted."""
+
+    steps: Count
+    positions: Count
+    counted_flops: float
+    counted_positions: Count
 
 
 class Best(TypedDict, total=False):
@@ -269,13 +280,13 @@ class Best(TypedDict, total=False):
 
 
 class Progress(TypedDict):
-    """`trainer_state/progress.json`: FLOPs by depth are for each position of a batch."""
+    """`trainer_state/progress.json`: costs are by depth."""
 
     schema: int
     step: Count
     rows: Annotated[int, Meta(ge=1)]
     spent: Spent
-    flops_by_depth: dict[Annotated[str, Meta(pattern="^[0-9]+$")], float]
+    costs: dict[Annotated[str, Meta(pattern="^[0-9]+$")], DepthCost]
     best: Best
     raised: list[str]
 

@@ -16,7 +16,10 @@ need. It is found by signature, type or trial, never by a version number. What h
     leaving a process group, to join another      accelerate's `PartialState._reset_state`   one training a process
     products of rows on a CPU by oneDNN           torch's `mkldnn._linear_pointwise`         torch's own product
     telling that no C++ compiler works            `torch._inductor.cpp_builder`              torch's own error, later
-    experts whose products are counted            `_experts_implementation` of a config      RRError for fused experts
+    running a mixture of experts on shapes alone  `_experts_implementation` of a config      costs are not shown
+    FLOPs of torch's operators                    `torch.utils.flop_counter.flop_registry`   operators are uncounted
+    seeing every operator that runs               `torch.utils._python_dispatch`             rr does not start
+    what an operator of torch fills               `_schema` of an operator                   all that it is given
     estimating what scoring takes in memory       `_attn_implementation` of a config         a lower estimate
     hyper-parameters inside a run                 `torch.utils.tensorboard.summary.hparams`  they are not logged
     an event file that may fail                   the file of TensorBoard's writer           the command ends with it
@@ -34,17 +37,21 @@ import inspect
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module, metadata
 from typing import Any
 
 import torch
 from packaging.requirements import Requirement
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from rrcli.errors import RRError
+
+# The class of what sees every operator that torch runs.
+DispatchMode = TorchDispatchMode
 
 # Packages whose internals are used here; in pyproject.toml their tested ranges have an upper end.
 WATCHED = ("transformers", "peft", "accelerate", "torch", "tensorboard")
@@ -365,31 +372,27 @@ def attention_is_eager(config: Any) -> bool:
 
 
 @contextmanager
-def countable_experts(model: Any, way: str) -> Iterator[None]:
-    """While it is entered, a mixture's experts compute in the given `way`, and no family looks for padding tokens.
+def on_shapes(model: Any) -> Iterator[None]:
+    """While it is entered, no shape in `model` depends on the values of a tensor, as on the meta device there are none.
 
-    Raises:
-        RRError: experts are fused into one tensor and their implementation cannot be chosen, so that some products
-            would not be counted.
+    Experts compute in an implementation for which that holds (it copies their weights for every token, so it is for
+    skeletons alone), and families with a padding id do not look for it among the tokens.
     """
-    # Families with a padding id look for it among the tokens, and on the meta device these have no values.
-    settings = {"_experts_implementation": way, "pad_token_id": None}
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    before = [(c, key, getattr(c, key)) for c in configs.values() for key in settings if hasattr(c, key)]
-    fused = any(parameter.dim() == 3 and ".experts." in name for name, parameter in model.named_parameters())
-    if fused and not any(key == "_experts_implementation" for _, key, _ in before):
-        raise RRError(
-            "the FLOPs of this mixture of experts cannot be counted: transformers' way to choose how they compute was "
-            "not found",
-            "Use --skip-performance, or install a version of transformers that rr was tested with.",
-        )
+    configs = list(
+        {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}.values()
+    )
+    experts = [(c, c._experts_implementation) for c in configs if hasattr(c, "_experts_implementation")]
     try:
-        for config, key, _ in before:
-            setattr(config, key, settings[key])
-        yield
+        with ExitStack() as patches:
+            for config in configs:
+                if hasattr(config, "pad_token_id"):  # not by setattr: some configurations check the type
+                    patches.enter_context(patched(config, pad_token_id=None))
+            for config, _ in experts:
+                config._experts_implementation = "batched_mm"
+            yield
     finally:
-        for config, key, value in before:
-            setattr(config, key, value)
+        for config, before in experts:
+            config._experts_implementation = before
 
 
 # -- peft --------------------------------------------------------------------------------------------------------------
@@ -480,9 +483,25 @@ def onednn_product() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None
     return product if all(map(torch.allclose, found, right)) else None
 
 
-def onednn_operator() -> Any:
-    """Return the operator that `onednn_product` calls, for counting its FLOPs; None where there is none."""
-    return torch.ops.mkldnn._linear_pointwise if onednn_product() is not None else None
+@functools.cache
+def torch_flop_formulas() -> dict[str, Callable[..., Any]]:
+    """Return torch's own formulas for FLOPs: name of an operator -> function of its arguments and `out_val`."""
+    try:
+        registry = import_module("torch.utils.flop_counter").flop_registry
+    except (ImportError, AttributeError):
+        return {}
+    names = {getattr(key, "_qualified_op_name", None) or getattr(key, "name", str)(): key for key in registry}
+    return {name: registry[key] for name, key in names.items()}
+
+
+def operator_arguments(operator: Any) -> tuple[list[str], set[str]]:
+    """Return the names of an operator's arguments, in order, and those that it writes into; all if it does not say."""
+    try:
+        arguments = operator._schema.arguments
+        names = [argument.name for argument in arguments]
+        return names, {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
+    except AttributeError:
+        return [str(place) for place in range(100)], {str(place) for place in range(100)}
 
 
 def has_cpp_compiler() -> bool:

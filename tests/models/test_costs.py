@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import rrcli
 from families import FAMILIES, SPANS, build, cache_name, tokens, wake
 from operating import logits, sidecar, skeleton_of
 from rrcli.models import costs
+from rrcli.recursion.flops import FlopCounter
 from rrcli.reporting import Silent
 from rrcli.services.surgery import surgery
 from rrcli.settings import SurgerySettings
@@ -25,14 +25,14 @@ def measured_at(family: str, span: tuple[int, int] | None, depth: int) -> tuple[
     model = build(family)
     recursion = wake(rrcli.attach(model, rrcli.RecursionConfig(max_steps=2, span=span)))
     name, ids = cache_name(model), tokens(1, costs.PROMPT_TOKENS + 1)
-    with recursion.at_depth(depth), torch.no_grad(), costs.countable(model):
+    with recursion.at_depth(depth), torch.no_grad():
         cache = getattr(model(input_ids=ids[:, :-1], use_cache=True), name)
         before = costs.held_bytes(cache, set())
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             model(input_ids=ids[:, -1:], use_cache=True, **{name: cache})
         after = costs.held_bytes(cache, set())
     growth = after - before
-    return growth, after - growth * ids.shape[1], counter.get_total_flops()
+    return growth, after - growth * ids.shape[1], counter.checked()
 
 
 @pytest.mark.parametrize("span", SPANS, ids=str)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from families import Letters, build, wake
 from rrcli.evaluation.decoding import decode
@@ -14,7 +13,8 @@ from rrcli.recursion import products
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
-from rrcli.recursion.products import FLOPS, linear, through_onednn, usable
+from rrcli.recursion.flops import FlopCounter
+from rrcli.recursion.products import linear, through_onednn, usable
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Silent
 from rrcli.services.surgery import surgery
@@ -62,10 +62,10 @@ def test_gradients_and_their_flops_are_those_of_torch(bias, frozen, taken):
     for dtype in (torch.float64, torch.float32):
         layer, rows = layer.to(dtype), rows.detach().to(dtype).requires_grad_()
         layer.zero_grad()
-        with through_onednn(layer), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        with through_onednn(layer), FlopCounter() as counter:
             (layer(rows) ** 2).sum().backward()
         gradients.append([rows.grad, *(p.grad for p in layer.parameters() if not frozen)])
-        counted.append(counter.get_total_flops())
+        counted.append(counter.checked())
     assert len(taken) == 2  # the product, and the gradient of the rows
     assert counted[0] == counted[1] == 2 * 32 * 48 * 80 * (2 if frozen else 3)
     for found, expected in zip(gradients[1], gradients[0], strict=True):

@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 import rrcli
 from rrcli.errors import Interrupted, RRError, UsageError
 from rrcli.files import checkpoints
+from rrcli.recursion import flops
 from rrcli.reporting import Silent
 from rrcli.services import train as service
 from rrcli.settings import TrainSettings, with_changes
 from rrcli.training import red_flags
 from rrcli.training import trainer as trainer_module
 from rrcli.training.optimizer import learning_rate_factor
+from rrcli.training.state import DepthCost
 from training_runs import ActsAfter, assert_same_weights, curve, events, texts, weights
 
 SETTINGS = TrainSettings(
@@ -262,6 +264,32 @@ def test_vanilla_trains_to_the_flops_of_a_recursive_run(operated):
     )
     again = service.train(matching, "vanilla", operated, Silent(), match_flops="twice")
     assert again.first_step == again.steps == result.steps
+
+
+def test_ever_fewer_steps_are_counted():
+    assert [step for step in range(40) if DepthCost(steps=step).due] == [0, 1, 2, 4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "recursive"])
+def test_the_steps_that_are_counted_stand_for_all(operated, monkeypatch, mode):
+    """Batches differ in length and in how many of their positions bear loss."""
+    settings = changed(run_name=f"{mode}_counted", steps=24, save_interval=24)
+    partly = service.train(settings, mode, operated, Silent(), restart=True)
+    monkeypatch.setattr(DepthCost, "due", True)
+    wholly = service.train(settings, mode, operated, Silent(), restart=True)
+    assert partly.flops == pytest.approx(wholly.flops, rel=0.02)
+
+
+def test_what_cannot_be_counted_is_said_and_cannot_be_matched(operated, monkeypatch):
+    monkeypatch.delitem(flops.OWN_FORMULAS, "aten::_scaled_dot_product_flash_attention_for_cpu_backward")
+    reporter, settings = Silent(), changed(run_name="blind", save_interval=2)
+    service.train(settings, "recursive", operated, reporter, restart=True)
+    name = "aten::_scaled_dot_product_flash_attention_for_cpu_backward"
+    assert [message for message in reporter.warnings if "FLOPs" in message] == [
+        f"the training FLOPs leave out what rr cannot count: {name}"
+    ]
+    with pytest.raises(RRError, match=f"FLOPs of the run 'blind' leave out {name}"):
+        service.train(changed(run_name="x"), "vanilla", operated, Silent(), match_flops="blind")
 
 
 def test_matching_needs_a_run_that_has_ended(operated, tmp_path):

@@ -19,11 +19,12 @@ from rrcli.data.tokens import encode_prompt
 from rrcli.errors import RRError
 from rrcli.evaluation.decoding import GREEDY, room_for
 from rrcli.evaluation.generation_settings import without_own_settings
-from rrcli.models.costs import countable, held_bytes
+from rrcli.models.costs import held_bytes
 from rrcli.recursion.chunk_metrics import ChunkTotals
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.engine import at_depth
 from rrcli.recursion.facts import context_length, refuse_unknown_tokens, vocabulary
+from rrcli.recursion.flops import counted_flops
 from rrcli.recursion.probing import in_pieces
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Reporter
@@ -56,8 +57,6 @@ def measure_performance(
         grow by), `flops_per_token` (MFLOP, counted by torch over the prefill); and with a recursion `decode/<metric>`,
         the chunk metrics of `SAMPLES` texts as they are decoded.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     decoded = room_for(model, DECODE_TOKENS)
     texts = _prompts(model, tokenizer, documents, decoded)
     ids = texts[0]
@@ -88,7 +87,7 @@ def measure_performance(
                     prefill += [] if way else [short]
             progress.advance()
     memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_resident_mb()
-    with at_depth(model, depth), countable(model), FlopCounterMode(display=False) as counter:
+    with at_depth(model, depth), counted_flops() as counter:
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     times = {f"time_per_output_token{way}": _median([1000 * s for s in found]) for way, found in decode.items()}
     return {
@@ -97,7 +96,7 @@ def measure_performance(
         **times,
         "memory_mb": {"value": memory},
         **({"cache_bytes_per_token": {"value": cache_growth(model, ids, depth)}} if takes_cache(model) else {}),
-        "flops_per_token": {"value": counter.get_total_flops() / ids.shape[1] / 1e6},
+        "flops_per_token": {"value": counter.checked() / ids.shape[1] / 1e6},
         **(
             {f"decode/{k}": {"value": v} for k, v in _chunk_metrics(model, texts, depth, new_tokens=decoded).items()}
             if depth

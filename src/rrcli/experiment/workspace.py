@@ -100,7 +100,7 @@ class Workspace:
         """Return the FLOPs that a training has spent; of a stage, that of the settings' seed.
 
         Raises:
-            RRError: it has no checkpoint, or is not finished.
+            RRError: it has no checkpoint, is not finished, or ran something whose FLOPs were not counted.
         """
         name = self.replicate(run).name if run in TRAINED else run
         made_by = maker(self.replicate(run)) if run in TRAINED else "rr train"
@@ -113,6 +113,12 @@ class Workspace:
             raise RRError(
                 f"--match-flops: the run '{name}' is at step {done} of {steps}: its whole cost is not known yet",
                 f"Finish it first: '{made_by}'.",
+            )
+        uncounted = about["training"].get("uncounted", ["what an older version of rr did not count"])
+        if uncounted:
+            raise RRError(
+                f"--match-flops: the FLOPs of the run '{name}' leave out {', '.join(uncounted)}",
+                f"Train it again, with kernels that are counted: '{made_by} --restart'.",
             )
         return float(about["training"]["flops"])
 

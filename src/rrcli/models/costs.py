@@ -7,15 +7,14 @@ span's operators and the cell's; so
     cache(depth) = cache(0) + depth * cache of the span's layers
     FLOPs(depth) = FLOPs(0) + depth * (FLOPs of the span + FLOPs of the cell)
 
-where FLOPs are those of torch's `FlopCounterMode`: 2 per multiply-add of matrix products and convolutions. Of a mixture
-of experts, only the experts count that a token is routed to.
+where FLOPs are those of `recursion.flops`. Of a mixture of experts, only the experts count that a token is routed to.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +23,12 @@ from torch import Tensor
 
 from rrcli.errors import RRError
 from rrcli.recursion.facts import text_config, vocabulary
+from rrcli.recursion.flops import FlopCounter
 from rrcli.recursion.probing import in_pieces
-from rrcli.upstream import cache_of, countable_experts, patched
+from rrcli.upstream import cache_of, on_shapes, patched
 
 PROMPT_TOKENS = 8
-# Implementations of experts whose products are counted. On meta no shape may depend on data. The implementation for it
-# copies the weights of the experts for every token; real weights are too large for that.
-COUNTABLE_EXPERTS = {"meta": "batched_mm"}
-COUNTABLE_EXPERTS_ELSEWHERE = "eager"
-FLOPS_FORMULA = "FlopCounterMode, one decoded token: FLOPs(0) + depth x (span + cell)"
+FLOPS_FORMULA = "products, convolutions and attention of one decoded token: FLOPs(0) + depth x (span + cell)"
 
 
 @dataclass(frozen=True)
@@ -58,16 +54,16 @@ def measure(model: Any) -> Costs:
     """Measure the costs of `model`, which has a recursion attached; its weights may be on the meta device.
 
     Raises:
-        RRError: the model returns no cache. Exception: of any kind, where a family cannot run on the meta device.
+        RRError: the model returns no cache, or runs what cannot be counted. Exception: of any kind, where a family
+            cannot run on the meta device.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     recursion = model.recursion
     layers, span = recursion.layers, range(recursion.start, recursion.end)
     twins = _twins(model, layers)
     ids = (torch.arange(PROMPT_TOKENS + 1, device=model.device)[None] * 37 + 11) % vocabulary(model)
-    counter = FlopCounterMode(display=False)
-    with recursion.at_depth(0), countable(model), _run_once(layers, twins):
+    counter = FlopCounter()
+    shapes = on_shapes(model) if model.device.type == "meta" else nullcontext()
+    with recursion.at_depth(0), shapes, _run_once(layers, twins):
         outputs = in_pieces(model, ids, [PROMPT_TOKENS, 1])
         cache = cache_of(next(outputs))
         if cache is None:
@@ -78,11 +74,11 @@ def measure(model: Any) -> Costs:
         after = _sizes(cache, twins)
     growth = [new - old for old, new in zip(before, after, strict=True)]
     constant = [new - rate * ids.shape[1] for new, rate in zip(after, growth, strict=True)]
-    with FlopCounterMode(display=False) as cell:
+    with FlopCounter() as cell:
         weight = recursion.cell.w_in.weight
         recursion.cell(torch.zeros(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device), 1)
-    a_pass = sum(layer_flops[twins[index]] for index in span) + cell.get_total_flops()
-    rest = counter.get_total_flops() - sum(layer_flops.values())
+    a_pass = sum(layer_flops[twins[index]] for index in span) + cell.checked()
+    rest = counter.checked() - sum(layer_flops.values())
     stock = rest + sum(layer_flops[twin] for twin in twins)
     depths = range(recursion.config.max_steps + 1)
 
@@ -143,10 +139,10 @@ def _marks(layers: list[Any], counter: Any) -> Iterator[dict[int, int]]:
     flops: dict[int, int] = {}
 
     def enter(index: int, *_: Any) -> None:
-        flops[index] = -counter.get_total_flops()
+        flops[index] = -counter.total
 
     def leave(index: int, *_: Any) -> None:
-        flops[index] += counter.get_total_flops()
+        flops[index] += counter.total
 
     hooks = [layer.register_forward_pre_hook(functools.partial(enter, i)) for i, layer in enumerate(layers)]
     hooks += [layer.register_forward_hook(functools.partial(leave, i)) for i, layer in enumerate(layers)]
@@ -178,14 +174,3 @@ def held_bytes(value: Any, seen: set[int]) -> int:
     if isinstance(value, dict):
         return sum(held_bytes(part, seen) for part in value.values())
     return held_bytes(vars(value), seen) if hasattr(value, "__dict__") and not callable(value) else 0
-
-
-@contextmanager
-def countable(model: Any) -> Iterator[None]:
-    """Let `model` compute in a way that runs on shapes, and whose products torch's `FlopCounterMode` counts."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    experts = COUNTABLE_EXPERTS.get(model.device.type, COUNTABLE_EXPERTS_ELSEWHERE)
-    # Of the fused kernels of attention some are not counted, as that of the CPU; matrix products always are.
-    with countable_experts(model, experts), sdpa_kernel(SDPBackend.MATH):
-        yield

@@ -10,7 +10,6 @@ weights nothing: it stays with torch. The results agree up to rounding.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rrcli.upstream import onednn_operator, onednn_product, patched
+from rrcli.upstream import onednn_product, patched
 
 # The product of a single row is limited by reading the weights, and every library is equally fast.
 FEWEST_ROWS = 2
@@ -82,15 +81,6 @@ def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product = onednn_product()
     assert product is not None
     return product(rows, weight, bias)
-
-
-def _flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of a product from the shapes of its arguments."""
-    return 2 * math.prod(rows) * weight[0]
-
-
-# For torch's `FlopCounterMode`, which does not count this operator by itself.
-FLOPS = {onednn_operator(): _flops} if usable() else {}
 
 
 def _forward(layer: Any, rows: Tensor) -> Tensor:

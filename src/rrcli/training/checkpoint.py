@@ -35,7 +35,7 @@ from rrcli.models.saving import save_folder
 from rrcli.models.source import ModelSource
 from rrcli.schemas import CheckpointMetrics, Progress, Stamps
 from rrcli.training.sharding import whole, whole_state
-from rrcli.training.state import Spent, TrainingState
+from rrcli.training.state import DepthCost, Spent, TrainingState
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +108,7 @@ class Checkpoints:
         trainer.state = TrainingState(
             rows=saved["rows"],
             spent=Spent(**saved["spent"]),
-            flops_by_depth={int(depth): flops for depth, flops in saved["flops_by_depth"].items()},
+            costs={int(depth): DepthCost(**cost) for depth, cost in saved["costs"].items()},
             best=dict(saved["best"]),
             raised=saved["raised"],
         )

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import EvalData
 from rrcli.recursion.batch import Batch
 from rrcli.recursion.chunk_metrics import ChunkTotals
+from rrcli.recursion.flops import counted_flops
 from rrcli.recursion.losses import LossTerms, StepPlan, compute_losses
 from rrcli.recursion.products import through_onednn
 from rrcli.recursion.readout import Readout
@@ -34,20 +36,33 @@ from rrcli.reporting import Reporter, sparkline
 from rrcli.settings import EvalSettings, TrainSettings, with_changes
 from rrcli.tracker import MetricsTracker
 from rrcli.training.callbacks import StepContext
-from rrcli.training.flops import counted_flops
 from rrcli.training.memory import give_back, memory_use, too_large, too_large_for_the_optimizer
 from rrcli.training.optimizer import Optimizer, prepare_parameters
 from rrcli.training.processes import Processes
 from rrcli.training.red_flags import RedFlags
 from rrcli.training.sharding import shard, unsharded
-from rrcli.training.state import TrainingState
+from rrcli.training.state import DepthCost, TrainingState
 from rrcli.training.step_plan import plan_step, step_seed
 
 # The same tag in every run, so that TensorBoard draws vanilla and recursive into one chart.
 INTERVAL_TAG = "during_training"
 SPARK_STEPS = 60
-# How many batches stand for all when the mean size of a batch is estimated.
-SAMPLED_BATCHES = 64
+# How many batches stand for all when the mean size of a batch is estimated, and the FLOPs of a position.
+SAMPLED_BATCHES, COUNTED_BATCHES = 64, 4
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process computed of a step: its part of the scalars by tag, of the chunk totals and of the FLOPs.
+
+    Attributes:
+        flops, uncounted: what was counted, and the names of what could not be; 0 in a step that is not counted.
+    """
+
+    scalars: dict[str, float]
+    chunks: ChunkTotals
+    flops: int = 0
+    uncounted: Sequence[str] = ()
 
 
 class Computation(torch.nn.Module):
@@ -136,7 +151,7 @@ class Trainer:
                 spent.tokens += plan.tokens
                 spent.positions += batch.positions
                 spent.seconds += seconds
-                spent.flops += self.state.flops_by_depth[plan.depth] * batch.positions
+                self._charge(plan.depth, batch.positions)
                 used, share = memory_use(self.model.device)
                 scalars |= {
                     "train/lr": lr,
@@ -166,13 +181,20 @@ class Trainer:
 
     def steps_for(self, flops: float) -> int:
         """Return in how many steps a vanilla training spends `flops`, from the mean size of its first batches."""
-        batch, plan = self.planned(0)
-        known = self.state.flops_by_depth
-        if plan.depth not in known:
-            self.gradients(batch, plan, step=0)
-            self.optimizer.forget_gradients()
+        if not self.state.costs:
+            for step in range(COUNTED_BATCHES):
+                self.gradients(*self.planned(step), step=step)
+                self.optimizer.forget_gradients()
+        [cost] = self.state.costs.values()
         positions = sum(self.data.batch(step).positions for step in range(SAMPLED_BATCHES)) / SAMPLED_BATCHES
-        return max(1, round(flops / (positions * known[plan.depth])))
+        return max(1, round(flops / (positions * cost.per_position)))
+
+    def _charge(self, depth: int, positions: int) -> None:
+        """Add a step to what the run has cost."""
+        cost = self.state.costs[depth]
+        cost.steps += 1
+        cost.positions += positions
+        self.state.spent.flops = sum(cost.flops for cost in self.state.costs.values())
 
     def set_steps(self, steps: int) -> None:
         """Change how many steps the run has; `train` reads it when it begins."""
@@ -195,7 +217,7 @@ class Trainer:
             if None not in parts:
                 if not self.processes.sharded:
                     self.processes.add_gradients(self.optimizer.trained.values())
-                return self._joined(batch, plan.depth, parts)
+                return self._joined(batch, plan.depth, parts, step=step)
             rows = self.state.rows
             self.optimizer.forget_gradients()
             give_back()
@@ -218,9 +240,9 @@ class Trainer:
         if not all(self.processes.gather(fits)):
             raise too_large_for_the_optimizer(step)
 
-    def _accumulate(self, batch: Batch, plan: StepPlan, step: int) -> tuple[dict[str, float], ChunkTotals, float]:
-        """Add up the gradients of this process's rows; return its share of the scalars, chunk totals and FLOPs."""
-        device, known = self.model.device, self.state.flops_by_depth
+    def _accumulate(self, batch: Batch, plan: StepPlan, step: int) -> Share:
+        """Add up the gradients of this process's rows, and return its share of what a step is known by."""
+        device = self.model.device
         # What processes draw in the forward (dropout) differs.
         torch.manual_seed(step_seed(self.settings.seed, step) + self.processes.rank * 2**32)
         autocast = torch.autocast(
@@ -230,7 +252,7 @@ class Trainer:
         chunks, sums = ChunkTotals(), dict[str, float]()
         with (
             nullcontext() if self.settings.compile else through_onednn(self.model),
-            nullcontext() if plan.depth in known else counted_flops() as counter,
+            counted_flops() if self.state.costs.get(plan.depth, DepthCost()).due else nullcontext() as counter,
         ):
             for begin in range(own.start, own.stop, self.state.rows):
                 part = batch.part(slice(begin, min(begin + self.state.rows, own.stop)))
@@ -246,19 +268,23 @@ class Trainer:
                     values |= {f"train/depth_ce/{k}": ce for k, ce in enumerate(terms.depth_ce)}
                 for tag, value in values.items():
                     sums[tag] = sums.get(tag, 0.0) + float(value)
-        return sums, chunks, 0.0 if counter is None else counter.get_total_flops()
+        return Share(sums, chunks) if counter is None else Share(sums, chunks, counter.total, sorted(counter.uncounted))
 
-    def _joined(
-        self, batch: Batch, depth: int, parts: list[tuple[dict[str, float], ChunkTotals, float]]
-    ) -> dict[str, float]:
+    def _joined(self, batch: Batch, depth: int, parts: list[Share], *, step: int) -> dict[str, float]:
         """Return the scalars of a step from the shares that the processes computed."""
-        chunks, scalars, flops = ChunkTotals(), dict[str, float](), 0.0
-        for own, own_chunks, own_flops in parts:
-            for tag, value in own.items():
+        chunks, scalars, spent = ChunkTotals(), dict[str, float](), self.state.spent
+        for part in parts:
+            for tag, value in part.scalars.items():
                 scalars[tag] = scalars.get(tag, 0.0) + value
-            chunks.add(own_chunks)
-            flops += own_flops
-        self.state.flops_by_depth.setdefault(depth, flops / batch.positions)
+            chunks.add(part.chunks)
+        if flops := sum(part.flops for part in parts):
+            cost = self.state.costs.setdefault(depth, DepthCost())
+            cost.counted_flops += flops
+            cost.counted_positions += batch.positions
+        new = {name for part in parts for name in part.uncounted}.difference(spent.uncounted)
+        if new:
+            spent.uncounted = sorted(new.union(spent.uncounted))
+            self._warn(f"the training FLOPs leave out what rr cannot count: {', '.join(sorted(new))}", step)
         return scalars | {f"train/generation/{name}": value for name, value in chunks.metrics().items()}
 
     def _after_step(self, done: int, stopped: bool) -> None:
