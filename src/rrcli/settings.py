@@ -158,7 +158,7 @@ class CommonSettings:
     seeds: tuple[int, ...] = option(
         (),
         "Seeds of the experiment: 3 for 0, 1 and 2, or a list such as 0,5,7. Every training is repeated with each seed "
-        "and measured on that seed's own problems. [default: the one of --seed]",
+        "and measured on that seed's own problems; baseline and surgery come once. [default: the one of --seed]",
         reaches=NUMBERS,
     )
     equal_flops: bool = option(

@@ -15,8 +15,10 @@ from rrcli import configuration
 from rrcli.data.training_data import TrainingData
 from rrcli.demo.defaults import MODEL_DIR
 from rrcli.errors import RRError, UsageError
-from rrcli.experiment.planning import status_of
+from rrcli.evaluation.held_out import held_out_data
+from rrcli.experiment.planning import plan, status_of
 from rrcli.experiment.replicates import Replicate
+from rrcli.experiment.training_run import prepare_training
 from rrcli.files import checkpoints
 from rrcli.recursion.batch import IGNORED
 from rrcli.reporting import Silent
@@ -24,7 +26,7 @@ from rrcli.services import train as service
 from rrcli.services.eval import evaluate
 from rrcli.services.surgery import surgery
 from rrcli.settings import EvalSettings, SurgerySettings, TrainSettings, with_changes
-from rrcli.training import step_plan
+from rrcli.training import step_plan, trainer
 from rrcli.training.optimizer import learning_rate_factor
 from training_runs import curve
 
@@ -100,6 +102,57 @@ def test_every_parameter_moves_in_phase_c(operated):
         b = before if part == "model" else before.recursion
         for (name, new), (_, old) in zip(a.named_parameters(), b.named_parameters(), strict=True):
             assert not torch.equal(new, old), name
+
+
+def test_each_seed_trains_a_sidecar_of_its_own(operated):
+    settings = changed(seeds=(0, 7), seed=7, steps=1, lr=0.0, sidecar_lr=0.0)
+    result = service.train(settings, "recursive", operated, Silent())
+    assert (result.run, result.stage, result.seed) == ("finetuned_recursive-seed7", "finetuned_recursive", 7)
+    trained, tokenizer = rrcli.load(result.checkpoint)
+    fresh, _ = rrcli.load("default")
+    rrcli.attach(fresh, rrcli.RecursionConfig(seed=7))
+    operated_on, _ = rrcli.load(operated / "checkpoints" / "after_surgery")
+    assert trained.recursion.config == fresh.recursion.config
+    for name, weights in trained.recursion.state_dict().items():
+        assert torch.equal(weights, fresh.recursion.state_dict()[name]), name
+    assert not torch.equal(trained.recursion.cell.w_in.weight, operated_on.recursion.cell.w_in.weight)
+    ids = tokenizer("Tom has a ball.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(trained(ids).logits, operated_on(ids).logits)
+
+
+def test_more_passes_than_the_surgery_made_are_refused_and_as_many_are_the_same_run(operated, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"max_steps of the training is 5, but the surgery made .* at most 2"
+    ) as caught:
+        service.train(changed(max_steps=5), "recursive", operated, Silent())
+    assert "rr surgery --overwrite --max-steps 5" in caught.value.hint
+    with pytest.raises(UsageError, match=r"is 5, .* at most 2"):
+        plan(tmp_path, lambda cls: configuration.load(cls, tmp_path, {"max_steps": 5} if cls is TrainSettings else {}))
+    made = [
+        prepare_training(changed(max_steps=steps, chunk_width=width), "recursive", operated)
+        for steps, width in ((0, 0), (2, 0), (0, 16), (1, 0))
+    ]
+    assert made[0].inputs == made[1].inputs == made[2].inputs != made[3].inputs
+    assert (made[0].settings.max_steps, made[0].settings.chunk_width) == (2, 16)
+
+
+def test_intervals_read_the_validation_side_and_nothing_of_the_test_side(operated, monkeypatch):
+    seen = []
+
+    def measured(model, tokenizer, data, *_, **__):
+        seen.append(data)
+        return {"metrics": {"perplexity": {"value": 2.0}}}
+
+    monkeypatch.setattr(trainer, "evaluate_model", measured)
+    service.train(changed(run_name="intervals", steps=2, eval_interval=1), "vanilla", operated, Silent())
+    assert len(seen) == 2
+    expected = held_out_data(SETTINGS, operated, 64, 64, side="validation")
+    assert [p.key for p in seen[0].problems] == [p.key for p in expected.problems]
+    assert seen[0].documents == expected.documents
+    tested = held_out_data(SETTINGS, operated, 64)
+    assert {p.question for p in tested.problems}.isdisjoint(p.question for p in seen[0].problems)
+    assert set(tested.documents).isdisjoint(seen[0].documents)
 
 
 def test_depth_is_the_same_for_everyone_who_asks():

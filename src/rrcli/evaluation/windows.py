@@ -66,6 +66,8 @@ def windows_of(
         reporter.warn(
             f"--max-length is {settings.max_length}, but the model's context is {context} tokens: windows have those"
         )
+    if settings.stride > length:
+        reporter.warn(f"--stride is {settings.stride}, but windows have {length} tokens: they follow without a gap")
     stride = min(settings.stride or length, length)
     windows = []
     for number, (start, ids) in enumerate(documents):

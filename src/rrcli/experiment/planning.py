@@ -30,7 +30,7 @@ from rrcli.experiment.replicates import (
     evaluated_seeds,
     replicates,
 )
-from rrcli.experiment.workspace import SURGERY_STAGE, Workspace, maker
+from rrcli.experiment.workspace import SURGERY_STAGE, Workspace, check_passes, maker
 from rrcli.files import checkpoints, step_of
 from rrcli.models.source import base_of
 from rrcli.settings import CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings, with_changes
@@ -85,10 +85,14 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
     Args:
         load: makes the settings of a class, as the command line would.
         new_options: options were given on the command line, which `rr setup` has to write into `rr.toml` first.
+
+    Raises:
+        UsageError: settings that contradict each other.
     """
     settings = load(CommonSettings)
     refuse_stdin(settings.data, "run")
     steps: dict[Task, Step] = {}
+    check_passes(load(TrainSettings), load(SurgerySettings).max_steps)
     on_span = load(TrainSettings).phase == "b"
     for kind, one in _tasks(settings):
         waiting = [steps[need] for need in _needs(kind, one, settings, on_span=on_span)]
@@ -169,6 +173,7 @@ def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> 
         return _status(kind, one, workspace.surgery_folder, expected, base.path)
     training, mode = with_changes(load(TrainSettings), seed=one.seed), TRAINED[one.stage]
     start = workspace.base() if mode == "vanilla" else workspace.stage_model(SURGERY_STAGE)
+    training = training if mode == "vanilla" else workspace.as_operated(training)
     flops = workspace.spent_flops(RECURSIVE_STAGE) if one.stage == EQUAL_FLOPS_STAGE else 0.0
     identity = data_identity(training, directory)
     span = workspace.vanilla_span(training) if mode == "vanilla" else None

@@ -90,6 +90,7 @@ def prepare_training(settings: TrainSettings, mode: str, directory: Path, *, mat
     callback = load_callback(settings.callback, directory)
     start = workspace.base() if mode == "vanilla" else workspace.stage_model(SURGERY_STAGE)
     span = workspace.vanilla_span(settings) if mode == "vanilla" else None
+    settings = settings if mode == "vanilla" else workspace.as_operated(settings)
     settings = with_template_date(settings, start, directory)
     identity = data_identity(settings, directory)
     inputs = train_inputs(settings, mode, model_fingerprint(start, directory), identity, span=span, matched_flops=flops)

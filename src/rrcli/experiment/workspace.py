@@ -10,7 +10,7 @@ from rrcli.experiment.replicates import TRAINED, Replicate, replicate, replicate
 from rrcli.files import MANIFEST, METRICS_FILE, checkpoints, read_json, safe_name
 from rrcli.models.source import ModelSource, resolve
 from rrcli.schemas import CheckpointMetrics
-from rrcli.settings import STAGES, CommonSettings, TrainSettings
+from rrcli.settings import STAGES, CommonSettings, TrainSettings, with_changes
 
 SURGERY_STAGE = "after_surgery"
 MAKERS = {
@@ -96,6 +96,25 @@ class Workspace:
         manifest = self.stage_model(SURGERY_STAGE).manifest
         return manifest["recursion"]["span"] if manifest else None
 
+    def as_operated(self, settings: TrainSettings) -> TrainSettings:
+        """Return the settings of a recursive training with what the surgery decides where they leave it open.
+
+        So a run with `--max-steps 2` is the same run as one without, after a surgery of 2.
+
+        Raises:
+            RRError: there was no surgery yet. UsageError: more passes are to be trained than it made.
+        """
+        manifest = self.stage_model(SURGERY_STAGE).manifest
+        if manifest is None:
+            return settings
+        shape = manifest["recursion"]
+        check_passes(settings, shape["max_steps"])
+        return with_changes(
+            settings,
+            max_steps=settings.max_steps or shape["max_steps"],
+            chunk_width=settings.chunk_width or shape["chunk_width"],
+        )
+
     def spent_flops(self, run: str) -> float:
         """Return the FLOPs that a training has spent; of a stage, that of the settings' seed.
 
@@ -147,6 +166,19 @@ class Workspace:
 def maker(one: Replicate) -> str:
     """Return the command that makes the model of a replicate."""
     return MAKERS[one.stage] + one.flag
+
+
+def check_passes(settings: TrainSettings, made: int) -> None:
+    """Refuse to train more passes than the surgery has `made`.
+
+    Raises:
+        UsageError: `max_steps` is larger.
+    """
+    if settings.max_steps > made:
+        raise UsageError(
+            f"max_steps of the training is {settings.max_steps}, but the surgery made a recursion of at most {made}",
+            f"Train at most {made} passes after pass 0, or 'rr surgery --overwrite --max-steps {settings.max_steps}'.",
+        )
 
 
 def check_stage(stage: str) -> str:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,10 +81,7 @@ class Recursion(nn.Module):
 
         # Weights of one byte (fp8) are storage, not something to compute in.
         like = next(p for p in self.layers[self.start].parameters() if p.is_floating_point() and p.element_size() > 1)
-        hidden = hidden_size(model)
-        generator = torch.Generator().manual_seed(config.seed)
-        self.cell = FeedbackCell(hidden, config.cell_width or hidden, config.max_steps, generator)
-        self.head = BoundaryHead(hidden, generator)
+        self.cell, self.head = _drawn(config, hidden_size(model))
         self.to(device=home_of(self.layers[self.start]), dtype=like.dtype)
 
         # Passes beyond `max_steps` were not trained; they use the last step's embedding, where a caller allows them.
@@ -123,6 +120,12 @@ class Recursion(nn.Module):
         if depth > MAX_STEPS_LIMIT:
             raise UsageError(f"depth is {depth}", f"It must be between 0 and {MAX_STEPS_LIMIT}.")
         self.deepest = max(self.deepest, depth)
+
+    def redraw(self, seed: int) -> None:
+        """Give cell and head the initial weights of another seed; what they had learned is lost."""
+        self.config = replace(self.config, seed=seed)
+        for part, drawn in zip((self.cell, self.head), _drawn(self.config, hidden_size(self.model)), strict=True):
+            part.load_state_dict(drawn.state_dict())
 
     @contextmanager
     def at_depth(self, depth: int) -> Iterator[None]:
@@ -359,6 +362,13 @@ def at_depth(model: Any, depth: int) -> AbstractContextManager[None]:
     """Let a model run at a depth for a while; one without a recursion has pass 0 alone, and runs as it is."""
     recursion = getattr(model, "recursion", None)
     return nullcontext() if recursion is None else recursion.at_depth(depth)
+
+
+def _drawn(config: RecursionConfig, hidden: int) -> tuple[FeedbackCell, BoundaryHead]:
+    """Return a fresh cell and head; their initial weights follow from the configuration's seed alone."""
+    generator = torch.Generator().manual_seed(config.seed)
+    cell = FeedbackCell(hidden, config.cell_width or hidden, config.max_steps, generator)
+    return cell, BoundaryHead(hidden, generator)
 
 
 def _relative_norm(feedback: Tensor, entry: Tensor) -> Tensor:

@@ -228,6 +228,9 @@ def _load_model(training: TrainingRun, device: str) -> tuple[Any, Any]:
     fix_date(tokenizer, settings.template_date)
     if "float16" in str(model.dtype).split("."):
         raise UsageError("float16 cannot be trained: its small gradients become zero", "Use --dtype bfloat16.")
+    if training.mode == "recursive" and not resumed and model.recursion.config.seed != settings.seed:
+        # Surgery is made once; every seed trains a sidecar of its own. As W_out is zero, no output changes.
+        model.recursion.redraw(settings.seed)
     if settings.phase == "b" and not resumed:
         from rrcli.recursion.lora import add_lora
 

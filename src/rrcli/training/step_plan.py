@@ -48,7 +48,7 @@ def deepest_pass(settings: TrainSettings, recursion: RecursionConfig | None) -> 
     """Return the most passes after pass 0 that a step may train."""
     if recursion is None:
         return 0
-    return min(settings.max_steps, recursion.max_steps) if settings.max_steps else recursion.max_steps
+    return settings.max_steps or recursion.max_steps
 
 
 def step_seed(seed: int, step: int) -> int:
