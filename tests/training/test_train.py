@@ -122,9 +122,7 @@ def test_each_seed_trains_a_sidecar_of_its_own(operated):
 
 
 def test_more_passes_than_the_surgery_made_are_refused_and_as_many_are_the_same_run(operated, tmp_path):
-    with pytest.raises(
-        UsageError, match=r"max_steps of the training is 5, but the surgery made .* at most 2"
-    ) as caught:
+    with pytest.raises(UsageError, match=r"the training is 5, but the surgery made .* at most 2") as caught:
         service.train(changed(max_steps=5), "recursive", operated, Silent())
     assert "rr surgery --overwrite --max-steps 5" in caught.value.hint
     with pytest.raises(UsageError, match=r"is 5, .* at most 2"):
