@@ -83,7 +83,7 @@ def wake(recursion: Any, std: float = 0.1) -> Any:
 
 def attach_random(model: Any, std: float) -> Any:
     """Attach two passes whose output projection is random, so that they change some tokens; return the recursion."""
-    recursion = attach(model, RecursionConfig(max_steps=2))
+    recursion = attach(model, RecursionConfig(max_steps=2, commit_margin=0.02))
     torch.manual_seed(0)
     torch.nn.init.normal_(recursion.cell.w_out.weight, std=std)
     return recursion

@@ -107,6 +107,7 @@ class Shape(TypedDict):
     cell_width: Count | None
     chunk_width: Count
     seed: int
+    commit_margin: NotRequired[float | None]
 
 
 class MeasuredModel(TypedDict):
@@ -207,6 +208,13 @@ class Base(TypedDict):
     sha256: NotRequired[dict[str, str]]
 
 
+class ChosenExit(TypedDict):
+    """An exit rule that was chosen for a model."""
+
+    rule: str
+    threshold: float
+
+
 class Manifest(TypedDict):
     """`recursion.json`."""
 
@@ -215,6 +223,7 @@ class Manifest(TypedDict):
     weights: Literal["base", "own"]
     recursion: Shape | None
     lora: NotRequired[bool]
+    exit: NotRequired[ChosenExit]
 
 
 class Stamps(TypedDict):

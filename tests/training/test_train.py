@@ -79,9 +79,11 @@ def test_parts_of_a_batch_weigh_as_the_whole(tmp_path):
 
 @pytest.mark.parametrize("phase", ["a", "b"])
 def test_a_frozen_base_stays_the_base_at_depth_0(operated, phase):
-    result = service.train(changed(phase=phase, steps=6), "recursive", operated, Silent(), restart=True)
+    settings = changed(phase=phase, steps=6, commit_margin=0.3)
+    result = service.train(settings, "recursive", operated, Silent(), restart=True)
     assert not (result.checkpoint / "model.safetensors").exists()
     model, tokenizer = rrcli.load(result.checkpoint)
+    assert model.recursion.config.commit_margin == 0.3  # for calibration, and for whoever goes on with it
     base, _ = rrcli.load("default")
     ids = torch.tensor([tokenizer("Tom has a red ball.")["input_ids"]])
     with torch.no_grad():

@@ -169,7 +169,8 @@ def _chunks(readout: Readout, scores: Scores, targets: Tensor, lengths: list[int
         chunks += [number + position // width for position in range(length)]
         number = chunks[-1] + 1
     totals = teacher_forced_chunks(scores.predictions, commit, targets, torch.tensor(chunks, device=targets.device))
-    totals.reliability = reliability(commit, scores.losses)
+    if recursion.config.commit_margin is not None:
+        totals.reliability = reliability(commit, scores.losses, recursion.config.commit_margin)
     return totals
 
 

@@ -11,6 +11,7 @@ from rrcli.models.manifest import compare_hashes
 from rrcli.models.source import ModelSource, base_of, resolve
 from rrcli.models.weights import weight_files
 from rrcli.recursion.config import RecursionConfig
+from rrcli.recursion.exits import ExitRule
 from rrcli.settings import CommonSettings
 
 # What a tokenizer is tried on: words, digits, blanks, letters of other scripts, and no text at all.
@@ -60,7 +61,8 @@ def load(
     carries_tokenizer = source.path.is_dir() and (source.path / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(source if carries_tokenizer else base, trust_remote_code=trust_remote_code)
     if manifest and manifest["recursion"]:
-        load_sidecar(model, source.path, RecursionConfig.from_dict(manifest["recursion"]))
+        recursion = load_sidecar(model, source.path, RecursionConfig.from_dict(manifest["recursion"]))
+        recursion.exit = ExitRule.from_dict(manifest["exit"]) if "exit" in manifest else None
     if manifest and manifest.get("lora"):
         from rrcli.recursion.lora import load_lora
 

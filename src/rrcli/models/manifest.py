@@ -6,6 +6,7 @@ base       source (path, hub id or `default`), fingerprint; sha256 (file -> dige
 weights    "base": the folder refers to its base model; "own": it has all weights itself
 recursion  the recursion's configuration, or null
 lora       whether the folder has adapters of peft; false where the key is missing
+exit       the exit rule that was chosen for it (rule, threshold); every pass is run where the key is missing
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError, UsageError, suggest
-from rrcli.files import MANIFEST, read_json, sha256
+from rrcli.files import MANIFEST, read_json, sha256, write_json
 from rrcli.models.weights import weight_files
 from rrcli.recursion.config import RecursionConfig
-from rrcli.schemas import Base, Manifest
+from rrcli.recursion.exits import ExitRule
+from rrcli.schemas import Base, ChosenExit, Manifest
 
 HINT = "Make the folder again with 'rr surgery' or 'rr train', or read it with the version of rr that wrote it."
 
@@ -41,7 +43,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             RecursionConfig.from_dict(dict(manifest["recursion"]))
         except UsageError as error:
             raise RRError(f"{path} holds no recursion: {error}", HINT) from error
+    if "exit" in manifest:
+        _refuse_unknown(path, "exit", manifest["exit"], known=ChosenExit.__annotations__)
+        try:
+            ExitRule.from_dict(dict(manifest["exit"]))
+        except UsageError as error:
+            raise RRError(f"{path} holds no exit rule: {error}", HINT) from error
     return dict(manifest)
+
+
+def write_exit(folder: Path, rule: ExitRule | None) -> None:
+    """Write the exit rule that was chosen for a model into its manifest, in place of an earlier one; None = no rule."""
+    manifest = read_manifest(folder)
+    manifest.pop("exit", None)
+    write_json(folder / MANIFEST, manifest | ({} if rule is None else {"exit": rule.to_dict()}))
 
 
 def compare_hashes(folder: Path, base: Path) -> None:

@@ -1,6 +1,7 @@
 """Calibration of the boundary head: its probability of committing against what the next pass really gained.
 
-The label is the one it learns from: 1 where the next pass does not lower a token's cross-entropy by more than a margin.
+The label is the one it learned from: 1 where the next pass does not lower a token's cross-entropy by more than the
+margin of its training. A head whose margin is not known is not measured: with another one, a perfect head looks wrong.
 Training weighs tokens by how far their gain is from the margin, so there are two errors: one with the weights of
 training, and one in which all tokens count alike. The expected calibration error is the mean distance, over bins of
 equal width, of the mean probability and the share of labels that are 1 (Naeini et al. 2015).
@@ -13,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rrcli.recursion.config import LossWeights
-
 BINS = 10
 # Sums that are kept of a bin; see `Bins`.
 BIN_SUMS = 6
@@ -24,12 +23,13 @@ Bins = list[list[float]]
 
 
 @torch.no_grad()
-def reliability(commit: Tensor, losses: Tensor, margin: float = LossWeights.margin) -> Bins:
+def reliability(commit: Tensor, losses: Tensor, margin: float) -> Bins:
     """Sum up the tokens of each bin of the commit probability, all passes together.
 
     Args:
         commit: `[depth, n]` probability of stopping after passes 0..depth-1.
         losses: `[depth + 1, n]` cross-entropy of every pass, in nats.
+        margin: the one that the head was trained with, in nats (`RecursionConfig.commit_margin`).
     """
     gain = (losses[:-1] - losses[1:]).double().flatten()
     probability = commit.double().flatten()

@@ -23,6 +23,8 @@ class RecursionConfig:
         cell_width: inner width of the feedback cell; None means the model's hidden size.
         chunk_width: positions that are drafted and refined together; the window of the chunk metrics, in tokens.
         seed: seeds the initial weights of the cell (all but its zero output projection).
+        commit_margin: what the boundary head has learned to go on for: a gain of the next pass of more than this, in
+            nats. Training notes it; None where there was none, or where the checkpoint does not say.
 
     Raises:
         UsageError: a value out of range.
@@ -33,6 +35,7 @@ class RecursionConfig:
     cell_width: int | None = None
     chunk_width: int = 16
     seed: int = 0
+    commit_margin: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_steps <= MAX_STEPS_LIMIT:

@@ -37,7 +37,7 @@ from rrcli.recursion.exits import NEVER, ExitRule, Signals
 from rrcli.recursion.frames import Record
 from rrcli.recursion.readout import Readout
 from rrcli.recursion.rows import Chooser, Rows
-from rrcli.recursion.signals import Leaving, joined, look, top_of
+from rrcli.recursion.signals import Leaving, joined, last_of, look, top_of
 
 
 @dataclass
@@ -205,11 +205,13 @@ def _refine_lagging(rows: Rows, draft: Draft, chooser: Chooser, *, rule: ExitRul
     leaving = Leaving(rule, recursion.depth, joined(draft.seen), torch.cat(draft.logits, 1))
     # A draft is known to be rejected at once only if its tokens are simply the most likely ones.
     drafted = draft.tokens if chooser.takes_the_most_likely else None
-    while bool(leaving.undecided(drafted).any()):
-        earliest = min(rule.earliest, recursion.depth)
-        ran, logits, state = lag.catch_up(rows.run, columns, ran + 1, earliest=earliest, keep=draft.width)
-        seen = look(recursion, ran, top_of(logits), state=state, draw=draw, before=leaving.seen)
-        leaving.look(seen, logits)
+    earliest = min(rule.earliest, recursion.depth)
+    while bool((undecided := leaving.undecided(drafted).any(0)).any()):
+        # Logits are computed from the first undecided position on: for a single row, of the last one alone.
+        keep = draft.width - int(undecided.nonzero()[0])
+        ran, logits, state = lag.catch_up(rows.run, columns, ran + 1, earliest=earliest, keep=keep)
+        before = last_of(leaving.seen, keep)
+        leaving.look(look(recursion, ran, top_of(logits), state=state, draw=draw[:, -keep:], before=before), logits)
     return Refined(leaving.logits, leaving.passes, ran)
 
 

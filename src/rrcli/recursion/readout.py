@@ -13,9 +13,9 @@ Text is scored in one of three ways: the first of them that agrees with the mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from rrcli.recursion.engine import Passes, at_depth
 from rrcli.recursion.facts import text_config
 from rrcli.recursion.families import find_layout
 from rrcli.recursion.products import through_onednn
+from rrcli.recursion.signals import top_of
 from rrcli.upstream import attention_is_eager, patched
 
 # Logits that exist at a time, in elements: 64 MiB in fp32.
@@ -57,11 +58,13 @@ class Scores:
     Attributes:
         losses: `[passes, n]` cross-entropy in nats, fp32. predictions: `[passes, n]` the most likely tokens.
         states: `[n, hidden]` of every pass, what the boundary head reads; none for a model without recursion.
+        tops: of every pass what `signals.top_of` says of its logits; none unless it was asked for.
     """
 
     losses: Tensor
     predictions: Tensor
     states: list[Tensor]
+    tops: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
 class Readout:
@@ -120,7 +123,7 @@ class Readout:
         Args:
             rows: `[n, hidden]` readouts; targets: `[n]` token ids. predict: False leaves out the most likely tokens.
         """
-        size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
+        size = self._rows_at_a_time
         chunks = len(rows.split(size)) if predict else 0
         losses, predictions = [], list[Tensor]()
 
@@ -146,6 +149,7 @@ class Readout:
         *,
         targets: Tensor,
         depth: int | None = None,
+        tops: bool = False,
     ) -> Scores:
         """Score chosen positions of a batch at every depth up to `depth`, the way `way` says.
 
@@ -153,19 +157,26 @@ class Readout:
             input_ids, attention_mask: `[batch, position]`; scored: the same shape, True at n positions.
             targets: `[n]` the token that follows each of them.
             depth: how many passes follow pass 0; the recursion's own depth if not given.
+            tops: also look at how sure each pass is, which takes the head a second time.
         """
         score = self._score_plain if self.way == "plain" else self._score_apart
         with through_onednn(self.model):
-            return score(input_ids, attention_mask, scored, targets=targets, depth=self._depth(depth))
+            return score(input_ids, attention_mask, scored, targets=targets, depth=self._depth(depth), tops=tops)
+
+    @property
+    def _rows_at_a_time(self) -> int:
+        return max(1, LOGITS_AT_A_TIME // self.vocabulary)
 
     def _depth(self, depth: int | None) -> int:
         if self.recursion is None:
             return 0
         return self.recursion.depth if depth is None else depth
 
-    def _score_apart(self, ids: Tensor, mask: Tensor, scored: Tensor, *, targets: Tensor, depth: int) -> Scores:
+    def _score_apart(
+        self, ids: Tensor, mask: Tensor, scored: Tensor, *, targets: Tensor, depth: int, tops: bool
+    ) -> Scores:
         passes = self.passes(ids, mask, depth=depth)
-        losses, predictions = [], []
+        losses, predictions, sure = [], [], []
         for hidden in passes.hidden:
             if self.way == "tiles":
                 loss, prediction = tiles.token_losses(self.projection, self._logits_by, hidden[scored], targets=targets)
@@ -173,7 +184,9 @@ class Readout:
                 loss, prediction = self.token_losses(hidden[scored], targets)
             losses.append(loss)
             predictions.append(prediction)
-        return Scores(torch.stack(losses), torch.stack(predictions), [state[scored] for state in passes.states])
+            if tops:
+                sure.append(_tops(map(self.logits, hidden[scored].split(self._rows_at_a_time))))
+        return Scores(torch.stack(losses), torch.stack(predictions), [state[scored] for state in passes.states], sure)
 
     @torch.no_grad()
     def choose_way(self, input_ids: Tensor, attention_mask: Tensor, *, depth: int | None = None) -> str | None:
@@ -244,16 +257,20 @@ class Readout:
                 return False
         return True
 
-    def _score_plain(self, ids: Tensor, mask: Tensor, scored: Tensor, *, targets: Tensor, depth: int) -> Scores:
+    def _score_plain(
+        self, ids: Tensor, mask: Tensor, scored: Tensor, *, targets: Tensor, depth: int, tops: bool
+    ) -> Scores:
         states = self.recursion.passes(ids, mask, depth=depth).states if depth else []
-        size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
-        losses, predictions = [], []
+        size = self._rows_at_a_time
+        losses, predictions, sure = [], [], []
         for k in range(depth + 1):
             logits = self._plain_logits(ids, mask, k)[scored]
             pairs = zip(logits.split(size), targets.split(size), strict=True)
             losses.append(torch.cat([_cross_entropy(part.float(), target) for part, target in pairs]))
             predictions.append(logits.argmax(-1))
-        return Scores(torch.stack(losses), torch.stack(predictions), [state[scored] for state in states])
+            if tops:
+                sure.append(_tops(logits.split(size)))
+        return Scores(torch.stack(losses), torch.stack(predictions), [state[scored] for state in states], sure)
 
     def _plain_logits(self, ids: Tensor, mask: Tensor, depth: int) -> Tensor:
         with at_depth(self.model, depth):
@@ -264,6 +281,12 @@ class Readout:
         output = _BackboneOutput(last_hidden_state=hidden)
         with at_depth(self.model, 0), patched(self.backbone, forward=lambda *_, **__: output):
             yield
+
+
+def _tops(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `top_of` says of `[n, vocabulary]` logits that come in parts."""
+    prediction, probability, margin = zip(*map(top_of, parts), strict=True)
+    return torch.cat(prediction), torch.cat(probability), torch.cat(margin)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

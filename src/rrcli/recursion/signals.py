@@ -74,21 +74,22 @@ class Leaving:
     Attributes:
         passes: `[row, position]` the pass; -1 where it is not known yet.
         logits: `[row, position, vocabulary]` those of that pass, or of the last one that was looked at.
-        seen: the signals of the last pass that was looked at.
+        seen: the signals of the last pass that was looked at, of the positions that were looked at.
     """
 
     def __init__(self, rule: ExitRule, depth: int, seen: Signals, logits: Tensor) -> None:
         self.rule, self.depth = rule, depth
         self.passes = torch.full_like(seen.prediction, -1)
-        self.logits = logits
+        self.logits = logits.clone()
         self.look(seen, logits)
 
     def look(self, seen: Signals, logits: Tensor) -> None:
-        """Take the signals and logits of the next pass."""
+        """Take the signals and logits of the next pass, of the last positions or of all."""
         content = self.rule.leaves(seen) if seen.step < self.depth else seen.everywhere(True)
-        undecided = self.passes < 0
-        self.logits = torch.where(undecided[..., None], logits, self.logits)
-        self.passes = torch.where(undecided & content, seen.step, self.passes)
+        last = slice(self.passes.shape[1] - logits.shape[1], None)
+        undecided = self.passes[:, last] < 0
+        self.logits[:, last] = torch.where(undecided[..., None], logits, self.logits[:, last])
+        self.passes[:, last] = torch.where(undecided & content, seen.step, self.passes[:, last])
         self.seen = seen
 
     def undecided(self, draft: Tensor | None) -> Tensor:
@@ -104,6 +105,12 @@ class Leaving:
         agrees = self.logits.argmax(-1).eq(draft) | open_ones
         before = torch.cat([torch.ones_like(agrees[:, :1]), agrees[:, :-1]], 1).long().cumprod(1).bool()
         return open_ones & before
+
+
+def last_of(seen: Signals, count: int) -> Signals:
+    """Return the signals of the last `count` positions of `[row, position]`."""
+    names = [item.name for item in fields(Signals) if item.name not in ("step", "right")]
+    return Signals(step=seen.step, **{name: getattr(seen, name)[:, -count:] for name in names})
 
 
 def exit_passes(rule: ExitRule, passes: Sequence[Signals]) -> Tensor:

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,6 +109,8 @@ class Trainer:
         self.data, self.evaluation, self.tracker, self.reporter = data, evaluation, tracker, reporter
         self.save, self.callback = save, callback
         self.recursion = getattr(model, "recursion", None)
+        if self.recursion is not None:  # a checkpoint says what its boundary head has learned
+            self.recursion.config = replace(self.recursion.config, commit_margin=settings.commit_margin)
         self.processes = processes or Processes(settings.device)
         self.computation = Computation(model)
         # What the forward computes in, under autocast, whatever the weights train in.
