@@ -28,6 +28,7 @@ from rrcli.experiment.replicates import (
     TRAINED,
     Replicate,
     evaluated_seeds,
+    refuse_one_seed,
     replicates,
 )
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace, check_passes, maker
@@ -91,6 +92,7 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
     """
     settings = load(CommonSettings)
     refuse_stdin(settings.data, "run")
+    refuse_one_seed(settings, "a plan is for all of them")
     steps: dict[Task, Step] = {}
     check_passes(load(TrainSettings), load(SurgerySettings).max_steps)
     on_span = load(TrainSettings).phase == "b"

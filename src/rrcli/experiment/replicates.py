@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from rrcli.errors import UsageError
 from rrcli.settings import STAGES, CommonSettings
 
 RECURSIVE_STAGE = "finetuned_recursive"
@@ -56,6 +57,20 @@ def replicate(stage: str, settings: CommonSettings) -> Replicate:
 def evaluated_seeds(stage: str, settings: CommonSettings) -> tuple[int, ...]:
     """Return the seeds whose problems a stage is evaluated on: its own where it is trained, else all of them."""
     return (settings.seed,) if stage in TRAINED else settings.all_seeds
+
+
+def refuse_one_seed(settings: CommonSettings, what: str) -> None:
+    """Refuse a seed other than the experiment's first one for `what` is not done for one seed alone.
+
+    Raises:
+        UsageError: the settings have such a seed.
+    """
+    if settings.seed != settings.all_seeds[0]:
+        listed = ", ".join(map(str, settings.all_seeds))
+        raise UsageError(
+            f"seed is {settings.seed}, but the experiment has the seeds {listed}, and {what}",
+            "Leave --seed out here; 'rr train', 'rr eval' and 'rr generate' take one.",
+        )
 
 
 def reserved(name: str) -> bool:

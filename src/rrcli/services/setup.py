@@ -19,6 +19,7 @@ from rrcli.data.sources import refuse_stdin
 from rrcli.demo import defaults
 from rrcli.errors import RRError
 from rrcli.evaluation.held_out import held_out_data
+from rrcli.experiment.replicates import refuse_one_seed
 from rrcli.experiment.workspace import Workspace
 from rrcli.files import back_up, make_folder, write_text
 from rrcli.locks import holding, lock
@@ -69,6 +70,7 @@ def setup(
         overwrite: write a new `rr.toml` instead of keeping the values of an existing one.
     """
     refuse_stdin(settings.data, "setup")
+    refuse_one_seed(settings, "rr.toml is for all of them")
     held.enter_context(lock(directory / SETTINGS_FILE, str(directory / SETTINGS_FILE)))
     workspace = Workspace(directory, settings)
     for folder in (settings.log_dir, settings.checkpoint_dir, settings.output_dir):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrcli.errors import CheckFailed, RRError, first_line
 from rrcli.experiment.identity import surgery_inputs
+from rrcli.experiment.replicates import refuse_one_seed
 from rrcli.experiment.workspace import Workspace
 from rrcli.files import METRICS_FILE, SCHEMA, publish_folder, sha256, sweep, write_json
 from rrcli.locks import holding, lock
@@ -83,6 +84,7 @@ def surgery(
         RRError: the base is broken or has a recursion, or the output exists or is inside the base model's folder.
         CheckFailed: the logits changed; nothing was written.
     """
+    refuse_one_seed(settings, "surgery is made once, with the first of them")
     workspace = Workspace(directory, settings)
     folder = workspace.surgery_folder
     export = directory / export.expanduser() if export else None
