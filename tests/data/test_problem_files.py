@@ -43,7 +43,7 @@ def write(path: Path, count: int = 200, start: int = 0) -> Path:
 def test_answers_are_numbers_or_texts(tmp_path, answer, expected, solution):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"question": " q\u2028 ", "answer": answer, "more": [1]}) + "\r\n\n")
-    [problem] = read_problems(path, "a.jsonl")
+    [problem], _ = read_problems(path, "a.jsonl")
     assert (problem.question, problem.answer, problem.solution) == ("q", expected, solution)
     assert problem.target == (solution or expected)
 
@@ -98,11 +98,16 @@ def test_a_task_that_means_nothing_is_a_usage_error(tmp_path, spec, message):
         open_task(spec, tmp_path)
 
 
-def test_questions_that_repeat_are_kept_apart(tmp_path):
-    line = json.dumps({"question": "q", "answer": 1})
-    (tmp_path / "a.jsonl").write_text("\n".join([line] * 3))
-    problems = read_problems(tmp_path / "a.jsonl", "a.jsonl")
-    assert len({problem.key for problem in problems}) == 3
+def test_a_question_that_repeats_is_one_problem(tmp_path):
+    lines = [json.dumps({"question": q, "answer": n}) for n, q in enumerate(["q", "r", " q", "q"])]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    problems, repeated = read_problems(tmp_path / "a.jsonl", "a.jsonl")
+    assert [(problem.question, problem.answer) for problem in problems] == [("q", "0"), ("r", "1")]
+    assert repeated == 2
+    settings = EvalSettings(task=("a.jsonl:held_out=all",))
+    data = held_out_data(settings, tmp_path, 9)
+    assert len(data.problems) == 2
+    assert data.notice == "a.jsonl:held_out=all: 2 repeated questions were left out"
 
 
 def test_names_of_files_are_shown_without_their_folders():
@@ -127,7 +132,8 @@ def test_a_file_is_split_like_everything_else(tmp_path):
     assert task.problems(1000, 0, side="test") == task.problems(1000, 0, side="test")
     assert task.problems(1000, 0, side="test")[:4] == task.problems(4, 0, side="test")
     assert {p.key for p in task.problems(1000, 1, side="test")} == {p.key for p in evaluated}
-    assert not {p.key for p in task.examples(20, 0)} & {p.key for p in evaluated}
+    assert task.problems(4, 1, side="test") == task.problems(4, 0, side="test"), "every seed has the same problems"
+    assert not {p.key for p in task.examples(20)} & {p.key for p in evaluated}
 
 
 def test_a_test_set_is_evaluated_whole_and_never_trained_on(tmp_path):
@@ -147,10 +153,11 @@ def test_a_test_set_is_evaluated_whole_and_never_trained_on(tmp_path):
         for batch in [training.batch(step)]
         for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
     }
-    everything = {p.question for p in read_problems(tmp_path / "train.jsonl", "")}
+    everything = {p.question for p in read_problems(tmp_path / "train.jsonl", "")[0]}
     expected = {question for question in everything - tested if side_of(question) == "train"}
     assert {question.removeprefix(tokenizer.bos_token or "") for question in seen} == expected
-    assert trained_questions(specs, tmp_path) == expected
+    trained = trained_questions(specs, tmp_path)
+    assert {question for question in everything if question in trained} == expected
 
 
 def test_training_on_test_sets_alone_is_refused(tmp_path):
@@ -176,14 +183,14 @@ def test_solved_examples_of_a_test_set_come_from_another_file(tmp_path):
     write(tmp_path / "test.jsonl", 40, start=20)
     task = FileTask("test.jsonl:held_out=all,examples=train.jsonl", tmp_path)
     tested = {p.question for p in task.all}
-    examples = task.examples(20, 0)
+    examples = task.examples(20)
     assert len(examples) == 20
     assert not {p.question for p in examples} & tested
-    assert examples == task.examples(20, 0) != task.examples(20, 1)
+    assert examples == task.examples(20)
     with pytest.raises(UsageError, match=r"--num-fewshot is 21, but .* has 20 solved examples"):
-        task.examples(21, 0)
+        task.examples(21)
     with pytest.raises(UsageError, match=r"none of the 40 problems .* training side") as caught:
-        FileTask("test.jsonl:held_out=all", tmp_path).examples(1, 0)
+        FileTask("test.jsonl:held_out=all", tmp_path).examples(1)
     assert "examples=" in caught.value.hint
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rrcli.data.novelty import novelty
 from rrcli.data.splits import TEST_SHARE, VALIDATION_SHARE, content_hash, side_of
 from rrcli.data.tasks import Problem, Task, parse_spec, prompt_of
 from rrcli.demo import defaults
@@ -33,8 +34,8 @@ def test_about_one_text_in_ten_is_for_test_and_one_in_twenty_for_validation() ->
 
 @given(st.text())
 def test_the_split_depends_on_the_text_alone(text: str) -> None:
-    expected = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    assert content_hash(text) == expected.hex()
+    assert content_hash(text) == hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    expected = hashlib.sha256(novelty(text).encode("utf-8", "surrogatepass")).digest()
     assert side_of(text) == ("test" if expected[0] < 26 else "validation" if expected[0] < 39 else "train")
 
 
@@ -133,6 +134,32 @@ def test_the_same_seed_gives_the_same_problems(spec: str) -> None:
 def test_asking_for_more_keeps_the_first() -> None:
     task = Task(SPECS[0])
     assert task.problems(30, 0, side="test")[:10] == task.problems(10, 0, side="test")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_problems_of_two_seeds_are_apart(spec: str) -> None:
+    """Generators make item i from seed + i: drawn so, seeds 0, 1 and 2 evaluated almost the same problems."""
+    task = Task(spec)
+    for side in ("test", "validation"):
+        sets = [{p.key for p in task.problems(30, seed, side=side)} for seed in (0, 1, 2, 5, 15)]
+        assert {len(keys) for keys in sets} == {30}
+        assert len(set().union(*sets)) == 5 * 30
+    assert task.draw(30, 15, side="test")[1] == 15
+
+
+def test_large_seeds_draw_from_other_parts() -> None:
+    task = Task("chain_sum:min_terms=5,max_terms=6,min_digits=3")
+    sets = [{p.key for p in task.problems(30, seed, side="test")} for seed in (0, 16, 17, 42, 1234, 2**40)]
+    assert len(set().union(*sets)) == 6 * 30
+
+
+def test_the_blocks_of_a_small_generator_go_round() -> None:
+    task = Task("chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1")
+    owners = [task.draw(5, seed, side="test")[1] for seed in range(8)]
+    count = max(owners) + 1
+    assert 2 < count < 7
+    assert owners == [seed % count for seed in range(8)]
+    assert task.problems(5, count + 1, side="test") == task.problems(5, 1, side="test")
 
 
 def test_problems_are_distinct_and_a_small_generator_says_how_few_it_has() -> None:

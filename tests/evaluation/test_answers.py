@@ -70,7 +70,7 @@ def test_examples_are_the_same_for_every_problem_and_from_the_training_side(defa
     assert len(heads) == 1
     [head] = heads
     assert head.count("Question:") == 3
-    trained = {p.question for p in data.tasks[0].examples(3, 0)}
+    trained = {p.question for p in data.tasks[0].examples(3)}
     assert {part.partition("\nAnswer:")[0].strip() for part in head.split("Question:")[1:]} == trained
     assert not any(problem.question in head for problem in data.problems)
     assert solve_problems(model, tokenizer, data, depth=0, settings=settings, reporter=Silent()) == records

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -21,6 +20,7 @@ from random import Random
 from typing import Any
 
 from rrcli.data.lines import file_lines, json_objects
+from rrcli.data.novelty import Questions
 from rrcli.data.splits import SIDE_NAMES, Side, side_of
 from rrcli.data.tasks import Problem, Task, parse_spec, tagged
 from rrcli.errors import RRError, UsageError, suggest
@@ -35,6 +35,10 @@ LINE_HINT = 'Write {"question": "...", "answer": "..."} on each line.'
 
 class FileTask:
     """The problems of one file.
+
+    Attributes:
+        all: its distinct problems. repeated: how many lines were left out because they ask one of them again.
+        whole: whether it is a test set. others: the problems of the file that solved examples come from.
 
     Raises:
         UsageError: the file does not exist, or an option is unknown. RRError: a line is not a problem.
@@ -54,19 +58,21 @@ class FileTask:
                 "Write held_out=all to evaluate all of the file, or leave it out to evaluate the held-out tenth.",
             )
         self.whole = "held_out" in options
-        self.all = read_problems(self.path, self.spec)
+        self.all, self.repeated = read_problems(self.path, self.spec)
         self._sides: dict[Side, list[Problem]] = {"train": [], "validation": [], "test": []}
         for problem in self.all:
             self._sides["test" if self.whole else side_of(problem.question)].append(problem)
         other = options.get("examples")
-        self.others = read_problems(task_file(str(other), directory), self.spec) if other else None
+        self.others = read_problems(task_file(str(other), directory), self.spec)[0] if other else None
 
     def on(self, side: Side) -> list[Problem]:
         """Return the problems of one side of the split, in the file's order; of a test set all are on the test side."""
         return self._sides[side]
 
     def problems(self, count: int, seed: int, *, side: Side) -> list[Problem]:
-        """Return `count` problems of one side, drawn by `seed`, or all of them if there are fewer.
+        """Return `count` problems of one side, or all of them if there are fewer: the same for every seed.
+
+        A file ends, so seeds cannot have problems of their own, as they have of a generator (see `Task.draw`).
 
         Raises:
             UsageError: that side has none.
@@ -80,20 +86,20 @@ class FileTask:
                 if side != "train"
                 else "Name a file for solved examples: --task FILE.jsonl:held_out=all,examples=OTHER.jsonl.",
             )
-        return Random(seed).sample(found, len(found))[:count]
+        return Random(0).sample(found, len(found))[:count]
 
-    def examples(self, count: int, seed: int) -> list[Problem]:
+    def examples(self, count: int) -> list[Problem]:
         """Return `count` problems to show as solved examples, none of which is evaluated.
 
         Raises:
             UsageError: there are fewer.
         """
         if self.others is None:
-            pool = self.problems(len(self.all), seed, side="train")
+            pool = self.problems(len(self.all), 0, side="train")
         else:
-            kept = {p.question for side in KEPT for p in self.on(side)}
+            kept = Questions(p.question for side in KEPT for p in self.on(side))
             pool = [p for p in self.others if p.question not in kept]
-            pool = Random(seed).sample(pool, len(pool))
+            pool = Random(0).sample(pool, len(pool))
         if len(pool) < count:
             raise UsageError(f"--num-fewshot is {count}, but task '{self.spec}' has {len(pool)} solved examples")
         return pool[:count]
@@ -137,46 +143,50 @@ def open_task(spec: str, directory: Path) -> Task | FileTask:
     return FileTask(spec, directory) if is_file_task(spec) else Task(spec)
 
 
-def evaluated_whole(tasks: Sequence[Task | FileTask]) -> set[str]:
+def evaluated_whole(tasks: Sequence[Task | FileTask]) -> Questions:
     """Return the questions of test sets: no training may see them, in addition to what the split holds out."""
-    return {p.question for task in tasks if isinstance(task, FileTask) and task.whole for p in task.all}
+    return Questions(p.question for task in tasks if isinstance(task, FileTask) and task.whole for p in task.all)
 
 
-def held_out_questions(tasks: Sequence[Task | FileTask]) -> set[str]:
+def held_out_questions(tasks: Sequence[Task | FileTask]) -> Questions:
     """Return the questions of files that are kept for validation and test; no training may see them, in any form."""
     files = [task for task in tasks if isinstance(task, FileTask)]
-    return {p.question for task in files for side in KEPT for p in task.on(side)}
+    return Questions(p.question for task in files for side in KEPT for p in task.on(side))
 
 
-def trained_questions(specs: Sequence[str], directory: Path) -> set[str]:
+def trained_questions(specs: Sequence[str], directory: Path) -> Questions:
     """Return the questions from files that a training with these tasks may have shown to the model.
 
     Raises:
         RRError: a file is no longer there, or cannot be read.
     """
     tasks = [FileTask(spec, directory) for spec in specs if is_file_task(spec)]
-    seen = {p.question for task in tasks if not task.whole for p in task.on("train")}
-    return seen - evaluated_whole(tasks)
+    tested = evaluated_whole(tasks)
+    seen = (p.question for task in tasks if not task.whole for p in task.on("train"))
+    return Questions(question for question in seen if question not in tested)
 
 
-def read_problems(path: Path, task: str) -> list[Problem]:
-    """Return every problem of a file, in its order.
+def read_problems(path: Path, task: str) -> tuple[list[Problem], int]:
+    """Return every distinct problem of a file, in its order, and how many lines ask one of them again.
+
+    A problem is one question: of lines that ask the same, word for word, the first one counts.
 
     Raises:
         RRError: the file is not UTF-8 or empty, or a line is not a problem; names the line.
     """
-    problems, seen = [], Counter[str]()
+    problems: dict[str, Problem] = {}
+    lines = 0
     for place, value in json_objects(file_lines(path), str(path)):
         question = value.get("question")
         if not isinstance(question, str) or not question.strip():
             raise RRError(f"{place}: no 'question'", LINE_HINT)
         question = question.strip()
         answer, solution = _answer(value.get("answer"), place)
-        problems.append(Problem(task, question, answer, {}, solution, seen[question]))
-        seen[question] += 1
+        problems.setdefault(question, Problem(task, question, answer, {}, solution))
+        lines += 1
     if not problems:
         raise RRError(f"{path} is empty", LINE_HINT)
-    return problems
+    return list(problems.values()), lines - len(problems)
 
 
 def number(text: str) -> Decimal | None:

@@ -17,7 +17,12 @@ from typing import Any
 from rrcli.data.splits import SIDE_NAMES, Side, content_hash, side_of
 from rrcli.errors import UsageError, suggest
 
-# How many candidates are drawn at most for each problem. One in twenty is for validation, and small generators repeat.
+# Training draws problems from the seeds that begin here, evaluation and pretraining from those below.
+TRAINING_SEEDS = 2**30
+# So many seeds have a part of a generator in common; the next part begins so many candidates later.
+SEEDS_APART, PART_STRIDE = 16, 10_000_019
+# If so many candidates in a row bring nothing new, for each problem that is asked for, a generator has no more. (One in
+# twenty is for validation, and small generators repeat.)
 MAX_DRAWS_PER_PROBLEM = 200
 
 
@@ -28,7 +33,6 @@ class Problem:
     Attributes:
         entry: the generator's own record of the problem, which its scorer needs.
         solution: the answer with its working, where the source has it.
-        copy: how many earlier problems of its file ask the same question.
     """
 
     task: str
@@ -36,12 +40,11 @@ class Problem:
     answer: str
     entry: dict[str, Any] = field(default_factory=dict)
     solution: str = ""
-    copy: int = 0
 
     @property
     def key(self) -> str:
         """The hash by which the same problem is recognised in another stage's results."""
-        return content_hash(f"{self.task}\n{self.question}" + (f"\n{self.copy}" if self.copy else ""))
+        return content_hash(f"{self.task}\n{self.question}")
 
     @property
     def difficulty(self) -> str | None:
@@ -81,36 +84,59 @@ class Task:
         self._scorer = self._create(seed=0, size=1)
 
     def problems(self, count: int, seed: int, *, side: Side) -> list[Problem]:
-        """Return `count` distinct problems of one side of the split, the same for the same seed.
+        """Return `count` distinct problems of one side of the split: the same for one seed, others for another seed.
 
-        Validation gets fewer where there are fewer.
+        Validation gets fewer where there are fewer. See `draw`.
 
         Raises:
             UsageError: the generator has too few distinct problems on that side.
         """
+        return self.draw(count, seed, side=side)[0]
+
+    def draw(self, count: int, seed: int, *, side: Side) -> tuple[list[Problem], int]:
+        """Return `count` distinct problems of one side, and the seed that they belong to.
+
+        The distinct problems of a side, in the generator's order, are dealt out in blocks of `count`: the first block
+        belongs to seed 0, the second to seed 1, and so on. So no two seeds share a problem. (Generators make item i
+        from seed + i. Drawn from neighbouring seeds, the sets of two seeds would be almost the same.) Each further
+        SEEDS_APART seeds draw from another part of the generator, so that a large seed takes no longer.
+
+        If the generator ends before the block of a seed, the blocks that there are go round, and the seed that is
+        returned is another one than was asked for.
+
+        Raises:
+            UsageError: there is not a single block. Validation gets what there is instead.
+        """
+        part, block = divmod(seed, SEEDS_APART)
+        patience = count * MAX_DRAWS_PER_PROBLEM
+        limit = (block + 1) * patience
+        if limit >= TRAINING_SEEDS:
+            raise UsageError(f"{count} problems of '{self.spec}' are too many", "Ask for fewer problems.")
         found: dict[str, Problem] = {}
-        for problem in self.stream(seed, limit=count * MAX_DRAWS_PER_PROBLEM, side=side):
-            found.setdefault(problem.question, problem)
-            if len(found) == count:
-                return list(found.values())
-        if side == "validation" and found:
-            return list(found.values())
-        raise UsageError(
-            f"task '{self.spec}' yields only {len(found)} distinct {SIDE_NAMES[side]} problems, {count} were asked for",
-            "Ask for fewer problems, or widen the task's options.",
-        )
+        since = 0
+        for entry in self._entries(part * PART_STRIDE % (TRAINING_SEEDS - limit), limit):
+            since += 1
+            if (problem := self._on(side, entry)) and problem.question not in found:
+                found[problem.question], since = problem, 0
+            if len(found) == (block + 1) * count or since == patience:
+                break
+        blocks = len(found) // count
+        if not blocks and not (side == "validation" and found):
+            raise UsageError(
+                f"task '{self.spec}' yields only {len(found)} distinct {SIDE_NAMES[side]} problems, {count} were asked "
+                "for",
+                "Ask for fewer problems, or widen the task's options.",
+            )
+        block %= max(1, blocks)
+        return list(found.values())[block * count : (block + 1) * count], part * SEEDS_APART + block
 
     def stream(self, seed: int, limit: int, *, side: Side) -> Iterator[Problem]:
         """Yield those of `limit` candidates, drawn from `seed`, that are on one side of the split; they may repeat."""
-        dataset = self._create(seed=seed, size=limit)
-        for index in range(limit):
-            entry = dataset[index]
-            if side_of(entry["question"]) == side and isinstance(entry["answer"], str):
-                yield Problem(self.spec, entry["question"], entry["answer"], entry)
+        return filter(None, (self._on(side, entry) for entry in self._entries(seed, limit)))
 
-    def examples(self, count: int, seed: int) -> list[Problem]:
+    def examples(self, count: int) -> list[Problem]:
         """Return `count` problems to show as solved examples, none of which is evaluated."""
-        return self.problems(count, seed, side="train")
+        return self.problems(count, 0, side="train")
 
     def score(self, answer: str, problem: Problem) -> float:
         """Return the generator's own score of `answer`, in [0, 1]; 1 is a correct answer."""
@@ -122,6 +148,16 @@ class Task:
     def extract(self, output: str) -> str:
         """Return the part of an output that is the answer: the text between answer tags, or all of it."""
         return tagged(output)
+
+    def _entries(self, seed: int, limit: int) -> Iterator[dict[str, Any]]:
+        dataset = self._create(seed=seed, size=limit)
+        return (dataset[index] for index in range(limit))
+
+    def _on(self, side: Side, entry: dict[str, Any]) -> Problem | None:
+        """Return the problem of an entry, or None if it is on another side or has no answer that is text."""
+        if side_of(entry["question"]) != side or not isinstance(entry["answer"], str):
+            return None
+        return Problem(self.spec, entry["question"], entry["answer"], entry)
 
     def _create(self, seed: int, size: int) -> Any:
         from reasoning_gym.factory import create_dataset

@@ -17,7 +17,7 @@ from rrcli.data.problem_files import FileTask, evaluated_whole, held_out_questio
 from rrcli.data.rendering import Example, example_of, solved_problem
 from rrcli.data.sources import Notes, fingerprint, read_split
 from rrcli.data.splits import side_of
-from rrcli.data.tasks import Task
+from rrcli.data.tasks import TRAINING_SEEDS, Task
 from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 from rrcli.files import combine
@@ -25,8 +25,6 @@ from rrcli.recursion.batch import IGNORED, Batch
 from rrcli.recursion.facts import refuse_unknown_tokens
 from rrcli.settings import CommonSettings, TrainSettings
 
-# Training draws problems from the seeds that begin here, evaluation and pretraining from those below.
-TRAINING_SEEDS = 2**30
 # How many documents or problems are tried for one example before giving up.
 CANDIDATES = 64
 
@@ -76,8 +74,8 @@ class TrainingData:
             )
         notes = Notes()
         read = read_split(settings.data, directory, settings.text_field, notes, on_bad_row=settings.on_bad_row)
-        problems = self.evaluated | held_out_questions(tasks)
-        kept = (d for d, side in read if side == "train" and problems.isdisjoint(asked(d)))
+        asked_elsewhere = held_out_questions(tasks)
+        kept = (d for d, side in read if side == "train" and not asked_elsewhere.asked_in(asked(d)))
         forms: dict[Form, Document] = {}
         self.documents = DocumentStore(noting_forms(kept, forms), directory)
         for document in forms.values() if settings.on_bad_row == "error" else ():

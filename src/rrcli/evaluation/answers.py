@@ -53,8 +53,7 @@ def solve_problems(
     log = log or SampleLog()
     stop = stop_strings(settings.stop)
     examples = {
-        task.spec: task.examples(settings.num_fewshot, settings.seed) if settings.num_fewshot > 0 else []
-        for task in data.tasks
+        task.spec: task.examples(settings.num_fewshot) if settings.num_fewshot > 0 else [] for task in data.tasks
     }
     texts = [question_text(tokenizer, p.question, examples[p.task], settings) for p in data.problems]
     prompts = [encode_question(tokenizer, text, settings) for text in texts]

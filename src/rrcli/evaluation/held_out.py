@@ -13,9 +13,9 @@ from rrcli.data.document_store import DocumentStore
 from rrcli.data.problem_files import FileTask, open_task
 from rrcli.data.rendering import text_of
 from rrcli.data.sources import Notes, read_split
-from rrcli.data.splits import Side
-from rrcli.data.tasks import MAX_DRAWS_PER_PROBLEM, Problem, Task
-from rrcli.data.training_data import TRAINING_SEEDS, task_specs
+from rrcli.data.splits import SIDE_NAMES, Side
+from rrcli.data.tasks import Problem, Task
+from rrcli.data.training_data import task_specs
 from rrcli.errors import RRError, UsageError
 from rrcli.settings import CommonSettings, EvalSettings, TrainSettings
 
@@ -74,20 +74,15 @@ def held_out_data(
 
     Args:
         problems_per_task: how many problems of each task; validation takes fewer where there are fewer.
-        max_samples: how many documents at most; 0 means all. side: 'test', or 'validation' for choices.
-        seeds: whose problems; `problems_per_task` of each. By default those of the settings' seed.
+        max_samples: how many documents at most, the same for every seed; 0 means all.
+        side: 'test', or 'validation' for choices.
+        seeds: whose problems, `problems_per_task` of each; more than one for a stage that is compared with the runs of
+            several seeds. By default that of the settings.
 
     Raises:
         RRError: no document of the source is on the test side, or nothing at all on the validation side.
-        UsageError: the seed reaches into those of training.
+        UsageError: a task has too few problems; for example, fewer than all these seeds need.
     """
-    seeds = seeds or (settings.seed,)
-    if max(seeds) + problems_per_task * MAX_DRAWS_PER_PROBLEM > TRAINING_SEEDS:
-        raise UsageError(
-            f"--seed {max(seeds)} with {problems_per_task} problems per task reaches into the seeds of training, "
-            f"which begin at {TRAINING_SEEDS}",
-            "Take a smaller --seed, or fewer problems.",
-        )
     notes = Notes()
     read = read_split(settings.data, directory, settings.text_field, notes, on_bad_row=settings.on_bad_row)
     documents: Sequence[Document] = DocumentStore((d for d, on in read if on == side), directory)
@@ -98,8 +93,9 @@ def held_out_data(
         )
     held_out = len(documents)
     if 0 < max_samples < held_out:
-        documents = Random(settings.seed).sample(documents, max_samples)
+        documents = Random(0).sample(documents, max_samples)
     tasks = tuple(open_task(spec, directory) for spec in task_specs(settings)) if reasoning else ()
+    lacking: list[str] = []
     if side == "validation":
         lacking = [task.spec for task in tasks if isinstance(task, FileTask) and not task.on(side)]
         tasks = tuple(task for task in tasks if task.spec not in lacking)
@@ -109,12 +105,35 @@ def held_out_data(
                 f"nothing of {', '.join(lacking)} is on the validation side of the split (a twentieth)",
                 "Give more documents or problems (about 100 or more); --eval-interval 0 trains without validation.",
             )
-    drawn = [p for seed in seeds for task in tasks for p in task.problems(problems_per_task, seed, side=side)]
-    problems = tuple({problem.key: problem for problem in drawn}.values())  # of a small file, all seeds have the same
-    notice = notes.notice(settings.data)
-    if side == "validation" and lacking:
-        notice = "\n".join(filter(None, (notice, f"nothing to validate with in: {', '.join(lacking)}")))
-    return EvalData(tuple(documents), tasks, problems, PROMPTS, settings.data, notice=notice, held_out=held_out)
+    problems: list[Problem] = []
+    said = [notes.notice(settings.data)]
+    for task in tasks:
+        found, sentence = _problems(task, problems_per_task, seeds or (settings.seed,), side)
+        problems += found
+        said.append(sentence)
+    if lacking:
+        said.append(f"nothing to validate with in: {', '.join(lacking)}")
+    notice = "\n".join(filter(None, said))
+    return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data, notice=notice, held_out=held_out)
+
+
+def _problems(task: Task | FileTask, count: int, seeds: Sequence[int], side: Side) -> tuple[list[Problem], str]:
+    """Return the problems of a task for all these seeds, each once, and a sentence about what is not as asked, or ''.
+
+    Raises:
+        UsageError: two seeds would have the same problems of a generator.
+    """
+    if isinstance(task, FileTask):
+        said = f"{task.spec}: {task.repeated:,} repeated questions were left out" if task.repeated else ""
+        return task.problems(count, seeds[0], side=side), said
+    drawn = [task.draw(count, seed, side=side) for seed in seeds]
+    owners = [owner for _, owner in drawn]
+    told = [f"{seed} gets those of seed {owner}" for seed, owner in zip(seeds, owners, strict=True) if seed != owner]
+    said = f"{task.spec} has too few {SIDE_NAMES[side]} problems for {count} of every seed's own: {'; '.join(told)}"
+    if len(set(owners)) < len(seeds) and side == "test":
+        raise UsageError(said, "Take fewer --problems, or fewer seeds.")
+    found = {problem.key: problem for problems, _ in drawn for problem in problems}
+    return list(found.values()), said if told else ""
 
 
 def showable(data: EvalData, tokenizer: Any, settings: EvalSettings | TrainSettings) -> EvalData:

@@ -12,6 +12,7 @@ from typing import Any
 from rrcli.comparison.preservation import Preservation, check_preserved
 from rrcli.comparison.results import read_results
 from rrcli.configuration import load
+from rrcli.data.novelty import Questions
 from rrcli.data.problem_files import FileTask, trained_questions
 from rrcli.data.prompts import read_prompts, stop_strings
 from rrcli.data.tokens import end_notice, text_ids
@@ -185,8 +186,8 @@ def _tell_about(data: EvalData, settings: EvalSettings, reporter: Reporter) -> N
         reporter.note(data.notice)
     if len(data.documents) < data.held_out:
         reporter.warn(
-            f"only {len(data.documents):,} of {data.held_out:,} held-out documents are scored (--max-samples, chosen "
-            f"with seed {settings.seed}): for trying out, not for claims"
+            f"only {len(data.documents):,} of {data.held_out:,} held-out documents are scored (--max-samples): "
+            "for trying out, not for claims"
         )
 
 
@@ -260,12 +261,12 @@ def _check_problems(
     stop_strings(settings.stop)
     for task in data.tasks:
         if settings.num_fewshot > 0:
-            task.examples(settings.num_fewshot, settings.seed)
+            task.examples(settings.num_fewshot)
         if isinstance(task, FileTask):
             count = sum(problem.task == task.spec for problem in data.problems)
             rest = "" if task.whole else "; the rest is for training (FILE.jsonl:held_out=all evaluates all of it)"
             reporter.note(f"{task.spec}: {count} of its {len(task.all)} problems are evaluated{rest}")
-    seen = trained_questions(training.get("tasks", ()), directory) if training else set()
+    seen = trained_questions(training.get("tasks", ()), directory) if training else Questions()
     for task in data.tasks:
         spoiled = [p for p in data.problems if p.task == task.spec and p.question in seen]
         if spoiled:
