@@ -133,7 +133,7 @@ def _problems(task: Task | FileTask, count: int, seeds: Sequence[int], side: Sid
     if len(set(owners)) < len(seeds) and side == "test":
         raise UsageError(said, "Take fewer --problems, or fewer seeds.")
     found = {problem.key: problem for problems, _ in drawn for problem in problems}
-    return list(found.values()), said if told else ""
+    return list(found.values()), said if told and side == "test" else ""
 
 
 def showable(data: EvalData, tokenizer: Any, settings: EvalSettings | TrainSettings) -> EvalData:
