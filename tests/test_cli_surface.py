@@ -464,6 +464,12 @@ def test_a_dry_run_plans_every_step_and_writes_nothing(tmp_path: Path) -> None:
         "rr eval --stage finetuned_recursive",
     ]
     assert {step["status"] for step in steps} == {"missing"}
+    more = json.loads(rr("run", "--dry-run", "--json", "--equal-flops", directory=tmp_path).stdout)["steps"]
+    assert [step["command"] for step in more[len(steps) :]] == [
+        "rr train --mode vanilla --match-flops finetuned_recursive",
+        "rr eval --stage vanilla_equal_flops",
+    ]
+    assert {"kind": "train", "stage": "vanilla_equal_flops", "seed": 0}.items() <= more[-2].items()
     assert list(tmp_path.iterdir()) == []
 
 

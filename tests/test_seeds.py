@@ -173,3 +173,22 @@ def test_an_evaluation_with_a_seed_measures_its_replicate_again(experiment: Path
     again = json.loads(done.stdout)
     assert (again["seed"], again["records"]) == (1, before["records"])
     assert set(statuses(experiment).values()) == {"done"}
+
+
+def test_a_control_whose_flops_cannot_be_counted_is_left_out_and_all_else_is_done(
+    experiment: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(experiment, tmp_path / "copy"))
+    last = checkpoints(folder / "checkpoints" / "finetuned_recursive-seed1")[-1] / "metrics.json"
+    saved = json.loads(last.read_text())
+    saved["training"]["uncounted"] = ["my_kernel"]
+    last.write_text(json.dumps(saved))
+    plan = statuses(folder)
+    control = "rr train --mode vanilla --match-flops finetuned_recursive --seed 1"
+    assert plan[control] == plan["rr eval --stage vanilla_equal_flops --seed 1"] == "impossible"
+    assert "impossible" in rr("status", folder=folder, **SMALL).stdout
+    done = rr("run", folder=folder, **SMALL)
+    assert done.returncode == 0, done.stderr
+    assert f"{control} is left out" in done.stderr
+    assert "my_kernel" in done.stderr
+    assert done.stderr.count("done already") == 14

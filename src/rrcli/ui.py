@@ -41,7 +41,7 @@ STAGE_WIDTH, LABEL_WIDTH = 25, 20
 VERDICT_STYLES = {"better": "green", "worse": "red", "same": "cyan", "not comparable": "yellow"}
 # The colour of a token by the passes that it took after pass 0.
 PASS_STYLES = ("", "cyan", "magenta", "yellow", "green", "blue", "red")
-STATUS_STYLES = {"done": "green", "missing": "yellow", "stale": "yellow", "unfinished": "cyan"}
+STATUS_STYLES = {"done": "green", "missing": "yellow", "stale": "yellow", "unfinished": "cyan", "impossible": "red"}
 # Control characters that act on a terminal: all of C0 and C1, and DEL, but for line feeds and tabs.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # What is written for the few characters of ours that an output of another encoding than UTF-8 may lack: one for one, so

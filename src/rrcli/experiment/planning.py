@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from rrcli.configuration import SETTINGS_FILE
 from rrcli.data.sources import refuse_stdin
+from rrcli.errors import RRError
 from rrcli.experiment.identity import (
     data_identity,
     eval_inputs,
@@ -37,6 +38,7 @@ from rrcli.models.source import base_of
 from rrcli.settings import CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings, with_changes
 
 DONE = "done"
+IMPOSSIBLE = "impossible"
 
 
 class Load(Protocol):
@@ -52,7 +54,8 @@ class Step:
     Attributes:
         kind: setup, eval, surgery or train.
         replicate: what it makes or measures; None for setup.
-        status: done, missing, stale (made from other inputs) or unfinished; detail: why, in a few words.
+        status: done, missing, stale (made from other inputs), unfinished, or impossible: the control where FLOPs cannot
+            be counted. detail: why, in a few words.
     """
 
     kind: str
@@ -102,7 +105,8 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
         waiting = [step for step in waiting if step.kind != "setup" and step.status != DONE]
         if waiting:
             there = one is not None and _exists(kind, one, directory, load)
-            step = Step(kind, one, "stale" if there else "missing", _after(waiting[0], one))
+            status = IMPOSSIBLE if waiting[0].status == IMPOSSIBLE else "stale" if there else "missing"
+            step = Step(kind, one, status, _after(waiting[0], one))
         else:
             step = status_of(kind, one, directory, load)
         if kind == "setup" and new_options and step.status == DONE:
@@ -176,7 +180,10 @@ def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> 
     training, mode = with_changes(load(TrainSettings), seed=one.seed), TRAINED[one.stage]
     start = workspace.base() if mode == "vanilla" else workspace.stage_model(SURGERY_STAGE)
     training = training if mode == "vanilla" else workspace.as_operated(training)
-    flops = workspace.spent_flops(RECURSIVE_STAGE) if one.stage == EQUAL_FLOPS_STAGE else 0.0
+    try:
+        flops = workspace.spent_flops(RECURSIVE_STAGE) if one.stage == EQUAL_FLOPS_STAGE else 0.0
+    except RRError as error:
+        return Step(kind, one, IMPOSSIBLE, error.message)
     identity = data_identity(training, directory)
     span = workspace.vanilla_span(training) if mode == "vanilla" else None
     expected = train_inputs(

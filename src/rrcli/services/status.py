@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError
-from rrcli.experiment.planning import DONE, Load, Step, plan, status_of
+from rrcli.experiment.planning import DONE, IMPOSSIBLE, Load, Step, plan, status_of
 from rrcli.experiment.replicates import TRAINED, Replicate
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import METRICS_FILE, checkpoints, read_json, step_of
@@ -25,7 +25,7 @@ class StageStatus:
 
     Attributes:
         name: that of its files. stage, seed: None for a run that is of no stage.
-        model, results: done, missing, stale or unfinished; empty where the stage has none.
+        model, results: done, missing, stale, unfinished or impossible; empty where the stage has none.
         detail: why a status is not `done`, in a few words.
         checkpoint: the last complete one. step, steps: its step, and the last step of the training. bytes: the size of
             all checkpoints of the run.
@@ -136,7 +136,7 @@ def status(directory: Path, load: Load) -> Status:
             by_task |= {(kind, one): _looked_up(kind, one, directory, load) for kind in ("train", "eval")}
         stages.append(_stage(workspace, one, by_task))
     others = [_other(workspace, run) for run in runs if run not in [stage.name for stage in stages]]
-    following = next((step.command for step in steps if step.status != DONE), "rr compare")
+    following = next((step.command for step in steps if step.status not in (DONE, IMPOSSIBLE)), "rr compare")
     return Status(directory, list(workspace.settings.all_seeds), stages + others, following)
 
 
