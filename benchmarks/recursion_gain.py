@@ -37,7 +37,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rrcli.evaluation.stats import mcnemar, wilson
+from rrcli.evaluation.paired import PairedAnswers
+from rrcli.evaluation.stats import wilson
 from rrcli.files import checkpoints, write_json
 from rrcli.recursion.feedback_cell import FeedbackCell
 
@@ -196,9 +197,9 @@ def table(title: str, by_row: dict[str, list[Answers]], reference: list[Answers]
         differences, p_values = [], []
         for answers, base in zip(seeds, reference, strict=False):
             keys = sorted(answers.correct.keys() & base.correct.keys())
-            found = mcnemar([answers.correct[k] for k in keys], [base.correct[k] for k in keys])
+            found = PairedAnswers.of([answers.correct[k] for k in keys], [base.correct[k] for k in keys])
             differences.append(f"{100 * found.value:+.1f}")
-            p_values.append(f"{found.p_value:.1g}")
+            p_values.append(f"{found.p_value():.1g}")
         accuracy, passes = mean(a.accuracy for a in seeds), mean(a.passes for a in seeds)
         paired = "| | |" if seeds is reference else f"| {' '.join(differences)} | {' '.join(p_values)} |"
         lines.append(f"| {name} | {accuracy:.1f} | {passes:.2f} {paired}")
@@ -215,11 +216,11 @@ def ablation_table(title: str, folders: dict[str, Path], reference: Answers) -> 
         results = read(folder / "eval_results", RECURSIVE)
         depths = [at_depth(results, depth) for depth in range(results["model"]["depth"] + 1)]
         keys = sorted(reference.correct)
-        found = mcnemar([depths[-1].correct[k] for k in keys], [reference.correct[k] for k in keys])
+        found = PairedAnswers.of([depths[-1].correct[k] for k in keys], [reference.correct[k] for k in keys])
         (spent,) = spent_by([folder], RECURSIVE)
         accuracies = ", ".join(f"{answers.accuracy:.1f}" for answers in depths)
         lines.append(
-            f"| {name} | {accuracies} | {100 * found.value:+.1f} | {found.p_value:.1g} | {spent['flops']:.3g} |"
+            f"| {name} | {accuracies} | {100 * found.value:+.1f} | {found.p_value():.1g} | {spent['flops']:.3g} |"
         )
     return lines
 
@@ -261,7 +262,7 @@ def by_difficulty(folders: list[Path]) -> tuple[list[str], dict[str, dict[str, l
     lines = ["| problems | n | " + " | ".join(f"{name}, %" for name in columns) + " | p |", "|---" * 7 + "|"]
     for name, group in groups.items():
         shares = " | ".join(f"{100 * mean(group[column]):.1f}" for column in columns)
-        p_value = mcnemar(group["recursive"], group["vanilla"]).p_value
+        p_value = PairedAnswers.of(group["recursive"], group["vanilla"]).p_value()
         lines.append(f"| {name} | {len(group['vanilla'])} | {shares} | {p_value:.1g} |")
     return lines, groups
 

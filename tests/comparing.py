@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rrcli.comparison.results import Cell, Comparison
+from rrcli.comparison.results import Cell, Comparison, Judgement
 from rrcli.evaluation import metrics
 from rrcli.files import finite, write_json
 from rrcli.services.compare import compare
@@ -83,14 +83,21 @@ def publish(directory: Path, *stages: dict[str, Any]) -> None:
         write_json(directory / "eval_results" / f"{value['stage']}_results.json", finite(value))
 
 
-def compared(directory: Path, *stages: dict[str, Any], alpha: float = 0.05) -> Comparison:
+def compared(directory: Path, *stages: dict[str, Any], **options: Any) -> Comparison:
+    """Publish results and compare them, with options of `[compare]`."""
     publish(directory, *stages)
-    return compare(CompareSettings(alpha=alpha), [], directory)
+    return compare(CompareSettings(**options), [], directory)
 
 
 def cell(comparison: Comparison, name: str, stage: str) -> Cell:
     row = next(row for row in comparison.rows if row.metric.name == name)
-    return row.cells[comparison.stages.index(stage)]
+    return row.cells[comparison.labels.index(stage)]
+
+
+def judged(comparison: Comparison, metric: str) -> Judgement:
+    """Return what is said of the only primary claim about a metric."""
+    (found,) = [each for each in comparison.judgements if each.claim.metric.name == metric]
+    return found
 
 
 def sentence(comparison: Comparison, *parts: str) -> str:

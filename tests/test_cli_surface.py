@@ -75,7 +75,7 @@ EVAL = (
     | {"--chat-template", "--no-chat-template", "--tensorboard", "--no-tensorboard"}
     | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "generation", "performance")}
 )
-COMPARE = {"--alpha", "--gate", "--gate-significant", "--no-gate-significant"}
+COMPARE = {"--primary", "--margin", "--alpha", "--gate", "--gate-significant", "--no-gate-significant"}
 OWN = {
     "setup": COMMON | {"--overwrite"},
     "surgery": LOADING | SURGERY | {"--overwrite", "--dry-run", "--verify", "--no-verify", "--hash", "--export"},
@@ -443,7 +443,7 @@ def test_json_is_one_object_with_a_schema_alone_on_stdout(measured: Path, argume
         raise AssertionError(f"{name} is no JSON")
 
     value = json.loads(shown.stdout, parse_constant=no_constant)
-    assert re.fullmatch(r"rr\.\w+/1", value["schema"])
+    assert re.fullmatch(r"rr\.\w+/\d", value["schema"])
     assert shown.stdout.count("\n") == 1
     if arguments[0] == "compare":
         assert value["stages"] == (arguments[1:] or list(STAGES))

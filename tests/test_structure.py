@@ -257,13 +257,14 @@ def test_a_quick_command_loads_no_torch(tmp_path: Path, arguments: list[str], co
     assert not HEAVY.intersection(loaded)
 
 
-@pytest.mark.parametrize(("command", "budget"), [("--help", 400), ("compare", 420), ("status", 410)])
+@pytest.mark.parametrize(("command", "budget"), [("--help", 400), ("compare", 530), ("status", 410)])
 def test_a_quick_command_loads_few_modules(tmp_path: Path, command: str, budget: int) -> None:
     """A quick command answers in a fraction of a second because it loads little: that is what the budget guards.
 
     Most of its time is importing, and one careless import at the top of a file brings hundreds of modules. Their
     number is the same on every machine, however busy, which seconds are not. Budgets are about a tenth above what the
-    commands load; raise one only if what a command has to load for its answer has grown.
+    commands load; raise one only if what a command has to load for its answer has grown. That of `rr compare` holds
+    numpy, which flips signs.
     """
     done, loaded = watched([command], tmp_path)
     assert done.returncode == 0, done.stderr

@@ -30,12 +30,13 @@ PARTS = "What is measured"
 TRACKING = "Evaluation, checkpoints and logs during training"
 COMPUTE = "Device, speed and memory"
 SAMPLING = "Sampling"
+CLAIMS = "Claims"
 GATES = "Gates"
 FILES = "Files and folders"
 OUTPUT = "Output"
 PANELS = (
     *(EVERYDAY, MODEL, EXAMPLES, OPTIMISER, RECURSION, LORA, LOSS, PERPLEXITY, PROBLEMS, PARTS, TRACKING),
-    *(COMPUTE, SAMPLING, GATES, FILES, OUTPUT),
+    *(COMPUTE, SAMPLING, CLAIMS, GATES, FILES, OUTPUT),
 )
 
 
@@ -516,12 +517,30 @@ class CompareSettings(CommonSettings):
 
     SECTION = "compare"
 
+    primary: tuple[str, ...] = option(
+        (
+            "reasoning_accuracy: finetuned_recursive > finetuned_vanilla",
+            "perplexity: finetuned_recursive < finetuned_vanilla + 1 %",
+        ),
+        "Claim that the experiment stands for; declare it before the first evaluation of a fine-tuned stage. Form: "
+        "METRIC: STAGE > STAGE, or < ; '+ MARGIN' or '- MARGIN' after it; or METRIC: STAGE ~ STAGE within MARGIN "
+        "(equivalent). Repeat for several; they are corrected together, all else is exploratory.",
+        reaches=NOTHING,
+        panel=CLAIMS,
+    )
+    margin: tuple[str, ...] = option(
+        ("reasoning_accuracy: 1 point", "perplexity: 1 %"),
+        "Difference up to which two stages are equivalent, as METRIC: MARGIN. Repeat for several metrics.",
+        reaches=NOTHING,
+        panel=CLAIMS,
+    )
     alpha: float = option(
         0.05,
-        "Significance level of all verdicts together (family-wise error rate).",
+        "Significance level of all primary claims together (family-wise error rate).",
         reaches=NOTHING,
-        minimum=0,
-        maximum=1,
+        panel=CLAIMS,
+        minimum=0.0001,
+        maximum=0.5,
     )
     generations: bool = option(
         False, "Also show the stages' continuations of each prompt, side by side.", reaches=NOTHING, in_run=None
@@ -529,12 +548,16 @@ class CompareSettings(CommonSettings):
     gate: tuple[str, ...] = option(
         (),
         "Condition on the measured values; exit code 3 if it does not hold. Form: SIDE > SIDE, or with < >= <= ==; a "
-        "side is STAGE.METRIC, NUMBER * STAGE.METRIC or a number. Repeat for several.",
+        "side is STAGE.METRIC, NUMBER * STAGE.METRIC or a number. Or a claim as in --primary, which has to be shown. "
+        "Repeat for several.",
         reaches=NOTHING,
         panel=GATES,
     )
     gate_significant: bool = option(
-        False, "A gate holds only if the paired test shows the difference too, at alpha.", reaches=NOTHING, panel=GATES
+        False,
+        "A gate holds only if the test shows the difference too, at the corrected level.",
+        reaches=NOTHING,
+        panel=GATES,
     )
     format: str = option(
         "auto",

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 160
 # Columns that a stage needs for a difference beside its interval, and the names of the metrics.
 STAGE_WIDTH, LABEL_WIDTH = 25, 20
-VERDICT_STYLES = {"better": "green", "worse": "red", "same": "cyan", "not comparable": "yellow"}
+VERDICT_STYLES = {"better": "green", "not worse": "green", "worse": "red", "equivalent": "cyan", "same": "cyan"}
+VERDICT_STYLES |= {"inconclusive": "yellow", "not comparable": "yellow", "too few": "yellow"}
 # The colour of a token by the passes that it took after pass 0.
 PASS_STYLES = ("", "cyan", "magenta", "yellow", "green", "blue", "red")
 STATUS_STYLES = {"done": "green", "missing": "yellow", "stale": "yellow", "unfinished": "cyan", "impossible": "red"}
@@ -190,10 +191,10 @@ def show_json(schema: str, value: Mapping[str, Any]) -> None:
     print(_json(schema, value), end="")
 
 
-def _json(schema: str, value: Mapping[str, Any]) -> str:
+def _json(schema: str, value: Mapping[str, Any], version: int = 1) -> str:
     from rrcli.files import finite
 
-    return json.dumps({"schema": f"rr.{schema}/1", **finite(value)}, allow_nan=False, default=str) + "\n"
+    return json.dumps({"schema": f"rr.{schema}/{version}", **finite(value)}, allow_nan=False, default=str) + "\n"
 
 
 def show_next(what: str, where: Any, command: str) -> None:
@@ -411,7 +412,8 @@ def show_status(status: Status) -> None:
 def comparison_text(comparison: Comparison, form: str) -> str:
     """Return a comparison as 'table', 'json', 'csv' or 'markdown', without colour."""
     if form == "json":
-        return _json("comparison", {key: value for key, value in comparison.to_dict().items() if key != "schema"})
+        value = comparison.to_dict()
+        return _json("comparison", {key: each for key, each in value.items() if key != "schema"}, value["schema"])
     if form in ("csv", "markdown"):
         return formats.csv_text(comparison) if form == "csv" else formats.markdown(comparison)
     file = io.StringIO()
@@ -425,15 +427,14 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
     if comparison.broken_surgery:
         console.print(f"[bold red]{escape(comparison.broken_surgery)}[/bold red]")
     wide = console.width >= LABEL_WIDTH + STAGE_WIDTH * len(comparison.stages)
-    table = _stage_table("Metric", comparison.stages, wide, justify="right")
+    table = _stage_table("Metric", comparison.labels, wide, justify="right")
     for row in comparison.rows:
         label = formats.row_label(row)
         if not wide:
             label = label.replace("  ", " ", 1).replace(", ", "\n", 1)
         table.add_row(escape(label), *[_cell(cell, row, wide) for cell in row.cells])
-        if row.depths:
-            values = [formats.depth_line(depths, row, wide=wide) for depths in row.depths]
-            table.add_row(formats.depth_label(row), *values, style="dim")
+        for line in formats.own_lines(row, wide=wide):
+            table.add_row(*line, style="dim")
     console.print(table)
     console.print(f"[dim]{escape(formats.note(comparison))}[/dim]")
     for sentence in comparison.sentences:
@@ -445,7 +446,7 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
         mark = "[green]holds[/green]" if gate.holds else "[red]does not hold[/red]"
         console.print(f"gate {escape(gate.gate)}: {mark} ({gate.left:.6g} and {gate.right:.6g})")
     if comparison.generations:
-        table = _stage_table("Prompt", comparison.stages, wide, justify="left", lines=True)
+        table = _stage_table("Prompt", comparison.labels, wide, justify="left", lines=True)
         for generation in comparison.generations:
             table.add_row(escape(generation.prompt), *["-" if t is None else escape(t) for t in generation.texts])
         console.print(table)

@@ -72,8 +72,8 @@ def test_a_file_may_be_named_by_its_path(tmp_path: Path) -> None:
     publish(tmp_path, results("baseline"))
     write_json(tmp_path / "other.json", results("finetuned_vanilla", gain=0.1, solved=30, wobble=0.02))
     comparison = compare(CompareSettings(), ["baseline", "other.json"], tmp_path)
-    assert comparison.stages == ["baseline", "other.json"]
-    assert cell(comparison, "perplexity", "other.json").verdict == "better"
+    assert comparison.labels == ["baseline", "other.json"]
+    assert (cell(comparison, "perplexity", "other.json").p_value or 1) < 0.001
     with pytest.raises(UsageError, match="does not exist"):
         compare(CompareSettings(), ["baseline", "absent.json"], tmp_path)
 
@@ -101,7 +101,9 @@ def test_the_json_form_holds_no_nan(tmp_path: Path) -> None:
 def test_the_json_form_is_what_is_shown(tmp_path: Path) -> None:
     comparison = compared(tmp_path, *four_stages())
     value = comparison.to_dict()
-    assert value["alpha"] == 0.05
+    assert (value["schema"], value["alpha"]) == (2, 0.05)
+    assert [claim["claim"] for claim in value["claims"]] == list(CompareSettings().primary)
+    assert value["claims"][0]["shown"] is True
     assert value["sentences"] == comparison.sentences
     (row,) = [row for row in value["rows"] if row["name"] == "reasoning_accuracy"]
     assert row["better"] == "higher"

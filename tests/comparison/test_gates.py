@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import scipy.stats
 
 from comparing import four_stages, publish, results
 from rrcli.comparison.gates import require_gates
@@ -95,6 +96,68 @@ def test_a_gate_looks_at_values_unless_significance_is_asked_for(tmp_path: Path)
 def test_significance_of_what_has_no_test_is_a_usage_error(stages: Path, gate: str) -> None:
     with pytest.raises(UsageError, match="has no test of significance"):
         checked(stages, gate, significant=True)
+
+
+@pytest.mark.parametrize(
+    ("gate", "holds"),
+    [
+        ("perplexity: finetuned_vanilla < baseline + 1 %", True),
+        ("perplexity: finetuned_vanilla ~ baseline within 1 %", True),
+        ("perplexity: finetuned_vanilla ~ baseline", True),
+        ("perplexity: finetuned_vanilla ~ baseline within 0.01 %", False),
+        ("perplexity: finetuned_vanilla < baseline", False),
+        ("reasoning_accuracy: finetuned_vanilla > baseline - 10 points", True),
+        ("reasoning_accuracy: finetuned_vanilla > baseline - 1 point", False),
+    ],
+)
+def test_a_gate_may_ask_for_equivalence_or_for_no_harm(tmp_path: Path, gate: str, holds: bool) -> None:
+    publish(tmp_path, results("baseline"), results("finetuned_vanilla", solved=4, spoiled=4, wobble=0.01))
+    (found,) = checked(tmp_path, gate)
+    assert found.holds == holds
+    assert found.p_adjusted is not None
+    assert (found.p_adjusted <= 0.05) == holds
+
+
+def test_a_factor_with_significance_is_a_margin(tmp_path: Path) -> None:
+    publish(tmp_path, results("baseline"), results("finetuned_vanilla", gain=-0.005, wobble=0.01))
+    worse, margin = (f"finetuned_vanilla.perplexity < {factor} * baseline.perplexity" for factor in ("1.001", "1.02"))
+    assert not checked(tmp_path, worse, significant=True)[0].holds
+    (found,) = checked(tmp_path, margin, significant=True)
+    (claim,) = checked(tmp_path, "perplexity: finetuned_vanilla < baseline + 2 %")
+    assert found.holds
+    assert found.p_adjusted == claim.p_adjusted
+
+
+def test_a_gate_uses_the_corrected_level(tmp_path: Path) -> None:
+    """Twelve against three is p = 0.035; beside two primary claims that is not enough."""
+    publish(tmp_path, results("baseline"), results("finetuned_vanilla", solved=12, spoiled=3))
+    (found,) = checked(tmp_path, NOISE, significant=True)
+    assert not found.holds
+    assert found.p_adjusted == pytest.approx(3 * scipy.stats.binomtest(3, 15).pvalue)
+    claim = "reasoning_accuracy: finetuned_vanilla > baseline"
+    (found,) = compare(CompareSettings(gate=(NOISE,), gate_significant=True, primary=(claim,)), [], tmp_path).gates
+    assert found.holds, "as the only primary claim it needs no correction"
+
+
+def test_gates_do_not_change_the_correction_of_primary_claims(stages: Path) -> None:
+    gate = "perplexity: finetuned_vanilla < baseline"
+    plain, gated = (compare(CompareSettings(gate=gates), [], stages) for gates in ((), (gate,)))
+    assert [each.to_dict() for each in plain.judgements] == [each.to_dict() for each in gated.judgements]
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("perplexity: finetuned_vanila < baseline", "names stage 'finetuned_vanila'"),
+        ("perplexity: finetuned_vanilla < baseline + 1", "are in %"),
+        ("memory_mb: finetuned_vanilla < baseline", "not one that is tested"),
+    ],
+)
+def test_a_claim_that_cannot_be_read_is_a_usage_error_of_the_gate(stages: Path, gate: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        checked(stages, gate)
+    assert f"the gate '{gate}'" in caught.value.message
+    assert message in caught.value.message
 
 
 def test_gates_that_fail_are_named_with_both_values() -> None:

@@ -130,11 +130,13 @@ def broken_stages() -> list[dict[str, Any]]:
 def test_compare_says_it_first_and_claims_nothing_about_recursion(tmp_path: Path) -> None:
     comparison = compared(tmp_path, *broken_stages())
     assert comparison.sentences[0].startswith("Surgery did NOT preserve the baseline: 200 of 200 problems' answers")
-    assert {claim.what for claim in comparison.claims} == {"Fine-tuning without recursion"}
+    assert {(each.verdict, each.shown) for each in comparison.judgements} == {("no claim", False)}
     assert not [text for text in comparison.sentences if "Recursion, beyond" in text or "Cost of recursion" in text]
     assert any("without recursion" in text for text in comparison.sentences), "what is known of vanilla stays"
-    column = comparison.stages.index("finetuned_recursive")
-    assert not {row.cells[column].verdict for row in comparison.rows} & {"better", "worse", "differs"}
+    column = comparison.labels.index("finetuned_recursive")
+    cells = [row.cells[column] for row in comparison.rows]
+    assert not {cell.verdict for cell in cells} & {"better", "worse", "differs", "equivalent", "inconclusive"}
+    assert {cell.p_value for cell in cells} == {None}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""Statistics against scipy, against their definitions, and against what they promise under simulation."""
+"""Statistics of one stage, and corrections: against scipy, their definitions, and their promise under simulation."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -39,94 +38,16 @@ def test_wilson_needs_a_trial() -> None:
         stats.wilson(0, 0)
 
 
-# -- the same problems answered twice ----------------------------------------------------------------------------------
-
-
-def pairs_of(both: int, only_a: int, only_b: int, neither: int) -> tuple[list[bool], list[bool]]:
-    cells = [(True, True)] * both + [(True, False)] * only_a + [(False, True)] * only_b + [(False, False)] * neither
-    return [a for a, _ in cells], [b for _, b in cells]
-
-
-@pytest.mark.parametrize(
-    ("both", "only_a", "only_b", "neither"),
-    [(10, 0, 5, 10), (0, 1, 0, 0), (5, 7, 7, 5), (100, 30, 12, 58), (3, 1, 9, 3), (0, 900, 800, 0), (2, 1500, 1400, 9)],
-)
-def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs(
-    both: int, only_a: int, only_b: int, neither: int
-) -> None:
-    found = stats.mcnemar(*pairs_of(both, only_a, only_b, neither))
-    expected = scipy.stats.binomtest(only_a, only_a + only_b, 0.5).pvalue
-    assert found.p_value == pytest.approx(expected, rel=1e-9)
-    n = both + only_a + only_b + neither
-    assert found.value == pytest.approx((only_a - only_b) / n)
-    assert found.n == n
-    assert found.low <= found.value <= found.high
-
-
-def test_mcnemar_interval_is_agresti_min() -> None:
-    both, only_a, only_b, neither = 40, 13, 4, 23
-    found = stats.mcnemar(*pairs_of(both, only_a, only_b, neither))
-    cells = np.array([both, only_a, only_b, neither]) + 0.5
-    p = cells / cells.sum()
-    centre = p[1] - p[2]
-    error = math.sqrt((p[1] + p[2] - centre**2) / cells.sum())
-    z = scipy.stats.norm.ppf(0.975)
-    assert (found.low, found.high) == pytest.approx((centre - z * error, centre + z * error))
-
-
-def test_mcnemar_swaps_sign_with_its_arguments() -> None:
-    a, b = pairs_of(5, 8, 3, 4)
-    there, back = stats.mcnemar(a, b), stats.mcnemar(b, a)
-    assert there.value == -back.value
-    assert there.p_value == back.p_value
-    assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
-
-
-@pytest.mark.parametrize("answers", [[True] * 9, [False] * 9, [True]])
-def test_mcnemar_without_discordant_pairs_shows_nothing(answers: list[bool]) -> None:
-    found = stats.mcnemar(answers, answers)
-    assert found.value == 0
-    assert found.p_value == 1
-    assert found.low < 0 < found.high
-
-
-def test_mcnemar_refuses_nothing_and_unequal_lengths() -> None:
-    with pytest.raises(ValueError, match="at least one problem"):
-        stats.mcnemar([], [])
-    with pytest.raises(ValueError, match="shorter"):
-        stats.mcnemar([True, False], [True])
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_mcnemar_interval_stays_a_difference_of_shares(n: int) -> None:
-    found = stats.mcnemar([True] * n, [False] * n)
-    assert found.high <= 1
-
-
-def test_pairing_sees_what_two_intervals_cannot() -> None:
-    """40 of 200 against 52 of 200: the two Wilson intervals overlap, but only one side ever gains."""
-    a, b = pairs_of(40, 12, 0, 148)
-    after, before = stats.wilson(sum(a), len(a)), stats.wilson(sum(b), len(b))
-    assert after.low < before.high
-    unpaired = scipy.stats.fisher_exact([[sum(a), len(a) - sum(a)], [sum(b), len(b) - sum(b)]]).pvalue
-    assert unpaired > 0.1
-    paired = stats.mcnemar(a, b)
-    assert paired.p_value is not None
-    assert paired.p_value < 0.001
-    assert paired.low > 0
-
-
 # -- ratios over documents ---------------------------------------------------------------------------------------------
 
 
 def corpus(rng: np.random.Generator, documents: int, spread: float = 0.4) -> tuple[np.ndarray, np.ndarray]:
-    """Return nats and tokens of documents whose own level varies: tokens of one document are not independent."""
-    sizes = rng.integers(20, 200, documents).astype(float)
+    """Return nats and tokens of documents whose own level varies: tokens of one document are not independent.
+
+    The logarithm of the length has a standard deviation of 1, as in real text: a few documents hold most tokens.
+    """
+    sizes = np.ceil(np.exp(4 + rng.standard_normal(documents)))
     return sizes * (2.0 + spread * rng.standard_normal(documents)), sizes
-
-
-def standard_error(estimate: stats.Estimate) -> float:
-    return (estimate.high - estimate.low) / 2 / stats.normal_quantile()
 
 
 def jackknife(totals: np.ndarray, sizes: np.ndarray) -> float:
@@ -138,135 +59,57 @@ def jackknife(totals: np.ndarray, sizes: np.ndarray) -> float:
 def test_ratio_standard_error_agrees_with_jackknife_and_bootstrap() -> None:
     rng = np.random.default_rng(1)
     totals, sizes = corpus(rng, 400)
-    found = stats.ratio(totals.tolist(), sizes.tolist())
-    assert found.value == pytest.approx(totals.sum() / sizes.sum())
-    assert standard_error(found) == pytest.approx(jackknife(totals, sizes), rel=0.01)
+    value, error, _ = stats.ratio_error(totals.tolist(), sizes.tolist())
+    assert value == pytest.approx(totals.sum() / sizes.sum())
+    assert error == pytest.approx(jackknife(totals, sizes), rel=0.03)
     chosen = rng.integers(0, 400, (2000, 400))
     spread = (totals[chosen].sum(1) / sizes[chosen].sum(1)).std(ddof=1)
-    assert standard_error(found) == pytest.approx(spread, rel=0.06)
+    assert error == pytest.approx(spread, rel=0.08)
 
 
-def test_ratio_interval_covers_the_truth_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(2)
-    covered = [(e := stats.ratio(*corpus(rng, 80))).low <= 2.0 <= e.high for _ in range(2500)]
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
+@pytest.mark.parametrize("documents", [6, 10, 40])
+def test_ratio_interval_covers_the_truth_at_least_as_often_as_it_says(documents: int) -> None:
+    """The normal interval covered 77, 83 and 91 %."""
+    rng = np.random.default_rng(documents)
+    covered = []
+    for _ in range(1500):
+        found = stats.ratio(*corpus(rng, documents))
+        assert found.low is not None
+        assert found.high is not None
+        covered.append(found.low <= 2.0 <= found.high)
+    assert 0.94 <= np.mean(covered) <= 0.995
 
 
-def test_tokens_as_units_would_be_far_too_sure() -> None:
-    """The reason for clustering: counting each token as independent gives a fraction of the true error."""
-    rng = np.random.default_rng(3)
-    totals, sizes = corpus(rng, 200)
-    per_token = math.sqrt(1.0 / sizes.sum())  # one nat of spread per token
-    assert standard_error(stats.ratio(totals.tolist(), sizes.tolist())) > 2 * per_token
+def test_degrees_of_freedom_are_bell_and_mccaffreys() -> None:
+    """Against the definition: moments of the quadratic form d'Ad with d of variance size²."""
+    sizes = np.exp(np.random.default_rng(3).standard_normal(9))
+    leverages = sizes / sizes.sum()
+    residuals = np.eye(9) - np.outer(sizes, np.ones(9)) / sizes.sum()
+    form = sizes[:, None] * (residuals.T @ np.diag(1 / (1 - leverages)) @ residuals) * sizes
+    _, _, df = stats.ratio_error(sizes * 2.0, sizes)
+    assert df == pytest.approx(np.trace(form) ** 2 / (form * form).sum())
+    assert stats.ratio_error(list(range(1, 21)), [1.0] * 20)[2] == pytest.approx(19)
 
 
-def test_paired_difference_agrees_with_jackknife_and_z_test() -> None:
-    rng = np.random.default_rng(4)
-    reference, sizes = corpus(rng, 300)
-    totals = reference + sizes * (0.01 + 0.1 * rng.standard_normal(300))
-    found = stats.paired_ratio_difference(totals.tolist(), reference.tolist(), sizes.tolist())
-    assert found.value == pytest.approx((totals.sum() - reference.sum()) / sizes.sum())
-    assert standard_error(found) == pytest.approx(jackknife(totals - reference, sizes), rel=0.01)
-    z = abs(found.value) / standard_error(found)
-    assert found.p_value == pytest.approx(2 * scipy.stats.norm.sf(z), rel=1e-9)
+def test_equal_sizes_give_the_t_interval_of_a_mean() -> None:
+    values = np.random.default_rng(4).standard_normal(12)
+    found = stats.ratio(values.tolist(), [1.0] * 12)
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
-def test_paired_difference_covers_and_errs_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(5)
-    covered, rejected = [], []
-    for _ in range(2500):
-        reference, sizes = corpus(rng, 80)
-        shift = sizes * 0.1 * rng.standard_normal(80)
-        moved = stats.paired_ratio_difference(reference + shift + 0.05 * sizes, reference, sizes)
-        covered.append(moved.low <= 0.05 <= moved.high)
-        still = stats.paired_ratio_difference(reference + shift, reference, sizes)
-        rejected.append((still.p_value or 0.0) <= 0.05)
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.02)
-    assert np.mean(rejected) == pytest.approx(0.05, abs=0.02)
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_too_few_documents_have_a_value_and_no_interval(n: int) -> None:
+    found = stats.ratio([6.0] * n, [3.0] * n)
+    assert found == stats.Estimate(2.0, None, None, n)
 
 
-def test_paired_difference_sees_what_two_intervals_cannot() -> None:
-    rng = np.random.default_rng(6)
-    reference, sizes = corpus(rng, 100)
-    totals = reference - sizes * (0.02 + 0.02 * rng.standard_normal(100))
-    after, before = stats.ratio(totals, sizes), stats.ratio(reference, sizes)
-    assert after.high > before.low
-    found = stats.paired_ratio_difference(totals, reference, sizes)
-    assert found.high < 0
-    assert (found.p_value or 0.0) < 1e-6
-
-
-def test_one_document_has_a_value_and_no_certainty() -> None:
-    assert stats.ratio([6.0], [3.0]) == stats.Estimate(2.0, -math.inf, math.inf, None, 1)
-    assert stats.paired_ratio_difference([6.0], [3.0], [3.0]) == stats.Estimate(1.0, -math.inf, math.inf, 1.0, 1)
-
-
-def test_identical_measurements_do_not_differ() -> None:
-    assert stats.paired_ratio_difference([1.0, 2.0], [1.0, 2.0], [3.0, 4.0]) == stats.Estimate(0.0, 0.0, 0.0, 1.0, 2)
-    assert stats.ratio([0.0, 0.0], [3.0, 4.0]) == stats.Estimate(0.0, 0.0, 0.0, None, 2)
-
-
-@pytest.mark.parametrize(("totals", "sizes"), [([], []), ([1.0], [0.0]), ([0.0, 0.0], [0.0, 0.0])])
-def test_ratio_needs_something_to_divide_by(totals: list[float], sizes: list[float]) -> None:
-    with pytest.raises(ValueError, match="positive size"):
+@pytest.mark.parametrize(
+    ("totals", "sizes"), [([], []), ([1.0], [0.0]), ([1.0, 1.0], [2.0, -1.0]), ([math.nan], [1.0]), ([1.0], [1.0, 2.0])]
+)
+def test_what_no_document_can_be_is_an_error(totals: list[float], sizes: list[float]) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - each has its own sentence
         stats.ratio(totals, sizes)
-    with pytest.raises(ValueError, match="positive size"):
-        stats.paired_ratio_difference(totals, totals, sizes)
-
-
-# -- bootstrap ---------------------------------------------------------------------------------------------------------
-
-
-def test_bootstrap_agrees_with_scipy() -> None:
-    rng = np.random.default_rng(7)
-    a, b = rng.gamma(2.0, size=60), rng.gamma(1.7, size=60)
-    found = stats.paired_bootstrap(a.tolist(), b.tolist(), draws=20_000)
-    expected = scipy.stats.bootstrap(
-        (a - b,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(8)
-    ).confidence_interval
-    width = expected.high - expected.low
-    assert found.value == pytest.approx(float((a - b).mean()))
-    assert found.low == pytest.approx(expected.low, abs=0.03 * width)
-    assert found.high == pytest.approx(expected.high, abs=0.03 * width)
-    assert found.n == 60
-
-
-def test_bootstrap_is_seeded() -> None:
-    rng = np.random.default_rng(9)
-    a, b = rng.random(20).tolist(), rng.random(20).tolist()
-    assert stats.paired_bootstrap(a, b) == stats.paired_bootstrap(a, b)
-    assert stats.paired_bootstrap(a, b, seed=1) != stats.paired_bootstrap(a, b, seed=2)
-
-
-def test_bootstrap_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(9)
-    a, b = rng.random(30).tolist(), rng.random(30).tolist()
-    whole = stats.paired_bootstrap(a, b, draws=1001)
-    monkeypatch.setattr(stats, "BLOCK_NUMBERS", 100)
-    assert stats.paired_bootstrap(a, b, draws=1001) == whole
-
-
-def test_bootstrap_p_value_falls_with_the_effect_and_never_reaches_zero() -> None:
-    rng = np.random.default_rng(10)
-    b = rng.standard_normal(50)
-    noise = 0.3 * rng.standard_normal(50)
-    noise -= noise.mean()
-    none, some, large = (stats.paired_bootstrap(b + noise + shift, b, draws=1000) for shift in (0.0, 0.08, 5.0))
-    p_none, p_some, p_large = (e.p_value or 0.0 for e in (none, some, large))
-    assert p_none > 0.5 > p_some > p_large
-    assert 0 < p_large <= 1 / 1000 + 1e-12
-
-
-def test_bootstrap_of_equal_or_single_scores_shows_nothing() -> None:
-    assert stats.paired_bootstrap([1.0, 2.0], [1.0, 2.0]) == stats.Estimate(0.0, 0.0, 0.0, 1.0, 2)
-    assert stats.paired_bootstrap([2.0], [1.0]) == stats.Estimate(1.0, -math.inf, math.inf, 1.0, 1)
-
-
-def test_bootstrap_errs_no_more_often_than_alpha_with_as_few_prompts_as_are_built_in() -> None:
-    """With 4 units no test can reach p < 2/16; the built-in prompts are 4."""
-    rng = np.random.default_rng(11)
-    p_values = [stats.paired_bootstrap(*rng.standard_normal((2, 4)), draws=400).p_value or 0.0 for _ in range(500)]
-    assert np.mean(np.array(p_values) <= 0.05) <= 0.08
 
 
 # -- many tests --------------------------------------------------------------------------------------------------------
@@ -324,45 +167,16 @@ def test_holm_keeps_the_family_wise_error() -> None:
     assert np.mean(wrong) <= 0.06
 
 
-# -- planning ----------------------------------------------------------------------------------------------------------
+@given(st.lists(shares, min_size=1, max_size=8), st.floats(0.01, 0.2))
+def test_a_p_value_is_below_its_level_exactly_if_its_adjusted_value_is_below_alpha(
+    p_values: list[float], alpha: float
+) -> None:
+    adjusted, levels = stats.holm(p_values), stats.holm_levels(p_values, alpha)
+    if any(math.isclose(p, alpha, rel_tol=1e-9) for p in adjusted):
+        return
+    assert [p <= level for p, level in zip(p_values, levels, strict=True)] == [p <= alpha for p in adjusted]
 
 
-@pytest.mark.parametrize(("gain", "loss"), [(0.09, 0.04), (0.2, 0.1), (0.05, 0.0)])
-def test_problems_needed_gives_about_the_power_it_promises(gain: float, loss: float) -> None:
-    n = stats.problems_needed(gain - loss, gain + loss)
-    assert n is not None
-    rng = np.random.default_rng(13)
-
-    def power(problems: int) -> float:
-        counts = rng.multinomial(problems, [gain, loss, 1 - gain - loss], size=1500)
-        p_value = {
-            (int(a), int(b)): stats.mcnemar(*pairs_of(0, int(a), int(b), problems - int(a) - int(b))).p_value
-            for a, b in {(row[0], row[1]) for row in counts}
-        }
-        return float(np.mean([(p_value[int(a), int(b)] or 0.0) <= 0.05 for a, b, _ in counts]))
-
-    # The exact test is a little more careful than the normal approximation that plans it.
-    assert 0.68 <= power(n) <= 0.86
-    assert power(n // 4) < 0.45
-
-
-def test_problems_needed_is_connors_formula() -> None:
-    z_alpha, z_power = scipy.stats.norm.ppf([0.975, 0.8])
-    for gain, discordant in ((0.1, 0.3), (0.3, 0.35), (0.02, 0.05)):
-        root = z_alpha * math.sqrt(discordant) + z_power * math.sqrt(discordant - gain**2)
-        assert stats.problems_needed(gain, discordant) == math.ceil(root**2 / gain**2)
-    assert stats.problems_needed(0.1, 0.3) == 234
-
-
-def test_problems_needed_at_its_edges() -> None:
-    assert stats.problems_needed(0.0, 0.3) is None
-    assert stats.problems_needed(-0.1, 0.3) == stats.problems_needed(0.1, 0.3)
-    assert stats.problems_needed(0.1, 0.0) == stats.problems_needed(0.1, 0.1)
-    sizes = [stats.problems_needed(difference, 0.3) or 0 for difference in (0.02, 0.05, 0.1, 0.3)]
-    assert all(more > less for more, less in itertools.pairwise(sizes))
-    assert (stats.problems_needed(0.1, 0.3, alpha=0.01) or 0) > (stats.problems_needed(0.1, 0.3) or 0)
-
-
-@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
-def test_normal_quantile(confidence: float) -> None:
-    assert stats.normal_quantile(confidence) == pytest.approx(scipy.stats.norm.ppf(0.5 + confidence / 2))
+def test_the_levels_of_a_worked_example() -> None:
+    assert stats.holm_levels([0.03, 0.001], 0.05) == [0.05, 0.025]
+    assert stats.holm_levels([0.03, 0.2, 0.001], 0.05) == pytest.approx([0.025, 0.025, 0.05 / 3])

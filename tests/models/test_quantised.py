@@ -12,6 +12,7 @@ import torch
 
 import rrcli
 from rrcli.comparison.pairing import pair
+from rrcli.comparison.results import Stage
 from rrcli.evaluation import stats
 from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import held_out_data
@@ -48,29 +49,29 @@ def measured() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def test_apart_they_look_the_same(measured):
-    full, rounded = (
-        stats.ratio(*zip(*PERPLEXITY.totals(result["records"]).values(), strict=True)) for result in measured
+    (full, error, _), (rounded, other, _) = (
+        stats.ratio_error(*zip(*PERPLEXITY.totals(result["records"]).values(), strict=True)) for result in measured
     )
-    errors = [(e.high - e.value) / stats.normal_quantile() for e in (full, rounded)]
-    assert abs(rounded.value - full.value) / math.hypot(*errors) < 1
+    assert abs(rounded - full) / math.hypot(error, other) < 1
     a, b = (result["metrics"]["perplexity"] for result in measured)
     assert a["low"] < b["value"] < a["high"]
     assert b["low"] < a["value"] < b["high"]
 
 
 def test_paired_the_rounding_is_seen(measured):
-    full, rounded = measured
+    full, rounded = (Stage(label, (result,)) for label, result in zip("ab", measured, strict=True))
     found = pair(PERPLEXITY, rounded, full)
     assert not found.same
-    assert found.estimate.n == DOCUMENTS
-    assert found.estimate.p_value < 1e-3
-    assert 0 < found.estimate.low < found.estimate.value < 0.05
+    assert found.evidence.n == DOCUMENTS
+    assert found.evidence.p_value() < 1e-3
+    assert 0 < found.evidence.interval(0.05)[0] < found.evidence.value < 0.05
 
 
 def test_answers_to_a_few_problems_do_not_show_it(measured):
-    full, rounded = measured
+    full, rounded = (Stage(label, (result,)) for label, result in zip("ab", measured, strict=True))
     found = pair(REASONING_ACCURACY, rounded, full)
     assert not found.same, "no answer changed"
-    assert found.estimate.n == 3 * PROBLEMS
-    assert found.estimate.p_value > 0.05
-    assert found.estimate.low < 0 < found.estimate.high
+    assert found.evidence.n == 3 * PROBLEMS
+    assert found.evidence.p_value() > 0.05
+    low, high = found.evidence.interval(0.05)
+    assert low < 0 < high

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rrcli.comparison import gates, sentences
-from rrcli.comparison.pairing import Cells, correct
+from rrcli.comparison.claims import Declaration
+from rrcli.comparison.judging import judge, mark, withdraw
+from rrcli.comparison.pairing import Cells
 from rrcli.comparison.preservation import Preservation
-from rrcli.comparison.results import Cell, Comparison, MetricRow, Results
+from rrcli.comparison.results import Cell, Comparison, MetricRow, Stage, Stages
 from rrcli.evaluation.metrics import Metric, metrics_of
 
 TRAINING_ROWS = (
@@ -18,76 +20,95 @@ TRAINING_ROWS = (
 
 
 def compare_stages(
-    stages: Mapping[str, Results],
+    stages: Stages,
+    declared: Declaration,
     wanted: Sequence[gates.Gate] = (),
     *,
-    alpha: float,
     significant: bool = False,
     preserved: Preservation | None = None,
+    others: Stages | None = None,
 ) -> Comparison:
     """Compare stages with the first of them.
 
     Args:
-        stages: label -> content of the results file.
-        wanted: gates to check. significant: whether a gate also needs a significant difference (`gates.check`).
-        alpha: the significance level for all tests of the table together.
+        stages: label -> stage.
+        declared: the primary claims, which are judged wherever both their stages were measured.
+        wanted: gates to check. significant: whether a gate also needs a difference that is shown (`gates.check`).
         preserved: whether surgery preserved the baseline, if that is known; if it did not, nothing is claimed about
             recursion.
+        others: further stages of the experiment that primary claims may be about, which get no column.
 
     Raises:
         UsageError: `significant` was asked for a gate that has no test.
     """
     broken = preserved is not None and preserved.broken
-    cells = Cells(stages)
-    rows = _rows(cells)
-    claims = sentences.claims(cells, [row.metric for row in rows], sound=not broken)
-    correct(rows, claims, alpha)
+    cells = Cells({**(others or {}), **stages})
+    first = next(iter(stages))
+    rows = _rows(cells, stages, first)
+    asked = [gates.claim_of(gate, significant=significant) for gate in wanted]
+    judged, extra = judge(cells, declared, sound=not broken, more=[claim for claim in asked if claim is not None])
+    for judgement in judged:
+        mark(judgement.cell, judgement)
     if broken:
-        _withdraw(rows, stages)
+        for row in rows:
+            for cell, stage in zip(row.cells, stages.values(), strict=True):
+                if stage.name == "finetuned_recursive":
+                    withdraw(cell)
+    tested = iter(extra)
     return Comparison(
-        list(stages),
+        list(stages.values()),
         rows + _training_rows(stages),
-        claims,
-        sentences.sentences(stages, claims, alpha, preserved=preserved),
+        judged,
+        sentences.sentences(cells, judged, [row.metric for row in rows], alpha=declared.alpha, preserved=preserved),
         sentences.warnings(stages, rows),
-        gates=[gates.check(gate, cells, alpha, significant=significant) for gate in wanted],
-        alpha=alpha,
-        results=list(stages.values()),
+        gates=[
+            gates.check(gate, cells, next(tested) if claim is not None else None)
+            for gate, claim in zip(wanted, asked, strict=True)
+        ],
+        alpha=declared.alpha,
         broken_surgery=preserved.sentence() if preserved is not None and broken else "",
     )
 
 
-def _rows(cells: Cells) -> list[MetricRow]:
+def _rows(cells: Cells, stages: Stages, first: str) -> list[MetricRow]:
     """Return a row for each metric of which at least one stage has a value."""
-    first, results = next(iter(cells.stages)), list(cells.stages.values())
+    runs = [run for stage in stages.values() for run in stage.runs]
     rows = []
-    for metric in metrics_of(*(result["metrics"] for result in results)):
-        found = [cells.of(metric, stage, first) for stage in cells.stages] if metric.compared else []
+    for metric in metrics_of(*(run["metrics"] for run in runs)):
+        found = [cells.of(metric, stage, first) for stage in stages] if metric.compared else []
         if any(cell.value is not None for cell in found):
-            rows.append(MetricRow(metric, found, _depths(metric, results)))
+            rows.append(MetricRow(metric, found, _depths(metric, list(stages.values()))))
+    _join_tests(rows)
     return rows
 
 
-def _depths(metric: Metric, results: Sequence[Results]) -> list[list[float | None]]:
+def _join_tests(rows: Sequence[MetricRow]) -> None:
+    """Leave one of two metrics with the same test: bits per byte are the nats of perplexity, and so is its p-value."""
+    by_name = {row.metric.name: row for row in rows}
+    for row in rows:
+        twin = by_name.get(row.metric.same_test)
+        for cell, other in zip(row.cells, twin.cells if twin else (), strict=False):
+            if other.p_value is not None:
+                cell.p_value, cell.role = None, ""
+
+
+def _depths(metric: Metric, stages: Sequence[Stage]) -> list[list[float | None]]:
     """Return a metric's values at every depth of each stage, or nothing if no stage was measured at more than one."""
-    values = [[entry["value"] for entry in r.get("by_depth", {}).get(metric.name, ())] for r in results]
-    return values if max(map(len, values)) > 1 else []
+    found = []
+    for stage in stages:
+        by_run = [[entry["value"] for entry in run.get("by_depth", {}).get(metric.name, ())] for run in stage.runs]
+        depths = min(map(len, by_run))
+        found.append([metric.middle([run[depth] for run in by_run]) for depth in range(depths)])
+    return found if max(map(len, found)) > 1 else []
 
 
-def _training_rows(stages: Mapping[str, Results]) -> list[MetricRow]:
+def _training_rows(stages: Stages) -> list[MetricRow]:
     """Return the costs of the trainings, if there were any."""
     rows = []
     for key, label, unit, scale in TRAINING_ROWS:
-        trained = [result.get("training") for result in stages.values()]
-        cells = [Cell(value=training[key] / scale if training else None) for training in trained]
-        if any(cell.value is not None for cell in cells):
-            rows.append(MetricRow(Metric(f"training_{key}", label, unit, relative=True), cells))
+        metric = Metric(f"training_{key}", label, unit, relative=True)
+        trained = [[(run.get("training") or {}).get(key) for run in stage.runs] for stage in stages.values()]
+        values = [metric.middle(each) for each in trained]
+        if any(value is not None for value in values):
+            rows.append(MetricRow(metric, [Cell(None if value is None else value / scale) for value in values]))
     return rows
-
-
-def _withdraw(rows: Sequence[MetricRow], stages: Mapping[str, Results]) -> None:
-    """Remove the verdicts about recursion from the table."""
-    for row in rows:
-        for cell, result in zip(row.cells, stages.values(), strict=True):
-            if result["stage"] == "finetuned_recursive" and cell.verdict in ("better", "worse", "differs"):
-                cell.verdict = "no claim"

@@ -11,8 +11,8 @@ import io
 from rrcli.comparison.results import Cell, Comparison, MetricRow
 
 CSV_COLUMNS = (
-    *("metric", "label", "unit", "better", "stage", "depth", "value", "low", "high"),
-    *("difference", "difference_low", "difference_high", "p_value", "p_adjusted", "verdict", "n"),
+    *("metric", "label", "unit", "better", "stage", "seed", "depth", "value", "low", "high"),
+    *("difference", "difference_low", "difference_high", "confidence", "role", "p_value", "p_adjusted", "verdict", "n"),
 )
 
 # Width of a column if the names of the metrics and four stages have to fit into 80 characters.
@@ -49,13 +49,13 @@ def value_lines(cell: Cell, row: MetricRow, *, wide: bool = True) -> list[str]:
         return ["-"]
     percent = row.metric.unit == "%"
     value = number(cell.value, percent=percent)
-    if cell.low is None or cell.high is None or cell.verdict:
+    if cell.low is None or cell.high is None or cell.role or cell.verdict:
         return [value]
     return [value, _interval(number(cell.low, percent=percent), number(cell.high, percent=percent), wide)]
 
 
 def difference_lines(cell: Cell, row: MetricRow, *, wide: bool = True) -> list[str]:
-    """Return a cell's difference to the first stage with its interval, and the verdict."""
+    """Return a cell's difference to the first stage with its interval, and its verdict or its uncorrected p-value."""
     if cell.verdict == "same" or cell.difference is None:
         return [cell.verdict] if cell.verdict else []
     percent = row.metric.relative or row.metric.unit == "%"
@@ -64,7 +64,13 @@ def difference_lines(cell: Cell, row: MetricRow, *, wide: bool = True) -> list[s
         low, high = (signed(bound, percent=percent) for bound in (cell.difference_low, cell.difference_high))
         interval = _interval(low, high, wide)
         lines = [f"{lines[0]} {interval}"] if wide else [*lines, interval]
-    return [*lines, cell.verdict] if cell.verdict else lines
+    last = cell.verdict or (p_text(cell.p_value) if cell.p_value is not None else "")
+    return [*lines, last] if last else lines
+
+
+def p_text(p: float) -> str:
+    """Write a p-value."""
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
 
 
 def _interval(low: str, high: str, wide: bool) -> str:
@@ -77,37 +83,57 @@ def _interval(low: str, high: str, wide: bool) -> str:
 
 def depth_line(depths: list[float | None], row: MetricRow, *, wide: bool = True) -> str:
     """Return a stage's values at depth 0, 1, ... in one line, or nothing if it has only one."""
-    if len(depths) < 2:
+    return _joined(depths, row, wide=wide)
+
+
+def seed_line(cell: Cell, row: MetricRow, *, wide: bool = True) -> str:
+    """Return the values of a stage's trainings in one line, or nothing if it was trained once."""
+    return _joined(cell.by_seed, row, wide=wide)
+
+
+def _joined(found: list[float | None], row: MetricRow, *, wide: bool) -> str:
+    if len(found) < 2:
         return ""
-    values = [number(value, percent=row.metric.unit == "%") for value in depths]
+    values = [number(value, percent=row.metric.unit == "%") for value in found]
     line = (" / " if wide else "/").join(values)
     return line if wide or len(line) <= NARROW_WIDTH else "\n".join(values)
 
 
-def depth_label(row: MetricRow) -> str:
-    """Return the label of a line of depths."""
+def line_label(row: MetricRow, what: str) -> str:
+    """Return the label of a line of depths, or of seeds."""
     indent = " " * (len(row.metric.label) - len(row.metric.label.lstrip()))
-    return f"{indent}  by depth"
+    return f"{indent}  by {what}"
+
+
+def own_lines(row: MetricRow, *, wide: bool = True) -> list[list[str]]:
+    """Return the lines below a metric's own, with their label: the values of each seed, and at each depth."""
+    seeds = [seed_line(cell, row, wide=wide) for cell in row.cells]
+    depths = [depth_line(depths, row, wide=wide) for depths in row.depths]
+    found = [[line_label(row, what), *line] for what, line in (("seed", seeds), ("depth", depths))]
+    return [line for line in found if any(line[1:])]
 
 
 def note(comparison: Comparison) -> str:
     """Return what the differences and the verdicts of the table mean."""
+    first = comparison.stages[0].label
+    seeds = any(len(stage.runs) > 1 for stage in comparison.stages)
     return (
-        f"Differences are to {comparison.stages[0]}, on the same documents, problems and prompts, with 95 % intervals. "
-        f"Verdicts hold at level {comparison.alpha:g} for all tests of the table together (Holm's correction). Speeds "
-        "are medians with their range."
+        f"Differences are to {first}, on the same documents and problems, with 95 % intervals. A p-value in the table "
+        "is exploratory: it is not corrected for the others, and claims nothing. Verdicts are those of primary claims, "
+        f"at level {comparison.alpha:g} for all of them together (Holm), with the interval of their level. "
+        + ("Stages with several seeds show their mean over seeds; seeds count as random. " if seeds else "")
+        + "Sample generations and costs are not tested; speeds are medians with their range."
     )
 
 
 def markdown(comparison: Comparison) -> str:
     """Return the table, the sentences, the warnings, the gates and the generations as Markdown."""
-    rows = [["Metric", *comparison.stages], ["---", *["---:"] * len(comparison.stages)]]
+    rows = [["Metric", *comparison.labels], ["---", *["---:"] * len(comparison.stages)]]
     for row in comparison.rows:
         cells = ["<br>".join([*value_lines(cell, row), *difference_lines(cell, row)]) for cell in row.cells]
         indent = "&nbsp;&nbsp;" if row.metric.label.startswith(" ") else ""
         rows.append([indent + row_label(row).strip(), *cells])
-        if row.depths:
-            rows.append([f"&nbsp;&nbsp;{depth_label(row).strip()}", *[depth_line(d, row) for d in row.depths]])
+        rows += [[f"&nbsp;&nbsp;{label.strip()}", *values] for label, *values in own_lines(row)]
     first = [f"**{_escaped(comparison.broken_surgery)}**", ""] if comparison.broken_surgery else []
     lines = [*first, *(f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in rows)]
     lines += ["", note(comparison), ""]
@@ -116,22 +142,25 @@ def markdown(comparison: Comparison) -> str:
     lines += [f"- Gate `{gate.gate}` {'holds' if gate.holds else 'does **not** hold'}" for gate in comparison.gates]
     for generation in comparison.generations:
         lines += ["", f"### {_escaped(generation.prompt).strip()}", ""]
-        for stage, text in zip(comparison.stages, generation.texts, strict=True):
+        for stage, text in zip(comparison.labels, generation.texts, strict=True):
             lines.append(f"- **{_escaped(stage)}**: {'(none)' if text is None else _escaped(text)}")
     return "\n".join(lines) + "\n"
 
 
 def csv_text(comparison: Comparison) -> str:
-    """Return one line for each metric of each stage; a line with a `depth` has only the value at that depth."""
+    """Return one line for each metric of each stage; a line with a `depth` or a `seed` has only the value at it."""
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in comparison.rows:
         names = {"metric": row.metric.name, "label": row.metric.label.strip(), "unit": row.metric.unit}
         names["better"] = row.metric.better
-        for column, (stage, cell) in enumerate(zip(comparison.stages, row.cells, strict=True)):
+        for column, (stage, cell) in enumerate(zip(comparison.labels, row.cells, strict=True)):
             if cell.value is not None:
-                writer.writerow(names | {"stage": stage} | cell.to_dict())
+                values = {name: value for name, value in cell.to_dict().items() if name != "by_seed"}
+                writer.writerow(names | {"stage": stage} | values)
+            for seed, value in zip(comparison.stages[column].by_seed, cell.by_seed, strict=False):
+                writer.writerow(names | {"stage": stage, "seed": seed, "value": value})
             depths = row.depths[column] if row.depths else []
             for depth, value in enumerate(depths if len(depths) > 1 else []):
                 writer.writerow(names | {"stage": stage, "depth": depth, "value": value})

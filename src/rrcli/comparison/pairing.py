@@ -1,22 +1,28 @@
-"""Computes the difference of two stages over the records that both have, and corrects for testing many differences."""
+"""Computes the cells of a comparison: a stage's value of a metric, and its difference to another stage.
+
+Records are paired by key within a seed. A stage of one training speaks by its units alone; several trainings are a
+second random factor (`evaluation.seeds`). A stage that needs no training, as the baseline, is paired with every seed.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rrcli.comparison.records import PARTS
-from rrcli.comparison.results import Cell, Claim, MetricRow, Pair, Results
-from rrcli.evaluation import stats
-from rrcli.evaluation.metrics import Metric
+from rrcli.comparison.results import Cell, Pair, Results, Stage, Stages
+from rrcli.evaluation.metrics import Metric, Record
+from rrcli.evaluation.paired import Evidence, PairedAnswers, PairedTotals
+from rrcli.evaluation.seeds import Unit, across_seeds
+from rrcli.evaluation.stats import CONFIDENCE, LEAST_UNITS, Estimate
 
 
 class Cells:
-    """The cells of a comparison, each made once: a stage's value of a metric, and its difference to another stage."""
+    """The cells of a comparison, each made once."""
 
-    def __init__(self, stages: Mapping[str, Results]) -> None:
-        """Take label -> results of the stages."""
+    def __init__(self, stages: Stages) -> None:
+        """Take label -> stage."""
         self.stages = stages
         self._made: dict[tuple[str, str, str], Cell] = {}
 
@@ -28,85 +34,117 @@ class Cells:
         return self._made[key]
 
 
-def pair(metric: Metric, result: Results, reference: Results) -> Pair:
-    """Estimate a metric's difference, `result` minus `reference`, over the records that both have.
+def pair(metric: Metric, stage: Stage, reference: Stage) -> Pair:
+    """Collect what the records that both stages have say about their difference, `stage` minus `reference`.
 
-    There is no estimate if they have no record in common, if a record with the same key has different content, or, for
+    There is no evidence if they have no record in common, if a record with the same key has different content, or, for
     metrics per token, if the tokenizers differ.
     """
     part = PARTS[metric.part]
-    mine, theirs = (metric.records(r["records"]) for r in (result, reference))
-    keys = [key for key in theirs if key in mine]
     fields = [field for field in part.identity if field != "tokens" or metric.per_token]
-    conflicts = sum(any(mine[key].get(f) != theirs[key].get(f) for f in fields) for key in keys)
-    shared = Pair(common=len(keys), of=len(theirs), others=len(mine), conflicts=conflicts)
-    if not keys or conflicts or (metric.per_token and result["model"]["tokenizer"] != reference["model"]["tokenizer"]):
+    shared, same = Pair(seeds=0), True
+    units: list[dict[str, Unit]] = []
+    runs = _runs(stage, reference)
+    for run, other in runs:
+        mine, theirs = (metric.records(r["records"]) for r in (run, other))
+        keys = [key for key in theirs if key in mine]
+        conflicts = sum(any(mine[key].get(f) != theirs[key].get(f) for f in fields) for key in keys)
+        foreign = metric.per_token and run["model"]["tokenizer"] != other["model"]["tokenizer"]
+        shared = replace(
+            shared,
+            seeds=shared.seeds + 1,
+            common=shared.common + len(keys),
+            # A reference that needs no training was measured once, on the records of all seeds.
+            of=shared.of + (len(keys) if len(runs) > 1 and len(reference.runs) == 1 else len(theirs)),
+            others=shared.others + len(mine),
+            conflicts=shared.conflicts + conflicts,
+        )
+        if keys and not conflicts and not foreign:
+            units.append({key: _unit(metric, mine[key], theirs[key]) for key in keys})
+            same = same and all(part.outcome(mine[key])[-1] == part.outcome(theirs[key])[-1] for key in keys)
+    if not runs or len(units) < len(runs):
         return shared
-    a, b = [mine[key] for key in keys], [theirs[key] for key in keys]
-    x, y = ([metric.score(record) for record in records] for records in (a, b))
-    if metric.test == "ratio":
-        sizes = [record[metric.size] for record in b]
-        return replace(shared, estimate=stats.paired_ratio_difference(x, y, sizes), same=x == y)
-    same = [part.outcome(record)[-1] for record in a] == [part.outcome(record)[-1] for record in b]
-    if metric.test == "bootstrap" or any(score not in (0, 1) for score in (*x, *y)):
-        return replace(shared, estimate=stats.paired_bootstrap(x, y), same=same)
-    estimate = stats.mcnemar([bool(score) for score in x], [bool(score) for score in y])
-    discordant = sum(p != q for p, q in zip(x, y, strict=True)) / len(keys)
-    return replace(shared, estimate=estimate, same=same, discordant=discordant)
+    return replace(shared, evidence=_evidence(metric, units), same=same)
 
 
-def correct(rows: list[MetricRow], claims: list[Claim], alpha: float) -> None:
-    """Correct all p-values together (Holm), and set the verdict of what is then not significant to "within noise".
-
-    A difference whose interval contains zero is within noise too. The tests are those of the table, and those of the
-    claims whose cells are not in the table. Cells of the table whose records are identical are left out, because there
-    is nothing to test.
-    """
-    table = [cell for row in rows for cell in row.cells]
-    tested = [cell for cell in table if cell.p_value is not None and cell.verdict != "same"]
-    tested += [claim.cell for claim in claims if not any(claim.cell is cell for cell in table)]
-    for cell, p_adjusted in zip(tested, stats.holm([cell.p_value or 0.0 for cell in tested]), strict=True):
-        cell.p_adjusted = p_adjusted
-        if not backed(p_adjusted, cell.difference_low, cell.difference_high, alpha):
-            cell.verdict = "within noise"
+def _runs(stage: Stage, reference: Stage) -> list[tuple[Results, Results]]:
+    """Return which training is paired with which: those of the same seed, or all with one that needs no training."""
+    if len(reference.runs) == 1 or len(stage.runs) == 1:
+        return [(run, other) for run in stage.runs for other in reference.runs]
+    return [(run, reference.by_seed[seed]) for seed, run in stage.by_seed.items() if seed in reference.by_seed]
 
 
-def backed(p_value: float, low: float | None, high: float | None, alpha: float) -> bool:
-    """Return whether both the test and the interval show a difference."""
-    return p_value <= alpha and low is not None and high is not None and not low <= 0 <= high
+def _unit(metric: Metric, record: Record, other: Record) -> Unit:
+    # A metric per token is paired only if both stages count the same tokens; bytes are those of the text.
+    return metric.score(record), metric.score(other), float(other[metric.size]) if metric.size else 1.0
 
 
-def _cell(metric: Metric, result: Results, reference: Results) -> Cell:
-    entry, other = (r["metrics"].get(metric.name) for r in (result, reference))
-    if entry is None:
-        return Cell()
-    cell = Cell(entry["value"], entry.get("low"), entry.get("high"), n=entry.get("n", 0))
-    if result is reference or other is None or cell.value is None:
+def _evidence(metric: Metric, seeds: Sequence[Mapping[str, Unit]]) -> Evidence:
+    answers = metric.test != "ratio" and all(x in (0, 1) and y in (0, 1) for seed in seeds for x, y, _ in seed.values())
+    if len(seeds) > 1:
+        return across_seeds(seeds, answers=answers)
+    x, y, sizes = zip(*seeds[0].values(), strict=True)
+    return PairedAnswers.of([v > 0 for v in x], [v > 0 for v in y]) if answers else PairedTotals(x, y, sizes)
+
+
+def _cell(metric: Metric, stage: Stage, reference: Stage) -> Cell:
+    cell = _own(metric, stage)
+    other = reference.value(metric)
+    if stage is reference or cell.value is None or other is None:
         return cell
-    if metric.test:
-        found = pair(metric, result, reference)
+    if metric.part:
+        found = pair(metric, stage, reference)
         if found.of or found.others:  # lm-eval's metrics of a whole group have no records
             _differ(cell, metric, found)
     elif metric.relative:
-        cell.difference = 100 * (cell.value / other["value"] - 1) if other["value"] else None
+        cell.difference = 100 * (cell.value / other - 1) if other else None
+    return cell
+
+
+def _own(metric: Metric, stage: Stage) -> Cell:
+    """Return a stage's own value with its interval."""
+    entries = [run["metrics"].get(metric.name) or {} for run in stage.runs]
+    values = [entry.get("value") for entry in entries]
+    if len(entries) == 1:
+        return Cell(values[0], entries[0].get("low"), entries[0].get("high"), n=entries[0].get("n", 0))
+    cell = Cell(metric.middle(values), by_seed=values, n=sum(entry.get("n", 0) for entry in entries))
+    if cell.value is None:
+        return cell
+    if metric.test:
+        units = [
+            {key: (metric.score(r), 0.0, float(r[metric.size]) if metric.size else 1.0)
+             for key, r in metric.records(run["records"]).items()}
+            for run in stage.runs
+        ]  # fmt: skip
+        if all(units):
+            found = across_seeds(units, answers=metric.test == "mcnemar")
+            low, high = found.interval(1 - CONFIDENCE) or (None, None)
+            entry = metric.entry(Estimate(found.value, low, high, found.n))
+            cell.low, cell.high, cell.n = entry["low"], entry["high"], entry["n"]
+    elif metric.relative:
+        bounds = [entry.get(name, entry["value"]) for entry in entries for name in ("low", "high")]
+        cell.low, cell.high = min(bounds), max(bounds)
     return cell
 
 
 def _differ(cell: Cell, metric: Metric, found: Pair) -> None:
-    cell.pair, estimate = found, found.estimate
-    if estimate is None:
+    cell.pair, evidence = found, found.evidence
+    if evidence is None:
         cell.verdict = "not comparable"
         return
-    cell.n, cell.p_value = estimate.n, estimate.p_value
-    cell.difference, cell.difference_low, cell.difference_high = (
-        metric.shown_difference(x) if math.isfinite(x) else None for x in (estimate.value, estimate.low, estimate.high)
-    )
-    cell.verdict = "same" if found.same else _direction(metric, estimate.value)
+    cell.n, cell.difference = evidence.n, metric.shown_difference(evidence.value)
+    if metric.test:
+        cell.difference_low, cell.difference_high = shown_interval(metric, evidence, 1 - CONFIDENCE)
+    if found.same:
+        cell.verdict = "same"
+    elif metric.test and evidence.n < LEAST_UNITS:
+        cell.verdict = "too few"
+    elif metric.test:
+        cell.role, cell.p_value = "exploratory", evidence.p_value()
 
 
-def _direction(metric: Metric, difference: float) -> str:
-    if difference == 0:
-        return "within noise"
-    if not metric.better:
-        return "differs"
-    return "better" if (difference < 0) == (metric.better == "lower") else "worse"
+def shown_interval(metric: Metric, evidence: Evidence, alpha: float) -> tuple[float | None, float | None]:
+    """Return the interval of a difference in the unit in which it is shown; None for bounds that are not known."""
+    found = evidence.interval(alpha) or (math.nan, math.nan)
+    low, high = (metric.shown_difference(x) if math.isfinite(x) else None for x in found)
+    return low, high

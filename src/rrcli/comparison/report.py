@@ -6,7 +6,7 @@ The page is `report.html.j2`, which escapes every text; the charts are `charts`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby
@@ -15,10 +15,11 @@ from typing import Any
 
 from rrcli.comparison import formats
 from rrcli.comparison.curves import Curves, read_curves
-from rrcli.comparison.results import Cell, Comparison, MetricRow, Results, generations_of
+from rrcli.comparison.results import Cell, Comparison, MetricRow, Results, Stage, generations_of
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.metrics import PERPLEXITY, REASONING_ACCURACY, TOKEN_ACCURACY
-from rrcli.evaluation.stats import wilson
+from rrcli.evaluation.seeds import across_seeds
+from rrcli.evaluation.stats import CONFIDENCE, wilson
 
 CHARTED = (PERPLEXITY, TOKEN_ACCURACY, REASONING_ACCURACY)
 # Tags of the training curves, and their labels.
@@ -82,17 +83,18 @@ def render(comparison: Comparison, logs: Path) -> str:
     source = files("rrcli.comparison").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["svg"] = Markup  # made by `charts`, where text of users is escaped
-    runs = [result["stage"] for result in comparison.results]
+    runs = [run for stage in comparison.stages for run in stage.runs]
+    curves = read_curves(logs, dict.fromkeys(stage.name for stage in comparison.stages), CURVE_LABELS)
     return environment.from_string(source).render(
-        stages=comparison.stages,
+        stages=comparison.labels,
         sentences=comparison.sentences,
         warnings=comparison.warnings,
         gates=comparison.gates,
         note=formats.note(comparison),
-        rows=[_table_row(row, comparison.stages) for row in comparison.rows],
-        sections=_sections(comparison, read_curves(logs, dict.fromkeys(runs), CURVE_LABELS)),
-        generations=[_marked(g.prompt, g.texts) for g in generations_of(comparison.results)],
-        provenance=_provenance(comparison.results),
+        rows=[_table_row(row, comparison.labels) for row in comparison.rows],
+        sections=_sections(comparison, curves),
+        generations=[_marked(g.prompt, g.texts) for g in generations_of(comparison.stages)],
+        provenance=_provenance(runs),
     )
 
 
@@ -103,6 +105,8 @@ def _table_row(row: MetricRow, stages: Sequence[str]) -> dict[str, Any]:
     cells = [{"stage": stage} | _table_cell(cell, row) for stage, cell in zip(stages, row.cells, strict=True)]
     for cell, depths in zip(cells, row.depths or [[]] * len(cells), strict=True):
         cell["depths"] = formats.depth_line(depths, row)
+    for cell, made in zip(cells, row.cells, strict=True):
+        cell["seeds"] = formats.seed_line(made, row)
     label = formats.row_label(row)
     return {"name": row.metric.name, "label": label.strip(), "indented": label.startswith(" "), "cells": cells}
 
@@ -122,29 +126,33 @@ def _table_cell(cell: Cell, row: MetricRow) -> dict[str, Any]:
 def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section]:
     from rrcli.comparison import charts
 
-    stages, results = comparison.stages, comparison.results
+    stages = comparison.labels
     labels = {metric.name: ", ".join(filter(None, (metric.label, metric.unit))) for metric in CHARTED}
-    named = dict(zip(stages, results, strict=True))
+    named = dict(zip(stages, comparison.stages, strict=True))
+    rows = {row.metric.name: row for row in comparison.rows}
 
     def stage_charts() -> Iterator[Chart]:
         for name, label in labels.items():
-            points = [charts.point(result["metrics"].get(name)) for result in results]
+            cells = rows[name].cells if name in rows else []
+            points = [charts.point({"value": c.value, "low": c.low, "high": c.high}) for c in cells]
             if any(points):
                 yield Chart(label, charts.by_stage(points, stages, label))
 
     def depth_charts() -> Iterator[Chart]:
         for name, label in labels.items():
-            values = {stage: _depths(result, name) for stage, result in named.items()}
+            row = rows.get(name)
+            values = {label: _depths(stage, row, n) for n, (label, stage) in enumerate(named.items())}
             if any(len(line) > 1 for line in values.values()):
                 yield Chart(label, charts.against(values, stages, "passes after pass 0", label, whole=True))
 
     def difficulty_charts() -> Iterator[Chart]:
-        levels = sorted({r["difficulty"] for result in results for r in _graded(result)}, key=_natural)
+        runs = [run for stage in comparison.stages for run in stage.runs]
+        levels = sorted({r["difficulty"] for run in runs for r in _graded(run)}, key=_natural)
         label = labels[REASONING_ACCURACY.name]
         # One chart for each task, because a line from one task to another has no meaning.
         for words, group in groupby(levels, lambda level: _natural(level)[0]):
             same = list(group)
-            values = {stage: _by_difficulty(result, same) for stage, result in named.items()}
+            values = {stage: _by_difficulty(measured, same) for stage, measured in named.items()}
             ticks = [str(level).removeprefix(words).strip() or str(level) for level in same]
             yield Chart(f"{label}: {words}" if words else label,
                         charts.against(values, stages, words or "difficulty", label, ticks=ticks))  # fmt: skip
@@ -152,13 +160,13 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
     def cost_charts() -> Iterator[Chart]:
         for cost, x_label in COST_LABELS.items():
             for name in (REASONING_ACCURACY.name, PERPLEXITY.name):
-                values = {stage: _cost(result, cost, name) for stage, result in named.items()}
+                values = {stage: _cost(rows, n, cost, name) for n, stage in enumerate(stages)}
                 if any(values.values()):
                     title = f"{labels[name]} against {x_label}"
                     yield Chart(title, charts.against(values, stages, x_label, labels[name], joined=False))
 
     def curve_charts() -> Iterator[Chart]:
-        runs = [result["stage"] for result in results]
+        runs = [stage.name for stage in comparison.stages]
         for tag, label in CURVE_LABELS.items():
             if tag in curves:
                 yield Chart(label, charts.training(curves[tag], runs, label))
@@ -168,28 +176,35 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
                 list(stage_charts()), "No stage has perplexity or an accuracy."),
         Section("By depth", "Every stage with a recursion, measured with 0, 1, ... passes after pass 0.",
                 list(depth_charts()), "No stage was measured at more than one depth."),
-        Section("By difficulty", "Reasoning accuracy with Wilson's 95 % intervals.",
+        Section("By difficulty", "Reasoning accuracy with 95 % intervals: Wilson's, or of the mean over seeds.",
                 list(difficulty_charts()), "No problem in these results has a difficulty."),
         Section("Quality against cost",
                 "Cheaper is further left for FLOPs, and further right for speed on this machine.",
                 list(cost_charts()), "No stage has both a quality and a cost ('rr eval' without --skip-performance)."),
-        Section("Training", "The thin line shows every step, the strong line their moving average.",
+        Section("Training", "The thin line shows every step of the first seed, the strong line their moving average.",
                 list(curve_charts()), "The log folder holds no training curves of these stages."),
     ]  # fmt: skip
 
 
-def _depths(result: Results, name: str) -> list[tuple[float, Any]]:
-    from rrcli.comparison.charts import point
+def _depths(stage: Stage, row: MetricRow | None, column: int) -> list[tuple[float, Any]]:
+    """Return a stage's values at depth 0, 1, ...: with their intervals, or, over several seeds, without."""
+    from rrcli.comparison.charts import Point, point
 
-    points = [point(entry) for entry in result.get("by_depth", {}).get(name, ())]
+    if len(stage.runs) > 1:
+        values = row.depths[column] if row is not None and row.depths else []
+        return [(float(depth), Point(value)) for depth, value in enumerate(values) if value is not None]
+    entries = stage.first.get("by_depth", {}).get(row.metric.name, ()) if row is not None else ()
+    points = [point(entry) for entry in entries]
     return [(float(depth), found) for depth, found in enumerate(points) if found is not None]
 
 
-def _cost(result: Results, cost: str, name: str) -> list[tuple[float, Any]]:
-    from rrcli.comparison.charts import point
+def _cost(rows: Mapping[str, MetricRow], column: int, cost: str, name: str) -> list[tuple[float, Any]]:
+    from rrcli.comparison.charts import Point
 
-    x, y = point(result["metrics"].get(cost)), point(result["metrics"].get(name))
-    return [(x.value, y)] if x is not None and y is not None else []
+    if cost not in rows or name not in rows:
+        return []
+    x, y = rows[cost].cells[column], rows[name].cells[column]
+    return [] if x.value is None or y.value is None else [(x.value, Point(y.value, y.low, y.high))]
 
 
 def _graded(result: Results) -> list[dict[str, Any]]:
@@ -202,16 +217,30 @@ def _natural(level: Any) -> tuple[str, float]:
     return (words, float(number)) if number.replace(".", "", 1).isdigit() else (str(level), 0.0)
 
 
-def _by_difficulty(result: Results, levels: Sequence[Any]) -> list[tuple[float, Any]]:
-    from rrcli.comparison.charts import Point
-
+def _by_difficulty(stage: Stage, levels: Sequence[Any]) -> list[tuple[float, Any]]:
     line = []
     for number, level in enumerate(levels):
-        hits = [bool(r["correct"][-1]) for r in _graded(result) if r["difficulty"] == level]
-        if hits:
-            share = wilson(sum(hits), len(hits))
-            line.append((float(number), Point(100 * share.value, 100 * share.low, 100 * share.high)))
+        seeds = [
+            {r["key"]: (float(r["correct"][-1]), 0.0, 1.0) for r in _graded(run) if r["difficulty"] == level}
+            for run in stage.runs
+        ]
+        if len(seeds) == 1 and seeds[0]:
+            hits = [hit for hit, *_ in seeds[0].values()]
+            share = wilson(round(sum(hits)), len(hits))
+            line.append((float(number), _share_point(share.value, share.low, share.high)))
+        elif all(seeds):
+            found = across_seeds(seeds, answers=True)
+            low, high = found.interval(1 - CONFIDENCE) or (None, None)
+            line.append((float(number), _share_point(found.value, low, high)))
     return line
+
+
+def _share_point(value: float, low: float | None, high: float | None) -> Any:
+    from rrcli.comparison.charts import Point
+
+    if low is None or high is None:
+        return Point(100 * value)
+    return Point(100 * value, 100 * max(0.0, low), 100 * min(1.0, high))
 
 
 # -- generations and provenance ----------------------------------------------------------------------------------------

@@ -1,16 +1,18 @@
-"""The values that `rr compare` computes: pairs, cells, rows, claims, and the comparison as a whole. Data only."""
+"""The values that `rr compare` computes: stages, pairs, cells, rows, judgements, and the comparison as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rrcli import schemas
+from rrcli.comparison.claims import Claim
 from rrcli.errors import RRError
 from rrcli.evaluation.metrics import Metric
-from rrcli.evaluation.stats import Estimate
+from rrcli.evaluation.paired import Evidence, Needed
+from rrcli.evaluation.stats import CONFIDENCE
 from rrcli.files import finite, read_json
 
 # The content of a results file.
@@ -18,20 +20,56 @@ Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A stage with the results of all its trainings.
+
+    Attributes:
+        label: its name, or the path of a results file.
+        runs: one for each seed that was trained, in their order; a stage that needs no training has one.
+    """
+
+    label: str
+    runs: tuple[Results, ...]
+
+    @property
+    def first(self) -> Results:
+        """The results of the first seed."""
+        return self.runs[0]
+
+    @property
+    def name(self) -> str:
+        """The stage that was measured: 'baseline', ..."""
+        return str(self.first["stage"])
+
+    @property
+    def by_seed(self) -> dict[int, Results]:
+        """Seed -> results."""
+        return {seed_of(run): run for run in self.runs}
+
+    def value(self, metric: Metric) -> float | None:
+        """Return the value of a metric, over all seeds (`Metric.middle`); None if a run has none."""
+        return metric.middle([(run["metrics"].get(metric.name) or {}).get("value") for run in self.runs])
+
+
+Stages = Mapping[str, Stage]
+
+
+@dataclass(frozen=True)
 class Pair:
     """The difference of one metric between a stage and a reference stage, over the records that both hold.
 
     Attributes:
-        estimate: on the scale of the test (nats, shares, scores); None if the two stages cannot be paired.
+        evidence: what the records say about it, on the scale of the test (nats, shares, scores); None if the two stages
+            cannot be paired.
         same: whether all records have the same outcome in both stages.
-        discordant: the share of problems that exactly one of the two stages solves.
+        seeds: how many trainings were paired.
         common, of, others: number of records in both stages, in the reference, and in the other stage.
         conflicts: number of records with the same key but of different content (`Part.identity`).
     """
 
-    estimate: Estimate | None = None
+    evidence: Evidence | None = None
     same: bool = False
-    discordant: float = 0.0
+    seeds: int = 1
     common: int = 0
     of: int = 0
     others: int = 0
@@ -43,22 +81,30 @@ class Cell:
     """One stage's value of one metric, and its difference to a reference stage; in a table, that is the first stage.
 
     Attributes:
-        value, low, high: the metric with its interval (None where it was not measured).
+        value, low, high: the metric with its interval (None where it was not measured, or is not known).
+        by_seed: the value of each training, if there are several.
         difference, difference_low, difference_high: with its interval, over the records in both stages; in percent for
             perplexity and costs, in points for shares, else in the metric's unit.
-        p_value, p_adjusted: of the hypothesis "no difference", before and after Holm's correction.
-        verdict: better, worse, differs, within noise, same, not comparable, no claim (it rests on a broken surgery), or
-            '' (the first stage, costs).
+        confidence: that of the interval of the difference.
+        role: 'primary' if a declared claim is about this difference, 'exploratory' if it is tested without one, or ''.
+        p_value: of the hypothesis "no difference", before any correction. p_adjusted: that of the primary claim, after
+            Holm's correction for all primary claims; None for everything else.
+        verdict: of a primary claim: better, worse, differs, equivalent, not worse, inconclusive, or no claim (it rests
+            on a broken surgery). Of any difference: same (identical records), too few (units for a test), not
+            comparable. Else ''.
         n: number of records that the difference is computed from.
-        pair: the records and estimate that the difference comes from; None for the first stage and for costs.
+        pair: the records and evidence that the difference comes from; None for the first stage and for costs.
     """
 
     value: float | None = None
     low: float | None = None
     high: float | None = None
+    by_seed: list[float | None] = field(default_factory=list)
     difference: float | None = None
     difference_low: float | None = None
     difference_high: float | None = None
+    confidence: float = CONFIDENCE
+    role: str = ""
     p_value: float | None = None
     p_adjusted: float | None = None
     verdict: str = ""
@@ -85,37 +131,56 @@ class MetricRow:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A difference that a sentence speaks about.
+class Judgement:
+    """A primary claim and what the measurements say about it.
 
     Attributes:
-        what: what makes the difference, in words. against: the reference stage, in words.
-        before: the value of the reference stage. cell: the stage's value and its difference to the reference stage.
-        pair, estimate: those of the cell, which are never None for a claim.
+        cell: the stage's value and its difference to the reference stage. before: the reference stage's value.
+        p_value, p_adjusted: of the claim's own hypothesis; 1 if it cannot be tested, which keeps its place among the
+            claims that are corrected together. level: what Holm's procedure compares `p_value` with.
+        low, high, confidence: the interval of the difference that agrees with the test at this level, as it is shown.
+        verdict: see `Cell`. shown: whether the claim is shown. why: why it could not be tested, or ''.
+        detectable: the smallest difference that would be shown with 80 % power if it were there (for a claim with a
+            margin: the smallest such margin if there were no difference), in the unit in which differences are shown.
+        needed: how many units or seeds would show a difference of the size measured with 80 % power.
     """
 
-    what: str
-    against: str
-    metric: Metric
-    before: float
+    claim: Claim
     cell: Cell
-    pair: Pair
-    estimate: Estimate
+    before: float | None
+    p_value: float
+    p_adjusted: float
+    level: float
+    verdict: str = "inconclusive"
+    shown: bool = False
+    low: float | None = None
+    high: float | None = None
+    confidence: float = CONFIDENCE
+    detectable: float | None = None
+    needed: Needed | None = None
+    why: str = ""
 
-    @property
-    def p_adjusted(self) -> float:
-        """The corrected p-value; 1 if all records are identical, so that there is nothing to test."""
-        return 1.0 if self.cell.p_adjusted is None else self.cell.p_adjusted
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        values = {name: value for name, value in vars(self).items() if name not in ("claim", "cell", "needed")}
+        needed = {"needed": self.needed.count, "needed_of": self.needed.what} if self.needed else {}
+        cell = {name: getattr(self.cell, name) for name in ("value", "difference", "by_seed", "n")}
+        return {"claim": self.claim.text, "metric": self.claim.metric.name} | cell | values | needed
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """A gate as the user wrote it, the values of its two sides, and whether it holds."""
+    """A gate as the user wrote it, the values of its two sides, and whether it holds.
+
+    Attributes:
+        p_adjusted: of the test that it asks for, after correction; None if it compares values alone.
+    """
 
     gate: str
     left: float
     right: float
     holds: bool
+    p_adjusted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,27 +196,33 @@ class Comparison:
     """Everything that `rr compare` shows.
 
     Attributes:
-        stages: labels of the stages: their names, or paths of results files. results: the content of their files.
+        stages: the stages of the table, the reference first. judgements: what is said of each primary claim.
+        alpha: the level of all primary claims together.
         broken_surgery: a sentence that is shown first if surgery did not preserve the baseline; the command then fails.
     """
 
-    stages: list[str]
+    stages: list[Stage]
     rows: list[MetricRow]
-    claims: list[Claim] = field(default_factory=list)
+    judgements: list[Judgement] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     generations: list[PromptTexts] = field(default_factory=list)
     gates: list[GateResult] = field(default_factory=list)
     alpha: float = 0.05
-    results: list[Results] = field(default_factory=list)
     broken_surgery: str = ""
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the stages, or the paths of their results files."""
+        return [stage.label for stage in self.stages]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
         return {
-            "schema": 1,
+            "schema": 2,
             "kind": "comparison",
-            "stages": self.stages,
+            "stages": self.labels,
+            "seeds": {stage.label: list(stage.by_seed) for stage in self.stages},
             "alpha": self.alpha,
             "rows": [
                 {name: getattr(row.metric, name) for name in ("name", "label", "unit", "better")}
@@ -159,11 +230,7 @@ class Comparison:
                 | ({"by_depth": row.depths} if row.depths else {})
                 for row in self.rows
             ],
-            "claims": [
-                finite(vars(claim.estimate))
-                | {"what": claim.what, "metric": claim.metric.name, "p_adjusted": claim.p_adjusted}
-                for claim in self.claims
-            ],
+            "claims": [finite(judgement.to_dict()) for judgement in self.judgements],
             "broken_surgery": self.broken_surgery or None,
             "sentences": self.sentences,
             "warnings": self.warnings,
@@ -185,19 +252,24 @@ def read_results(file: Path, made_by: str) -> Results:
     return results
 
 
-def speakers(stages: Mapping[str, Results]) -> dict[str, str]:
-    """Return stage -> the label of its results; if two files are of the same stage, the first one counts."""
+def seed_of(run: Results) -> int:
+    """Return the seed that a run was trained and evaluated with."""
+    return int(run.get("seed", run["provenance"].get("seed", 0)))
+
+
+def speakers(stages: Stages) -> dict[str, str]:
+    """Return name of a stage -> the label of its results; if two files are of the same stage, the first one counts."""
     labels: dict[str, str] = {}
-    for label, result in stages.items():
-        labels.setdefault(result["stage"], label)
+    for label, stage in stages.items():
+        labels.setdefault(stage.name, label)
     return labels
 
 
-def generations_of(results: list[Results]) -> list[PromptTexts]:
-    """Return every prompt of any stage, with the text that each stage wrote after it."""
+def generations_of(stages: Sequence[Stage]) -> list[PromptTexts]:
+    """Return every prompt of any stage, with the text that each stage (its first seed) wrote after it."""
     texts = [
-        {r["prompt"]: r["text"] for r in result["records"].get("generations", ()) if "prompt" in r}
-        for result in results
+        {r["prompt"]: r["text"] for r in stage.first["records"].get("generations", ()) if "prompt" in r}
+        for stage in stages
     ]
     prompts = dict.fromkeys(prompt for stage in texts for prompt in stage)
     return [PromptTexts(prompt, [stage.get(prompt) for stage in texts]) for prompt in prompts]

@@ -17,8 +17,9 @@ from typing import Any
 from rrcli.data.rendering import chats
 from rrcli.data.tokens import closes_prompts
 from rrcli.errors import RRError, UsageError, first_line, suggest
+from rrcli.evaluation import distributions
 from rrcli.evaluation.samples import SampleLog
-from rrcli.evaluation.stats import normal_quantile
+from rrcli.evaluation.stats import CONFIDENCE, LEAST_UNITS
 from rrcli.files import finite
 from rrcli.recursion.facts import refuse_unknown_tokens, vocabulary
 from rrcli.reporting import Reporter
@@ -263,12 +264,12 @@ def _metrics(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             ):
                 continue
             entry: dict[str, Any] = {"value": float(value)}
-            error = values.get(f"{metric}_stderr,{kind}")
-            if isinstance(error, (int, float)):
-                reach = normal_quantile() * float(error)
-                entry |= {"low": float(value) - reach, "high": float(value) + reach}
             if task in results["n-samples"]:
                 entry["n"] = results["n-samples"][task]["effective"]
+            error = values.get(f"{metric}_stderr,{kind}")
+            if isinstance(error, (int, float)) and entry.get("n", 0) >= LEAST_UNITS:
+                reach = distributions.t_quantile(CONFIDENCE, entry["n"] - 1) * float(error)
+                entry |= {"low": float(value) - reach, "high": float(value) + reach}
             higher = results["higher_is_better"].get(task, {}).get(metric)
             entry["better"] = {True: "higher", False: "lower"}.get(higher, "")
             found[f"harness/{task}/{_named(metric, kind)}"] = entry

@@ -7,6 +7,7 @@ the last entry is at the depth of the stage. This module needs no torch, so `rr 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal
@@ -18,7 +19,7 @@ Record = Mapping[str, Any]
 Records = Mapping[str, Sequence[Record]]
 
 PartName = Literal["documents", "problems", "generations", "harness", ""]
-Test = Literal["ratio", "mcnemar", "bootstrap", "mcnemar_or_bootstrap", ""]
+Test = Literal["ratio", "mcnemar", "mcnemar_or_mean", ""]
 Scale = Literal["exp", "bits", "percent", ""]
 
 
@@ -33,8 +34,9 @@ class Metric:
         field: the field of a record that holds its score. size: the field that a document's total is divided by.
         scale: how an estimate becomes the metric's value: 'exp' (perplexity from nats per token), 'bits' (from nats),
             'percent' (from a share) or '' (it is the value).
-        test: how the difference of two stages is tested: 'ratio' (of totals over documents), 'mcnemar', 'bootstrap',
-            'mcnemar_or_bootstrap' (McNemar if every score is 0 or 1) or '' (it is not tested).
+        test: how the difference of two stages is tested: 'ratio' (of totals over documents), 'mcnemar',
+            'mcnemar_or_mean' (McNemar if every score is 0 or 1, else the mean) or '' (it is not tested).
+        same_test: the metric with which this one shares its test, because both are computed from the same nats.
         relative: whether a difference is shown in percent of the other stage's value. Metrics that are relative but not
             tested are costs.
         task: the reasoning task, or the task of lm-eval; '' if the metric is not about a single task.
@@ -51,6 +53,7 @@ class Metric:
     size: str = ""
     scale: Scale = ""
     test: Test = ""
+    same_test: str = ""
     relative: bool = False
     task: str = ""
     compared: bool = True
@@ -93,9 +96,49 @@ class Metric:
             case _:
                 return value
 
+    def middle(self, values: Sequence[float | None]) -> float | None:
+        """Return one value for several trainings; None if one is missing.
+
+        It is the geometric mean of perplexities, whose logarithms are compared, the median of costs, else the mean.
+        """
+        known = [value for value in values if value is not None]
+        if not known or len(known) < len(values):
+            return None
+        if self.scale == "exp":
+            return math.exp(math.fsum(map(math.log, known)) / len(known))
+        return statistics.median(known) if self.relative else math.fsum(known) / len(known)
+
+    def entry(self, estimate: stats.Estimate) -> dict[str, Any]:
+        """Return an estimate as it stands in a results file; bounds that are not known are None."""
+        bounds = [None if x is None else self.in_unit(x) for x in (estimate.low, estimate.high)]
+        if self.scale == "percent":
+            bounds = [None if x is None else min(100.0, max(0.0, x)) for x in bounds]
+        return {"value": self.in_unit(estimate.value), "low": bounds[0], "high": bounds[1], "n": estimate.n}
+
     def shown_difference(self, value: float) -> float:
         """Convert an estimated difference to what is shown: percent for perplexity, else the metric's unit."""
         return 100 * math.expm1(min(value, 700)) if self.scale == "exp" else self.in_unit(value)
+
+    def tested_difference(self, shown: float) -> float:
+        """Convert a difference that is shown to the scale of the test; the inverse of `shown_difference`.
+
+        Raises:
+            ValueError: a perplexity cannot be lower by 100 % or more.
+        """
+        match self.scale:
+            case "exp":
+                return math.log1p(shown / 100)
+            case "bits":
+                return shown * math.log(2)
+            case "percent":
+                return shown / 100
+            case _:
+                return shown
+
+    @property
+    def difference_unit(self) -> str:
+        """The unit of a difference that is shown: '%', 'points' (of shares), or the metric's own."""
+        return "%" if self.relative else "points" if self.unit == "%" else self.unit
 
 
 PERPLEXITY = Metric(
@@ -104,7 +147,7 @@ PERPLEXITY = Metric(
 )  # fmt: skip
 BITS_PER_BYTE = Metric(
     "bits_per_byte", "Bits per byte", "bits", better="lower",
-    part="documents", field="nll", size="bytes", scale="bits", test="ratio",
+    part="documents", field="nll", size="bytes", scale="bits", test="ratio", same_test="perplexity",
 )  # fmt: skip
 TOKEN_ACCURACY = Metric(
     "token_accuracy", "Token accuracy", "%", better="higher",
@@ -117,7 +160,7 @@ REASONING_ACCURACY = Metric(
 
 
 def _of_text(name: str, label: str, unit: str = "", *, better: str = "") -> Metric:
-    return Metric(name, label, unit, better=better, part="generations", field=name, test="bootstrap")
+    return Metric(name, label, unit, better=better, part="generations", field=name)
 
 
 def _cost(name: str, label: str, unit: str, *, better: str = "lower") -> Metric:
@@ -164,6 +207,17 @@ KNOWN: dict[str, Metric] = {
 }
 
 
+def tested_metric(name: str) -> Metric | None:
+    """Return the metric with this name if differences in it can be tested; None for all others."""
+    kind, _, rest = name.partition("/")
+    metric = KNOWN.get(name)
+    if metric is None and kind == "reasoning_accuracy" and rest:
+        metric = replace(REASONING_ACCURACY, name=name, label=f"  {rest}", task=rest)
+    if metric is None and kind == "harness" and "/" in rest:
+        metric = _of_harness(name, rest, {})
+    return metric if metric is not None and metric.test else None
+
+
 def metrics_of(*measured: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
     """Return the metrics of one or more stages, in the order in which they are shown.
 
@@ -207,7 +261,7 @@ def _of_harness(name: str, rest: str, entry: Mapping[str, Any]) -> Metric:
         better=entry.get("better", ""),
         part="harness",
         field="score",
-        test="mcnemar_or_bootstrap",
+        test="mcnemar_or_mean",
         task=rest.partition("/")[0],
     )
 
@@ -259,15 +313,7 @@ def _document_metrics(documents: Sequence[Record], depth: int) -> dict[str, dict
     for metric in (PERPLEXITY, BITS_PER_BYTE, TOKEN_ACCURACY):
         totals, sizes = zip(*metric.totals({"documents": documents}, depth).values(), strict=True)
         estimate = stats.ratio(totals, sizes)
-        low, high = metric.in_unit(estimate.low), metric.in_unit(estimate.high)
-        if metric.scale == "percent":
-            low, high = max(0.0, low), min(100.0, high)
-        metrics[metric.name] = {
-            "value": metric.in_unit(estimate.value),
-            "low": low,
-            "high": high,
-            "n": len(documents),
-        }
+        metrics[metric.name] = metric.entry(estimate)
     nats = math.fsum(r["nll"][depth] for r in documents)
     for name, size in (("word_perplexity", "words"), ("byte_perplexity", "bytes")):
         metrics[name] = {"value": PERPLEXITY.in_unit(nats / max(1, sum(r[size] for r in documents)))}
@@ -297,5 +343,4 @@ def _generation_metrics(generations: Sequence[Record]) -> dict[str, dict[str, An
 
 
 def _share(hits: Sequence[bool]) -> dict[str, Any]:
-    estimate = stats.wilson(sum(map(bool, hits)), len(hits))
-    return {"value": 100 * estimate.value, "low": 100 * estimate.low, "high": 100 * estimate.high, "n": len(hits)}
+    return REASONING_ACCURACY.entry(stats.wilson(sum(map(bool, hits)), len(hits)))

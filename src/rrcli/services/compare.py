@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from rrcli.comparison.claims import Declaration, read_declaration
 from rrcli.comparison.compare import compare_stages
 from rrcli.comparison.gates import read_gate
 from rrcli.comparison.preservation import Preservation, check_preserved
 from rrcli.comparison.report import check_report_path
-from rrcli.comparison.results import Comparison, Results, generations_of, read_results, speakers
+from rrcli.comparison.results import Comparison, Stage, Stages, generations_of, read_results, speakers
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.settings import STAGES, CompareSettings
@@ -28,16 +29,18 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
     workspace = Workspace(directory, settings)
     if settings.report:
         check_report_path(settings.report)
+    declared = read_declaration(settings)
     stages = {name: _read(workspace, name) for name in _named(names, workspace)}
     comparison = compare_stages(
         stages,
-        [read_gate(text, stages) for text in settings.gate],
-        alpha=settings.alpha,
+        declared,
+        [read_gate(text, stages, declared.margins) for text in settings.gate],
         significant=settings.gate_significant,
         preserved=_preserved(stages, workspace),
+        others=_others(declared, stages, workspace),
     )
     if settings.generations:
-        comparison.generations = generations_of(comparison.results)
+        comparison.generations = generations_of(comparison.stages)
         if not comparison.generations:
             raise RRError("the results hold no generations", "'rr eval' without --skip-generation makes them.")
     return comparison
@@ -45,7 +48,7 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
 
 def _named(names: Sequence[str], workspace: Workspace) -> list[str]:
     """Return the given names, or every stage that was measured if no name was given."""
-    names = list(names) or [stage for stage in STAGES if workspace.results_file(stage).exists()]
+    names = list(names) or [stage for stage in STAGES if workspace.measured(stage)]
     if not names:
         raise RRError(
             f"{workspace.directory / workspace.settings.output_dir} holds no results", "'rr run' measures every stage."
@@ -56,7 +59,16 @@ def _named(names: Sequence[str], workspace: Workspace) -> list[str]:
     return names
 
 
-def _preserved(stages: Mapping[str, Results], workspace: Workspace) -> Preservation | None:
+def _others(declared: Declaration, stages: Stages, workspace: Workspace) -> dict[str, Stage]:
+    """Return the measured stages that primary claims are about and that have no column; none beside files by path."""
+    if not stages.keys() <= set(STAGES):
+        return {}
+    about = {stage for claim in declared.primary for stage in (claim.stage, claim.reference)}
+    absent = sorted(about - stages.keys(), key=STAGES.index)
+    return {stage: _read(workspace, stage) for stage in absent if workspace.measured(stage)}
+
+
+def _preserved(stages: Stages, workspace: Workspace) -> Preservation | None:
     """Check that surgery preserved the baseline, if both stages are compared or a recursive stage is.
 
     A recursive stage rests on the surgery of this folder even if that stage is not compared. Then only a surgery that
@@ -64,23 +76,28 @@ def _preserved(stages: Mapping[str, Results], workspace: Workspace) -> Preservat
     """
     compared = {stage: stages[label] for stage, label in speakers(stages).items()}
     if {"baseline", SURGERY_STAGE} <= compared.keys():
-        return check_preserved(compared[SURGERY_STAGE], compared["baseline"])
+        return check_preserved(compared[SURGERY_STAGE].first, compared["baseline"].first)
     files = [workspace.results_file(stage) for stage in (SURGERY_STAGE, "baseline")]
     if "finetuned_recursive" not in compared or not all(file.is_file() for file in files):
         return None
-    found = check_preserved(*(compared.get(stage) or _read(workspace, stage) for stage in (SURGERY_STAGE, "baseline")))
+    found = check_preserved(
+        *((compared.get(stage) or _read(workspace, stage)).first for stage in (SURGERY_STAGE, "baseline"))
+    )
     return found if found.broken else None
 
 
-def _read(workspace: Workspace, name: str) -> Results:
+def _read(workspace: Workspace, name: str) -> Stage:
+    """Read a stage with all its seeds, or the one results file that is named by its path."""
     if name in STAGES:
         file, maker = workspace.results_file(name), f"rr eval --stage {name}"
-        if not file.exists():
+        measured = workspace.measured(name)
+        if not measured:
             raise RRError(f"stage '{name}' was not measured: {file} is not there", f"'{maker}' measures it.")
-    elif "/" in name or name.endswith(".json"):
+        files = [(workspace.results_file(one.name), maker + one.flag) for one in measured]
+        return Stage(name, tuple(read_results(*each) for each in files))
+    if "/" in name or name.endswith(".json"):
         file, maker = workspace.directory / name, "rr eval"
         if not file.exists():
             raise UsageError(f"the results file {file} does not exist", "'rr eval' writes one into eval_results/.")
-    else:
-        raise UsageError(f"unknown stage '{name}'", suggest(name, STAGES))
-    return read_results(file, maker)
+        return Stage(name, (read_results(file, maker),))
+    raise UsageError(f"unknown stage '{name}'", suggest(name, STAGES))
