@@ -330,9 +330,8 @@ def _run(
             trainer.set_steps(trainer.steps_for(training.flops))
         shown = ["train/loss/total"] + [f"evaluation/{INTERVAL_TAG}/perplexity"] * (evaluation is not None)
         shown += [f"final/{metric}" for metric in SUMMARY]  # `rr eval` logs them into the same run
-        tracker.log_hparams(
-            {"stage": training.replicate.stage, "mode": training.mode, **asdict(trainer.settings)}, shown
-        )
+        about = {"stage": training.replicate.stage, "mode": training.mode}
+        tracker.log_hparams(about | asdict(trainer.settings), shown)
         data.drawn = data.cut = data.skipped = 0  # what was drawn to estimate costs does not count
         try:
             trainer.train(training.first_step, stopped)
