@@ -472,12 +472,14 @@ def run(
     experiment. --max-steps and --chunk-width are those of the surgery, which training follows; --train-max-steps and
     --train-chunk-width train with others.
     """
+    from rrcli.comparison.claims import read_declaration
     from rrcli.experiment.planning import plan
     from rrcli.services import compare as comparing
     from rrcli.services import run as service
 
     for section in settings.PERFORMED:  # so that a wrong value is refused before any work is done
         ctx.load(section)
+    read_declaration(ctx.load(settings.CompareSettings))
     if dry_run:
         steps = plan(ctx.directory, ctx.load, new_options=bool(ctx.given))
         if json:

@@ -3,6 +3,7 @@
 file                                 type
 eval_results/<stage>_results.json    Results; `check_records` looks at what types cannot say
 eval_results/<stage>_samples.jsonl   SamplesHead, then one of ENTRIES on each line
+eval_results/declared.json           Declared
 <checkpoint>/recursion.json          Manifest (`models.manifest` also refuses keys that it does not know)
 <checkpoint>/metrics.json            CheckpointMetrics
 <checkpoint>/trainer_state/progress.json    Progress
@@ -198,6 +199,23 @@ class Results(TypedDict):
     by_depth: NotRequired[dict[str, list[MetricEntry]]]
     calibration: NotRequired[list[CalibrationBin]]
     preservation: NotRequired[dict[str, Any]]
+
+
+class DeclaredClaims(TypedDict):
+    """What was declared at one time; `measured` are the fine-tuned results that there were by then."""
+
+    primary: list[str]
+    margin: list[str]
+    alpha: float
+    at: str
+    measured: list[str]
+
+
+class Declared(TypedDict):
+    """`declared.json`: every declaration, the first one first."""
+
+    schema: int
+    declarations: list[DeclaredClaims]
 
 
 class Base(TypedDict):

@@ -12,6 +12,7 @@ from rrcli.comparison.preservation import Preservation, check_preserved
 from rrcli.comparison.report import check_report_path
 from rrcli.comparison.results import Comparison, Stage, Stages, generations_of, read_results, speakers
 from rrcli.errors import RRError, UsageError, suggest
+from rrcli.experiment.declarations import late
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.settings import STAGES, CompareSettings
 
@@ -39,6 +40,8 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
         preserved=_preserved(stages, workspace),
         others=_others(declared, stages, workspace),
     )
+    if stages.keys() <= set(STAGES):
+        comparison.warnings += late(workspace, declared.texts)
     if settings.generations:
         comparison.generations = generations_of(comparison.stages)
         if not comparison.generations:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rrcli.comparison.claims import read_declaration
 from rrcli.comparison.preservation import Preservation, check_preserved
 from rrcli.comparison.results import read_results
 from rrcli.configuration import load
@@ -20,9 +21,10 @@ from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.harness import harness_tasks, load_tasks
 from rrcli.evaluation.held_out import EvalData, held_out_data, showable
 from rrcli.evaluation.samples import SampleLog
+from rrcli.experiment import declarations
 from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerprint
 from rrcli.experiment.provenance import provenance
-from rrcli.experiment.replicates import evaluated_seeds
+from rrcli.experiment.replicates import TRAINED, evaluated_seeds
 from rrcli.experiment.template_date import fix_date, with_template_date
 from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, Workspace, check_stage
 from rrcli.files import METRICS_FILE, SCHEMA, back_up, combine, finite, read_json, write_json
@@ -32,7 +34,7 @@ from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import stamps
 from rrcli.reporting import Reporter
 from rrcli.schemas import CheckpointMetrics
-from rrcli.settings import EvalSettings, SurgerySettings
+from rrcli.settings import CompareSettings, EvalSettings, SurgerySettings
 from rrcli.tracker import EVALUATION, SUMMARY, MetricsTracker
 
 
@@ -65,7 +67,8 @@ def evaluate(
             at depth 0; None follows the model.
 
     Raises:
-        RRError: the stage's model is missing, or cannot be measured.
+        RRError: the stage's model is missing, or cannot be measured. UsageError: the claims of `rr.toml`, which are
+            recorded before a fine-tuned stage is measured, cannot be read.
     """
     check_stage(stage)
     workspace = Workspace(directory, settings)
@@ -73,6 +76,8 @@ def evaluate(
     file = workspace.results_file(replicate.name)
     source = held.enter_context(reading(lambda: workspace.resolve(model) if model else workspace.stage_model(stage)))
     held.enter_context(lock(file, f"the evaluation of '{replicate.name}'"))
+    if stage in TRAINED:
+        declarations.record(workspace, read_declaration(load(CompareSettings, directory)).texts)
     fingerprint = source.fingerprint()
     settings = with_template_date(settings, source, directory)
     inputs = eval_inputs(settings, stage, model_fingerprint(source, directory), data_identity(settings, directory))
