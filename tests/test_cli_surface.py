@@ -70,7 +70,7 @@ TRAIN = (
     | {"--supervised-share", "--commit-margin", "--lora-rank", "--lora-alpha"}
 )
 EVAL = (
-    {"--stride", "--max-samples", "--problems", "--max-new-tokens", "--batch-tokens", "--depth"}
+    {"--stride", "--max-samples", "--problems", "--max-new-tokens", "--batch-tokens", "--depth", "--exit"}
     | {"--num-fewshot", "--stop", "--prompts", "--harness"}
     | {"--chat-template", "--no-chat-template", "--tensorboard", "--no-tensorboard"}
     | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "generation", "performance")}
@@ -84,12 +84,16 @@ OWN = {
     | TRAIN
     | {"--log-dir", "--mode", "--restart", "--match-flops", "--run-name", "--max-length", "--max-steps"}
     | {"--chunk-width"},
-    "eval": LOADING | DATA | LOGS | EVAL | {"--stage", "--use-recursive", "--no-use-recursive", "--max-length"},
+    "eval": LOADING
+    | DATA
+    | LOGS
+    | EVAL
+    | {"--stage", "--use-recursive", "--no-use-recursive", "--max-length", "--exits", "--no-exits", "--exit-loss"},
     "compare": COMPARE
     | {"--log-dir", "--output-dir", "--generations", "--no-generations", "--format", "--out", "--report"},
     "generate": LOADING
     | {"--stage", "--trace", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--depth"}
-    | {"--chunk-width", "--stop"},
+    | {"--chunk-width", "--stop", "--exit"},
     "board": {"--log-dir", "--check", "--port", "--host", "--reload-interval", "--open", "--no-open"},
     "run": COMMON
     | SURGERY

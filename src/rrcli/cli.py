@@ -384,9 +384,11 @@ def eval(
     from rrcli.comparison.preservation import require_preserved
     from rrcli.services import eval as service
 
-    result = service.evaluate(
-        ctx.load(settings.EvalSettings), stage, ctx.directory, _reporter(), model=model, use_recursive=use_recursive
-    )
+    loaded = ctx.load(settings.EvalSettings)
+    if loaded.exits:
+        _eval_exits(ctx, loaded, stage, model, json)
+        return
+    result = service.evaluate(loaded, stage, ctx.directory, _reporter(), model=model, use_recursive=use_recursive)
     if json:
         ui.show_json("evaluation", {key: value for key, value in result.results.items() if key != "schema"})
     else:
@@ -396,6 +398,17 @@ def eval(
         return
     command = "rr surgery" if stage == "baseline" else f"rr compare baseline {stage}"
     ui.show_next("Results:", result.file, command)
+
+
+def _eval_exits(ctx: Context, loaded: settings.EvalSettings, stage: str, model: str | None, json: bool) -> None:
+    from rrcli.experiment.exits import measure_exits
+
+    result = measure_exits(loaded, stage, ctx.directory, _reporter(), model=model)
+    if json:
+        ui.show_json("exits", {key: value for key, value in result.results.items() if key not in ("schema", "kind")})
+        return
+    ui.show_exits(result)
+    ui.show_next("Exits:", result.file, f"rr eval --stage {stage}")
 
 
 @_command(LOOK, _flags(settings.CompareSettings, LOGS))

@@ -39,7 +39,10 @@ class MetricEntry(TypedDict):
 
 
 class DocumentRecord(TypedDict):
-    """A document; `nll` (nats) and `correct` (top-1 hits) have one entry for each depth."""
+    """A document; `nll` (nats) and `correct` (top-1 hits) have one entry for each depth.
+
+    With an exit rule there is one entry more, and `passes` is the sum of the passes with which its tokens left.
+    """
 
     key: str
     tokens: Annotated[int, Meta(ge=1)]
@@ -47,10 +50,14 @@ class DocumentRecord(TypedDict):
     nll: Numbers
     correct: Counts
     words: NotRequired[Count]
+    passes: NotRequired[Count]
 
 
 class ProblemRecord(TypedDict):
-    """A problem; the lists have one entry for each depth."""
+    """A problem; the lists have one entry for each depth.
+
+    With an exit rule there is one entry more, and `passes` are those with which each new token left.
+    """
 
     key: str
     task: str
@@ -65,6 +72,7 @@ class ProblemRecord(TypedDict):
     prompt: NotRequired[str]
     answer: NotRequired[str]
     difficulty: NotRequired[str | float]
+    passes: NotRequired[list[Count]]
 
 
 class GenerationRecord(TypedDict):
@@ -111,6 +119,13 @@ class Shape(TypedDict):
     commit_margin: NotRequired[float | None]
 
 
+class ChosenExit(TypedDict):
+    """An exit rule that was chosen for a model."""
+
+    rule: str
+    threshold: float
+
+
 class MeasuredModel(TypedDict):
     """The model of an evaluation; `tokenizer` identifies its vocabulary."""
 
@@ -121,6 +136,7 @@ class MeasuredModel(TypedDict):
     parameters: NotRequired[Count]
     recursion: NotRequired[Shape | None]
     depth: NotRequired[Count]
+    exit: NotRequired[ChosenExit | None]
 
 
 class MeasuredData(TypedDict):
@@ -224,13 +240,6 @@ class Base(TypedDict):
     source: str
     fingerprint: str
     sha256: NotRequired[dict[str, str]]
-
-
-class ChosenExit(TypedDict):
-    """An exit rule that was chosen for a model."""
-
-    rule: str
-    threshold: float
 
 
 class Manifest(TypedDict):
@@ -359,10 +368,11 @@ class DocumentsEntry(TypedDict):
     correct: list[Counts]
     range: list[tuple[float, float]]
     chunks: ChunkCounts
+    left: NotRequired[list[Count]]
 
 
 class ProblemEntry(TypedDict):
-    """An answer to a problem at one depth."""
+    """An answer to a problem at one depth, or (with `passes`, after the last depth) with an exit rule."""
 
     part: Literal["problems"]
     number: Count
@@ -375,6 +385,7 @@ class ProblemEntry(TypedDict):
     score: float
     length: Count
     ended: bool
+    passes: NotRequired[list[Count]]
 
 
 class GenerationEntry(TypedDict):

@@ -406,6 +406,12 @@ class TrainSettings(CommonSettings):
     )
 
 
+EXIT_HELP = (
+    "When a token stops being refined: RULE:THRESHOLD with head, probability, margin, contraction or depth; unchanged; "
+    "or none, for every pass. [default: what 'rr eval --exits' chose for the checkpoint]"
+)
+
+
 @dataclass(frozen=True)
 class EvalSettings(CommonSettings):
     """Section `[eval]`."""
@@ -428,7 +434,29 @@ class EvalSettings(CommonSettings):
         reaches=NUMBERS,
     )
     depth: int = option(
-        -1, "Passes after pass 0 in recursive stages; -1 = all.", reaches=NUMBERS, panel=RECURSION, minimum=-1
+        -1,
+        "Passes after pass 0 in recursive stages, also more than were trained (at most 8); -1 = as trained, with the "
+        "exit of the checkpoint.",
+        reaches=NUMBERS,
+        panel=RECURSION,
+        minimum=-1,
+    )
+    exit: str = option("", EXIT_HELP, reaches=NUMBERS, panel=RECURSION)
+    exits: bool = option(
+        False,
+        "Compare all exit rules instead, choose the cheapest on the validation side, and write it into the checkpoint.",
+        reaches=NOTHING,
+        panel=RECURSION,
+        in_run=None,
+    )
+    exit_loss: float = option(
+        1.0,
+        "What the exit that --exits chooses may lose against all passes, in points of accuracy (without problems: in "
+        "percent of the nats).",
+        reaches=NOTHING,
+        panel=RECURSION,
+        minimum=0,
+        in_run=None,
     )
     max_length: int = option(
         0,
@@ -486,8 +514,14 @@ class GenerateSettings(CommonSettings):
         (), "String at which the text ends, with \\n for a line break. Repeat for several.", reaches=NOTHING
     )
     depth: int = option(
-        -1, "Passes after pass 0 in recursive stages; -1 = all.", reaches=NOTHING, panel=RECURSION, minimum=-1
+        -1,
+        "Passes after pass 0 in recursive stages, also more than were trained (at most 8); -1 = as trained, with the "
+        "exit of the checkpoint.",
+        reaches=NOTHING,
+        panel=RECURSION,
+        minimum=-1,
     )
+    exit: str = option("", EXIT_HELP, reaches=NOTHING, panel=RECURSION)
     chunk_width: int = option(
         0,
         "Tokens that are drafted and refined together; 0 = the chunk width of the surgery.",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rrcli.comparison.results import Cell, Comparison, MetricRow
     from rrcli.errors import RRError
     from rrcli.evaluation.tracing import Piece
+    from rrcli.experiment.exits import ExitsResult
     from rrcli.experiment.planning import Step
     from rrcli.services.board import Board, Found
     from rrcli.services.eval import EvalResult
@@ -278,6 +279,36 @@ def show_eval(result: EvalResult) -> None:
         for name, values in depths.items():
             table.add_row(KNOWN[name].label, *[formats.number(entry["value"]) for entry in values])
         out().print(table)
+
+
+def show_exits(result: ExitsResult) -> None:
+    """Print the frontier of exit rules on the test side, and what was chosen."""
+    points, n = result.results["test"], result.results["n"]
+    counts = [f"{n['test'][part]:,} {part}" for part in ("problems", "documents", "tokens") if n["test"][part]]
+    answers, base = bool(n["test"]["problems"]), next(p for p in points if p["name"] == "depth:0")
+    cost, passes = ("mflop", "passes") if answers else ("text_mflop", "text_passes")
+    table = Table(box=SIMPLE_HEAD, title=f"{result.stage}: exits on {', '.join(counts)}", title_justify="left")
+    table.add_column("Exit")
+    for name in (*(["Accuracy, %"] if answers else []), "Nats", "Passes", "MFLOP", "x pass 0"):
+        table.add_column(name, justify="right")
+    chosen = "" if result.chosen is None else str(result.chosen)
+    last = ""
+    for point in points:
+        if last not in ("", point["rule"]):
+            table.add_section()
+        last = point["rule"]
+        name = f"random, as {point['like'].partition(':')[2]}" if "like" in point else point["name"]
+        cells = [formats.number(point["accuracy"]["value"] if point["accuracy"] else None, percent=True)] * answers
+        cells += [formats.number(point[key]) for key in ("nats", passes, cost)]
+        ratio = point[cost] / base[cost] if point[cost] is not None and base[cost] else None
+        style = "bold green" if point["name"] == chosen else ""
+        table.add_row(escape(name), *cells, formats.number(ratio), style=style)
+    out().print(table)
+    found = n["validation"]
+    what = f"{found['problems']:,} problems" if found["problems"] else f"{found['documents']:,} documents"
+    loss = f"{result.results['loss']:g} {'points' if found['problems'] else '%'}"
+    said = f"the exit is {chosen}" if chosen else "no exit: every pass is run"
+    out().print(f"Chosen on the validation side ({what}), losing at most {loss}: {said}.", soft_wrap=True)
 
 
 def show_train(result: TrainResult) -> None:

@@ -122,7 +122,9 @@ def test_chunks_are_for_passes_in_full_precision(depth, dtype, expected, monkeyp
     if depth is not None:
         wake(attach(model, RecursionConfig(max_steps=2))).depth = depth
     used = []
-    monkeypatch.setattr(decoding, "ChunkedDecoding", lambda: used.append(True) or rrcli.ChunkedDecoding())
+    monkeypatch.setattr(
+        decoding, "ChunkedDecoding", lambda **options: used.append(True) or rrcli.ChunkedDecoding(**options)
+    )
     list(decoded(model, prompts))
     assert bool(used) == expected
 

@@ -125,7 +125,7 @@ def test_what_cannot_be_generated_is_said_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("settings", "prompt", "stage", "words"),
     [
-        (GenerateSettings(depth=5), "a", None, "depth is 5"),
+        (GenerateSettings(depth=9), "a", None, "depth is 9"),
         (GenerateSettings(depth=1), "a", "baseline", "has no recursion"),
         (GenerateSettings(), "a " * 3000, None, r"the prompt has \d+ tokens"),
     ],

@@ -13,9 +13,12 @@ from rrcli.data.tokens import encode_prompt
 from rrcli.errors import CheckFailed, RRError, UsageError
 from rrcli.evaluation import metrics
 from rrcli.evaluation.decoding import decode, room_for
+from rrcli.evaluation.exit_answers import Answers
 from rrcli.evaluation.held_out import EvalData
 from rrcli.evaluation.judging import judge
 from rrcli.evaluation.samples import SampleLog
+from rrcli.recursion.engine import at_depth
+from rrcli.recursion.exits import ExitRule
 from rrcli.recursion.facts import context_length, refuse_unknown_tokens, vocabulary
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
@@ -34,11 +37,13 @@ def solve_problems(
     settings: EvalSettings,
     reporter: Reporter,
     log: SampleLog | None = None,
+    exit: ExitRule | None = None,
 ) -> list[dict[str, Any]]:
     """Answer every problem greedily at every depth up to `depth` and let its task score the answer.
 
     Args:
         depth: the last depth that is measured; a model without a recursion has depth 0 alone.
+        exit: a rule whose answers are judged too, as if it were one more depth.
 
     Returns:
         Records with the problem and its prompt, and lists with an entry per depth: `outputs`, `extracted` (what was
@@ -52,31 +57,20 @@ def solve_problems(
     """
     log = log or SampleLog()
     stop = stop_strings(settings.stop)
-    examples = {
-        task.spec: task.examples(settings.num_fewshot) if settings.num_fewshot > 0 else [] for task in data.tasks
-    }
-    texts = [question_text(tokenizer, p.question, examples[p.task], settings) for p in data.problems]
-    prompts = [encode_question(tokenizer, text, settings) for text in texts]
-    for problem, prompt in zip(data.problems, prompts, strict=True):
-        what = f"a problem of '{problem.task}' ({problem.question[:40]!r})"
-        if not prompt:
-            raise RRError(
-                f"the tokenizer makes no token of {what}", "Name other problems with --task, or --skip-reasoning."
-            )
-        refuse_unknown_tokens(vocabulary(model), tokenizer, prompt, what)
-    prompts = _within_context(model, prompts, settings.max_new_tokens, reporter)
+    texts, prompts = problem_prompts(model, tokenizer, data, settings=settings, reporter=reporter)
     count, seen = len(data.problems), set[tuple[int, int]]()
 
     def fits(place: int, entry: dict[str, Any]) -> bool:
         number, at_depth = entry["number"], entry["depth"]
         new = (number, at_depth) not in seen
         seen.add((number, at_depth))
-        in_order = number < count and at_depth == place // count <= depth
+        in_order = number < count and at_depth == place // count <= depth + (exit is not None)
         return new and in_order and bool(entry["key"] == data.problems[number].key)
 
     entries = log.done("problems", fits)
     tasks = {task.spec: task for task in data.tasks}
-    with reporter.progress("reasoning", len(prompts) * (depth + 1), "problems") as progress:
+    columns = depth + 1 + (exit is not None)
+    with reporter.progress("reasoning", len(prompts) * columns, "problems") as progress:
         progress.advance(len(entries))
         for current in range(depth + 1):
             skip = min(len(prompts), max(0, len(entries) - current * len(prompts)))
@@ -101,9 +95,48 @@ def solve_problems(
                 log.append("problems", new)
                 entries += new
                 progress.advance(len(new))
+        if exit is not None:
+            answers = Answers(model, tokenizer, prompts, settings, stop, reporter)
+            with at_depth(model, depth):
+                found = answers.under([exit])[0][len(entries) - (depth + 1) * count :]
+            new = []
+            for number, one in enumerate(found, start=count - len(found)):
+                problem, text = data.problems[number], answers.cut(number, one.tokens)
+                new.append(
+                    {"number": number, "depth": depth + 1, "key": problem.key, "output": text}
+                    | vars(judge(tasks[problem.task], problem, text))
+                    | {"length": len(one.tokens), "ended": one.ended, "passes": list(one.passes)}
+                )
+            log.append("problems", new)
+            entries += new
+            progress.advance(len(new))
     records = _problem_records(data.problems, texts, entries)
     _refuse_silence(records)
     return records
+
+
+def problem_prompts(
+    model: Any, tokenizer: Any, data: EvalData, *, settings: EvalSettings, reporter: Reporter
+) -> tuple[list[str], list[list[int]]]:
+    """Return how every problem is asked: as text, and as the token ids that the model is given.
+
+    Raises:
+        UsageError: solved examples are asked of a task that has none to give.
+        RRError: the tokenizer makes no token of a prompt, or one that the model has no embedding for.
+    """
+    examples = {
+        task.spec: task.examples(settings.num_fewshot) if settings.num_fewshot > 0 else [] for task in data.tasks
+    }
+    texts = [question_text(tokenizer, p.question, examples[p.task], settings) for p in data.problems]
+    prompts = [encode_question(tokenizer, text, settings) for text in texts]
+    for problem, prompt in zip(data.problems, prompts, strict=True):
+        what = f"a problem of '{problem.task}' ({problem.question[:40]!r})"
+        if not prompt:
+            raise RRError(
+                f"the tokenizer makes no token of {what}", "Name other problems with --task, or --skip-reasoning."
+            )
+        refuse_unknown_tokens(vocabulary(model), tokenizer, prompt, what)
+    return texts, _within_context(model, prompts, settings.max_new_tokens, reporter)
 
 
 def _refuse_silence(records: Sequence[dict[str, Any]]) -> None:
@@ -133,6 +166,8 @@ def _problem_records(
     for entry in entries:
         for name in ANSWER:
             records[entry["number"]]["outputs" if name == "output" else name].append(entry[name])
+        if "passes" in entry:
+            records[entry["number"]]["passes"] = entry["passes"]
     return records
 
 
@@ -185,8 +220,9 @@ def continue_prompts(
     settings: EvalSettings,
     reporter: Reporter,
     log: SampleLog | None = None,
+    exit: ExitRule | None = None,
 ) -> list[dict[str, Any]]:
-    """Continue each prompt greedily at a depth, without stop strings.
+    """Continue each prompt greedily at a depth, or with an exit rule, without stop strings.
 
     A prompt of which the tokenizer makes no token is left out, which is said.
 
@@ -222,6 +258,7 @@ def continue_prompts(
             new_tokens=new_tokens,
             batch_tokens=settings.batch_tokens,
             skip=len(entries),
+            exit=exit,
         ):
             new = [
                 {

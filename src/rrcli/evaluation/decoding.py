@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -29,6 +30,7 @@ from rrcli.evaluation.generation_settings import without_own_settings
 from rrcli.recursion.abilities import continues_in_blocks, takes_padding
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.engine import at_depth
+from rrcli.recursion.exits import NEVER, ExitRule
 from rrcli.recursion.facts import context_length
 from rrcli.recursion.products import through_onednn
 from rrcli.upstream import cache_of, generation_cache_argument, goes_on
@@ -81,6 +83,7 @@ def decode(
     batch_tokens: int,
     stop: Sequence[str] = (),
     skip: int = 0,
+    exit: ExitRule | None = None,
 ) -> Iterator[list[Decoded]]:
     """Decode greedily, longest prompts first; yield a list for each batch, in an order that depends on lengths alone.
 
@@ -89,11 +92,12 @@ def decode(
         depth: how many passes follow pass 0; a model without a recursion has pass 0 alone.
         batch_tokens: bounds rows x (prompt + new tokens) of a batch; where memory runs out, that batch is halved.
         stop: texts that end an answer. skip: leave out this many of the first answers: they are known already.
+        exit: decode with this rule instead of every pass.
 
     Raises:
         RRError: memory runs out for a single prompt. CheckFailed: decoding gave not even one token.
     """
-    ends = _Ends(tokenizer, end_tokens(model, tokenizer), stop)
+    ends = Ends(tokenizer, end_tokens(model, tokenizer), stop)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     # A batch whose prompts have one length needs no padding; some stock models do not hide it from their attention.
     unpadded = len(set(map(len, prompts))) > 1 and not takes_padding(model)
@@ -101,7 +105,7 @@ def decode(
     for batch in batches(order[skip:], batch_tokens, sizes.__getitem__, unpadded=unpadded):
         with through_onednn(model):
             parts = halving(
-                lambda rows: _decode_batch(model, rows, ends, depth=depth, new_tokens=new_tokens),
+                lambda rows: _decode_batch(model, rows, ends, depth=depth, new_tokens=new_tokens, exit=exit),
                 [prompts[number] for number in batch],
                 lambda row: RRError(
                     f"memory runs out for a single prompt of {len(row)} tokens and {new_tokens} new ones",
@@ -116,23 +120,27 @@ def decode(
         yield found
 
 
-def _decode_batch(model: Any, rows: list[list[int]], ends: _Ends, *, depth: int, new_tokens: int) -> list[list[int]]:
+def _decode_batch(
+    model: Any, rows: list[list[int]], ends: Ends, *, depth: int, new_tokens: int, exit: ExitRule | None
+) -> list[list[int]]:
     """Return the new ids of each row, the end token included where there is one."""
     ids, mask = padded(rows, model.device, left=True)
     options = GREEDY | {
         "eos_token_id": sorted(ends.tokens) or None,
         "pad_token_id": min(ends.tokens, default=0),
     }
-    way = _decode_in_chunks if _in_chunks(model, depth) else _decode_in_calls
+    way = _decode_in_calls
+    if exit is not None or _in_chunks(model, depth):
+        way = partial(_decode_in_chunks, exit=exit or NEVER)
     with at_depth(model, depth), without_own_settings(model):
         return way(model, ids, mask, ends=ends, new_tokens=new_tokens, options=options)
 
 
 def _decode_in_chunks(
-    model: Any, ids: Tensor, mask: Tensor, *, ends: _Ends, new_tokens: int, options: dict[str, Any]
+    model: Any, ids: Tensor, mask: Tensor, *, ends: Ends, new_tokens: int, options: dict[str, Any], exit: ExitRule
 ) -> list[list[int]]:
     """Decode in one call of `generate`, in chunks: rows leave inside it."""
-    start, chunked = ids.shape[1], ChunkedDecoding()
+    start, chunked = ids.shape[1], ChunkedDecoding(exit=exit)
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -148,7 +156,7 @@ def _decode_in_chunks(
 
 
 def _decode_in_calls(
-    model: Any, ids: Tensor, mask: Tensor, *, ends: _Ends, new_tokens: int, options: dict[str, Any]
+    model: Any, ids: Tensor, mask: Tensor, *, ends: Ends, new_tokens: int, options: dict[str, Any]
 ) -> list[list[int]]:
     """Decode in several calls of `generate`: each ends when some rows have ended, and the next has the others."""
     start, limit = ids.shape[1], ids.shape[1] + new_tokens
@@ -196,7 +204,7 @@ def _in_chunks(model: Any, depth: int) -> bool:
     return continues_in_blocks(recursion)
 
 
-class _Ends:
+class Ends:
     """What ends an answer: the end tokens and the stop strings."""
 
     def __init__(self, tokenizer: Any, tokens: set[int], stop: Sequence[str]) -> None:
@@ -242,7 +250,7 @@ class StopStrings(StoppingCriteria):
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], start: int, *, ends: Iterable[int] = ()) -> None:
-        self.ends, self.start = _Ends(tokenizer, set(ends), stop), start
+        self.ends, self.start = Ends(tokenizer, set(ends), stop), start
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.tensor(self.ends.stopped(input_ids, self.start), device=input_ids.device)
@@ -251,7 +259,7 @@ class StopStrings(StoppingCriteria):
 class _Watch(StoppingCriteria):
     """Notes where rows end, and ends the call of `generate` once a share of them, `leaving`, has ended."""
 
-    def __init__(self, ends: _Ends, start: int, leaving: float) -> None:
+    def __init__(self, ends: Ends, start: int, leaving: float) -> None:
         self.ends, self.start, self.leaving = ends, start, leaving
         self.ended: dict[int, int] = {}
 

@@ -24,6 +24,7 @@ from rrcli.evaluation.samples import SampleLog
 from rrcli.evaluation.tracing import Piece
 from rrcli.recursion.calibration import table
 from rrcli.recursion.engine import at_depth
+from rrcli.recursion.exits import NEVER, ExitRule
 from rrcli.reporting import Reporter, Silent
 from rrcli.settings import EvalSettings, with_changes
 from rrcli.tracker import MetricsTracker
@@ -48,7 +49,8 @@ def evaluate_model(
     """Measure a model, and return its metrics and the records that they are computed from.
 
     Args:
-        model: a causal language model of transformers, with or without a recursion attached.
+        model: a causal language model of transformers, with or without a recursion attached. With an exit rule
+            (`recursion.exit`), the last entry of each record is measured with it, after those of the depths.
         eval_data: an `EvalData`, a list of texts, or the name of a text source (its held-out part is used).
         metrics_tracker: where scalars `evaluation/<stage>/<metric>` and generations are logged.
         step: the training step that they are logged at.
@@ -57,7 +59,7 @@ def evaluate_model(
 
     Returns:
         `metrics` (name -> value, low, high, n), `by_depth`, `calibration` (of the boundary head, by bins of its
-        probability), `records`, `depth`.
+        probability), `records`, `depth`, `exit` (the rule, or None).
 
     Raises:
         RRError: nothing to measure, or logits that are not finite.
@@ -67,7 +69,7 @@ def evaluate_model(
     log = log or SampleLog()
     data = _eval_data(eval_data, settings)
     texts = data.texts(tokenizer, settings)
-    depth = _depth(model, settings)
+    depth, rule = _depth(model, settings, reporter), _exit(model)
     training = model.training
     model.eval()
     torch.manual_seed(settings.seed)
@@ -78,17 +80,17 @@ def evaluate_model(
     try:
         if texts and not settings.skip_perplexity:
             records["documents"], chunks = score_documents(
-                model, tokenizer, texts, depth=depth, settings=settings, reporter=reporter, log=log
+                model, tokenizer, texts, depth=depth, settings=settings, reporter=reporter, log=log, exit=rule
             )
             values |= {name: {"value": value} for name, value in chunks.metrics().items()}
             calibration = table(chunks.reliability)
         if data.problems and not settings.skip_reasoning:
             records["problems"] = solve_problems(
-                model, tokenizer, data, depth=depth, settings=settings, reporter=reporter, log=log
+                model, tokenizer, data, depth=depth, settings=settings, reporter=reporter, log=log, exit=rule
             )
         if data.prompts and not settings.skip_generation:
             records["generations"] = continue_prompts(
-                model, tokenizer, data.prompts, depth=depth, settings=settings, reporter=reporter, log=log
+                model, tokenizer, data.prompts, depth=depth, settings=settings, reporter=reporter, log=log, exit=rule
             )
             if metrics_tracker is not None:
                 prompts = [record["prompt"] for record in records["generations"][:PICTURED_PROMPTS]]
@@ -107,8 +109,8 @@ def evaluate_model(
     values = metrics.from_records(records) | values
     if metrics_tracker is not None:
         log_evaluation(metrics_tracker, values, records, stage=stage, step=step or 0, pictured=pictured)
-    found = {"metrics": values, "by_depth": metrics.by_depth(records), "calibration": calibration}
-    return found | {"records": records, "depth": depth}
+    found = {"metrics": values, "by_depth": metrics.by_depth(records, depth + 1), "calibration": calibration}
+    return found | {"records": records, "depth": depth, "exit": None if rule is None else rule.to_dict()}
 
 
 def log_evaluation(
@@ -141,12 +143,17 @@ def _eval_data(eval_data: EvalData | Sequence[str] | str | Path, settings: EvalS
     return EvalData(documents=tuple(eval_data))
 
 
-def _depth(model: Any, settings: EvalSettings) -> int:
+def _exit(model: Any) -> ExitRule | None:
+    recursion = getattr(model, "recursion", None)
+    return None if recursion is None or recursion.exit == NEVER else recursion.exit
+
+
+def _depth(model: Any, settings: EvalSettings, reporter: Reporter) -> int:
     recursion = getattr(model, "recursion", None)
     if recursion is None:
         if settings.depth > 0:
             raise UsageError(f"depth is {settings.depth}, but the model has no recursion", "Leave --depth out.")
         return 0
-    if settings.depth > recursion.config.max_steps:
-        raise UsageError(f"depth is {settings.depth}", f"This recursion has at most {recursion.config.max_steps}.")
+    if notice := recursion.allow(settings.depth):
+        reporter.note(notice)
     return recursion.config.max_steps if settings.depth < 0 else settings.depth

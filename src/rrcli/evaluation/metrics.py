@@ -192,6 +192,8 @@ KNOWN: dict[str, Metric] = {
         _cost("memory_mb", "Peak memory", "MB"),
         _cost("cache_bytes_per_token", "Cache per token", "bytes"),
         _cost("flops_per_token", "FLOPs per token", "MFLOP"),
+        Metric("passes_per_token", "Passes per token of text"),
+        Metric("passes_per_answer_token", "Passes per token of answers"),
         Metric("avg_refine_steps", "Refine steps per chunk"),
         Metric("avg_chunk_length", "Tokens per chunk"),
         Metric("commit_rate", "Commit rate"),
@@ -272,13 +274,19 @@ def from_records(records: Records) -> dict[str, dict[str, Any]]:
         **_document_metrics(records.get("documents", ()), -1),
         **_problem_metrics(records.get("problems", ())),
         **_generation_metrics(records.get("generations", ())),
+        **_exit_metrics(records),
     }
 
 
-def by_depth(records: Records) -> dict[str, list[dict[str, Any]]]:
-    """Return perplexity, token accuracy and reasoning accuracy at every depth, pass 0 first."""
+def by_depth(records: Records, depths: int | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Return perplexity, token accuracy and reasoning accuracy at every depth, pass 0 first.
+
+    Args:
+        depths: how many entries of each record are depths, if not all: one more is that of an exit rule.
+    """
     documents, problems = records.get("documents", ()), records.get("problems", ())
-    depths = len((documents or problems)[0]["nll" if documents else "correct"]) if documents or problems else 0
+    measured = len((documents or problems)[0]["nll" if documents else "correct"]) if documents or problems else 0
+    depths = measured if depths is None else min(depths, measured)
     table: dict[str, list[dict[str, Any]]] = {}
     for depth in range(depths):
         values = _document_metrics(documents, depth) | _problem_metrics(problems, depth)
@@ -329,6 +337,20 @@ def _problem_metrics(problems: Sequence[Record], depth: int = -1) -> dict[str, d
     for task, label in task_labels(r["task"] for r in problems).items():
         metrics[f"reasoning_accuracy/{label}"] = _share([r["correct"][depth] for r in problems if r["task"] == task])
     return metrics
+
+
+def _exit_metrics(records: Records) -> dict[str, dict[str, Any]]:
+    """Return with which pass tokens left on average, where an exit rule was measured."""
+    documents = [r for r in records.get("documents", ()) if "passes" in r]
+    problems = [r for r in records.get("problems", ()) if r.get("passes")]
+    found = {}
+    if documents:
+        total = sum(r["passes"] for r in documents) / sum(r["tokens"] for r in documents)
+        found["passes_per_token"] = {"value": total, "n": len(documents)}
+    if problems:
+        left = [k for r in problems for k in r["passes"]]
+        found["passes_per_answer_token"] = {"value": sum(left) / len(left), "n": len(problems)}
+    return found
 
 
 def _generation_metrics(generations: Sequence[Record]) -> dict[str, dict[str, Any]]:

@@ -16,12 +16,15 @@ from rrcli.data.batching import affordable, batches, halving, padded
 from rrcli.data.splits import content_hash
 from rrcli.data.tokens import scored_after, text_ids
 from rrcli.errors import CheckFailed, RRError
+from rrcli.evaluation.exit_answers import signals_of
 from rrcli.evaluation.samples import SampleLog
 from rrcli.evaluation.windows import Window, windows_of
 from rrcli.recursion.calibration import BIN_SUMS, BINS, reliability
 from rrcli.recursion.chunk_metrics import ChunkTotals, teacher_forced_chunks
+from rrcli.recursion.exits import ExitRule
 from rrcli.recursion.facts import refuse_unknown_tokens, vocabulary
 from rrcli.recursion.readout import Readout, Scores
+from rrcli.recursion.signals import draws, exit_passes
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
 
@@ -38,6 +41,7 @@ def score_documents(
     settings: EvalSettings,
     reporter: Reporter,
     log: SampleLog | None = None,
+    exit: ExitRule | None = None,
 ) -> tuple[list[dict[str, Any]], ChunkTotals]:
     """Score every token of every document once, at every depth up to `depth`, and return per-document records.
 
@@ -48,11 +52,12 @@ def score_documents(
 
     Args:
         depth: the last depth that is scored; a model without a recursion has depth 0 alone.
+        exit: a rule that is scored too, as if it were one more depth: each token by the pass with which it leaves.
 
     Returns:
         Records with `key`, `tokens` (scored ones), `words`, `bytes`, and per depth `nll` (nats) and `correct` (top-1
-        hits); and the totals of the chunk metrics. A document without tokens to score has no record; a warning names
-        it.
+        hits), with a rule also `passes`; and the totals of the chunk metrics. A document without tokens to score has no
+        record; a warning names it.
 
     Raises:
         RRError: a log-probability is not finite, or the model has no embedding for a token; names the document.
@@ -70,7 +75,7 @@ def score_documents(
         reporter.warn(f"left out, without a single token to score: document {', '.join(empty)}")
     windows = windows_of(model, encoded, settings=settings, reporter=reporter)
     expected = iter([[window.document, len(window.targets)] for window in windows])
-    entries = log.done(PART, lambda _, entry: _fits(entry, expected, depth))
+    entries = log.done(PART, lambda _, entry: _fits(entry, expected, depth, exit=exit))
     done = sum(len(entry["windows"]) for entry in entries)
     readout = Readout(model)
     total = sum(len(window.targets) for window in windows)
@@ -80,7 +85,7 @@ def score_documents(
         if done < len(windows):
             budget = _budget(readout, windows, entries, depth=depth, settings=settings, reporter=reporter)
         for batch in batches(windows[done:], budget, lambda window: len(window.ids)):
-            parts = halving(partial(_score, readout, depth=depth), batch, _too_large)
+            parts = halving(partial(_score, readout, depth=depth, exit=exit), batch, _too_large)
             entry = {"batch_tokens": budget, **_joined(parts)}
             for (number, _), nll in zip(entry["windows"], entry["nll"], strict=True):
                 if not all(map(math.isfinite, nll)):
@@ -95,14 +100,16 @@ def score_documents(
     return _records(documents, [ids for _, ids in encoded], entries), _chunk_totals(entries)
 
 
-def _fits(entry: dict[str, Any], expected: Iterator[list[int]], depth: int) -> bool:
+def _fits(entry: dict[str, Any], expected: Iterator[list[int]], depth: int, *, exit: ExitRule | None) -> bool:
     """Tell whether a logged batch holds the next windows, with as many numbers for each as there are depths."""
+    columns = depth + 1 + (exit is not None)
     rows, bins = len(entry["windows"]), entry["chunks"]["reliability"]
     return (
         all(window == next(expected, None) for window in entry["windows"])
         and len(entry["nll"]) == len(entry["correct"]) == rows > 0
-        and {len(row) for name in ("nll", "correct") for row in entry[name]} == {depth + 1}
-        and len(entry["range"]) == depth + 1
+        and {len(row) for name in ("nll", "correct") for row in entry[name]} == {columns}
+        and len(entry["range"]) == columns
+        and len(entry.get("left", ())) == (0 if exit is None else rows)
         and len(entry["chunks"]["stable"]) <= depth
         and {len(row) for row in bins} <= {BIN_SUMS}
         and len(bins) in (0, BINS)
@@ -129,21 +136,30 @@ def _budget(
     return affordable(readout.model, settings.batch_tokens, token_bytes, reporter)
 
 
-def _score(readout: Readout, batch: list[Window], *, depth: int) -> dict[str, Any]:
+def _score(readout: Readout, batch: list[Window], *, depth: int, exit: ExitRule | None) -> dict[str, Any]:
     """Score one batch: for each window its document and number of tokens, and per depth its nats and its hits."""
     ids, mask = padded([window.ids for window in batch], readout.model.device)
     scored = torch.zeros_like(mask, dtype=torch.bool)
     for row, window in enumerate(batch):
         scored[row, len(window.ids) - len(window.targets) : len(window.ids)] = True
     targets = torch.tensor([token for window in batch for token in window.targets], device=ids.device)
-    scores = readout.score(ids, mask, scored, targets=targets, depth=depth)
+    scores = readout.score(ids, mask, scored, targets=targets, depth=depth, tops=exit is not None)
     lengths = [len(window.targets) for window in batch]
+    losses, hits = scores.losses.cpu(), scores.predictions.eq(targets).long().cpu()
+    more = {}
+    if exit is not None:
+        numbers = [(window.document, place) for window in batch for place in range(len(window.targets))]
+        draw = draws(*torch.tensor(numbers).T)
+        left = exit_passes(exit, signals_of(readout.recursion, scores, draw, targets))[None]
+        losses, hits = (torch.cat([values, values.gather(0, left)]) for values in (losses, hits))
+        more = {"left": [total for (total,) in _sums(left, lengths)]}
     return {
         "windows": [[window.document, len(window.targets)] for window in batch],
-        "nll": _sums(scores.losses.cpu().double(), lengths),
-        "correct": _sums(scores.predictions.eq(targets).long().cpu(), lengths),
-        "range": [[float(losses.min()), float(losses.max())] for losses in scores.losses],
+        "nll": _sums(losses.double(), lengths),
+        "correct": _sums(hits, lengths),
+        "range": [[float(one.min()), float(one.max())] for one in losses],
         "chunks": asdict(_chunks(readout, scores, targets, lengths)),
+        **more,
     }
 
 
@@ -176,7 +192,8 @@ def _chunks(readout: Readout, scores: Scores, targets: Tensor, lengths: list[int
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one entry for the parts that a batch had to be cut into."""
-    lists = {name: [row for part in parts for row in part[name]] for name in ("windows", "nll", "correct")}
+    names = [name for name in ("windows", "nll", "correct", "left") if name in parts[0]]
+    lists: dict[str, Any] = {name: [row for part in parts for row in part[name]] for name in names}
     return {**lists, "range": _ranges(parts), "chunks": asdict(_chunk_totals(parts))}
 
 
@@ -212,10 +229,13 @@ def _chunk_totals(entries: list[dict[str, Any]]) -> ChunkTotals:
 def _records(documents: Sequence[str], encoded: list[list[int]], entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     nll: dict[int, list[list[float]]] = {}
     correct: dict[int, list[list[int]]] = {}
+    left: dict[int, int] = {}
     for entry in entries:
         for (number, _), nats, hits in zip(entry["windows"], entry["nll"], entry["correct"], strict=True):
             nll.setdefault(number, []).append(nats)
             correct.setdefault(number, []).append(hits)
+        for (number, _), count in zip(entry["windows"], entry.get("left", ()), strict=False):
+            left[number] = left.get(number, 0) + count
     return [
         {
             "key": content_hash(text),
@@ -225,6 +245,7 @@ def _records(documents: Sequence[str], encoded: list[list[int]], entries: list[d
             "nll": [math.fsum(depth) for depth in zip(*nll[number], strict=True)],
             "correct": [sum(depth) for depth in zip(*correct[number], strict=True)],
         }
+        | ({"passes": left[number]} if number in left else {})
         for number, (text, ids) in enumerate(zip(documents, encoded, strict=True))
         if ids
     ]

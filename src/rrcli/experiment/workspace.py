@@ -52,6 +52,10 @@ class Workspace:
         """The results of a replicate, by its name; the first one's name is that of the stage."""
         return self.directory / self.settings.output_dir / f"{safe_name(name, 'stage')}_results.json"
 
+    def exits_file(self, name: str) -> Path:
+        """The frontier of exit rules of a stage or a replicate."""
+        return self.directory / self.settings.output_dir / f"{name}_exits.json"
+
     def replicate(self, stage: str) -> Replicate:
         """The replicate of a stage that the settings' seed means."""
         return replicate(check_stage(stage), self.settings)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -111,8 +111,8 @@ class Recursion(nn.Module):
         """Whether texts can be decoded with an exit rule: only the last pass goes through layers after the span."""
         return self.end == len(self.layers)
 
-    def allow(self, depth: int) -> None:
-        """Allow depths beyond `max_steps`, which were not trained, up to this one.
+    def allow(self, depth: int) -> str:
+        """Allow depths up to this one, also beyond `max_steps`; say what that means, or nothing.
 
         Raises:
             UsageError: more than the most passes that any recursion may have.
@@ -120,12 +120,13 @@ class Recursion(nn.Module):
         if depth > MAX_STEPS_LIMIT:
             raise UsageError(f"depth is {depth}", f"It must be between 0 and {MAX_STEPS_LIMIT}.")
         self.deepest = max(self.deepest, depth)
-
-    def redraw(self, seed: int) -> None:
-        """Give cell and head the initial weights of another seed; what they had learned is lost."""
-        self.config = replace(self.config, seed=seed)
-        for part, drawn in zip((self.cell, self.head), _drawn(self.config, hidden_size(self.model)), strict=True):
-            part.load_state_dict(drawn.state_dict())
+        trained = self.config.max_steps
+        if depth <= trained:
+            return ""
+        return (
+            f"the recursion was made for {trained} passes after pass 0: later ones were not trained, and use the step "
+            f"embedding of pass {trained}"
+        )
 
     @contextmanager
     def at_depth(self, depth: int) -> Iterator[None]:

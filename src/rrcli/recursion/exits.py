@@ -171,6 +171,31 @@ def parse_exit(text: str) -> ExitRule:
     return ExitRule(kind, number)  # type: ignore[arg-type]
 
 
+def exit_for(recursion: Any, asked: str, depth: int) -> ExitRule | None:
+    """Return the rule by which a model is to be run; None for every pass.
+
+    Args:
+        asked: what the user asked for, as `parse_exit` reads it; '' = nothing. depth: the depth that the user asked
+            for, at which every pass is run unless a rule is asked for too; -1 = none.
+
+    Raises:
+        UsageError: no such rule; or the model has no recursion, or one that cannot leave early.
+    """
+    rule = parse_exit(asked) if asked else None
+    if recursion is None:
+        if rule is not None and rule != NEVER:
+            raise UsageError(f"the exit is {rule}, but the model has no recursion", "Leave --exit out.")
+        return None
+    if rule is None:
+        rule = NEVER if depth >= 0 else recursion.exit or NEVER
+    if rule != NEVER and not recursion.can_exit:
+        raise UsageError(
+            f"the exit {rule} needs a span that ends with the last layer",
+            "Layers follow this span, and only the last pass runs them. --exit none runs every pass.",
+        )
+    return None if rule == NEVER else rule
+
+
 def _choosable(rule: ExitRule) -> ExitRule:
     if rule.kind not in CHOOSABLE:
         raise UsageError(f"the exit rule '{rule.kind}' cannot be chosen for a model", suggest(rule.kind, CHOOSABLE))

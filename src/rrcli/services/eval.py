@@ -32,6 +32,7 @@ from rrcli.locks import holding, lock, reading
 from rrcli.models.loading import load_for
 from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import stamps
+from rrcli.recursion.exits import exit_for
 from rrcli.reporting import Reporter
 from rrcli.schemas import CheckpointMetrics
 from rrcli.settings import CompareSettings, EvalSettings, SurgerySettings
@@ -141,6 +142,7 @@ def evaluate(
                 "tokenizer": combine(sorted(tokenizer.get_vocab().items())),
                 "recursion": shape,
                 "depth": measured["depth"],
+                "exit": measured["exit"],
             },
             "data": _described(data, tokenizer, settings),
             "settings": asdict(settings),
@@ -244,9 +246,10 @@ def _set_up_recursion(
 ) -> EvalSettings:
     recursion = getattr(model, "recursion", None)
     if use_recursive is False:
-        if settings.depth > 0:
-            raise UsageError(f"--no-use-recursive and --depth {settings.depth} contradict each other")
-        return replace(settings, depth=0)
+        if settings.depth > 0 or settings.exit:
+            option = f"--exit {settings.exit}" if settings.exit else f"--depth {settings.depth}"
+            raise UsageError(f"--no-use-recursive and {option} contradict each other")
+        settings = replace(settings, depth=0)
     if use_recursive and recursion is None:
         if source.manifest is not None:
             raise RRError(f"{source.path} was trained without recursion", f"'{MAKERS['finetuned_recursive']}' adds it.")
@@ -255,7 +258,10 @@ def _set_up_recursion(
 
         shape = load(SurgerySettings, directory)
         config = RecursionConfig(shape.max_steps, parse_span(shape.span), shape.cell_width or None, shape.chunk_width)
-        attach(model, config)
+        recursion = attach(model, config)
+    exit = exit_for(recursion, settings.exit, settings.depth)
+    if recursion is not None:
+        recursion.exit = exit
     return settings
 
 

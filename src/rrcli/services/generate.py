@@ -15,6 +15,7 @@ from rrcli.experiment.replicates import EQUAL_FLOPS_STAGE
 from rrcli.experiment.workspace import Workspace
 from rrcli.locks import reading
 from rrcli.models.loading import load_for
+from rrcli.recursion.exits import NEVER, exit_for
 from rrcli.reporting import Reporter
 from rrcli.settings import STAGES, GenerateSettings
 
@@ -80,7 +81,7 @@ def generate(
     with reading(lambda: workspace.stage_model(stage)) as source:
         model, tokenizer = load_for(settings, source, directory)
     recursion = getattr(model, "recursion", None)
-    depth = _depth(settings, recursion, stage)
+    depth = _depth(settings, recursion, stage, reporter)
     encoded = encode_prompt(tokenizer, prompt)
     if not encoded:
         raise RRError(f"the tokenizer makes no token of the prompt {prompt[:40]!r}", "Give a text that it knows.")
@@ -135,21 +136,26 @@ def _last_stage(workspace: Workspace) -> str:
     return STAGES[0]
 
 
-def _depth(settings: GenerateSettings, recursion: Any, stage: str) -> int:
+def _depth(settings: GenerateSettings, recursion: Any, stage: str, reporter: Reporter | None) -> int:
     if recursion is None:
         if settings.depth > 0:
             raise UsageError(f"depth is {settings.depth}, but stage '{stage}' has no recursion", "Leave --depth out.")
         return 0
+    notice = recursion.allow(settings.depth)
+    if notice and reporter is not None:
+        reporter.note(notice)
     recursion.depth = recursion.config.max_steps if settings.depth < 0 else settings.depth
     return int(recursion.depth)
 
 
 def _decoding(settings: GenerateSettings, recursion: Any, stream: _Stream) -> Any:
     if recursion is None or recursion.depth == 0:
+        exit_for(recursion, settings.exit, settings.depth)
         return None
     from rrcli.recursion.chunked_decoding import ChunkedDecoding
 
-    decoding = ChunkedDecoding(settings.chunk_width or None, streamer=stream)
+    exit = exit_for(recursion, settings.exit, settings.depth)
+    decoding = ChunkedDecoding(settings.chunk_width or None, exit or NEVER, streamer=stream)
     stream.decoding = decoding
     return decoding
 
