@@ -159,7 +159,7 @@ def test_the_frontier_holds_fixed_depths_controls_and_the_oracle(default: tuple[
         point = by_name[f"depth:{depth}"]
         assert point.passes == point.text_passes == depth
         assert point.accuracy is not None
-        assert point.accuracy.value == pytest.approx(100 * sum(r["correct"][depth] for r in answered) / len(answered))
+        assert point.accuracy.value == pytest.approx(sum(r["correct"][depth] for r in answered) / len(answered))
         nats = sum(r["nll"][depth] for r in scored) / sum(r["tokens"] for r in scored)
         assert point.nats == pytest.approx(nats, rel=1e-5)
     assert by_name["depth:0"].cost < by_name["depth:1"].cost < by_name["depth:2"].cost
@@ -177,14 +177,14 @@ def test_the_frontier_holds_fixed_depths_controls_and_the_oracle(default: tuple[
 
 
 def point(kind: Any, threshold: float, accuracy: float, mflop: float) -> Point:
-    return Point(ExitRule(kind, threshold), accuracy=Estimate(accuracy, 0, 100, n=100), mflop=mflop)
+    return Point(ExitRule(kind, threshold), accuracy=Estimate(accuracy / 100, 0, 1, n=100), mflop=mflop)
 
 
 def test_the_cheapest_exit_that_loses_little_is_chosen() -> None:
     points = [
         point("depth", 0, 60, 1), point("depth", 1, 98.9, 5), point("depth", 2, 99, 9),
         point("probability", 0.9, 98, 3), point("probability", 0.99, 98.6, 4), point("head", 0.5, 98, 3.5),
-        Point(ExitRule("random", shares=(1.0,)), accuracy=Estimate(99, 0, 100, n=100), mflop=0.5),
+        Point(ExitRule("random", shares=(1.0,)), accuracy=Estimate(0.99, 0, 1, n=100), mflop=0.5),
     ]  # fmt: skip
     assert [str(p.rule) if (p := choose(points, loss)) else None for loss in (0, 0.1, 0.5, 1, 50)] == [
         None, "depth:1", "probability:0.99", "probability:0.9", "depth:0",

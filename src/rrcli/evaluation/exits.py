@@ -50,8 +50,7 @@ class Point:
 
     Attributes:
         like: of `random` alone: the rule that has the same histogram of passes.
-        accuracy: share of problems answered right, in percent, with Wilson's interval; None without problems, and for
-            the oracle.
+        accuracy: share of problems answered right, with Wilson's interval; None without problems, and for the oracle.
         passes: mean passes after pass 0 of a new token. mflop: of an answer, prompt included, on average.
         nats: of a token of known text; None without documents. text_passes, text_mflop: of such a token.
     """
@@ -76,8 +75,11 @@ class Point:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
-        found = self.accuracy
-        entry = None if found is None else {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
+        entry: dict[str, Any] | None = None
+        if self.accuracy is not None:
+            values = {name: getattr(self.accuracy, name) for name in ("value", "low", "high")}
+            entry = {name: None if value is None else 100 * value for name, value in values.items()}
+            entry["n"] = self.accuracy.n
         numbers = {name: getattr(self, name) for name in ("passes", "mflop", "nats", "text_passes", "text_mflop")}
         shares = {"shares": list(self.rule.shares)} if self.rule.shares else {}
         like = {"like": str(self.like)} if self.like else {}
@@ -163,8 +165,7 @@ class Frontier:
                 prompts = self.answers.prompts
                 costs = [self.costs.of(len(p), a.passes) for p, a in zip(prompts, answers, strict=True)]
                 flops = sum(costs) / len(costs) / 1e6
-            accuracy = stats.Estimate(100 * share.value, 100 * share.low, 100 * share.high, n=share.n)
-            points.append(Point(rule, accuracy=accuracy, passes=sum(passes) / len(passes), mflop=flops))
+            points.append(Point(rule, accuracy=share, passes=sum(passes) / len(passes), mflop=flops))
         return points
 
     def _measure_texts(self, rules: Sequence[ExitRule], like: Sequence[int]) -> list[Point]:
@@ -205,7 +206,7 @@ def choose(points: Sequence[Point], loss: float) -> Point | None:
 
 def _lost(point: Point, full: Point) -> float:
     if point.accuracy is not None and full.accuracy is not None:
-        return full.accuracy.value - point.accuracy.value
+        return 100 * (full.accuracy.value - point.accuracy.value)
     assert point.nats is not None
     assert full.nats is not None
     return 100 * (point.nats / full.nats - 1)
