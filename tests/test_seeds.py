@@ -133,7 +133,7 @@ def test_a_seed_more_that_is_interrupted_at_every_step_ends_as_if_it_had_been_th
     repeat("run", "--seeds", "2")
     assert len(made) == 2 + 2 + 6  # what is measured once; the control of the first seed; the second seed
     assert written(tmp_path, ("finetuned_vanilla", "finetuned_recursive")) == first
-    for file in sorted((experiment / "eval_results").glob("*.json")):
+    for file in sorted((experiment / "eval_results").glob("*_results.json")):
         again = json.loads((tmp_path / "eval_results" / file.name).read_text())
         assert again["records"] == json.loads(file.read_text())["records"], file.name
         assert again["inputs"] == json.loads(file.read_text())["inputs"], file.name

@@ -223,7 +223,7 @@ class DeclaredClaims(TypedDict):
     primary: list[str]
     margin: list[str]
     alpha: float
-    at: str
+    created: str
     measured: list[str]
 
 

@@ -30,7 +30,7 @@ def record(workspace: Workspace, declared: Mapping[str, Any]) -> None:
     if entries and _claimed(entries[-1]) == _claimed(declared):
         return
     measured = [one.name for stage in TRAINED for one in workspace.measured(stage)]
-    entry = {**declared, "at": datetime.now(UTC).isoformat(timespec="seconds"), "measured": measured}
+    entry = {**declared, "created": datetime.now(UTC).isoformat(timespec="seconds"), "measured": measured}
     write_json(_file(workspace), {"schema": 1, "kind": "declarations", "declarations": [*entries, entry]})
 
 
