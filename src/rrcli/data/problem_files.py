@@ -12,15 +12,15 @@ solution that training and solved examples show.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from rrcli.data.lines import file_lines, json_objects
 from rrcli.data.novelty import Questions
+from rrcli.data.numbers import number, plain, unwrapped
 from rrcli.data.splits import SIDE_NAMES, Side, side_of
 from rrcli.data.tasks import Problem, Task, parse_spec, tagged
 from rrcli.errors import RRError, UsageError, suggest
@@ -111,10 +111,11 @@ class FileTask:
             yield random.choice(found)
 
     def score(self, answer: str, problem: Problem) -> float:
-        """Return 1 for the expected answer, else 0. Numbers are compared as numbers, words without regard to case."""
-        expected = number(problem.answer)
-        same = _folded(answer) == _folded(problem.answer) if expected is None else number(answer) == expected
-        return float(same)
+        """Return 1 for the expected answer, else 0.
+
+        Numbers and lists of numbers are compared by their values, words without regard to case and white space.
+        """
+        return float(_value(answer) == _value(problem.answer))
 
     def extract(self, output: str) -> str:
         """Return the part of an output that is the answer: after `####`, or between answer tags, or all of it."""
@@ -189,15 +190,6 @@ def read_problems(path: Path, task: str) -> tuple[list[Problem], int]:
     return list(problems.values()), lines - len(problems)
 
 
-def number(text: str) -> Decimal | None:
-    """Return the number that a text denotes ('1,000', '$5', '42.', '7.50 %'), or None if it is not a number."""
-    found = re.fullmatch(r"([-+]?)\s*\$?\s*(\d[\d,]*(?:\.\d*)?|\.\d+)\s*[%.]?", text.strip())
-    try:
-        return Decimal(found.group(1) + found.group(2).replace(",", "")) if found else None
-    except InvalidOperation:  # digits of other scripts that Decimal does not take
-        return None
-
-
 def _answer(value: Any, place: str) -> tuple[str, str]:
     """Return (answer, solution); the solution is empty where it is the answer itself."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
@@ -211,5 +203,12 @@ def _answer(value: Any, place: str) -> tuple[str, str]:
     raise RRError(f"{place}: no 'answer' that is a text or a number", LINE_HINT)
 
 
-def _folded(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".")
+def _value(answer: str) -> object:
+    """Return what two answers are compared by: a number, the numbers of a list, or words."""
+    if (value := number(answer)) is not None:
+        return value
+    text = unwrapped(plain(answer))
+    parts = [number(part) for part in text.strip("[](){} ").split(",")]
+    if len(parts) > 1 and None not in parts:
+        return parts
+    return " ".join(text.casefold().split())

@@ -21,9 +21,9 @@ from rrcli.errors import UsageError, suggest
 TRAINING_SEEDS = 2**30
 # So many seeds have a part of a generator in common; the next part begins so many candidates later.
 SEEDS_APART, PART_STRIDE = 16, 10_000_019
-# If so many candidates in a row bring nothing new, for each problem that is asked for, a generator has no more. (One in
-# twenty is for validation, and small generators repeat.)
-MAX_DRAWS_PER_PROBLEM = 200
+# How many candidates are drawn at most for each problem (one in twenty is for validation, and small generators repeat);
+# and after how many in a row that bring nothing new a generator is taken to have no more.
+MAX_DRAWS_PER_PROBLEM, PATIENCE = 200, 5000
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,19 @@ class Task:
             UsageError: there is not a single block. Validation gets what there is instead.
         """
         part, block = divmod(seed, SEEDS_APART)
-        patience = count * MAX_DRAWS_PER_PROBLEM
-        limit = (block + 1) * patience
+        limit = (block + 1) * count * MAX_DRAWS_PER_PROBLEM
         if limit >= TRAINING_SEEDS:
             raise UsageError(f"{count} problems of '{self.spec}' are too many", "Ask for fewer problems.")
-        found: dict[str, Problem] = {}
-        since = 0
+        found: list[Problem] = []
+        seen, in_vain = set[str](), 0
         for entry in self._entries(part * PART_STRIDE % (TRAINING_SEEDS - limit), limit):
-            since += 1
-            if (problem := self._on(side, entry)) and problem.question not in found:
-                found[problem.question], since = problem, 0
-            if len(found) == (block + 1) * count or since == patience:
+            problem = None if entry["question"] in seen else self._on(side, entry)
+            seen.add(entry["question"])
+            in_vain += 1
+            if problem is not None:
+                found.append(problem)
+                in_vain = 0
+            if len(found) == (block + 1) * count or in_vain == PATIENCE:
                 break
         blocks = len(found) // count
         if not blocks and not (side == "validation" and found):
@@ -128,7 +130,7 @@ class Task:
                 "Ask for fewer problems, or widen the task's options.",
             )
         block %= max(1, blocks)
-        return list(found.values())[block * count : (block + 1) * count], part * SEEDS_APART + block
+        return found[block * count : (block + 1) * count], part * SEEDS_APART + block
 
     def stream(self, seed: int, limit: int, *, side: Side) -> Iterator[Problem]:
         """Yield those of `limit` candidates, drawn from `seed`, that are on one side of the split; they may repeat."""
@@ -190,8 +192,9 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 def tagged(output: str) -> str:
     """Return the text between `<answer>` tags, or the whole output, without white space around it."""
-    found = re.search(r"<answer>(.*?)</answer>", output, re.DOTALL)
-    return (found.group(1) if found else output).strip()
+    _, begin, rest = output.partition("<answer>")
+    inside, end, _ = rest.partition("</answer>")
+    return (inside if begin and end else output).strip()
 
 
 def _generators() -> dict[str, Any]:

@@ -41,5 +41,5 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "eval_interval": 200,
         "eval_samples": 16,
     },
-    "eval": {"problems": 500, "max_new_tokens": 16},
+    "eval": {"problems": 250, "max_new_tokens": 16},
 }

@@ -1,15 +1,28 @@
-"""Judges answers: strictly (the answer and nothing else) and flexibly (the last number in it)."""
+"""Judges answers: strictly (the answer and nothing else) and flexibly (the final answer in a longer text).
+
+The part of an output that is the answer is what stands after `####` or between <answer> tags, if there is one of these;
+else all of it.
+
+- *Strict*: that part is right as a whole.
+- *Flexible*: it is right, or else its final answer is. That is the content of the last `\\boxed{}`; without one, what
+  follows the last "answer is" or "answer:" (a number: the first one after it); without one, and where a number is
+  expected, the last number.
+
+On ordinary outputs of GSM8K both agree with lm-eval's filters `strict-match` and `flexible-extract`; see
+docs/evaluation.md for where they do not.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from rrcli.data.problem_files import FileTask, number
+from rrcli.data.numbers import boxed, first_number, last_number, number, plain, unwrapped
+from rrcli.data.problem_files import FileTask
 from rrcli.data.tasks import Problem, Task
 
-# A sign belongs to a number unless it stands between two numbers: '10-4' does not contain -4.
-NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_PHRASE = re.compile(r"\banswer(?:\s+is\b|\s*:)\s*:?\s*", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 
 
 @dataclass(frozen=True)
@@ -18,7 +31,7 @@ class Judgement:
 
     Attributes:
         extracted: the text that was scored. strict: whether the whole answer is right.
-        correct: whether the whole answer is right or, if a number is expected, the last number in it.
+        correct: whether the whole answer or, in a longer text, the final answer is right.
         score: the scorer's own, in [0, 1].
     """
 
@@ -31,12 +44,38 @@ class Judgement:
 def judge(task: Task | FileTask, problem: Problem, output: str) -> Judgement:
     """Judge one output, which has already been cut at its stop string."""
     answer = task.extract(output)
-    score = task.score(answer, problem)
+    score = _score(task, problem, answer)
     if score >= 1:
         return Judgement(answer, True, True, score)
-    if number(problem.answer) is not None:
-        numbers = NUMBER.findall(answer)
-        last = numbers[-1].replace(",", "") if numbers else ""
-        if last and (flexible := task.score(last, problem)) >= 1:
-            return Judgement(last, False, True, flexible)
+    final = final_answer(answer, is_number=number(problem.answer) is not None)
+    if final is not None and (flexible := _score(task, problem, final)) >= 1:
+        return Judgement(final, False, True, flexible)
     return Judgement(answer, False, False, score)
+
+
+def final_answer(answer: str, *, is_number: bool) -> str | None:
+    """Return the final answer in a longer text, or None where there is none.
+
+    Args:
+        is_number: whether a number is expected.
+    """
+    content = boxed(answer)
+    if content is not None:
+        return last_number(content) if is_number else content.strip()
+    phrases = list(_PHRASE.finditer(answer))
+    if phrases:
+        rest = answer[phrases[-1].end() :].partition("\n")[0]
+        if not is_number:
+            return unwrapped(_SENTENCE_END.split(rest, maxsplit=1)[0])
+        if any(character.isdigit() for character in plain(rest)):
+            return first_number(rest)
+    return last_number(answer) if is_number else None
+
+
+def _score(task: Task | FileTask, problem: Problem, answer: str) -> float:
+    """Return the task's score of an answer; the same number in another form counts as the expected one."""
+    expected = number(problem.answer)
+    if expected is None or isinstance(task, FileTask):
+        return task.score(answer, problem)
+    found = number(answer)
+    return task.score(problem.answer if found == expected else answer, problem)
