@@ -41,6 +41,7 @@ _PUNCTUATION = re.compile(r"(?<=[^\W_])(?:[.,;:!?\"']+(?=\s|$)|[,;])|(?<!\S)[\"'
 _CELL = rf"(?:{_NUMBER}|[^\W\d_])(?![^\W_])"
 _ROW = re.compile(rf"(?<![^\W_]){_CELL}(?:\s+{_CELL}){{{MIN_CELLS},}}")
 _NEITHER = re.compile(r"[\W_]+")
+_NEITHER_ASCII = dict.fromkeys(code for code in range(128) if not chr(code).isalnum())
 _END = " \t\r\n.,;:!?=\"'"
 _ONE_KIND = str.maketrans(
     dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u02d7\ufe58\ufe63\uff0d", "-")
@@ -52,7 +53,8 @@ _ONE_KIND = str.maketrans(
 
 def novelty(text: str) -> str:
     """Return the novelty key of a text or of the question of a problem."""
-    return _key(_folded(text))
+    cased = _one_case(text)
+    return _compact(cased) or _key(_folded(cased))
 
 
 class Questions:
@@ -66,8 +68,7 @@ class Questions:
         self._keys: set[str] = set()
         self._quoted: dict[tuple[str, ...], list[list[str]]] = {}
         for question in questions:
-            folded = _folded(question)
-            key, tokens = _key(folded), _TOKEN.findall(folded)
+            key, tokens = novelty(question), _TOKEN.findall(_folded(_one_case(question)))
             if key not in self._keys and len(tokens) >= MIN_QUOTED:
                 self._quoted.setdefault(tuple(tokens[:MIN_QUOTED]), []).append(tokens)
             self._keys.add(key)
@@ -80,12 +81,10 @@ class Questions:
 
     def asked_in(self, texts: Iterable[str]) -> bool:
         """Tell whether one of these texts is such a question, or has one in it, word for word (after step 1)."""
-        return bool(self._keys) and any(self._in(_folded(text)) for text in texts)
+        return bool(self._keys) and any(text in self or self._in(text) for text in texts)
 
-    def _in(self, folded: str) -> bool:
-        if _key(folded) in self._keys:
-            return True
-        tokens = _TOKEN.findall(folded) if self._quoted else []
+    def _in(self, text: str) -> bool:
+        tokens = _TOKEN.findall(_folded(_one_case(text))) if self._quoted else []
         for start in range(len(tokens) - MIN_QUOTED + 1):
             for question in self._quoted.get(tuple(tokens[start : start + MIN_QUOTED]), ()):
                 if tokens[start : start + len(question)] == question:
@@ -93,21 +92,31 @@ class Questions:
         return False
 
 
-def _folded(text: str) -> str:
-    """Return a text without what does not count: step 1 of the key."""
+def _one_case(text: str) -> str:
+    """Return a text in one case, with one kind of each character."""
     if text.isascii():
-        folded = text.lower()
-    else:  # what NFKC makes of a character may be a capital letter, and folding may leave what NFKC would join
-        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_ONE_KIND)
-    folded = _THOUSANDS.sub(lambda found: found.group().replace(",", ""), folded)
+        return text.lower()
+    # What NFKC makes of a character may be a capital letter, and folding may leave what NFKC would join.
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_ONE_KIND)
+
+
+def _compact(cased: str) -> str:
+    """Return the letters and digits of a long text, or '' if there are not more than LONG."""
+    if len(cased) <= LONG:
+        return ""
+    compact = cased.translate(_NEITHER_ASCII) if cased.isascii() else _NEITHER.sub("", cased)
+    return compact if len(compact) > LONG else ""
+
+
+def _folded(cased: str) -> str:
+    """Return a text in one case without what does not count: step 1 of the key."""
+    folded = _THOUSANDS.sub(lambda found: found.group().replace(",", ""), cased)
     folded = _PUNCTUATION.sub(" ", folded)
     return folded.rstrip(_END) or folded
 
 
 def _key(folded: str) -> str:
-    """Return the key of a folded text: steps 2 and 3, which a long text does without."""
-    if len(folded) > LONG and len(compact := _NEITHER.sub("", folded)) > LONG:
-        return compact
+    """Return the key of a folded text: steps 2 and 3."""
     folded = _ROW.sub(_without_end, folded)
     terms = _TERM.findall(folded)
     numbers = [term for term in terms if term[0].isdigit()]
