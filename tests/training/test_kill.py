@@ -165,6 +165,24 @@ def test_killed_at_any_call_the_same_command_ends_as_if_never_killed(command, ki
         check_same(command, place, whole)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_while_a_seed_is_added_the_same_command_ends_as_if_never_killed(killer, whole):
+    arguments, random = ("run", "--seeds", "2"), Random(2)
+    place = begin(whole, ())
+    first = killer.rr(*arguments, folder=place)
+    assert first.code == 0, first.said
+    expected = Path(shutil.copytree(place, place.with_name("seeds"), dirs_exist_ok=True))
+    for _ in range(5):
+        place = begin(whole, ())
+        outcome = killer.rr(*arguments, folder=place, at=random.randint(1, first.count), torn=random.random() < 0.5)
+        note("run", outcome)
+        check_whole(place)
+        again = killer.rr(*arguments, folder=place)
+        assert again.code == 0, again.said
+        check_same("run --seeds 2", place, expected)
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("stops", [1, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -127,6 +127,12 @@ class Recursion(nn.Module):
             f"the recursion was made for {trained} passes after pass 0: later ones were not trained, and use the step "
             f"embedding of pass {trained}"
         )
+
+    def redraw(self, seed: int) -> None:
+        """Give cell and head the initial weights of another seed; what they had learned is lost."""
+        self.config = replace(self.config, seed=seed)
+        for part, drawn in zip((self.cell, self.head), _drawn(self.config, hidden_size(self.model)), strict=True):
+            part.load_state_dict(drawn.state_dict())
 
     @contextmanager
     def at_depth(self, depth: int) -> Iterator[None]:
