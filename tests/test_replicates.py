@@ -46,6 +46,10 @@ def test_the_seed_is_the_first_unless_it_says_which(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--seed is 0, which is not among the seeds of the experiment: 5,6") as caught:
         configuration.load(TrainSettings, tmp_path, {"seeds": "5,6", "seed": 0})
     assert "--seeds 0,5,6" in caught.value.hint
+    (tmp_path / "rr.toml").write_text("[common]\nseeds = [5, 6]\n")
+    with pytest.raises(UsageError, match="--seed is 7") as caught:
+        configuration.load(TrainSettings, tmp_path, {"seed": 7})
+    assert "--seeds 5,6,7" in caught.value.hint
 
 
 def test_the_first_seed_has_the_plain_names() -> None:

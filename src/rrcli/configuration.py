@@ -70,9 +70,11 @@ def load(
     if seeds := checked.get("seeds"):
         seed, listed = checked.setdefault("seed", seeds[0]), ",".join(map(str, seeds))
         if seed not in seeds:
+            # The first seed has the plain names: one that was there before stays the first.
+            more = f"{seed},{listed}" if values["seeds"][1].startswith("--") else f"{listed},{seed}"
             raise UsageError(
                 f"{values['seed'][1]} is {seed}, which is not among the seeds of the experiment: {listed}",
-                f"Take one of them, or add it: --seeds {seed},{listed}.",
+                f"Take one of them, or add it: --seeds {more}.",
             )
     return cls(**checked)
 

@@ -69,7 +69,7 @@ def refuse_one_seed(settings: CommonSettings, what: str) -> None:
         listed = ", ".join(map(str, settings.all_seeds))
         raise UsageError(
             f"seed is {settings.seed}, but the experiment has the seeds {listed}, and {what}",
-            "Leave --seed out here; 'rr train', 'rr eval' and 'rr generate' take one.",
+            f"Here seed is the first of them, {settings.all_seeds[0]}; rr train, rr eval and rr generate take any.",
         )
 
 
