@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from rrcli.comparison.claims import read_declaration
 from rrcli.comparison.results import Cell, Comparison, Judgement
 from rrcli.evaluation import metrics
+from rrcli.experiment.declarations import record
+from rrcli.experiment.workspace import Workspace
 from rrcli.files import finite, write_json
 from rrcli.services.compare import compare
 from rrcli.settings import CompareSettings
@@ -61,7 +64,7 @@ def results(stage: str, *, gain: float = 0.0, solved: int = 0, spoiled: int = 0,
         "memory_mb": {"value": 800.0},
         "flops_per_token": {"value": 12.0},
     }
-    trained = {"tokens": 40_000, "seconds": 60.0, "flops": 2e12} if stage.startswith("finetuned") else None
+    trained = {"tokens": 40_000, "seconds": 60.0, "flops": 2e12} if stage not in ("baseline", "after_surgery") else None
     return {
         "schema": 1,
         "kind": "evaluation",
@@ -84,9 +87,11 @@ def publish(directory: Path, *stages: dict[str, Any]) -> None:
 
 
 def compared(directory: Path, *stages: dict[str, Any], **options: Any) -> Comparison:
-    """Publish results and compare them, with options of `[compare]`."""
+    """Publish results and compare them, with options of `[compare]` that were declared before."""
+    settings = CompareSettings(**options)
+    record(Workspace(directory, settings), read_declaration(settings).texts)
     publish(directory, *stages)
-    return compare(CompareSettings(**options), [], directory)
+    return compare(settings, [], directory)
 
 
 def cell(comparison: Comparison, name: str, stage: str) -> Cell:

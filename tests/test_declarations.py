@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from comparing import publish, results
+from rrcli.comparison import formats
 from rrcli.comparison.claims import read_declaration
 from rrcli.experiment.declarations import record
 from rrcli.experiment.workspace import Workspace
@@ -61,6 +62,43 @@ def test_a_level_or_margin_that_came_later_is_said(measured: Path) -> None:
     assert said == "alpha was changed after a fine-tuned stage had been measured: it was 0.05"
     (said,) = warnings(measured, replace(FIRST, margin=("reasoning_accuracy: 30 points",)))
     assert said.startswith("margin was changed after a fine-tuned stage had been measured: it was ['")
+
+
+def test_a_claim_that_was_dropped_is_said(measured: Path) -> None:
+    """With fewer claims, the level of the others is less strict."""
+    other = CompareSettings(primary=("token_accuracy: finetuned_recursive > finetuned_vanilla",))
+    first, second = warnings(measured, other)
+    assert "was declared after finetuned_vanilla" in first
+    assert (
+        second
+        == f"the claim '{FIRST.primary[0]}' was declared before a fine-tuned stage had been measured, and was dropped"
+    )
+
+
+def test_deleting_results_does_not_undo_that_they_were_seen(measured: Path) -> None:
+    declare(measured, MORE)
+    kept = {file.name: file.read_bytes() for file in (measured / "eval_results").glob("finetuned*")}
+    for name in kept:
+        (measured / "eval_results" / name).unlink()
+    declare(measured, FIRST)
+    declare(measured, MORE)
+    for name, text in kept.items():
+        (measured / "eval_results" / name).write_bytes(text)
+    assert any("was declared after" in text for text in warnings(measured, MORE))
+
+
+def test_claims_without_a_record_are_not_said_to_be_declared(tmp_path: Path) -> None:
+    publish(tmp_path, results("baseline"), results("finetuned_vanilla", solved=20))
+    (said,) = warnings(tmp_path, FIRST)
+    assert "nothing shows that the primary claims were declared before their numbers were known" in said
+    assert compare(FIRST, [], tmp_path).recorded == ""
+
+
+def test_when_claims_were_recorded_is_shown(measured: Path) -> None:
+    comparison = compare(FIRST, [], measured)
+    assert comparison.recorded
+    assert comparison.recorded in formats.note(comparison)
+    assert comparison.to_dict()["recorded"] == comparison.recorded
 
 
 def test_claims_may_change_until_something_is_measured(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ TORCH_FREE = (
     *("data/conversations", "data/document_store", "data/rendering"),
     *("recursion/batch", "recursion/config"),
     *("models/inspection", "models/manifest", "models/source", "models/export", "models/weights"),
+    *("evaluation/distributions", "evaluation/paired", "evaluation/seeds", "experiment/declarations"),
     *("evaluation/stats", "evaluation/metrics", "evaluation/judging", "evaluation/samples"),
     "evaluation/tracing",
     *("comparison", "experiment/planning", "experiment/workspace", "experiment/identity"),

@@ -116,12 +116,14 @@ def own_lines(row: MetricRow, *, wide: bool = True) -> list[list[str]]:
 def note(comparison: Comparison) -> str:
     """Return what the differences and the verdicts of the table mean."""
     first = comparison.stages[0].label
+    recorded = comparison.recorded
     seeds = any(len(stage.runs) > 1 for stage in comparison.stages)
     return (
         f"Differences are to {first}, on the same documents and problems, with 95 % intervals. A p-value in the table "
         "is exploratory: it is not corrected for the others, and claims nothing. Verdicts are those of primary claims, "
         f"at level {comparison.alpha:g} for all of them together (Holm), with the interval of their level. "
         + ("Stages with several seeds show their mean over seeds; seeds count as random. " if seeds else "")
+        + (f"The claims were recorded {recorded}, before a fine-tuned stage was measured. " if recorded else "")
         + "Sample generations and costs are not tested; speeds are medians with their range."
     )
 

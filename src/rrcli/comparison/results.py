@@ -198,6 +198,7 @@ class Comparison:
     Attributes:
         stages: the stages of the table, the reference first. judgements: what is said of each primary claim.
         alpha: the level of all primary claims together.
+        recorded: when the claims were recorded, if that was before the first evaluation of a fine-tuned stage; else ''.
         broken_surgery: a sentence that is shown first if surgery did not preserve the baseline; the command then fails.
     """
 
@@ -209,6 +210,7 @@ class Comparison:
     generations: list[PromptTexts] = field(default_factory=list)
     gates: list[GateResult] = field(default_factory=list)
     alpha: float = 0.05
+    recorded: str = ""
     broken_surgery: str = ""
 
     @property
@@ -231,6 +233,7 @@ class Comparison:
                 for row in self.rows
             ],
             "claims": [finite(judgement.to_dict()) for judgement in self.judgements],
+            "recorded": self.recorded or None,
             "broken_surgery": self.broken_surgery or None,
             "sentences": self.sentences,
             "warnings": self.warnings,

@@ -6,9 +6,10 @@ of several seeds must not be pooled: what one seed did to all its units does not
 - *Crossed*: all seeds measured the same units, as the documents of the held-out text. Variance components of the
   two-way layout; what is left, seeds times units, is counted in both margins and taken off once.
 - *Nested*: each seed has units of its own, as the problems of a test set that is drawn for it. The seeds' differences
-  are the observations.
+  are the observations of a t-test, which is exact however much seeds and units vary; units count alone where all seeds
+  have the same difference.
 
-The interval squares and adds the reach of each component, with its own t quantile: reach² = t²_a·V_a + t²_b·V_b -
+If crossed, the interval squares and adds the reach of each component, with its own t quantile: reach² = t²_a·V_a + t²_b·V_b -
 z²·V_e (the modified large-sample method: Graybill & Wang 1980; Burdick & Graybill 1992). Satterthwaite's single t
 quantile was tried: with two or three seeds a small V_a by chance also gives many degrees of freedom, and "no
 difference" is rejected in up to 13 % of experiments; see benchmarks/statistics.py.
@@ -83,7 +84,7 @@ class AcrossSeeds:
     def detectable(self, alpha: float, power: float = POWER) -> float | None:
         """Return the smallest true difference that a test at alpha shows with this power, with as many seeds."""
         parts = (self.seed_variance, self.unit_variance)
-        variance_of_mean = max(*parts, sum(parts) - self.shared_variance) if self.crossed else max(parts)
+        variance_of_mean = max(*parts, sum(parts) - self.shared_variance) if self.crossed else self._nested_variance
         found = self._reach(alpha) + distributions.t_quantile(2 * power - 1, self.df) * math.sqrt(variance_of_mean)
         return found if self.n >= LEAST_UNITS and 0 < found < math.inf else None
 
@@ -94,7 +95,7 @@ class AcrossSeeds:
         """
         seeds = len(self.by_seed)
         shared = max(0.0, self.unit_variance - self.shared_variance) if self.crossed else 0.0
-        each = (max(self.seed_variance, 0.0 if self.crossed else self.unit_variance)) * seeds
+        each = (self.seed_variance if self.crossed else self._nested_variance) * seeds
         if effect == 0 or not 0 < each < math.inf:
             return None
         for count in range(2, 1001):
@@ -105,14 +106,23 @@ class AcrossSeeds:
                 return Needed(count, "seeds")
         return None
 
+    @property
+    def _seeds_alike(self) -> bool:
+        """Whether the seeds' differences are equal to rounding, as shares of few problems can be; units know better."""
+        return self.seed_variance <= 1e-9 * self.unit_variance
+
+    @property
+    def _nested_variance(self) -> float:
+        return self.unit_variance if self._seeds_alike else self.seed_variance
+
     def _reach(self, alpha: float) -> float:
         """Return how far the interval at alpha goes from the value to either side."""
         if alpha >= 1:
             return 0.0
         by_seeds = distributions.t_quantile(1 - alpha, len(self.by_seed) - 1.0) ** 2 * self.seed_variance
         by_units = distributions.t_quantile(1 - alpha, self.unit_df) ** 2 * self.unit_variance
-        if not self.crossed:  # seeds that agree by chance know no more than their units
-            return math.sqrt(max(by_seeds, by_units))
+        if not self.crossed:
+            return math.sqrt(by_units if self._seeds_alike else by_seeds)
         twice = NormalDist().inv_cdf(1 - alpha / 2) ** 2 * self.shared_variance
         return math.sqrt(max(by_seeds, by_units, by_seeds + by_units - twice))
 

@@ -29,7 +29,8 @@ def record(workspace: Workspace, declared: Mapping[str, Any]) -> None:
     entries = _entries(workspace)
     if entries and _claimed(entries[-1]) == _claimed(declared):
         return
-    measured = [one.name for stage in TRAINED for one in workspace.measured(stage)]
+    seen = [*(name for entry in entries for name in entry["measured"]), *_measured(workspace)]
+    measured = list(dict.fromkeys(seen))
     entry = {**declared, "created": datetime.now(UTC).isoformat(timespec="seconds"), "measured": measured}
     write_json(_file(workspace), {"schema": 1, "kind": "declarations", "declarations": [*entries, entry]})
 
@@ -37,12 +38,16 @@ def record(workspace: Workspace, declared: Mapping[str, Any]) -> None:
 def late(workspace: Workspace, declared: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each part of what is declared now that came after a fine-tuned stage was measured.
 
-    Where nothing was ever recorded, nothing is known and nothing is said.
+    A claim that was dropped by then is told too: with fewer claims, the level of the others is less strict.
     """
-    entries = _entries(workspace)
-    measured = [one.name for stage in TRAINED for one in workspace.measured(stage)]
-    if not entries or not measured:
+    entries, measured = _entries(workspace), _measured(workspace)
+    if not measured or not declared["primary"]:
         return []
+    if not entries:
+        return [
+            "fine-tuned stages were measured before any claim was recorded, so nothing shows that the primary claims "
+            "were declared before their numbers were known"
+        ]
     said = []
     for claim in declared["primary"]:
         known = next((entry["measured"] for entry in entries if claim in entry["primary"]), measured)
@@ -51,10 +56,25 @@ def late(workspace: Workspace, declared: Mapping[str, Any]) -> list[str]:
                 f"the claim '{claim}' was declared after {', '.join(known)} had been measured: it is exploratory"
             )
     before = next((entry for entry in reversed(entries) if not entry["measured"]), entries[0])
+    said += [
+        f"the claim '{claim}' was declared before a fine-tuned stage had been measured, and was dropped"
+        for claim in before["primary"]
+        if claim not in declared["primary"]
+    ]
     for name, was in (("alpha", before["alpha"]), ("margin", before["margin"])):
         if declared[name] != was:
             said.append(f"{name} was changed after a fine-tuned stage had been measured: it was {was}")
     return said
+
+
+def recorded(workspace: Workspace, declared: Mapping[str, Any]) -> str:
+    """Return when what is declared now was recorded; '' if it was not, or if a fine-tuned stage had been measured."""
+    found = (entry for entry in _entries(workspace) if not entry["measured"] and _claimed(entry) == _claimed(declared))
+    return next((entry["created"] for entry in found), "")
+
+
+def _measured(workspace: Workspace) -> list[str]:
+    return [one.name for stage in TRAINED for one in workspace.measured(stage)]
 
 
 def _claimed(declared: Mapping[str, Any]) -> dict[str, Any]:
