@@ -9,10 +9,10 @@ of several seeds must not be pooled: what one seed did to all its units does not
   are the observations of a t-test, which is exact however much seeds and units vary; units count alone where all seeds
   have the same difference.
 
-If crossed, the interval squares and adds the reach of each component, with its own t quantile: reach² = t²_a·V_a + t²_b·V_b -
-z²·V_e (the modified large-sample method: Graybill & Wang 1980; Burdick & Graybill 1992). Satterthwaite's single t
-quantile was tried: with two or three seeds a small V_a by chance also gives many degrees of freedom, and "no
-difference" is rejected in up to 13 % of experiments; see benchmarks/statistics.py.
+If crossed, the interval squares and adds the reach of each component, with its own t quantile: reach² = t²_a·V_a +
+t²_b·V_b - z²·V_e (the modified large-sample method: Graybill & Wang 1980; Burdick & Graybill 1992). Satterthwaite's
+single t quantile was tried: with two or three seeds a small V_a by chance also gives many degrees of freedom, and "no
+difference" is rejected in up to 13 % of experiments; see benchmarks/simulated_statistics.py.
 """
 
 from __future__ import annotations
