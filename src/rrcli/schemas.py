@@ -116,6 +116,7 @@ class Shape(TypedDict):
     cell_width: Count | None
     chunk_width: Count
     seed: int
+    head_signals: NotRequired[bool]
     commit_margin: NotRequired[float | None]
 
 

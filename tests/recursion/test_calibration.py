@@ -78,7 +78,9 @@ def test_an_evaluation_uses_the_margin_of_the_checkpoint(margin):
     recursion = wake(attach(model, RecursionConfig(max_steps=2, commit_margin=margin)))
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
     scores = Readout(model).score(ids, mask, mask.bool(), targets=ids.roll(-1, 1).flatten())
-    commit = torch.stack([recursion.head(state).sigmoid() for state in scores.states[:-1]])
+    commit = torch.stack(
+        [recursion.head(*seen).sigmoid() for seen in zip(scores.states[:2], scores.tops[:2], strict=True)]
+    )
     totals = _chunks(Readout(model), scores, ids.roll(-1, 1).flatten(), [12, 12])
     assert totals.reliability == ([] if margin is None else reliability(commit, scores.losses, margin))
     assert ("commit_ece" in totals.metrics()) == (margin is not None)

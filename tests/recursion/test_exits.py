@@ -11,7 +11,7 @@ from families import build, cache_name, tokens, wake
 from rrcli import ChunkedDecoding, RecursionConfig, attach
 from rrcli.errors import RRError, UsageError
 from rrcli.recursion.exits import CHOOSABLE, GREATEST, NEVER, ExitRule, parse_exit
-from rrcli.recursion.signals import draws
+from rrcli.recursion.signals import draws, top_of
 
 NEW = 12
 RULES = (
@@ -48,7 +48,7 @@ def content(rule, recursion, states, logits, draw):
     k, p = len(states) - 1, logits[-1].softmax(-1).sort(descending=True).values
     match rule.kind:
         case "head":
-            return bool(recursion.head(states[k].float()).sigmoid() >= rule.threshold)
+            return bool(recursion.head(states[k].float(), top_of(logits[k])).sigmoid() >= rule.threshold)
         case "probability":
             return bool(p[0] >= rule.threshold)
         case "margin":

@@ -17,6 +17,7 @@ from rrcli.recursion.config import LossWeights, RecursionConfig
 from rrcli.recursion.engine import attach
 from rrcli.recursion.losses import StepPlan, compute_losses, sample_windows
 from rrcli.recursion.readout import Readout
+from rrcli.recursion.signals import top_of
 
 MAX_STEPS = 2
 WIDTH = 4
@@ -63,7 +64,7 @@ def naive(model, recursion, data, weights=ALL):
         with recursion.at_depth(k):
             logits = model(ids, attention_mask=mask, use_cache=False).logits[bearing]
         ce.append(-logits.log_softmax(-1)[torch.arange(n), targets])
-        commit.append(torch.sigmoid(recursion.head(states[-1].detach()))[bearing])
+        commit.append(torch.sigmoid(recursion.head(states[-1].detach()[bearing], top_of(logits.detach()))))
     handle.remove()
     terms = {name: torch.zeros(()) for name in ("final_ce", "masked_ce", "halt", "ponder", "stability")}
     row = bearing.nonzero()[:, 0].tolist()
@@ -260,29 +261,28 @@ def test_the_chunk_metrics_are_those_of_every_passes_predictions():
     ids, mask, labels = batch()
     terms = losses(model, (ids, mask, labels))
     bearing = labels.ne(IGNORED)
-    predictions, windows, number = [], [], 0
+    tops, windows, number = [], [], 0
     for k in range(MAX_STEPS + 1):
         with recursion.at_depth(k):
-            predictions.append(uncached_predictions(model, ids, mask)[bearing])
+            tops.append(top_of(model(ids, attention_mask=mask, use_cache=False).logits[bearing]))
     for row in bearing.sum(1).tolist():
         windows += [number + place // WIDTH for place in range(row)]
         number = windows[-1] + 1
     states = recursion.passes(ids, mask).states[:-1]
-    commit = torch.stack([torch.sigmoid(recursion.head(state[bearing])) for state in states])
-    expected = teacher_forced_chunks(torch.stack(predictions), commit, labels[bearing], torch.tensor(windows))
+    commit = torch.stack(
+        [recursion.head(state[bearing], top).sigmoid() for state, top in zip(states, tops, strict=False)]
+    )
+    predictions = torch.stack([top.prediction for top in tops])
+    expected = teacher_forced_chunks(predictions, commit, labels[bearing], torch.tensor(windows))
     assert terms.chunks == expected
     assert terms.chunks.positions == int(bearing.sum())
-
-
-def uncached_predictions(model, ids, mask):
-    return model(ids, attention_mask=mask, use_cache=False).logits.argmax(-1)
 
 
 @pytest.mark.parametrize("hidden", [32, 768])
 @torch.no_grad()
 def test_the_boundary_head_starts_by_going_on(hidden):
     head = BoundaryHead(hidden, torch.Generator().manual_seed(0))
-    probability = torch.sigmoid(head(torch.randn(4, 50, hidden) * 10))
+    probability = torch.sigmoid(head(torch.randn(4, 50, hidden) * 10, top_of(torch.randn(4, 50, 97) * 5)))
     assert probability.shape == (4, 50)
     assert float(probability.min()) > 0.04
     assert float(probability.max()) < 0.06
@@ -295,7 +295,7 @@ def test_the_heads_losses_reach_only_the_head():
     terms = losses(model, batch(), LossWeights(final=0.0, masked=0.0, stability=0.0, halt=1.0, ponder=1.0, share=1.0))
     terms.total.backward()
     reached = {name for name, p in recursion.named_parameters() if p.grad is not None and p.grad.any()}
-    assert reached == {"head.norm.weight", "head.score.weight", "head.score.bias"}
+    assert reached == {"head.norm.weight", "head.score.weight", "head.score.bias", "head.sure.weight"}
     assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 

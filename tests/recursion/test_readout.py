@@ -230,13 +230,16 @@ def test_token_losses_in_chunks_are_plain_cross_entropy(family, at_a_time, monke
     naive = F.cross_entropy(whole, targets, reduction="none")
     expected = gradients(naive)
     hidden = readout.passes(ids, torch.ones_like(ids)).hidden[-1].flatten(0, 1)
-    losses, predictions = readout.token_losses(hidden, targets)
+    losses, top = readout.token_losses(hidden, targets)
     found = gradients(losses)
 
     assert max(sizes) <= at_a_time
     torch.testing.assert_close(losses, naive, rtol=1e-5, atol=1e-5)
-    assert torch.equal(predictions, whole.argmax(-1))
-    assert not predictions.requires_grad
+    assert torch.equal(top.prediction, whole.argmax(-1))
+    best = whole.detach().softmax(-1).topk(2, dim=-1).values
+    torch.testing.assert_close(top.probability, best[:, 0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(top.margin, best[:, 0] - best[:, 1], rtol=1e-3, atol=1e-6)
+    assert not any(value.requires_grad for value in top)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=name)
@@ -255,5 +258,5 @@ def test_token_losses_are_fp32_whatever_the_model_is():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "mamba2"])
 def test_no_rows_have_no_losses(family):
     model, _ = awake(family)
-    losses, predictions = Readout(model).token_losses(torch.zeros(0, 32), torch.zeros(0, dtype=torch.long))
-    assert losses.shape == predictions.shape == (0,)
+    losses, top = Readout(model).token_losses(torch.zeros(0, 32), torch.zeros(0, dtype=torch.long))
+    assert losses.shape == top.prediction.shape == top.margin.shape == (0,)

@@ -43,10 +43,13 @@ def test_any_tile_gives_the_loss_and_the_first_of_equals(height, width, bias, dt
         sizes.append(logits.numel())
         return logits
 
-    losses, predictions = tiles.token_losses(head, logits_by, rows, targets=targets)
+    losses, top = tiles.token_losses(head, logits_by, rows, targets=targets)
     torch.testing.assert_close(losses, F.cross_entropy(whole, targets, reduction="none"))
     assert losses.dtype == torch.float32
-    assert torch.equal(predictions, whole.argmax(1))
+    assert torch.equal(top.prediction, whole.argmax(1))
+    best = whole.float().softmax(1).topk(2, dim=1).values
+    torch.testing.assert_close(top.probability, best[:, 0])
+    torch.testing.assert_close(top.margin, best[:, 0] - best[:, 1], atol=1e-6, rtol=1e-4)
     assert max(sizes) <= height * width
 
 
@@ -81,9 +84,9 @@ def test_tokens_that_a_model_rules_out_have_no_share(monkeypatch):
     head, rows, _ = made(bias=True)
     head.bias[:32] = -torch.inf  # two whole tiles, the first ones
     targets = torch.arange(32, 32 + len(rows))
-    losses, predictions = tiles.token_losses(head, plain, rows, targets=targets)
+    losses, top = tiles.token_losses(head, plain, rows, targets=targets)
     torch.testing.assert_close(losses, F.cross_entropy(head(rows), targets, reduction="none"))
-    assert torch.equal(predictions, head(rows).argmax(1))
+    assert torch.equal(top.prediction, head(rows).argmax(1))
 
 
 @torch.no_grad()

@@ -179,7 +179,7 @@ class Answers:
             scored[place, first : first + len(guess) + 1] = True
             keys += [(number, (*known, *guess[:count])) for count in range(len(guess) + 1)]
         targets = ids.roll(-1, 1)[scored]  # any token will do: the losses are not used
-        scores = self._readout.score(ids, mask, scored, targets=targets, tops=True)
+        scores = self._readout.score(ids, mask, scored, targets=targets)
         rows, places = torch.tensor([[number, len(known)] for number, known in keys]).T
         return keys, signals_of(self.model.recursion, scores, draws(rows, places))
 

@@ -242,7 +242,7 @@ def _read_texts(
             for row, window in enumerate(batch):
                 scored[row, len(window.ids) - len(window.targets) : len(window.ids)] = True
             targets = torch.tensor([token for window in batch for token in window.targets], device=ids.device)
-            scores = readout.score(ids, mask, scored, targets=targets, tops=True)
+            scores = readout.score(ids, mask, scored, targets=targets)
             places = [(window.document, place) for window in batch for place in range(len(window.targets))]
             numbers, positions = torch.tensor(places).T
             passes.append(signals_of(model.recursion, scores, draws(numbers, positions), targets))

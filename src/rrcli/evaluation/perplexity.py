@@ -143,7 +143,7 @@ def _score(readout: Readout, batch: list[Window], *, depth: int, exit: ExitRule 
     for row, window in enumerate(batch):
         scored[row, len(window.ids) - len(window.targets) : len(window.ids)] = True
     targets = torch.tensor([token for window in batch for token in window.targets], device=ids.device)
-    scores = readout.score(ids, mask, scored, targets=targets, depth=depth, tops=exit is not None)
+    scores = readout.score(ids, mask, scored, targets=targets, depth=depth)
     lengths = [len(window.targets) for window in batch]
     losses, hits = scores.losses.cpu(), scores.predictions.eq(targets).long().cpu()
     more = {}
@@ -179,7 +179,8 @@ def _chunks(readout: Readout, scores: Scores, targets: Tensor, lengths: list[int
     recursion = readout.recursion
     if recursion is None or len(scores.predictions) < 2:
         return ChunkTotals()
-    commit = torch.stack([recursion.head(state).float().sigmoid() for state in scores.states[:-1]])
+    looked = list(zip(scores.states, scores.tops, strict=True))[:-1]
+    commit = torch.stack([recursion.head(state, top).float().sigmoid() for state, top in looked])
     width, number, chunks = recursion.config.chunk_width, 0, []
     for length in lengths:
         chunks += [number + position // width for position in range(length)]

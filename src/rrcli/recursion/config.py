@@ -23,6 +23,7 @@ class RecursionConfig:
         cell_width: inner width of the feedback cell; None means the model's hidden size.
         chunk_width: positions that are drafted and refined together; the window of the chunk metrics, in tokens.
         seed: seeds the initial weights of the cell (all but its zero output projection).
+        head_signals: whether the boundary head also reads how sure a pass is; False for checkpoints that do not say.
         commit_margin: what the boundary head has learned to go on for: a gain of the next pass of more than this, in
             nats. Training notes it; None where there was none, or where the checkpoint does not say.
 
@@ -35,6 +36,7 @@ class RecursionConfig:
     cell_width: int | None = None
     chunk_width: int = 16
     seed: int = 0
+    head_signals: bool = True
     commit_margin: float | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +76,7 @@ class RecursionConfig:
             if key not in known:
                 raise UsageError(f"unknown recursion setting '{key}'", suggest(key, known))
         span = values.get("span")
-        return cls(**(values | {"span": (int(span[0]), int(span[1])) if span else None}))
+        return cls(**({"head_signals": False} | values | {"span": (int(span[0]), int(span[1])) if span else None}))
 
 
 @dataclass(frozen=True)

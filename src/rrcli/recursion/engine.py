@@ -375,7 +375,7 @@ def _drawn(config: RecursionConfig, hidden: int) -> tuple[FeedbackCell, Boundary
     """Return a fresh cell and head; their initial weights follow from the configuration's seed alone."""
     generator = torch.Generator().manual_seed(config.seed)
     cell = FeedbackCell(hidden, config.cell_width or hidden, config.max_steps, generator)
-    return cell, BoundaryHead(hidden, generator)
+    return cell, BoundaryHead(hidden, generator, signals=config.head_signals)
 
 
 def _relative_norm(feedback: Tensor, entry: Tensor) -> Tensor:

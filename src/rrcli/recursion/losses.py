@@ -9,7 +9,8 @@
     stability   mean SiLU(CE(k) - CE(k-1)): a later pass may not be worse
     total       their weighted sum
 
-The boundary head reads detached states: it learns to judge the passes, and its losses do not change them.
+The boundary head reads detached states, and how sure each pass is: it learns to judge the passes, and its losses do not
+change them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rrcli.recursion.batch import Batch
+from rrcli.recursion.boundary_head import Top
 from rrcli.recursion.chunk_metrics import ChunkTotals, teacher_forced_chunks
 from rrcli.recursion.config import LossWeights
 from rrcli.recursion.readout import Readout
@@ -81,7 +83,7 @@ def compute_losses(readout: Readout, batch: Batch, *, plan: StepPlan) -> LossTer
     loss_bearing = batch.loss_bearing
     targets = batch.labels[loss_bearing]
 
-    final, final_prediction = readout.token_losses(passes.hidden[-1][loss_bearing], targets, predict=depth > 0)
+    final, final_top = readout.token_losses(passes.hidden[-1][loss_bearing], targets, predict=depth > 0)
     parts = {"final_ce": final.sum() / plan.tokens}
     if depth == 0:
         total = weights.final * parts["final_ce"]
@@ -93,15 +95,18 @@ def compute_losses(readout: Readout, batch: Batch, *, plan: StepPlan) -> LossTer
     sampled = loss_bearing if batch.sampled is None else batch.sampled
     index = sampled[loss_bearing].nonzero().squeeze(1)
     scale = 1 / plan.sampled
-    earlier, predictions = [], []
+    assert final_top is not None
+    earlier, tops = [], []
     for hidden in passes.hidden[:-1]:
-        ce, prediction = readout.token_losses(hidden[loss_bearing][index], targets[index])
+        ce, top = readout.token_losses(hidden[loss_bearing][index], targets[index])
+        assert top is not None
         earlier.append(ce)
-        predictions.append(prediction)
+        tops.append(top)
     ce_by_pass = torch.stack([*earlier, final[index]])
-    predictions.append(final_prediction[index])
+    predictions = torch.stack([*(top.prediction for top in tops), final_top.prediction[index]])
 
-    logits = readout.recursion.head(torch.stack([s[loss_bearing][index].detach() for s in passes.states[:-1]])).float()
+    states = torch.stack([state[loss_bearing][index].detach() for state in passes.states[:-1]])
+    logits = readout.recursion.head(states, Top(*map(torch.stack, zip(*tops, strict=True)))).float()
     gain = (ce_by_pass[:-1] - ce_by_pass[1:]).detach()
     label = (gain <= weights.margin).float()
     importance = (gain - weights.margin).abs().clamp(max=1.0)
@@ -122,7 +127,7 @@ def compute_losses(readout: Readout, batch: Batch, *, plan: StepPlan) -> LossTer
         + weights.ponder * parts["ponder"]
         + weights.stability * parts["stability"]
     )
-    chunks = teacher_forced_chunks(torch.stack(predictions), logits.sigmoid(), targets[index], windows[index])
+    chunks = teacher_forced_chunks(predictions, logits.sigmoid(), targets[index], windows[index])
     means = [ce.detach().sum() * scale for ce in ce_by_pass]
     return LossTerms(total, _detached(parts, total), means, chunks, passes.feedback_norm)
 

@@ -13,9 +13,9 @@ Text is scored in one of three ways: the first of them that agrees with the mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,11 +26,12 @@ from transformers.utils import ModelOutput
 
 from rrcli.errors import RRError
 from rrcli.recursion import tiles
+from rrcli.recursion.boundary_head import Top
 from rrcli.recursion.engine import Passes, at_depth
 from rrcli.recursion.facts import text_config
 from rrcli.recursion.families import find_layout
 from rrcli.recursion.products import through_onednn
-from rrcli.recursion.signals import top_of
+from rrcli.recursion.signals import joined_tops, top_from, top_of
 from rrcli.upstream import attention_is_eager, patched
 
 # Logits that exist at a time, in elements: 64 MiB in fp32.
@@ -56,15 +57,19 @@ class Scores:
     """What the passes of a batch say about its n scored positions.
 
     Attributes:
-        losses: `[passes, n]` cross-entropy in nats, fp32. predictions: `[passes, n]` the most likely tokens.
-        states: `[n, hidden]` of every pass, what the boundary head reads; none for a model without recursion.
-        tops: of every pass what `signals.top_of` says of its logits; none unless it was asked for.
+        losses: `[passes, n]` cross-entropy in nats, fp32.
+        states: `[n, hidden]` of every pass; none for a model without recursion. tops: how sure each pass is, `[n]`. The
+            boundary head reads both.
     """
 
     losses: Tensor
-    predictions: Tensor
     states: list[Tensor]
-    tops: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    tops: list[Top]
+
+    @property
+    def predictions(self) -> Tensor:
+        """The most likely tokens, `[passes, n]`."""
+        return torch.stack([top.prediction for top in self.tops])
 
 
 class Readout:
@@ -114,8 +119,8 @@ class Readout:
         with patched(self.projection, forward=projection):
             return self.logits(rows)
 
-    def token_losses(self, rows: Tensor, targets: Tensor, *, predict: bool = True) -> tuple[Tensor, Tensor]:
-        """Return each row's cross-entropy (nats, fp32) and its most likely token.
+    def token_losses(self, rows: Tensor, targets: Tensor, *, predict: bool = True) -> tuple[Tensor, Top | None]:
+        """Return each row's cross-entropy (nats, fp32) and how sure it is of its most likely token (no gradient).
 
         Works through the rows in chunks so that at most `LOGITS_AT_A_TIME` logits exist; with gradients on, a chunk's
         logits are recomputed in the backward pass instead of being kept.
@@ -125,20 +130,24 @@ class Readout:
         """
         size = self._rows_at_a_time
         chunks = len(rows.split(size)) if predict else 0
-        losses, predictions = [], list[Tensor]()
+        losses, tops = [], list[Top]()
 
         def losses_of(chunk: Tensor, target: Tensor) -> Tensor:
             logits = self.logits(chunk).float()
-            if len(predictions) < chunks:  # not when the logits are recomputed
-                predictions.append(logits.detach().argmax(-1))
-            return _cross_entropy(logits, target)
+            loss = _cross_entropy(logits, target)
+            if len(tops) < chunks:  # not when the logits are recomputed
+                known = logits.detach()
+                normalizer = loss.detach() + known.gather(1, target[:, None]).squeeze(1)
+                values = known.topk(min(2, known.shape[-1]), dim=-1).values
+                tops.append(top_from(values, known.argmax(-1), normalizer))
+            return loss
 
         for chunk, target in zip(rows.split(size), targets.split(size), strict=True):
             if torch.is_grad_enabled() and len(rows) > size:
                 losses.append(checkpoint(losses_of, chunk, target, use_reentrant=False))
             else:
                 losses.append(losses_of(chunk, target))
-        return torch.cat(losses), torch.cat(predictions) if predict else targets[:0]
+        return torch.cat(losses), joined_tops(tops) if predict else None
 
     @torch.no_grad()
     def score(
@@ -149,7 +158,6 @@ class Readout:
         *,
         targets: Tensor,
         depth: int | None = None,
-        tops: bool = False,
     ) -> Scores:
         """Score chosen positions of a batch at every depth up to `depth`, the way `way` says.
 
@@ -157,11 +165,10 @@ class Readout:
             input_ids, attention_mask: `[batch, position]`; scored: the same shape, True at n positions.
             targets: `[n]` the token that follows each of them.
             depth: how many passes follow pass 0; the recursion's own depth if not given.
-            tops: also look at how sure each pass is, which takes the head a second time.
         """
         score = self._score_plain if self.way == "plain" else self._score_apart
         with through_onednn(self.model):
-            return score(input_ids, attention_mask, scored, targets=targets, depth=self._depth(depth), tops=tops)
+            return score(input_ids, attention_mask, scored, targets=targets, depth=self._depth(depth))
 
     @property
     def _rows_at_a_time(self) -> int:
@@ -172,21 +179,18 @@ class Readout:
             return 0
         return self.recursion.depth if depth is None else depth
 
-    def _score_apart(
-        self, ids: Tensor, mask: Tensor, scored: Tensor, *, targets: Tensor, depth: int, tops: bool
-    ) -> Scores:
+    def _score_apart(self, ids: Tensor, mask: Tensor, scored: Tensor, *, targets: Tensor, depth: int) -> Scores:
         passes = self.passes(ids, mask, depth=depth)
-        losses, predictions, sure = [], [], []
+        losses, tops = [], []
         for hidden in passes.hidden:
             if self.way == "tiles":
-                loss, prediction = tiles.token_losses(self.projection, self._logits_by, hidden[scored], targets=targets)
+                loss, top = tiles.token_losses(self.projection, self._logits_by, hidden[scored], targets=targets)
             else:
-                loss, prediction = self.token_losses(hidden[scored], targets)
+                loss, top = self.token_losses(hidden[scored], targets)
+            assert top is not None
             losses.append(loss)
-            predictions.append(prediction)
-            if tops:
-                sure.append(_tops(map(self.logits, hidden[scored].split(self._rows_at_a_time))))
-        return Scores(torch.stack(losses), torch.stack(predictions), [state[scored] for state in passes.states], sure)
+            tops.append(top)
+        return Scores(torch.stack(losses), [state[scored] for state in passes.states], tops)
 
     @torch.no_grad()
     def choose_way(self, input_ids: Tensor, attention_mask: Tensor, *, depth: int | None = None) -> str | None:
@@ -257,20 +261,16 @@ class Readout:
                 return False
         return True
 
-    def _score_plain(
-        self, ids: Tensor, mask: Tensor, scored: Tensor, *, targets: Tensor, depth: int, tops: bool
-    ) -> Scores:
+    def _score_plain(self, ids: Tensor, mask: Tensor, scored: Tensor, *, targets: Tensor, depth: int) -> Scores:
         states = self.recursion.passes(ids, mask, depth=depth).states if depth else []
         size = self._rows_at_a_time
-        losses, predictions, sure = [], [], []
+        losses, tops = [], []
         for k in range(depth + 1):
             logits = self._plain_logits(ids, mask, k)[scored]
             pairs = zip(logits.split(size), targets.split(size), strict=True)
             losses.append(torch.cat([_cross_entropy(part.float(), target) for part, target in pairs]))
-            predictions.append(logits.argmax(-1))
-            if tops:
-                sure.append(_tops(logits.split(size)))
-        return Scores(torch.stack(losses), torch.stack(predictions), [state[scored] for state in states], sure)
+            tops.append(joined_tops([top_of(part) for part in logits.split(size)]))
+        return Scores(torch.stack(losses), [state[scored] for state in states], tops)
 
     def _plain_logits(self, ids: Tensor, mask: Tensor, depth: int) -> Tensor:
         with at_depth(self.model, depth):
@@ -281,12 +281,6 @@ class Readout:
         output = _BackboneOutput(last_hidden_state=hidden)
         with at_depth(self.model, 0), patched(self.backbone, forward=lambda *_, **__: output):
             yield
-
-
-def _tops(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `top_of` says of `[n, vocabulary]` logits that come in parts."""
-    prediction, probability, margin = zip(*map(top_of, parts), strict=True)
-    return torch.cat(prediction), torch.cat(probability), torch.cat(margin)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

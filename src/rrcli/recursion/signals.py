@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rrcli.recursion.boundary_head import Top
 from rrcli.recursion.exits import ExitRule, Signals
 
 
 def look(
     recursion: Any,
     step: int,
-    top: tuple[Tensor, Tensor, Tensor],
+    top: Top,
     *,
     state: Tensor,
     draw: Tensor,
@@ -28,11 +29,13 @@ def look(
     """Return the signals of pass `step` from what its logits and its state are.
 
     Args:
-        top: prediction, its probability and its margin, as `top_of` returns them.
+        top: how sure the pass is, as `top_of` returns it.
         state: `[..., hidden]` h(step). draw: as `draws` returns them.
         before: the signals of the pass before; without them, nothing is unchanged and every change is infinite.
     """
     prediction, probability, margin = top
+    home = recursion.head.score.weight.device
+    commit = recursion.head(state.to(home), Top(*(value.to(home) for value in top))).float().sigmoid()
     unchanged, change = torch.zeros_like(prediction, dtype=torch.bool), torch.full_like(probability, torch.inf)
     if before is not None:
         unchanged = prediction.eq(before.prediction)
@@ -44,20 +47,29 @@ def look(
         probability=probability,
         margin=margin,
         state=state,
-        commit=recursion.head(state.to(recursion.head.score.weight.device)).float().sigmoid().to(probability.device),
+        commit=commit.to(probability.device),
         unchanged=unchanged,
         change=change,
         draw=draw,
     )
 
 
-def top_of(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the most likely token of `[..., vocabulary]` logits, its probability and its margin, each `[...]`."""
+def top_of(logits: Tensor) -> Top:
+    """Return how sure `[..., vocabulary]` logits are of their most likely token."""
     logits = logits.float()
-    best = logits.topk(min(2, logits.shape[-1]), dim=-1)
-    share = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
-    margin = share[..., 0] - share[..., 1] if share.shape[-1] > 1 else share[..., 0]
-    return logits.argmax(-1), share[..., 0], margin
+    values = logits.topk(min(2, logits.shape[-1]), dim=-1).values
+    return top_from(values, logits.argmax(-1), logits.logsumexp(-1))  # argmax names the first of equals
+
+
+def top_from(values: Tensor, prediction: Tensor, normalizer: Tensor) -> Top:
+    """Return how sure logits are from their two largest, `[..., 2]`, the place of the largest and their logsumexp."""
+    share = (values.float() - normalizer[..., None]).exp()
+    return Top(prediction, share[..., 0], share[..., 0] - share[..., 1] if share.shape[-1] > 1 else share[..., 0])
+
+
+def joined_tops(parts: Sequence[Top]) -> Top:
+    """Return the tops of rows that were looked at in parts."""
+    return Top(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def joined(parts: Sequence[Signals]) -> Signals:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rrcli.recursion.boundary_head import Top
 from rrcli.recursion.products import linear
+from rrcli.recursion.signals import joined_tops, top_from
 
 ROWS = 512
 COLUMNS = {"cpu": 2048}
@@ -29,8 +31,8 @@ def can_be_tiled(head: Any) -> bool:
 @torch.no_grad()
 def token_losses(
     head: nn.Linear, logits_by: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor], rows: Tensor, *, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return each row's cross-entropy (nats, fp32) and its most likely token, the first one of equals.
+) -> tuple[Tensor, Top]:
+    """Return each row's cross-entropy (nats, fp32), and how sure it is of its most likely token, the first of equals.
 
     Args:
         head: the model's output projection, `[vocabulary, hidden]`.
@@ -39,11 +41,11 @@ def token_losses(
         rows: `[n, hidden]` readouts; targets: `[n]` token ids.
     """
     columns = COLUMNS.get(rows.device.type, COLUMNS_ELSEWHERE)
-    losses, predictions = [], []
+    losses, tops = [], []
     for part, target in zip(rows.split(ROWS), targets.split(ROWS), strict=True):
         # Not -inf: a tile that a model fills with -inf would give -inf - -inf.
         highest = torch.full((len(part),), torch.finfo(torch.float32).min, device=rows.device)
-        total = torch.zeros_like(highest)
+        second, total = highest.clone(), torch.zeros_like(highest)
         prediction = torch.zeros_like(target)
         for begin in range(0, len(head.weight), columns):
             tile = logits_by(part, _Projection(head, begin, columns)).float()
@@ -52,13 +54,17 @@ def token_losses(
             # have such a tile the place is looked for: amax alone is several times as fast as a maximum with its place.
             better = (top > highest).nonzero().squeeze(1)
             prediction[better] = tile[better].argmax(1) + begin
+            equal = tile == top[:, None]
+            next_best = torch.where(equal.sum(1) > 1, top, tile.masked_fill(equal, torch.finfo(tile.dtype).min).amax(1))
+            # Of two pairs in descending order, the second largest is one of these.
+            second = torch.maximum(torch.minimum(highest, top), torch.maximum(second, next_best))
             new = torch.maximum(highest, top)
             total = total * (highest - new).exp() + tile.sub_(new[:, None]).exp_().sum(1)
             highest = new
         chosen = logits_by(part, _OwnTarget(head, target)).float().squeeze(1)
         losses.append(highest - chosen + total.log())
-        predictions.append(prediction)
-    return torch.cat(losses), torch.cat(predictions)
+        tops.append(top_from(torch.stack([highest, second], 1), prediction, highest + total.log()))
+    return torch.cat(losses), joined_tops(tops)
 
 
 class _Projection:
