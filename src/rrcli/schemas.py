@@ -2,6 +2,7 @@
 
 file                                 type
 eval_results/<stage>_results.json    Results; `check_records` looks at what types cannot say
+eval_results/<stage>_exits.json      Exits
 eval_results/<stage>_samples.jsonl   SamplesHead, then one of ENTRIES on each line
 eval_results/declared.json           Declared
 <checkpoint>/recursion.json          Manifest (`models.manifest` also refuses keys that it does not know)
@@ -252,6 +253,33 @@ class Manifest(TypedDict):
     recursion: Shape | None
     lora: NotRequired[bool]
     exit: NotRequired[ChosenExit]
+
+
+class ExitPoint(TypedDict):
+    """A rule at one threshold; see `evaluation.exits.Point`."""
+
+    name: str
+    rule: str
+    threshold: float
+    accuracy: MetricEntry | None
+    passes: Number
+    mflop: Number
+    nats: Number
+    text_passes: Number
+    text_mflop: Number
+    like: NotRequired[str]
+
+
+class Exits(TypedDict):
+    """`<stage>_exits.json`; `n` is how much each side holds."""
+
+    schema: int
+    stage: str
+    loss: float
+    chosen: ChosenExit | None
+    n: dict[str, dict[str, Count]]
+    validation: list[ExitPoint]
+    test: list[ExitPoint]
 
 
 class Stamps(TypedDict):

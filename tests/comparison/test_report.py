@@ -15,6 +15,7 @@ from comparing import four_stages, publish, results, stage_results
 from rrcli.cli import app
 from rrcli.comparison.charts import SERIES, against, smoothed
 from rrcli.comparison.curves import read_curves
+from rrcli.comparison.frontier import lines_of
 from rrcli.comparison.report import check_report_path
 from rrcli.errors import RRError, UsageError
 from rrcli.settings import STAGES
@@ -75,6 +76,35 @@ def test_the_page_holds_every_section_and_no_address(written: tuple[Path, str, d
     loads = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]+)|url\(([^)]*)\)|@import""", page.replace("&lt;", "<"))
     assert all(address.startswith(("#", "data:", "http://evil")) for pair in loads for address in pair if address)
     assert not list(folder.glob(".r.html*"))
+
+
+def test_a_frontier_of_exits_is_drawn_with_its_counts(tmp_path: Path) -> None:
+    publish(tmp_path, *stages())
+    rules = [("depth", depth, 80 + 10 * depth, 1 + depth) for depth in range(3)]
+    rules += [("probability", 0.5, 85, 1.2), ("probability", 0.9, 99, 1.5), ("oracle", 0, None, None)]
+    points = [
+        {"name": f"{rule}:{threshold}", "rule": rule, "threshold": threshold, "nats": 2.0 - 0.1 * number}
+        | {"accuracy": None if accuracy is None else {"value": accuracy, "low": 1, "high": 100, "n": 20}}
+        | {"passes": cost, "mflop": cost, "text_passes": cost, "text_mflop": cost}
+        for number, (rule, threshold, accuracy, cost) in enumerate(rules)
+    ]
+    n = {"problems": 20, "documents": 3, "tokens": 4321}
+    frontier = {"schema": 1, "stage": "finetuned_recursive", "loss": 1.0, "chosen": None}
+    frontier |= {"n": {"test": n, "validation": n}, "validation": points, "test": points}
+    file = tmp_path / "eval_results" / "finetuned_recursive_exits.json"
+    file.write_text(json.dumps(frontier), encoding="utf-8")
+    page, _ = report(tmp_path)
+    assert "<h2>Exits</h2>" in page
+    assert "accuracy of answers, % against MFLOP per answer, 20 problems" in page
+    assert "nats per token against MFLOP per token, 4,321 tokens" in page
+    assert page.count("fixed depth</text>") == 3
+    assert lines_of(frontier, "accuracy", "mflop") == {
+        "fixed depth": [(1, 80), (2, 90), (3, 100)], "probability": [(1.2, 85), (1.5, 99)],
+    }  # fmt: skip
+    file.write_text(json.dumps(frontier | {"test": [{"name": "x"}]}), encoding="utf-8")
+    done = CliRunner().invoke(app, ["compare", "--report", "r.html", "--dir", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "exits.json" in done.output
 
 
 def test_texts_are_escaped(written: tuple[Path, str, dict[str, Any]]) -> None:

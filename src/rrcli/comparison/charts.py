@@ -100,6 +100,22 @@ def against(
         return _svg(figure, name)
 
 
+def frontier(lines: Mapping[str, Sequence[tuple[float, float]]], x_label: str, label: str) -> str:
+    """Draw one line for each exit rule: (cost, quality) of its thresholds, joined from cheap to dear."""
+    name = f"exits {x_label} {label}"
+    with _figure(name, height=HEIGHT + 0.6) as (figure, axes):
+        for number, (rule, points) in enumerate(lines.items()):
+            xs, ys = zip(*points, strict=True)
+            axes.plot(
+                xs, ys, LINES[number % len(LINES)], marker=MARKERS[number % len(MARKERS)], markersize=4.5,
+                color=_series(number), label=rule,
+            )  # fmt: skip
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(label)
+        _legend(figure, axes)
+        return _svg(figure, name)
+
+
 def training(curves: Curves, stages: Sequence[str], label: str) -> str:
     """Draw the curve of each run over its steps: a thin line for the values, a strong one for their moving average."""
     with _figure(f"training {label}") as (figure, axes):

@@ -15,6 +15,7 @@ from typing import Any
 
 from rrcli.comparison import formats
 from rrcli.comparison.curves import Curves, read_curves
+from rrcli.comparison.frontier import lines_of
 from rrcli.comparison.results import Cell, Comparison, MetricRow, Results, Stage, generations_of
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.metrics import PERPLEXITY, REASONING_ACCURACY, TOKEN_ACCURACY
@@ -30,6 +31,14 @@ CURVE_LABELS = {
     "evaluation/during_training/reasoning_accuracy": "reasoning accuracy, %",
 }
 COST_LABELS = {"flops_per_token": "MFLOP per token", "decode_tokens_per_sec": "tokens/s when decoding"}
+
+
+# Quality, cost and labels of the charts of exits.
+EXIT_CHARTS = (
+    ("accuracy", "mflop", "accuracy of answers, %", "MFLOP per answer"),
+    ("accuracy", "passes", "accuracy of answers, %", "passes per token"),
+    ("nats", "text_mflop", "nats per token", "MFLOP per token"),
+)
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,20 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
             if tag in curves:
                 yield Chart(label, charts.training(curves[tag], runs, label))
 
+    def exit_charts() -> Iterator[Chart]:
+        for stage, frontier in comparison.frontiers.items():
+            for quality, cost, y_label, x_label in EXIT_CHARTS:
+                if lines := lines_of(frontier, quality, cost):
+                    count = frontier["n"]["test"]["problems" if quality == "accuracy" else "tokens"]
+                    what = "problems" if quality == "accuracy" else "tokens"
+                    yield Chart(f"{stage}: {y_label} against {x_label}, {count:,} {what}",
+                                charts.frontier(lines, x_label, y_label))  # fmt: skip
+
+    exits = [
+        Section("Exits", "When tokens stop being refined, on the test side; left is cheaper. Prefill and tokens "
+                "that catch up are counted. A random exit has the histogram of passes of a threshold of 'probability'.",
+                list(exit_charts()), ""),
+    ]  # fmt: skip
     return [
         Section("By stage", "With 95 % intervals; the dotted line marks the value of the first stage.",
                 list(stage_charts()), "No stage has perplexity or an accuracy."),
@@ -181,6 +204,7 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
         Section("Quality against cost",
                 "Cheaper is further left for FLOPs, and further right for speed on this machine.",
                 list(cost_charts()), "No stage has both a quality and a cost ('rr eval' without --skip-performance)."),
+        *(exits if exits[0].charts else ()),
         Section("Training", "The thin line shows every step of the first seed, the strong line their moving average.",
                 list(curve_charts()), "The log folder holds no training curves of these stages."),
     ]  # fmt: skip

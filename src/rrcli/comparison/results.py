@@ -200,6 +200,7 @@ class Comparison:
         alpha: the level of all primary claims together.
         recorded: when the claims were recorded, if that was before the first evaluation of a fine-tuned stage; else ''.
         broken_surgery: a sentence that is shown first if surgery did not preserve the baseline; the command then fails.
+        frontiers: stage -> what 'rr eval --exits' measured of it, for the report.
     """
 
     stages: list[Stage]
@@ -212,6 +213,7 @@ class Comparison:
     alpha: float = 0.05
     recorded: str = ""
     broken_surgery: str = ""
+    frontiers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def labels(self) -> list[str]:

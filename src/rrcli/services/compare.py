@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rrcli.comparison.claims import Declaration, read_declaration
 from rrcli.comparison.compare import compare_stages
+from rrcli.comparison.frontier import read_frontier
 from rrcli.comparison.gates import read_gate
 from rrcli.comparison.preservation import Preservation, check_preserved
 from rrcli.comparison.report import check_report_path
@@ -43,6 +44,9 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
     if stages.keys() <= set(STAGES):
         comparison.warnings += late(workspace, declared.texts)
         comparison.recorded = recorded(workspace, declared.texts)
+    if settings.report:
+        found = {name: read_frontier(workspace.exits_file(name), name) for name in stages if name in STAGES}
+        comparison.frontiers = {name: frontier for name, frontier in found.items() if frontier}
     if settings.generations:
         comparison.generations = generations_of(comparison.stages)
         if not comparison.generations:
