@@ -6,9 +6,11 @@
 For every seed `rr run` makes the four stages in a folder of their own; beside them
 
     vanilla, equal FLOPs   fine-tuned until it has spent what the recursive training spent
-    untrained looping      the stage after_surgery, at every depth: a zero-initialised recursion changes nothing
-    adaptive halting       the boundary head ends the refining of each chunk, one problem at a time
-    random halting         each problem at a depth drawn at random, with the mean of adaptive halting
+    random feedback        the trained recursion at every depth, but what a pass is fed is a random projection of the
+                           state before, as large as what the trained cell would have fed it
+    exit head, probability tokens leave by the boundary head (0.5), or where pass k is sure (0.99)
+    random exit            each problem at a depth drawn at random, as often at each depth, 0 included, as tokens leave
+                           there with the exit by probability
 
 Every row is paired with vanilla at equal tokens on the same held-out problems, per seed: difference in points and
 McNemar's exact test. `--ablations` trains the recursion again with one thing changed, on the first seed. What is
@@ -29,7 +31,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil, floor
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -39,7 +40,7 @@ from torch import Tensor
 
 from rrcli.evaluation.paired import PairedAnswers
 from rrcli.evaluation.stats import wilson
-from rrcli.files import checkpoints, write_json
+from rrcli.files import checkpoints
 from rrcli.recursion.feedback_cell import FeedbackCell
 
 VANILLA, RECURSIVE, MATCHED = "finetuned_vanilla", "finetuned_recursive", "vanilla_equal_flops"
@@ -61,6 +62,14 @@ ABLATIONS: dict[str, dict[str, str]] = {
 CELLS: dict[str, Callable[[FeedbackCell, Tensor, int], Tensor]] = {
     "linear": lambda cell, hidden, step: cell.w_out(cell.w_in(cell.norm(hidden)) + cell.step.weight[step - 1]),
     "direct": lambda cell, hidden, step: cell.w_out(cell.norm(hidden)),
+    "random": lambda cell, hidden, step: random_feedback(cell, hidden, step),
+}
+TRAINED_CELL = FeedbackCell.forward
+# Controls and exits that are measured on the trained recursion: folder -> how rr eval is called, and with which cell.
+VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "random-feedback": ((), {"cell": "random"}),
+    "exit-head": (("--exit", "head:0.5"), {}),
+    "exit-probability": (("--exit", "probability:0.99"), {}),
 }
 SHRUNKEN = {
     "train.steps": "4", "train.batch_size": "8", "train.eval_interval": "0", "eval.problems": "6",
@@ -68,12 +77,28 @@ SHRUNKEN = {
 }  # fmt: skip
 
 
+def random_feedback(cell: FeedbackCell, hidden: Tensor, step: int) -> Tensor:
+    """Return a fixed random projection of the state at each position, as long as the trained cell's feedback there."""
+    import torch
+
+    trained = TRAINED_CELL(cell, hidden, step)
+    generator = torch.Generator().manual_seed(0)
+    projection = torch.randn(hidden.shape[-1], hidden.shape[-1], generator=generator).to(hidden)
+    fed = cell.norm(hidden) @ projection
+    return fed * (trained.norm(dim=-1, keepdim=True) / fed.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+
+
 @dataclass(frozen=True)
 class Answers:
-    """Which problems were answered correctly (problem key -> right or wrong), and the mean passes after pass 0."""
+    """Which problems were answered correctly (problem key -> right or wrong), and the mean passes after pass 0.
+
+    Attributes:
+        shares: with an exit rule, the share of tokens that left at pass 0, 1, ...
+    """
 
     correct: dict[str, bool]
     passes: float = 0.0
+    shares: tuple[float, ...] = ()
 
     @property
     def accuracy(self) -> float:
@@ -101,6 +126,10 @@ def experiment(folder: Path, seed: int, settings: dict[str, str], given: list[st
         last = str(checkpoints(folder / "checkpoints" / MATCHED)[-1].resolve())
         place = ("--output-dir", MATCHED, "--log-dir", f"logs/{MATCHED}-eval")
         rr(folder, settings, "eval", "--stage", VANILLA, "--model", last, *place, *LEAN)
+    for name, (arguments, changes) in VARIANTS.items():
+        if not (folder / name / f"{RECURSIVE}_results.json").exists():
+            place = ("--output-dir", name, "--log-dir", f"logs/{name}")
+            rr(folder, settings | changes, "eval", "--stage", RECURSIVE, *arguments, *place, *LEAN)
 
 
 def ablate(folder: Path, seed: int, settings: dict[str, str], given: list[str]) -> None:
@@ -125,63 +154,41 @@ def at_depth(results: dict[str, Any], depth: int) -> Answers:
     return Answers({r["key"]: r["correct"][depth] for r in results["records"]["problems"]}, depth)
 
 
-def adaptive(folder: Path, results: dict[str, Any], limit: int) -> Answers:
-    """Answer problems with a refining that ends where the boundary head is content; `limit` of them, in turns."""
-    file = folder / "adaptive.json"
-    if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return Answers(found["correct"], found["passes"])
-    import rrcli
-    from rrcli.data.problem_files import open_task
-    from rrcli.evaluation.judging import judge
-    from rrcli.recursion.chunked_decoding import ChunkedDecoding
-    from rrcli.recursion.exits import ExitRule
-
-    model, tokenizer = rrcli.load(checkpoints(folder / "checkpoints" / RECURSIVE)[-1])
-    tasks = {spec: open_task(spec, folder) for spec in results["data"]["tasks"]}
-    settings, records = results["settings"], results["records"]["problems"]
-    wanted = {r["key"] for r in records[:: ceil(len(records) / limit)]}
-    correct, passes = {}, []
-    for spec, task in tasks.items():
-        for problem in task.problems(settings["problems"], settings["seed"], side="test"):
-            if problem.key not in wanted:
-                continue
-            prompt = next(r["prompt"] for r in records if r["key"] == problem.key)
-            inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-            chunked = ChunkedDecoding(exit=ExitRule("head", 0.5))
-            options = {"max_new_tokens": settings["max_new_tokens"], "do_sample": False}
-            output = model.generate(**inputs, **options, custom_generate=chunked)
-            text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            correct[problem.key] = judge(tasks[spec], problem, text.strip()).correct
-            passes += chunked.traces[0].passes
-    write_json(file, {"correct": correct, "passes": mean(passes)})
-    return Answers(correct, mean(passes))
+def with_exit(results: dict[str, Any]) -> Answers:
+    """Return the answers with an exit rule, which are the last ones of each record."""
+    records = results["records"]["problems"]
+    left = [k for r in records for k in r["passes"]]
+    shares = tuple(left.count(k) / len(left) for k in range(max(left) + 1))
+    return Answers({r["key"]: r["correct"][-1] for r in records}, mean(left), shares)
 
 
 def at_random(results: dict[str, Any], like: Answers) -> Answers:
-    """Return the answers at depths drawn at random, with the mean of `like` and on its problems."""
-    low, random, correct = floor(like.passes), Random("random halting"), {}
+    """Return the answers at depths drawn for each problem, as often at each depth as tokens of `like` leave there."""
+    random, correct, drawn = Random("random exit"), {}, []
     for r in results["records"]["problems"]:
-        depth = low + (random.random() < like.passes - low)
+        depth = random.choices(range(len(like.shares)), like.shares)[0]
         if r["key"] in like.correct:
-            correct[r["key"]] = r["correct"][min(depth, len(r["correct"]) - 1)]
-    return Answers(correct, like.passes)
+            correct[r["key"]] = r["correct"][depth]
+            drawn.append(depth)
+    return Answers(correct, mean(drawn))
 
 
-def rows_of(folder: Path, halting_problems: int) -> dict[str, Answers]:
+def rows_of(folder: Path) -> dict[str, Answers]:
     """Return every row of the table for one seed's folder; the first is what the others are compared with."""
     evaluated = folder / "eval_results"
-    surgery, recursive = read(evaluated, "after_surgery"), read(evaluated, RECURSIVE)
+    recursive = read(evaluated, RECURSIVE)
     deepest = recursive["model"]["depth"]
     rows = {
         "vanilla, equal tokens": at_depth(read(evaluated, VANILLA), 0),
         "baseline, not fine-tuned": at_depth(read(evaluated, "baseline"), 0),
         "vanilla, equal FLOPs": at_depth(read(folder / MATCHED, VANILLA), 0),
     }
-    rows |= {f"untrained looping, depth {k}": at_depth(surgery, k) for k in range(1, deepest + 1)}
     rows |= {f"recursive, depth {k}": at_depth(recursive, k) for k in range(deepest + 1)}
-    rows["recursive, adaptive halting"] = adaptive(folder, recursive, halting_problems)
-    rows["recursive, random halting"] = at_random(recursive, rows["recursive, adaptive halting"])
+    control = read(folder / "random-feedback", RECURSIVE)
+    rows |= {f"recursive, random feedback, depth {k}": at_depth(control, k) for k in range(1, deepest + 1)}
+    rows["recursive, exit head"] = with_exit(read(folder / "exit-head", RECURSIVE))
+    rows["recursive, exit probability"] = with_exit(read(folder / "exit-probability", RECURSIVE))
+    rows["recursive, random exit"] = at_random(recursive, rows["recursive, exit probability"])
     return rows
 
 
@@ -333,21 +340,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--task", action="append", default=[], help="as rr takes it; repeat for several")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="an option of rr")
     parser.add_argument("--ablations", action="store_true")
-    parser.add_argument("--halting-problems", type=int, default=400)
     parser.add_argument("--shrunken", action="store_true")
     options = parser.parse_args(arguments)
     settings = dict(item.split("=", 1) for item in options.set)
     names = list(ABLATIONS)
     if options.shrunken:
         settings = SHRUNKEN | settings
-        options.seeds, options.halting_problems, names = options.seeds[:1], 4, names[:1]
+        options.seeds, names = options.seeds[:1], names[:1]
     given = [] if options.model == "default" else ["--model", options.model]
     given += [part for task in options.task for part in ("--task", task)]
 
     folders = [options.output / f"seed-{seed}" for seed in options.seeds]
     for seed, folder in zip(options.seeds, folders, strict=True):
         experiment(folder, seed, settings, given)
-    rows = [rows_of(folder, options.halting_problems) for folder in folders]
+    rows = [rows_of(folder) for folder in folders]
     by_row = {name: [seed[name] for seed in rows] for name in rows[0]}
     reference = next(iter(by_row.values()))
     count = len(reference[0].correct)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rrcli.files import write_json
+from rrcli.recursion.feedback_cell import FeedbackCell
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "recursion_gain.py"
 
@@ -48,15 +50,29 @@ def test_a_row_is_paired_with_vanilla_on_the_problems_that_both_answered(gain):
     ]
 
 
-def test_random_halting_has_the_mean_and_the_problems_of_adaptive_halting(gain):
-    depths = results([[False, True, False]] * 600)  # right at depth 1 alone
-    adaptive = gain.Answers({str(i): False for i in range(500)}, 1.3)
-    drawn = gain.at_random(depths, adaptive)
-    assert drawn.correct.keys() == adaptive.correct.keys()
-    assert drawn.accuracy == pytest.approx(70, abs=7)
-    assert drawn == gain.at_random(depths, adaptive)
-    always = gain.at_random(depths, gain.Answers(adaptive.correct, 2.0))
-    assert always.accuracy == 0
+def test_a_random_exit_has_the_histogram_of_another_one_and_takes_depth_0_too(gain):
+    found = results([[False, True, False]] * 600)  # right at depth 1 alone
+    for record, left in zip(found["records"]["problems"], [[0, 0], [1], [0, 2]] * 200, strict=True):
+        record["passes"] = left
+    like = gain.with_exit(found)
+    assert like.shares == (0.6, 0.2, 0.2)
+    assert like.passes == pytest.approx(0.6)
+    drawn = gain.at_random(found, like)
+    assert drawn.correct.keys() == like.correct.keys()
+    assert drawn.accuracy == pytest.approx(20, abs=5)
+    assert drawn.passes == pytest.approx(0.6, abs=0.1)
+    assert drawn == gain.at_random(found, like)
+    assert gain.at_random(found, gain.Answers(like.correct, 0.0, (1.0,))).passes == 0
+
+
+def test_random_feedback_is_as_large_as_the_trained_one_and_knows_nothing_of_it(gain):
+    cell = FeedbackCell(32, 32, 2, torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(cell.w_out.weight)
+    hidden = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        trained, fed = cell(hidden, 1), gain.random_feedback(cell, hidden, 1)
+    torch.testing.assert_close(fed.norm(dim=-1), trained.norm(dim=-1))
+    assert torch.cosine_similarity(fed, trained, dim=-1).abs().mean() < 0.4
 
 
 def test_difficulty_counts_all_seeds_and_takes_the_deepest_pass(gain, tmp_path):
@@ -101,7 +117,8 @@ def test_the_shrunken_benchmark_goes_through_and_a_second_one_has_nothing_to_do(
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(FILE), "--shrunken", "--output", str(tmp_path)]
     first = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
-    for row in ("vanilla, equal FLOPs", "untrained looping, depth 2", "recursive, adaptive halting", "span: middle"):
+    rows = ("vanilla, equal FLOPs", "recursive, random feedback, depth 2", "recursive, exit head", "span: middle")
+    for row in rows:
         assert f"| {row} |" in first.stdout
     assert (tmp_path / "recursion_gain.png").is_file()
     weights = sorted(tmp_path.rglob("model.safetensors"))
