@@ -81,7 +81,7 @@ def test_of_two_evaluations_the_first_goes_on_and_readers_do_not_wait(tmp_path):
         assert second.returncode == 1
         assert f"process {first.pid}" in second.stderr
         assert "rr eval --task" in second.stderr
-        assert "going on with an interrupted evaluation" not in second.stderr
+        assert "going on with an earlier evaluation" not in second.stderr
         for command in (["compare"], ["status"], ["generate", "3 and"], ["run", "--dry-run"], ["surgery", "--dry-run"]):
             assert rr(*command, folder=tmp_path).returncode == 0, command
         assert first.poll() is None

@@ -113,7 +113,7 @@ def test_what_is_stale_is_stale_with_the_seed_that_it_belongs_to(experiment: Pat
 def test_a_seed_more_that_is_interrupted_at_every_step_ends_as_if_it_had_been_there_from_the_start(
     experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    perform, made = cli._perform, list[str]()
+    perform, made, said = cli._perform, list[str](), ""
 
     def one_step(step: Any, context: Any) -> None:
         perform(step, context)
@@ -123,7 +123,9 @@ def test_a_seed_more_that_is_interrupted_at_every_step_ends_as_if_it_had_been_th
 
     def repeat(*command: str) -> None:
         """Type a command until it ends by itself."""
+        nonlocal said
         while (done := rr(*command, folder=tmp_path, **SMALL)).returncode == 130:
+            said += done.stderr
             assert len(made) < 20
         assert done.returncode == 0, done.stderr
 
@@ -132,6 +134,7 @@ def test_a_seed_more_that_is_interrupted_at_every_step_ends_as_if_it_had_been_th
     first = written(tmp_path, ("finetuned_vanilla", "finetuned_recursive"))
     repeat("run", "--seeds", "2")
     assert len(made) == 2 + 2 + 6  # what is measured once; the control of the first seed; the second seed
+    assert said.count("going on with an earlier evaluation") == 2
     assert written(tmp_path, ("finetuned_vanilla", "finetuned_recursive")) == first
     for file in sorted((experiment / "eval_results").glob("*_results.json")):
         again = json.loads((tmp_path / "eval_results" / file.name).read_text())

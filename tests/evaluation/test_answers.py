@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -184,6 +185,28 @@ def test_answers_go_on_where_they_were_cut_off(default, tmp_path, after):
     assert json.dumps(resumed) == json.dumps(whole)
     assert cut.read_bytes() == path.read_bytes()
     assert (asked[0] > 0) == (after < at_depth_0), "what was logged is not computed again"
+
+
+def test_a_set_more_leaves_what_the_others_gave_and_what_they_logged(default, tmp_path):
+    model, tokenizer = default
+    attach_random(model, 0.03)
+    settings = EvalSettings(max_new_tokens=6, batch_tokens=260)
+    both = replace(data_of(), sets=(10, 14))
+
+    def solved(data, path, **options):
+        with SampleLog(path, str(data.sets), **options) as log:
+            found = log.found
+            records = solve_problems(model, tokenizer, data, depth=1, settings=settings, reporter=Silent(), log=log)
+            log.end()
+        return records, found
+
+    whole, _ = solved(both, tmp_path / "whole.jsonl")
+    first, _ = solved(replace(both, problems=both.problems[:10], sets=(10,)), tmp_path / "grown.jsonl")
+    grown, found = solved(both, tmp_path / "grown.jsonl", extends=["(10,)"])
+    assert found == 2 * 10
+    assert json.dumps(grown) == json.dumps(whole)
+    assert json.dumps(grown[:10]) == json.dumps(first)
+    assert (tmp_path / "grown.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])

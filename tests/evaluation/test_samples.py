@@ -89,6 +89,26 @@ def test_a_damaged_log_is_an_error_that_names_the_line_and_loses_nothing(tmp_pat
     assert path.read_text() == text
 
 
+def test_what_a_complete_evaluation_logged_is_what_a_larger_one_begins_with(tmp_path):
+    path = tmp_path / "baseline_samples.jsonl"
+    with SampleLog(path, "one seed") as log:
+        log.append("problems", [answer(1)])
+        log.append("generations", [prompt(3)])
+    with SampleLog(path, "two seeds", extends=["one seed"]) as log:
+        assert log.found == 0  # it had not ended
+    path.with_name(path.name + ".bak").replace(path)
+    with SampleLog(path, "one seed") as log:
+        log.end()
+    with SampleLog(path, "two seeds", extends=["no seed", "one seed"]) as log:
+        assert log.done("problems", anything) == [{"part": "problems", **answer(1)}]
+        assert log.done("generations", anything) == [{"part": "generations", **prompt(3)}]
+        log.append("problems", [answer(2)])
+    with SampleLog(path, "two seeds") as log:  # and may be cut off in its turn
+        assert log.found == 3
+        log.end()
+    assert [line.get("key") for line in logged(path)] == ["two seeds", "p1", "g3", "p2", None]
+
+
 def test_without_a_file_nothing_is_written():
     with SampleLog() as log:
         log.append("problems", [{"n": 1}])

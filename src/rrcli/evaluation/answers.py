@@ -59,12 +59,16 @@ def solve_problems(
     stop = stop_strings(settings.stop)
     texts, prompts = problem_prompts(model, tokenizer, data, settings=settings, reporter=reporter)
     count, seen = len(data.problems), set[tuple[int, int]]()
+    # A set after the other, so that sets may be added to an evaluation; under an exit rule all are answered together.
+    rounds = [(span, current) for span in data.spans for current in range(depth + 1)]
+    last = [(range(count), depth + 1)] if exit is not None else []
+    places = [(span, at_depth) for span, at_depth in rounds + last for _ in span]
 
     def fits(place: int, entry: dict[str, Any]) -> bool:
         number, at_depth = entry["number"], entry["depth"]
         new = (number, at_depth) not in seen
         seen.add((number, at_depth))
-        in_order = number < count and at_depth == place // count <= depth + (exit is not None)
+        in_order = place < len(places) and number in places[place][0] and at_depth == places[place][1]
         return new and in_order and bool(entry["key"] == data.problems[number].key)
 
     entries = log.done("problems", fits)
@@ -72,12 +76,14 @@ def solve_problems(
     columns = depth + 1 + (exit is not None)
     with reporter.progress("reasoning", len(prompts) * columns, "problems") as progress:
         progress.advance(len(entries))
-        for current in range(depth + 1):
-            skip = min(len(prompts), max(0, len(entries) - current * len(prompts)))
+        begin = 0
+        for span, current in rounds:
+            skip = min(len(span), max(0, len(entries) - begin))
+            begin += len(span)
             for batch in decode(
                 model,
                 tokenizer,
-                prompts,
+                prompts[span.start : span.stop],
                 depth=current,
                 new_tokens=settings.max_new_tokens,
                 batch_tokens=settings.batch_tokens,
@@ -86,9 +92,10 @@ def solve_problems(
             ):
                 new = []
                 for answer in batch:
-                    problem = data.problems[answer.number]
+                    number = span.start + answer.number
+                    problem = data.problems[number]
                     new.append(
-                        {"number": answer.number, "depth": current, "key": problem.key, "output": answer.text}
+                        {"number": number, "depth": current, "key": problem.key, "output": answer.text}
                         | vars(judge(tasks[problem.task], problem, answer.text))
                         | {"length": len(answer.tokens), "ended": answer.ended}
                     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,8 @@ class EvalData:
     """What a model is evaluated on.
 
     Attributes:
-        documents: texts and conversations of the side. tasks, problems: reasoning tasks and the problems of each.
+        documents: texts and conversations of the side. tasks, problems: reasoning tasks, and problems of them.
+        sets: how many of the problems, in their order, belong to each seed; empty means that they are one set.
         prompts: to continue.
         harness: tasks of lm-evaluation-harness.
         source: what `--data` named. notice: sentences about what was left out of it, or ''.
@@ -46,11 +48,18 @@ class EvalData:
     documents: tuple[Document, ...] = ()
     tasks: tuple[Task | FileTask, ...] = ()
     problems: tuple[Problem, ...] = ()
+    sets: tuple[int, ...] = ()
     prompts: tuple[str, ...] = ()
     source: str = "given"
     notice: str = ""
     held_out: int = 0
     harness: tuple[HarnessTask, ...] = ()
+
+    @property
+    def spans(self) -> list[range]:
+        """The numbers of the problems of each set. What a set gives does not depend on the others."""
+        ends = list(accumulate(self.sets or (len(self.problems),)))
+        return [range(begin, end) for begin, end in zip((0, *ends), ends, strict=False)]
 
     def texts(self, tokenizer: Any, settings: EvalSettings | TrainSettings) -> tuple[str, ...]:
         """Return every document as the text that a model with this tokenizer is shown."""
@@ -105,35 +114,48 @@ def held_out_data(
                 f"nothing of {', '.join(lacking)} is on the validation side of the split (a twentieth)",
                 "Give more documents or problems (about 100 or more); --eval-interval 0 trains without validation.",
             )
-    problems: list[Problem] = []
+    sets: list[list[Problem]] = [[] for _ in seeds or (settings.seed,)]
     said = [notes.notice(settings.data)]
     for task in tasks:
         found, sentence = _problems(task, problems_per_task, seeds or (settings.seed,), side)
-        problems += found
+        for own, more in zip(sets, found, strict=True):
+            own += more
         said.append(sentence)
     if lacking:
         said.append(f"nothing to validate with in: {', '.join(lacking)}")
     notice = "\n".join(filter(None, said))
-    return EvalData(tuple(documents), tasks, tuple(problems), PROMPTS, settings.data, notice=notice, held_out=held_out)
+    return EvalData(
+        tuple(documents),
+        tasks,
+        tuple(chain(*sets)),
+        tuple(map(len, sets)),
+        PROMPTS,
+        settings.data,
+        notice=notice,
+        held_out=held_out,
+    )
 
 
-def _problems(task: Task | FileTask, count: int, seeds: Sequence[int], side: Side) -> tuple[list[Problem], str]:
-    """Return the problems of a task for all these seeds, each once, and a sentence about what is not as asked, or ''.
+def _problems(task: Task | FileTask, count: int, seeds: Sequence[int], side: Side) -> tuple[list[list[Problem]], str]:
+    """Return the problems of a task for each seed, each problem once, and a sentence about what is not as asked, or ''.
+
+    The problems of a file, which are the same for all seeds, are the first one's.
 
     Raises:
         UsageError: two seeds would have the same problems of a generator.
     """
     if isinstance(task, FileTask):
         said = f"{task.spec}: {task.repeated:,} repeated questions were left out" if task.repeated else ""
-        return task.problems(count, seeds[0], side=side), said
+        return [task.problems(count, seeds[0], side=side), *([] for _ in seeds[1:])], said
     drawn = [task.draw(count, seed, side=side) for seed in seeds]
     owners = [owner for _, owner in drawn]
     told = [f"{seed} gets those of seed {owner}" for seed, owner in zip(seeds, owners, strict=True) if seed != owner]
     said = f"{task.spec} has too few {SIDE_NAMES[side]} problems for {count} of every seed's own: {'; '.join(told)}"
     if len(set(owners)) < len(seeds) and side == "test":
         raise UsageError(said, "Take fewer --problems, or fewer seeds.")
-    found = {problem.key: problem for problems, _ in drawn for problem in problems}
-    return list(found.values()), said if told and side == "test" else ""
+    firsts = [owners.index(owner) == place for place, owner in enumerate(owners)]
+    sets = [problems if first else [] for (problems, _), first in zip(drawn, firsts, strict=True)]
+    return sets, said if told and side == "test" else ""
 
 
 def showable(data: EvalData, tokenizer: Any, settings: EvalSettings | TrainSettings) -> EvalData:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from rrcli.errors import RRError
-from rrcli.files import SCHEMA, make_folder, mismatch, unwritable
+from rrcli.files import SCHEMA, make_folder, mismatch, unwritable, write_text
 from rrcli.schemas import ENTRIES, SamplesHead
 
 END = "end"
@@ -28,12 +28,13 @@ class SampleLog:
 
     Args:
         path: the file; None to log nothing. key: a hash of weights, tokenizer, data, tasks and settings.
+        extends: the keys of evaluations that this one begins like: what a complete one of them logged is taken as done.
 
     Raises:
         RRError: the file cannot be read or written.
     """
 
-    def __init__(self, path: Path | None = None, key: str = "") -> None:
+    def __init__(self, path: Path | None = None, key: str = "", *, extends: Collection[str] = ()) -> None:
         self._done: dict[str, list[dict[str, Any]]] = {}
         self._file: IO[str] | None = None
         self._path = path
@@ -41,14 +42,16 @@ class SampleLog:
             return
         make_folder(path.parent)
         try:
+            head = _line({"schema": SCHEMA, "kind": "samples", "key": key})
             kept = _unfinished(path, key)
-            if kept:
-                for entry in kept:
-                    self._done.setdefault(entry["part"], []).append(entry)
-            else:
+            if not kept and (kept := _complete(path, extends)):
+                write_text(path, head + "".join(map(_line, kept)))
+            for entry in kept:
+                self._done.setdefault(entry["part"], []).append(entry)
+            if not kept:
                 if path.exists():
                     path.replace(path.with_name(path.name + ".bak"))
-                path.write_text(_line({"schema": SCHEMA, "kind": "samples", "key": key}), encoding="utf-8")
+                path.write_text(head, encoding="utf-8")
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise unwritable(path, error) from error
@@ -105,22 +108,31 @@ class SampleLog:
 
 def _unfinished(path: Path, key: str) -> list[dict[str, Any]]:
     """Return the entries of an unfinished log with this key, after cutting off a last line that is incomplete."""
-    if not path.is_file():
-        return []
-    whole = path.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
-    lines = whole.splitlines()
-    if not lines:
-        return []
-    head = _read_line(path, 1, lines[0], SamplesHead)
-    if head["key"] != key or head["schema"] != SCHEMA:
-        return []
-    entries = [_read_line(path, number, line, None) for number, line in enumerate(lines[1:], start=2)]
+    entries, size = _entries(path, (key,))
     if not entries or entries[-1]["part"] == END:
         return []
     with path.open("r+b") as file:
-        file.truncate(len(whole))
+        file.truncate(size)
     return entries
+
+
+def _complete(path: Path, keys: Collection[str]) -> list[dict[str, Any]]:
+    """Return the entries of a complete log with one of these keys, without its end."""
+    entries, _ = _entries(path, keys)
+    return entries[:-1] if entries and entries[-1]["part"] == END else []
+
+
+def _entries(path: Path, keys: Collection[str]) -> tuple[list[dict[str, Any]], int]:
+    """Return the entries of a log with one of these keys, and how many bytes its complete lines have."""
+    whole = path.read_bytes() if keys and path.is_file() else b""
+    whole = whole[: whole.rfind(b"\n") + 1]
+    lines = whole.splitlines()
+    if not lines:
+        return [], 0
+    head = _read_line(path, 1, lines[0], SamplesHead)
+    if head["key"] not in keys or head["schema"] != SCHEMA:
+        return [], 0
+    return [_read_line(path, number, line, None) for number, line in enumerate(lines[1:], start=2)], len(whole)
 
 
 def _read_line(path: Path, number: int, line: bytes, kind: Any) -> dict[str, Any]:

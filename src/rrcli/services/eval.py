@@ -81,7 +81,8 @@ def evaluate(
         declarations.record(workspace, read_declaration(load(CompareSettings, directory)).texts)
     fingerprint = source.fingerprint()
     settings = with_template_date(settings, source, directory)
-    inputs = eval_inputs(settings, stage, model_fingerprint(source, directory), data_identity(settings, directory))
+    made_from = (model_fingerprint(source, directory), data_identity(settings, directory))
+    inputs = eval_inputs(settings, stage, *made_from)
     written = stamps(source.path, base_of(source, directory).path)
     seeds = evaluated_seeds(stage, settings)
     # What else is drawn (a sample of documents, solved examples) is alike in all replicates.
@@ -106,14 +107,18 @@ def evaluate(
     shape = recursion.config.to_dict() if recursion is not None else None
     is_baseline = _is_baseline(loaded, source, workspace)
     device, dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
-    key = combine(inputs, asdict(measuring), shape, device, dtype, *([written] if written else []))
+    beside = (asdict(measuring) | {"seeds": ()}, shape, device, dtype, *([written] if written else []))
+    key = combine(inputs, *beside)
+    # What was measured with the first seeds alone is what a measurement with all of them begins with.
+    fewer = [replace(settings, seeds=seeds[:count]) for count in range(1, len(seeds))]
+    extends = [combine(eval_inputs(each, stage, *made_from), *beside) for each in fewer]
     step = training["steps"] if training else 0
     logs = workspace.log_folder(replicate.name)
     tracker = MetricsTracker(logs, part=EVALUATION, warn=reporter.warn) if settings.tensorboard else None
     log_file = file.with_name(f"{replicate.name}_samples.jsonl")
-    with SampleLog(log_file, key) as log, tracker or nullcontext():
+    with SampleLog(log_file, key, extends=extends) as log, tracker or nullcontext():
         if log.found:
-            reporter.note(f"going on with an interrupted evaluation: {log_file} holds {log.found:,} entries")
+            reporter.note(f"going on with an earlier evaluation: {log_file} holds {log.found:,} entries")
         measured = evaluate_model(
             loaded, tokenizer, data, tracker, step, stage=stage, settings=measuring, reporter=reporter, log=log
         )
