@@ -93,7 +93,7 @@ def test_seeds_with_own_problems_are_three_observations(comparison: Comparison) 
     assert found.needed is not None
     assert found.needed.what == "seeds"
     text = sentence(comparison, "Primary claim 'reasoning_accuracy")
-    assert "n = 3 seeds (+2.5, +27.5, +15.0) with in all 600 problems, 2.0 degrees of freedom" in text
+    assert "n = 3 seeds (+2.5, +27.5, +15.0) with 600 problems in all, 2.0 degrees of freedom" in text
     assert f"About {found.needed.count:,} seeds would show a true difference of this size" in text
 
 

@@ -65,13 +65,15 @@ def test_nested_seeds_agree_with_a_mixed_model() -> None:
     assert math.sqrt(found.seed_variance) == pytest.approx(fit.bse["Intercept"], rel=1e-3)
 
 
-def test_seeds_with_the_same_difference_leave_the_units_as_evidence() -> None:
+def test_seeds_with_the_same_difference_by_chance_have_the_error_of_their_units() -> None:
+    """Shares of few problems can be equal; a t-test would find them infinitely sure."""
     table = np.tile(np.repeat([1.0, -1.0, 0.0, 0.0], 5), (3, 1)) + 0.1
     found = across_seeds(nested(table))
     assert found.seed_variance == pytest.approx(0)
-    assert found.p_value() == pytest.approx(scipy.stats.ttest_1samp(table.ravel(), 0).pvalue, rel=0.05)
+    error = scipy.stats.sem(table[0]) / math.sqrt(3)
+    assert found.p_value() == pytest.approx(2 * scipy.stats.t.sf(0.1 / error, 2))
     same = across_seeds([{f"{s}/{i}": (1.0, 0.0, 1.0) for i in range(50)} for s in range(3)], answers=True)
-    assert 0 < (same.p_value() or 0) < 1e-6, "every problem gained, in every seed: never 0"
+    assert 0 < (same.p_value() or 0) < 1e-3, "every problem gained, in every seed: never 0"
 
 
 # -- crossed: all seeds have the same documents ------------------------------------------------------------------------

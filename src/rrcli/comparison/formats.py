@@ -92,7 +92,7 @@ def seed_line(cell: Cell, row: MetricRow, *, wide: bool = True) -> str:
 
 
 def _joined(found: list[float | None], row: MetricRow, *, wide: bool) -> str:
-    if len(found) < 2:
+    if len(found) < 2 or all(value is None for value in found):
         return ""
     values = [number(value, percent=row.metric.unit == "%") for value in found]
     line = (" / " if wide else "/").join(values)

@@ -299,10 +299,8 @@ def _n(cell: Cell, metric: Metric) -> str:
     if not isinstance(evidence, AcrossSeeds):
         return f"n = {cell.n} {noun}"
     seeds = ", ".join(_signed(metric.shown_difference(value), metric) for value in evidence.by_seed)
-    each = "the same" if evidence.crossed else "in all"
-    return (
-        f"n = {len(evidence.by_seed)} seeds ({seeds}) with {each} {cell.n} {noun}, {evidence.df:.1f} degrees of freedom"
-    )
+    units = f"the same {cell.n} {noun}" if evidence.crossed else f"{cell.n} {noun} in all"
+    return f"n = {len(evidence.by_seed)} seeds ({seeds}) with {units}, {evidence.df:.1f} degrees of freedom"
 
 
 def _of_seeds(stages: Sequence[Stage]) -> list[str]:

@@ -6,8 +6,7 @@ of several seeds must not be pooled: what one seed did to all its units does not
 - *Crossed*: all seeds measured the same units, as the documents of the held-out text. Variance components of the
   two-way layout; what is left, seeds times units, is counted in both margins and taken off once.
 - *Nested*: each seed has units of its own, as the problems of a test set that is drawn for it. The seeds' differences
-  are the observations of a t-test, which is exact however much seeds and units vary; units count alone where all seeds
-  have the same difference.
+  are the observations of a t-test, which is exact however much seeds and units vary.
 
 If crossed, the interval squares and adds the reach of each component, with its own t quantile: reach² = t²_a·V_a +
 t²_b·V_b - z²·V_e (the modified large-sample method: Graybill & Wang 1980; Burdick & Graybill 1992). Satterthwaite's
@@ -56,8 +55,9 @@ class AcrossSeeds:
     @property
     def df(self) -> float:
         """Satterthwaite's degrees of freedom of the error, to be shown beside it; tests use each component's own."""
+        if not self.crossed:
+            return len(self.by_seed) - 1.0
         parts = [(self.seed_variance, len(self.by_seed) - 1.0), (self.unit_variance, self.unit_df)]
-        parts = parts if self.crossed else parts[:1]
         spread = math.fsum(v * v / df for v, df in parts)
         return math.fsum(v for v, _ in parts) ** 2 / spread if spread else math.inf
 
@@ -107,22 +107,19 @@ class AcrossSeeds:
         return None
 
     @property
-    def _seeds_alike(self) -> bool:
-        """Whether the seeds' differences are equal to rounding, as shares of few problems can be; units know better."""
-        return self.seed_variance <= 1e-9 * self.unit_variance
-
-    @property
     def _nested_variance(self) -> float:
-        return self.unit_variance if self._seeds_alike else self.seed_variance
+        """V_a, or V_b where all seeds have the same difference by chance, as shares of few problems can have."""
+        return self.seed_variance if self.seed_variance > 1e-9 * self.unit_variance else self.unit_variance
 
     def _reach(self, alpha: float) -> float:
         """Return how far the interval at alpha goes from the value to either side."""
         if alpha >= 1:
             return 0.0
-        by_seeds = distributions.t_quantile(1 - alpha, len(self.by_seed) - 1.0) ** 2 * self.seed_variance
-        by_units = distributions.t_quantile(1 - alpha, self.unit_df) ** 2 * self.unit_variance
+        by_seed = distributions.t_quantile(1 - alpha, len(self.by_seed) - 1.0) ** 2
         if not self.crossed:
-            return math.sqrt(by_units if self._seeds_alike else by_seeds)
+            return math.sqrt(by_seed * self._nested_variance)
+        by_seeds = by_seed * self.seed_variance
+        by_units = distributions.t_quantile(1 - alpha, self.unit_df) ** 2 * self.unit_variance
         twice = NormalDist().inv_cdf(1 - alpha / 2) ** 2 * self.shared_variance
         return math.sqrt(max(by_seeds, by_units, by_seeds + by_units - twice))
 
