@@ -38,7 +38,7 @@ from engine_overhead import smollm2_file
 import rrcli
 from rrcli.allocator import keep_freed_memory
 from rrcli.demo import defaults
-from rrcli.evaluation.performance import peak_resident_mb, reset_peak_resident
+from rrcli.evaluation.peak_memory import peak_resident_mb, reset_peak_resident
 from rrcli.evaluation.perplexity import score_documents
 from rrcli.reporting import Silent
 from rrcli.settings import EvalSettings

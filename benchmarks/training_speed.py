@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 import rrcli
 from rrcli.allocator import keep_freed_memory
-from rrcli.evaluation.performance import peak_resident_mb, reset_peak_resident
+from rrcli.evaluation.peak_memory import peak_resident_mb, reset_peak_resident
 from rrcli.recursion.batch import IGNORED, Batch
 from rrcli.recursion.config import LossWeights
 from rrcli.recursion.losses import StepPlan, compute_losses, sample_windows

@@ -62,7 +62,7 @@ def results(stage: str, *, gain: float = 0.0, solved: int = 0, spoiled: int = 0,
         "decode_tokens_per_sec": {"value": 50.0, "low": 45.0, "high": 52.0, "n": 5},
         "time_per_output_token": {"value": 20.0, "low": 19.0, "high": 22.0, "n": 5},
         "memory_mb": {"value": 800.0},
-        "flops_per_token": {"value": 12.0},
+        "decode_flops_per_token": {"value": 12.0},
     }
     trained = {"tokens": 40_000, "seconds": 60.0, "flops": 2e12} if stage not in ("baseline", "after_surgery") else None
     return {
@@ -113,7 +113,7 @@ def sentence(comparison: Comparison, *parts: str) -> str:
 
 def four_stages() -> list[dict[str, Any]]:
     recursive = results("finetuned_recursive", gain=0.12, solved=60, spoiled=2, wobble=0.03)
-    recursive["metrics"]["flops_per_token"]["value"] = 30.0
+    recursive["metrics"]["decode_flops_per_token"]["value"] = 30.0
     recursive["metrics"]["time_per_output_token"]["value"] = 50.0
     recursive["training"]["flops"] = 5e12
     return [

@@ -89,6 +89,7 @@ OWN = {
     | LOGS
     | EVAL
     | {"--stage", "--use-recursive", "--no-use-recursive", "--max-length", "--exits", "--no-exits", "--exit-loss"},
+    "costs": LOADING | DATA | LOGS | {"--rounds"},
     "compare": COMPARE
     | {"--log-dir", "--output-dir", "--generations", "--no-generations", "--format", "--out", "--report"},
     "generate": LOADING
@@ -100,7 +101,7 @@ OWN = {
     | TRAIN
     | EVAL
     | COMPARE
-    | {"--dry-run", "--train-max-length", "--eval-max-length", "--train-max-steps", "--train-chunk-width"},
+    | {"--rounds", "--dry-run", "--train-max-length", "--eval-max-length", "--train-max-steps", "--train-chunk-width"},
     "status": {"--checkpoint-dir", "--output-dir"},
 }
 SURFACE = {name: options | EVERYWHERE for name, options in OWN.items()}
@@ -123,9 +124,9 @@ def test_the_options_are_these(name: str) -> None:
     assert len(options) == len(set(options))
 
 
-def test_compare_takes_stages_and_generate_a_prompt_by_position() -> None:
+def test_costs_and_compare_take_stages_and_generate_a_prompt_by_position() -> None:
     arguments = [p.name for c in commands().values() for p in c.params if p.param_type_name == "argument"]
-    assert arguments == ["stages", "prompt"]
+    assert arguments == ["stages", "stages", "prompt"]
 
 
 @pytest.mark.parametrize("name", SURFACE)
@@ -466,14 +467,16 @@ def test_a_dry_run_plans_every_step_and_writes_nothing(tmp_path: Path) -> None:
         "rr eval --stage finetuned_vanilla",
         "rr train --mode recursive",
         "rr eval --stage finetuned_recursive",
+        "rr costs",
     ]
     assert {step["status"] for step in steps} == {"missing"}
     more = json.loads(rr("run", "--dry-run", "--json", "--equal-flops", directory=tmp_path).stdout)["steps"]
-    assert [step["command"] for step in more[len(steps) :]] == [
+    assert [step["command"] for step in more[len(steps) - 1 :]] == [
         "rr train --mode vanilla --match-flops finetuned_recursive",
         "rr eval --stage vanilla_equal_flops",
+        "rr costs",
     ]
-    assert {"kind": "train", "stage": "vanilla_equal_flops", "seed": 0}.items() <= more[-2].items()
+    assert {"kind": "train", "stage": "vanilla_equal_flops", "seed": 0}.items() <= more[-3].items()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from browser import browser, errors, screen, visible_lines
 from commands import RR, rr, rr_process
-from rrcli.files import checkpoints
+from rrcli.files import checkpoints, write_json
 from rrcli.tracker import LAYOUT
 
 STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive")
@@ -26,6 +26,7 @@ SMALL = {
     "RR_TRAIN_EVAL_SAMPLES": "4",
     "RR_EVAL_PROBLEMS": "6",
     "RR_EVAL_MAX_SAMPLES": "12",
+    "RR_COSTS_ROUNDS": "1",
 }
 
 
@@ -87,18 +88,47 @@ def test_vanilla_and_recursive_saw_the_same_tokens(experiment):
     assert recursive["flops"] > 1.5 * vanilla["flops"]
 
 
+def test_costs_are_measured_of_all_stages_in_turns_and_compared(experiment):
+    folder, _ = experiment
+    costs = json.loads((folder / "eval_results" / "costs.json").read_text())
+    assert list(costs["stages"]) == list(STAGES)
+    assert {"threads", "cores", "load", "hardware", "versions"} <= costs["provenance"].keys()
+    assert "decode_flops_per_token" not in results(folder, "finetuned_recursive")["metrics"]
+    shown = json.loads(rr("compare", "--json", folder=folder).stdout)
+    assert not [text for text in (*shown["warnings"], *shown["sentences"]) if "rr costs" in text]
+    rows = {row["name"]: row for row in shown["rows"]}
+    stock, operated, vanilla, recursive = (cell["value"] for cell in rows["decode_flops_per_token"]["cells"])
+    assert stock == vanilla == rows["decode_flops_per_token"]["by_depth"][1][0]
+    assert recursive > operated > 2 * stock
+    assert rows["time_per_output_token"]["cells"][0]["low"] > 0
+    assert "evaluation/finetuned_recursive/decode_flops_per_token" not in rows
+    sizes = [cell["value"] for cell in rows["memory_mb"]["cells"]]
+    assert sizes[2] == pytest.approx(sizes[0], rel=0.1)
+    # A model that was made again has other costs: those that are known are not shown for it.
+    value = results(folder, "finetuned_vanilla")
+    file = folder / "eval_results" / "finetuned_vanilla_results.json"
+    write_json(file, value | {"model": value["model"] | {"fingerprint": "other"}})
+    try:
+        shown = json.loads(rr("compare", "--json", folder=folder).stdout)
+    finally:
+        write_json(file, value)
+    assert [text for text in shown["warnings"] if "costs of another model, depth or exit of finetuned_vanilla" in text]
+    row = next(row for row in shown["rows"] if row["name"] == "decode_flops_per_token")
+    assert [cell["value"] is None for cell in row["cells"]] == [False, False, True, False]
+
+
 def test_a_second_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_it(experiment):
     folder, _ = experiment
     again = rr("run", folder=folder, **SMALL)
-    assert again.stderr.count("done already") == 8
+    assert again.stderr.count("done already") == 9
     plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, **SMALL, RR_TRAIN_LR="0.0003").stdout)["steps"]
-    assert [step["status"] for step in plan] == ["done"] * 4 + ["stale"] * 4
+    assert [step["status"] for step in plan] == ["done"] * 4 + ["stale"] * 5
     plan = json.loads(rr("run", "--dry-run", "--json", "--lr", "0.0003", folder=folder, **SMALL).stdout)["steps"]
-    assert [step["status"] for step in plan] == ["stale"] + ["done"] * 3 + ["stale"] * 4
+    assert [step["status"] for step in plan] == ["stale"] + ["done"] * 3 + ["stale"] * 5
     plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, **SMALL, RR_SURGERY_MAX_STEPS="1").stdout)[
         "steps"
     ]
-    assert [step["status"] for step in plan] == ["done", "done", "stale", "stale", "done", "done", "stale", "stale"]
+    assert [step["status"] for step in plan] == ["done", "done", *["stale"] * 2, "done", "done", *["stale"] * 3]
 
 
 def test_tensorboard_has_the_guides_tags(experiment):

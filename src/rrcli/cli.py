@@ -411,6 +411,30 @@ def _eval_exits(ctx: Context, loaded: settings.EvalSettings, stage: str, model: 
     ui.show_next("Exits:", result.file, f"rr eval --stage {stage}")
 
 
+@_command(EXPERIMENT, _flags(settings.CostsSettings, (*LOADING, *DATA, *LOGS)), writes=True)
+def costs(
+    ctx: Context,
+    stages: Annotated[
+        list[str] | None, typer.Argument(help=r"Stages to measure. \[default: all that have a model]")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure speed, memory and FLOPs of several stages in turns, a process for each.
+
+    Speeds that were measured one after the other differ because the machine does: only these can be compared. What is
+    measured at which depth follows the options of rr eval in rr.toml.
+    """
+    from rrcli.services import costs as service
+
+    loaded, evaluation = ctx.load(settings.CostsSettings), ctx.load(settings.EvalSettings)
+    result = service.costs(loaded, evaluation, stages or [], ctx.directory, _reporter())
+    if json:
+        ui.show_json("costs", {key: value for key, value in result.costs.items() if key != "schema"})
+        return
+    ui.show_costs(result)
+    ui.show_next("Costs:", result.file, "rr compare")
+
+
 @_command(LOOK, _flags(settings.CompareSettings, LOGS))
 def compare(
     ctx: Context,
@@ -479,7 +503,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")] = False,
     json: Json = False,
 ) -> None:
-    """Run the whole experiment: every stage that is missing or out of date, then the comparison.
+    """Run the whole experiment: every stage that is missing or out of date, their costs, then the comparison.
 
     Options that are given here are written to rr.toml, as by 'rr setup', so that the next 'rr run' is of the same
     experiment. --max-steps and --chunk-width are those of the surgery, which training follows; --train-max-steps and
@@ -559,6 +583,7 @@ def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: P
 def _perform(step: Any, ctx: Context) -> None:
     """Do one step of `rr run`."""
     from rrcli.experiment.replicates import EQUAL_FLOPS_STAGE, RECURSIVE_STAGE, TRAINED
+    from rrcli.services import costs as costing
     from rrcli.services import eval as evaluating
     from rrcli.services import setup as setting_up
     from rrcli.services import surgery as operating
@@ -577,8 +602,12 @@ def _perform(step: Any, ctx: Context) -> None:
         loaded = settings.with_changes(ctx.load(settings.TrainSettings), seed=one.seed)
         restart, matched = step.status == "stale", RECURSIVE_STAGE if one.stage == EQUAL_FLOPS_STAGE else ""
         training.train(loaded, TRAINED[one.stage], directory, reporter, restart=restart, match_flops=matched)
+    elif step.kind == "costs":
+        costing.costs(ctx.load(settings.CostsSettings), ctx.load(settings.EvalSettings), [], directory, reporter)
     else:
-        measuring = settings.with_changes(ctx.load(settings.EvalSettings), seed=step.replicate.seed)
+        # Costs are measured at the end, of all stages in turns.
+        changes = {"seed": step.replicate.seed, "skip_performance": True}
+        measuring = settings.with_changes(ctx.load(settings.EvalSettings), **changes)
         evaluating.evaluate(measuring, step.replicate.stage, directory, reporter)
 
 

@@ -3,6 +3,7 @@
 file                                 type
 eval_results/<stage>_results.json    Results; `check_records` looks at what types cannot say
 eval_results/<stage>_exits.json      Exits
+eval_results/costs.json              Costs
 eval_results/<stage>_samples.jsonl   SamplesHead, then one of ENTRIES on each line
 eval_results/declared.json           Declared
 <checkpoint>/recursion.json          Manifest (`models.manifest` also refuses keys that it does not know)
@@ -234,6 +235,47 @@ class Declared(TypedDict):
 
     schema: int
     declarations: list[DeclaredClaims]
+
+
+class CostsProvenance(Provenance):
+    """What times depend on besides: threads and cores, and how busy the machine was before."""
+
+    threads: NotRequired[Count]
+    cores: NotRequired[Count | None]
+    load: NotRequired[Number]
+
+
+class CostsModel(TypedDict):
+    """The model whose costs were measured."""
+
+    fingerprint: str
+    source: NotRequired[str]
+
+
+class StageCosts(TypedDict):
+    """The costs of a stage, as metrics of its own depth and by depth."""
+
+    model: CostsModel
+    depth: Count
+    exit: NotRequired[ChosenExit | None]
+    seed: NotRequired[Count]
+    metrics: dict[str, MetricEntry]
+    by_depth: NotRequired[dict[str, list[MetricEntry]]]
+    device: NotRequired[str]
+    dtype: NotRequired[str]
+
+
+class Costs(TypedDict):
+    """`costs.json`: what `rr costs` measured of several stages in turns."""
+
+    schema: int
+    kind: Literal["costs"]
+    stages: dict[str, StageCosts]
+    provenance: CostsProvenance
+    created: NotRequired[str]
+    inputs: NotRequired[str]
+    rounds: NotRequired[Count]
+    data: NotRequired[str]
 
 
 class Base(TypedDict):

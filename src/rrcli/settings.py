@@ -498,9 +498,20 @@ class EvalSettings(CommonSettings):
     skip_perplexity: bool = option(False, "Leave out perplexity and token accuracy.", reaches=NUMBERS, panel=PARTS)
     skip_reasoning: bool = option(False, "Leave out reasoning accuracy.", reaches=NUMBERS, panel=PARTS)
     skip_generation: bool = option(False, "Leave out the sample generations.", reaches=NUMBERS, panel=PARTS)
-    skip_performance: bool = option(False, "Leave out speed, memory and FLOPs.", reaches=NUMBERS, panel=PARTS)
+    skip_performance: bool = option(
+        False, "Leave out speed, memory and FLOPs; rr run then leaves out rr costs.", reaches=NOTHING, panel=PARTS
+    )
     tensorboard: bool = option(True, "Log the results to TensorBoard.", reaches=NOTHING, panel=PARTS)
     batch_tokens: int = option(8192, "Tokens per batch.", reaches=NUMBERS, panel=COMPUTE, minimum=1)
+
+
+@dataclass(frozen=True)
+class CostsSettings(CommonSettings):
+    """Section `[costs]`."""
+
+    SECTION = "costs"
+
+    rounds: int = option(5, "Rounds; in each, every stage is timed once.", reaches=NOTHING, minimum=1)
 
 
 @dataclass(frozen=True)
@@ -630,13 +641,20 @@ SECTIONS: tuple[type[CommonSettings], ...] = (
     SurgerySettings,
     TrainSettings,
     EvalSettings,
+    CostsSettings,
     GenerateSettings,
     CompareSettings,
     BoardSettings,
 )
 
 # The commands that `rr run` performs after `rr setup`.
-PERFORMED: tuple[type[CommonSettings], ...] = (SurgerySettings, TrainSettings, EvalSettings, CompareSettings)
+PERFORMED: tuple[type[CommonSettings], ...] = (
+    SurgerySettings,
+    TrainSettings,
+    EvalSettings,
+    CostsSettings,
+    CompareSettings,
+)
 
 S = TypeVar("S", bound=CommonSettings)
 

@@ -50,7 +50,7 @@ SUMMARY = (
     "reasoning_accuracy",
     "relevance",
     "decode_tokens_per_sec",
-    "flops_per_token",
+    "decode_flops_per_token",
 )
 
 
@@ -58,6 +58,8 @@ SUMMARY = (
 PROBE_BYTES = 2**14
 # The part of a run that `rr eval` logs; what logs it again replaces it.
 EVALUATION = "evaluation"
+# The part that `rr costs` logs.
+COSTS = "costs"
 
 
 class MetricsTracker:

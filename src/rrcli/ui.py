@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rrcli.experiment.exits import ExitsResult
     from rrcli.experiment.planning import Step
     from rrcli.services.board import Board, Found
+    from rrcli.services.costs import CostsResult
     from rrcli.services.eval import EvalResult
     from rrcli.services.generate import GenerateResult
     from rrcli.services.setup import SetupResult
@@ -362,6 +363,32 @@ def write_bytes(text: str) -> None:
     # A prompt that was not valid UTF-8 on the command line goes out as it came in.
     sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
     sys.stdout.buffer.flush()
+
+
+def show_costs(result: CostsResult) -> None:
+    """Print the costs of every stage, times with their range, and those of smaller depths."""
+    from rrcli.evaluation.metrics import metrics_of
+
+    stages = result.costs["stages"]
+    table = _stage_table("Cost", list(stages), wide=True, justify="right")
+    for metric in metrics_of(*(stage["metrics"] for stage in stages.values())):
+        found = [stage["metrics"].get(metric.name, {}) for stage in stages.values()]
+        unit = f", {metric.unit}" if metric.unit else ""
+        table.add_row(escape(metric.label + unit), *[_measured(entry) for entry in found])
+        depths = [[e["value"] for e in stage["by_depth"].get(metric.name, ())] for stage in stages.values()]
+        if any(depths):
+            lines = [" / ".join(formats.number(value) for value in line) or "-" for line in depths]
+            table.add_row("  by depth", *lines, style="dim")
+    out().print(table)
+
+
+def _measured(entry: Mapping[str, Any]) -> str:
+    """Return a value, and the range of its rounds in a second line."""
+    value = formats.number(entry.get("value"))
+    if entry.get("low") is None:
+        return value
+    low, high = (formats.number(entry[name]) for name in ("low", "high"))
+    return f"{value}\n[dim]{escape(f'[{low}, {high}]')}[/dim]"
 
 
 def show_generation(result: GenerateResult, *, trace: bool) -> None:

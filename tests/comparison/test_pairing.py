@@ -115,7 +115,7 @@ def test_costs_are_shown_and_never_tested(tmp_path: Path) -> None:
     for row in comparison.rows:
         if row.metric.relative and not row.metric.test:
             assert all(c.p_value is None and c.verdict == "" for c in row.cells)
-    assert cell(comparison, "flops_per_token", "finetuned_recursive").difference == pytest.approx(150)
+    assert cell(comparison, "decode_flops_per_token", "finetuned_recursive").difference == pytest.approx(150)
     assert cell(comparison, "training_tokens", "finetuned_vanilla").value == 40
     assert cell(comparison, "training_flops", "finetuned_recursive").value == 5
     assert cell(comparison, "training_tokens", "baseline").value is None

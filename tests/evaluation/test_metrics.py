@@ -208,11 +208,11 @@ def test_a_results_file_names_its_metrics() -> None:
         ("harness/gsm8k/exact_match/strict-match", "gsm8k exact_match strict-match", "gsm8k"),
         ("relevance", "Relevance", ""),
         ("memory_mb", "Peak memory", ""),
-        ("commit_rate", "Commit rate", ""),
-        ("stability@2", "Stability at pass 2", ""),
-        ("stability@1", "Stability at pass 1", ""),
+        ("decode/stability@12", "Stability at pass 12", ""),
+        ("commit_rate", "Commit rate, teacher-forced", ""),
+        ("stability@2", "Stability at pass 2, teacher-forced", ""),
+        ("stability@1", "Stability at pass 1, teacher-forced", ""),
         ("fix_rate", "Fix rate", ""),
-        ("decode/stability@12", "Stability at pass 12, decoding", ""),
         ("new_metric", "New metric", ""),
     ]
     assert (found[5].part, found[5].test, found[5].better) == ("harness", "mcnemar_or_mean", "higher")

@@ -30,7 +30,7 @@ CURVE_LABELS = {
     "evaluation/during_training/perplexity": "perplexity of held-out text",
     "evaluation/during_training/reasoning_accuracy": "reasoning accuracy, %",
 }
-COST_LABELS = {"flops_per_token": "MFLOP per token", "decode_tokens_per_sec": "tokens/s when decoding"}
+COST_LABELS = {"decode_flops_per_token": "MFLOP per new token", "time_per_output_token": "ms per new token"}
 
 
 # Quality, cost and labels of the charts of exits.

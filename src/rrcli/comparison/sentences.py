@@ -317,7 +317,8 @@ def _of_seeds(stages: Sequence[Stage]) -> list[str]:
 def _cost(stage: Stage, reference: Stage) -> list[str]:
     factors = []
     for name, label in (
-        ("flops_per_token", "FLOPs per token"),
+        ("decode_flops_per_token", "FLOPs per new token"),
+        ("prefill_flops_per_token", "FLOPs per prompt token"),
         ("time_per_output_token", "time per output token"),
         ("memory_mb", "peak memory"),
     ):

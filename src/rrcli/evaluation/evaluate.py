@@ -69,7 +69,7 @@ def evaluate_model(
     log = log or SampleLog()
     data = _eval_data(eval_data, settings)
     texts = data.texts(tokenizer, settings)
-    depth, rule = _depth(model, settings, reporter), _exit(model)
+    depth, rule = depth_of(model, settings, reporter), _exit(model)
     training = model.training
     model.eval()
     torch.manual_seed(settings.seed)
@@ -148,7 +148,12 @@ def _exit(model: Any) -> ExitRule | None:
     return None if recursion is None or recursion.exit == NEVER else recursion.exit
 
 
-def _depth(model: Any, settings: EvalSettings, reporter: Reporter) -> int:
+def depth_of(model: Any, settings: EvalSettings, reporter: Reporter) -> int:
+    """Return how many passes after pass 0 a model is measured with; note where there are more than were trained.
+
+    Raises:
+        UsageError: the settings ask for passes that it does not have.
+    """
     recursion = getattr(model, "recursion", None)
     if recursion is None:
         if settings.depth > 0:

@@ -163,8 +163,8 @@ def _of_text(name: str, label: str, unit: str = "", *, better: str = "") -> Metr
     return Metric(name, label, unit, better=better, part="generations", field=name)
 
 
-def _cost(name: str, label: str, unit: str, *, better: str = "lower") -> Metric:
-    return Metric(name, label, unit, better=better, relative=True)
+def _cost(name: str, label: str, unit: str, *, better: str = "lower", compared: bool = True) -> Metric:
+    return Metric(name, label, unit, better=better, relative=True, compared=compared)
 
 
 # Every metric with a fixed name, in the order in which they are shown.
@@ -191,20 +191,25 @@ KNOWN: dict[str, Metric] = {
         _cost("time_per_output_token/pass_0", "  pass 0 alone", "ms"),
         _cost("memory_mb", "Peak memory", "MB"),
         _cost("cache_bytes_per_token", "Cache per token", "bytes"),
-        _cost("flops_per_token", "FLOPs per token", "MFLOP"),
+        _cost("prefill_flops_per_token", "FLOPs per prompt token", "MFLOP"),
+        _cost("prefill_flops_per_token/sequential", "  all passes for each token", "MFLOP", compared=False),
+        _cost("prefill_flops_per_token/pass_0", "  pass 0 alone", "MFLOP"),
+        _cost("decode_flops_per_token", "FLOPs per new token", "MFLOP"),
+        _cost("decode_flops_per_token/sequential", "  all passes for each token", "MFLOP"),
+        _cost("decode_flops_per_token/pass_0", "  pass 0 alone", "MFLOP"),
+        Metric("decode/avg_refine_steps", "Refine steps per chunk"),
+        Metric("decode/avg_chunk_length", "Tokens per chunk"),
+        Metric("decode/avg_passes", "Passes per token"),
+        Metric("decode/commit_rate", "Commit rate"),
         Metric("passes_per_token", "Passes per token of text"),
         Metric("passes_per_answer_token", "Passes per token of answers"),
-        Metric("avg_refine_steps", "Refine steps per chunk"),
-        Metric("avg_chunk_length", "Tokens per chunk"),
-        Metric("commit_rate", "Commit rate"),
+        Metric("avg_refine_steps", "Refine steps per chunk, teacher-forced"),
+        Metric("avg_chunk_length", "Tokens per chunk, teacher-forced"),
+        Metric("commit_rate", "Commit rate, teacher-forced"),
         Metric("fix_rate", "Fix rate"),
         Metric("break_rate", "Break rate"),
         Metric("commit_ece", "Calibration error of committing"),
         Metric("commit_ece_weighted", "  tokens weighed as in training"),
-        Metric("decode/avg_refine_steps", "Refine steps per chunk, decoding"),
-        Metric("decode/avg_chunk_length", "Tokens per chunk, decoding"),
-        Metric("decode/avg_passes", "Passes per token, decoding"),
-        Metric("decode/commit_rate", "Commit rate, decoding"),
     )
 }
 
@@ -218,6 +223,12 @@ def tested_metric(name: str) -> Metric | None:
     if metric is None and kind == "harness" and "/" in rest:
         metric = _of_harness(name, rest, {})
     return metric if metric is not None and metric.test else None
+
+
+def is_cost(name: str) -> bool:
+    """Tell whether a metric is one of those that `rr costs` measures: speed, memory, FLOPs, and decoded chunks."""
+    known = KNOWN.get(name)
+    return name.startswith("decode/") or (known is not None and known.relative and not known.test)
 
 
 def metrics_of(*measured: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
@@ -248,7 +259,7 @@ def metrics_of(*measured: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
         elif kind == "harness":
             found.append((after_accuracy, 2, _of_harness(name, rest, entry)))
         elif stability and where in ("", "decode/"):
-            label = f"Stability at pass {step}{', decoding' if where else ''}"
+            label = f"Stability at pass {step}{'' if where else ', teacher-forced'}"
             found.append((places[f"{where}commit_rate"], 1, Metric(name, label)))
         else:
             found.append((len(KNOWN), 0, Metric(name, name.replace("_", " ").capitalize(), compared=False)))

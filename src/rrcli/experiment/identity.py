@@ -7,6 +7,7 @@ each option declares that in `settings`. Loads no torch.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,18 @@ def eval_inputs(settings: EvalSettings, stage: str, model_fingerprint: str, data
     values = reaching(settings, NUMBERS)
     values |= {"seed": settings.all_seeds[0], "seeds": evaluated_seeds(stage, settings)}
     return combine("eval", stage, model_fingerprint, data_fingerprint, values, __version__)
+
+
+def costs_inputs(settings: EvalSettings, fingerprints: Mapping[str, str]) -> str:
+    """Identify a measurement of costs by the models of its stages and how they are run.
+
+    Args:
+        fingerprints: stage -> that of its model (`model_fingerprint`).
+    """
+    return combine(
+        *("costs", settings.device, settings.dtype, settings.depth, settings.exit),
+        *(sorted(fingerprints.items()), __version__),
+    )
 
 
 def model_fingerprint(source: ModelSource, directory: Path) -> str:

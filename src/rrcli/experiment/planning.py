@@ -13,6 +13,7 @@ from rrcli.configuration import SETTINGS_FILE
 from rrcli.data.sources import refuse_stdin
 from rrcli.errors import RRError
 from rrcli.experiment.identity import (
+    costs_inputs,
     data_identity,
     eval_inputs,
     model_fingerprint,
@@ -52,8 +53,8 @@ class Step:
     """One command of the experiment.
 
     Attributes:
-        kind: setup, eval, surgery or train.
-        replicate: what it makes or measures; None for setup.
+        kind: setup, eval, surgery, train or costs.
+        replicate: what it makes or measures; None for setup and costs.
         status: done, missing, stale (made from other inputs), unfinished, or impossible: the control where FLOPs cannot
             be counted. detail: why, in a few words.
     """
@@ -68,7 +69,7 @@ class Step:
         """The command that a user would type for it."""
         one = self.replicate
         if one is None:
-            return "rr setup"
+            return f"rr {self.kind}"
         return f"rr eval --stage {one.stage}{one.flag}" if self.kind == "eval" else maker(one)
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +82,7 @@ class Step:
 # What is to be done: a kind of step and the replicate that it is for.
 Task = tuple[str, Replicate | None]
 SETUP: Task = ("setup", None)
+COSTS: Task = ("costs", None)
 
 
 def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step]:
@@ -99,12 +101,14 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
     steps: dict[Task, Step] = {}
     check_passes(load(TrainSettings), load(SurgerySettings).max_steps)
     on_span = load(TrainSettings).phase == "b"
-    for kind, one in _tasks(settings):
+    for kind, one in [*_tasks(settings), *([] if load(EvalSettings).skip_performance else [COSTS])]:
         waiting = [steps[need] for need in _needs(kind, one, settings, on_span=on_span)]
         # Without rr.toml the settings are the defaults and the command line: the other steps can be judged too.
         waiting = [step for step in waiting if step.kind != "setup" and step.status != DONE]
+        if kind == "costs":  # of the stages that there can be
+            waiting = [step for step in waiting if step.status != IMPOSSIBLE]
         if waiting:
-            there = one is not None and _exists(kind, one, directory, load)
+            there = kind != "setup" and _exists(kind, one, directory, load)
             status = IMPOSSIBLE if waiting[0].status == IMPOSSIBLE else "stale" if there else "missing"
             step = Step(kind, one, status, _after(waiting[0], one))
         else:
@@ -136,6 +140,8 @@ def _needs(kind: str, one: Replicate | None, settings: CommonSettings, *, on_spa
     Args:
         on_span: vanilla training adapts the layers of the surgery's span.
     """
+    if kind == "costs":
+        return [(made, one) for made, one in _tasks(settings) if one is not None and one.first and made != "eval"]
     if one is None:
         return []
     (operated,) = replicates(SURGERY_STAGE, settings)
@@ -157,6 +163,8 @@ def _after(step: Step, one: Replicate | None) -> str:
 
 def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> Step:
     """Return one step with its status; what it is made from must exist."""
+    if kind == "costs":
+        return _status_of_costs(Workspace(directory, load(EvalSettings)), load(EvalSettings))
     if one is None:
         there = (directory / SETTINGS_FILE).is_file()
         return Step(kind, one, DONE if there else "missing", "" if there else f"no {SETTINGS_FILE} yet")
@@ -196,7 +204,14 @@ def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> 
     return step
 
 
-def _status(kind: str, one: Replicate, result: Path, expected: str, *models: Path) -> Step:
+def _status_of_costs(workspace: Workspace, settings: EvalSettings) -> Step:
+    """Return the step of `rr costs`, which is stale if any of the stages that have a model has another one now."""
+    sources = {stage: workspace.stage_model(stage) for stage in workspace.made_stages()}
+    fingerprints = {stage: model_fingerprint(source, workspace.directory) for stage, source in sources.items()}
+    return _status("costs", None, workspace.costs_file, costs_inputs(settings, fingerprints))
+
+
+def _status(kind: str, one: Replicate | None, result: Path, expected: str, *models: Path) -> Step:
     """Compare what a result was made from with what it would be made from now, `models` and all else."""
     recorded = recorded_inputs(result)
     if recorded is None:
@@ -208,8 +223,10 @@ def _status(kind: str, one: Replicate, result: Path, expected: str, *models: Pat
     return Step(kind, one, DONE)
 
 
-def _exists(kind: str, one: Replicate, directory: Path, load: Load) -> bool:
+def _exists(kind: str, one: Replicate | None, directory: Path, load: Load) -> bool:
     workspace = Workspace(directory, load(CommonSettings))
+    if one is None:
+        return workspace.costs_file.is_file()
     if kind == "eval":
         return workspace.results_file(one.name).is_file()
     return bool(checkpoints(workspace.run_folder(one.name)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rrcli.schemas import CheckpointMetrics
 from rrcli.settings import STAGES, CommonSettings, TrainSettings, with_changes
 
 SURGERY_STAGE = "after_surgery"
+COSTS_FILE = "costs.json"
 MAKERS = {
     "baseline": "rr setup",
     "after_surgery": "rr surgery",
@@ -56,6 +58,11 @@ class Workspace:
         """The frontier of exit rules of a stage or a replicate."""
         return self.directory / self.settings.output_dir / f"{name}_exits.json"
 
+    @property
+    def costs_file(self) -> Path:
+        """What `rr costs` writes."""
+        return self.directory / self.settings.output_dir / COSTS_FILE
+
     def replicate(self, stage: str) -> Replicate:
         """The replicate of a stage that the settings' seed means."""
         return replicate(check_stage(stage), self.settings)
@@ -67,6 +74,15 @@ class Workspace:
     def measured(self, stage: str) -> tuple[Replicate, ...]:
         """Those replicates of a stage that have results."""
         return tuple(one for one in self.replicates(stage) if self.results_file(one.name).is_file())
+
+    def made_stages(self) -> list[str]:
+        """Return the stages that have a model."""
+        found = []
+        for stage in STAGES:
+            with suppress(RRError):
+                self.stage_model(stage)
+                found.append(stage)
+        return found
 
     def base(self) -> ModelSource:
         """The base model of the experiment.

@@ -8,6 +8,7 @@ from pathlib import Path
 from rrcli.comparison.claims import Declaration, read_declaration
 from rrcli.comparison.compare import compare_stages
 from rrcli.comparison.frontier import read_frontier
+from rrcli.comparison.costs import with_costs
 from rrcli.comparison.gates import read_gate
 from rrcli.comparison.preservation import Preservation, check_preserved
 from rrcli.comparison.report import check_report_path
@@ -32,7 +33,8 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
     if settings.report:
         check_report_path(settings.report)
     declared = read_declaration(settings)
-    stages = {name: _read(workspace, name) for name in _named(names, workspace)}
+    measured = {name: _read(workspace, name) for name in _named(names, workspace)}
+    stages, said, warnings = with_costs(measured, workspace.costs_file)
     comparison = compare_stages(
         stages,
         declared,
@@ -47,6 +49,8 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
     if settings.report:
         found = {name: read_frontier(workspace.exits_file(name), name) for name in stages if name in STAGES}
         comparison.frontiers = {name: frontier for name, frontier in found.items() if frontier}
+    comparison.sentences += said
+    comparison.warnings += warnings
     if settings.generations:
         comparison.generations = generations_of(comparison.stages)
         if not comparison.generations:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from rrcli.locks import holding, lock, reading
 from rrcli.models.loading import load_for
 from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import stamps
+from rrcli.recursion.config import RecursionConfig, parse_span
 from rrcli.recursion.exits import exit_for
 from rrcli.reporting import Reporter
 from rrcli.schemas import CheckpointMetrics
@@ -91,6 +93,19 @@ def evaluate(
     training = _training(source)
     _check_problems(data, settings, training, directory, reporter)
 
+    fresh = _fresh_recursion(source, settings, directory, use_recursive)
+    measuring = replace(settings, depth=0) if use_recursive is False else settings
+    # Before the model is loaded here, so that two do not have to fit into memory.
+    performance = None
+    if data.documents and not settings.skip_performance:
+        from rrcli.evaluation.interleaved import Subject, measure_in_turns
+
+        prepare = partial(fix_date, day=settings.template_date)
+        subject = Subject(replicate.name, source, measuring, directory, data, prepare, fresh)
+        performance = measure_in_turns([subject], reporter)[replicate.name].performance
+        for notice in performance.notices:
+            reporter.warn(notice)
+
     from rrcli.evaluation.evaluate import evaluate_model
 
     loaded, tokenizer = load_for(settings, source, directory)
@@ -102,8 +117,14 @@ def evaluate(
     _tell_about(data, settings, reporter)
     if tokenizer.chat_template:
         _check_form(settings, training, reporter)
-    measuring = _set_up_recursion(loaded, source, settings, directory, use_recursive)
+    if fresh is not None:
+        from rrcli.recursion.engine import attach
+
+        attach(loaded, fresh)
     recursion = getattr(loaded, "recursion", None)
+    exit = exit_for(recursion, measuring.exit, measuring.depth)
+    if recursion is not None:
+        recursion.exit = exit
     shape = recursion.config.to_dict() if recursion is not None else None
     is_baseline = _is_baseline(loaded, source, workspace)
     device, dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
@@ -120,9 +141,15 @@ def evaluate(
         if log.found:
             reporter.note(f"going on with an earlier evaluation: {log_file} holds {log.found:,} entries")
         measured = evaluate_model(
-            loaded, tokenizer, data, tracker, step, stage=stage, settings=measuring, reporter=reporter, log=log
-        )
+            loaded, tokenizer, data, tracker, step,
+            stage=stage, settings=replace(measuring, skip_performance=True), reporter=reporter, log=log,
+        )  # fmt: skip
+        if performance is not None:
+            measured["metrics"] |= performance.metrics()
+            measured["by_depth"] |= performance.by_depth()
         if tracker is not None:
+            for name, entry in performance.metrics().items() if performance is not None else ():
+                tracker.log_scalar(f"evaluation/{stage}/{name}", entry["value"], step)
             _log_summary(tracker, measured, step)
         about = {"family": loaded.config.model_type, "parameters": sum(p.numel() for p in loaded.parameters())}
         if measured["records"].get("generations"):
@@ -246,28 +273,24 @@ def _log_summary(tracker: MetricsTracker, measured: dict[str, Any], step: int) -
             tracker.log_scalar(f"depth/{name}", entry["value"], depth)
 
 
-def _set_up_recursion(
-    model: Any, source: ModelSource, settings: EvalSettings, directory: Path, use_recursive: bool | None
-) -> EvalSettings:
-    recursion = getattr(model, "recursion", None)
-    if use_recursive is False:
-        if settings.depth > 0 or settings.exit:
-            option = f"--exit {settings.exit}" if settings.exit else f"--depth {settings.depth}"
-            raise UsageError(f"--no-use-recursive and {option} contradict each other")
-        settings = replace(settings, depth=0)
-    if use_recursive and recursion is None:
-        if source.manifest is not None:
-            raise RRError(f"{source.path} was trained without recursion", f"'{MAKERS['finetuned_recursive']}' adds it.")
-        from rrcli.recursion.config import RecursionConfig, parse_span
-        from rrcli.recursion.engine import attach
+def _fresh_recursion(
+    source: ModelSource, settings: EvalSettings, directory: Path, use_recursive: bool | None
+) -> RecursionConfig | None:
+    """Return the shape of the recursion that a model is given because it has none; None if it is given none.
 
-        shape = load(SurgerySettings, directory)
-        config = RecursionConfig(shape.max_steps, parse_span(shape.span), shape.cell_width or None, shape.chunk_width)
-        recursion = attach(model, config)
-    exit = exit_for(recursion, settings.exit, settings.depth)
-    if recursion is not None:
-        recursion.exit = exit
-    return settings
+    Raises:
+        UsageError: a depth without recursion. RRError: the model was trained without one.
+    """
+    if use_recursive is False and (settings.depth > 0 or settings.exit):
+        option = f"--exit {settings.exit}" if settings.exit else f"--depth {settings.depth}"
+        raise UsageError(f"--no-use-recursive and {option} contradict each other")
+    manifest = source.manifest
+    if not use_recursive or (manifest is not None and manifest["recursion"]):
+        return None
+    if manifest is not None:
+        raise RRError(f"{source.path} was trained without recursion", f"'{MAKERS['finetuned_recursive']}' adds it.")
+    shape = load(SurgerySettings, directory)
+    return RecursionConfig(shape.max_steps, parse_span(shape.span), shape.cell_width or None, shape.chunk_width)
 
 
 def _check_problems(
