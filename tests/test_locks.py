@@ -35,6 +35,7 @@ WRITERS = {
     ("train", "--mode", "vanilla", "--steps", "1", "--run-name", "x", "--restart"): "checkpoints/x",
     ("train", "--mode", "vanilla", "--steps", "1", "--run-name", "x", "--num-processes", "2", "--device", "cpu",
      "--batch-size", "2"): "checkpoints/x",
+    ("costs",): "eval_results/costs.json",
     ("setup",): "rr.toml",
     ("run",): "experiment",
 }  # fmt: skip

@@ -39,13 +39,12 @@ def with_costs(stages: Stages, file: Path) -> tuple[dict[str, Stage], list[str],
     for label, stage in stages.items():
         own = known.get(stage.name)
         run = stage.by_seed.get(own.get("seed", 0)) if own is not None else None
-        found[label] = stage
-        if own is None or run is None:
-            alone += [label] * any(is_cost(name) for one in stage.runs for name in one["metrics"])
-        elif _method({**own, **own["model"]}) != _method(run["model"]):
-            changed.append(label)
-        else:
+        if own is not None and run is not None and _method({**own, **own["model"]}) == _method(run["model"]):
             found[label] = replace(stage, runs=tuple(_with(one, own) for one in stage.runs))
+            continue
+        found[label] = stage
+        changed += [label] * (own is not None and run is not None)
+        alone += [label] * any(is_cost(name) for one in stage.runs for name in one["metrics"])
     warnings = []
     if changed:
         warnings.append(
