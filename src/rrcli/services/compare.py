@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rrcli.comparison.claims import Declaration, read_declaration
 from rrcli.comparison.compare import compare_stages
-from rrcli.comparison.frontier import read_frontier
 from rrcli.comparison.costs import with_costs
+from rrcli.comparison.frontier import read_frontier
 from rrcli.comparison.gates import read_gate
 from rrcli.comparison.preservation import Preservation, check_preserved
 from rrcli.comparison.report import check_report_path
