@@ -58,7 +58,8 @@ class DocumentRecord(TypedDict):
 class ProblemRecord(TypedDict):
     """A problem; the lists have one entry for each depth.
 
-    With an exit rule there is one entry more, and `passes` are those with which each new token left.
+    `lookup` is whether the nearest training problem has its answer. With an exit rule there is one entry more, and
+    `passes` are those with which each new token left.
     """
 
     key: str
@@ -74,6 +75,7 @@ class ProblemRecord(TypedDict):
     prompt: NotRequired[str]
     answer: NotRequired[str]
     difficulty: NotRequired[str | float]
+    lookup: NotRequired[bool]
     passes: NotRequired[list[Count]]
 
 
@@ -150,6 +152,7 @@ class MeasuredData(TypedDict):
     documents: NotRequired[Count]
     held_out: NotRequired[Count]
     tokens: NotRequired[Count]
+    split: NotRequired[str]
     tasks: NotRequired[list[str]]
     harness: NotRequired[list[str]]
 
@@ -181,6 +184,7 @@ class Training(TypedDict):
     run: NotRequired[str]
     phase: NotRequired[str]
     chat_template: NotRequired[bool]
+    split: NotRequired[str]
     tasks: NotRequired[list[str]]
 
 

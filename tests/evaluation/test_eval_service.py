@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import rrcli
+from rrcli.data.splits import SPLIT_RULE
 from rrcli.errors import RRError, UsageError
 from rrcli.experiment.identity import data_identity
 from rrcli.reporting import Silent
@@ -66,6 +67,25 @@ def test_problems_that_were_trained_on_are_not_evaluated(tmp_path):
     [used] = [int(note.split()[1]) for note in reporter.notes if note.startswith("train.jsonl: ")]
     assert 0 < used <= 40, "20 of the 60 stand in the test set, some of the others are held out"
     assert evaluate(*both)["metrics"]["reasoning_accuracy/test.jsonl"]["n"] == 50
+
+
+def test_a_checkpoint_of_another_split_is_not_evaluated(tmp_path):
+    """It may have been trained on what is now the test side: an error, not a number."""
+    short = {"steps": 1, "batch_size": 1, "eval_interval": 0, "max_length": 32}
+    checkpoint = train.train(TrainSettings(**short), "vanilla", tmp_path, Silent()).checkpoint
+    file = checkpoint / "metrics.json"
+    metrics = json.loads(file.read_text())
+    assert metrics["training"].pop("split") == SPLIT_RULE
+    file.write_text(json.dumps(metrics))
+    with pytest.raises(RRError, match="split data by another rule") as caught:
+        service.evaluate(EvalSettings(**QUICK), "finetuned_vanilla", tmp_path, Silent())
+    assert "rr run" in caught.value.hint
+
+
+def test_the_rule_of_the_split_belongs_to_what_data_is(tmp_path, monkeypatch):
+    before = data_identity(EvalSettings(), tmp_path)
+    monkeypatch.setattr("rrcli.experiment.identity.SPLIT_RULE", "another")
+    assert data_identity(EvalSettings(), tmp_path) != before
 
 
 def test_results_are_identified_by_what_files_hold(tmp_path):

@@ -68,7 +68,7 @@ class Questions:
         self._keys: set[str] = set()
         self._quoted: dict[tuple[str, ...], list[list[str]]] = {}
         for question in questions:
-            key, tokens = novelty(question), _TOKEN.findall(_folded(_one_case(question)))
+            key, tokens = novelty(question), tokens_of(question)
             if key not in self._keys and len(tokens) >= MIN_QUOTED:
                 self._quoted.setdefault(tuple(tokens[:MIN_QUOTED]), []).append(tokens)
             self._keys.add(key)
@@ -84,12 +84,17 @@ class Questions:
         return bool(self._keys) and any(text in self or self._in(text) for text in texts)
 
     def _in(self, text: str) -> bool:
-        tokens = _TOKEN.findall(_folded(_one_case(text))) if self._quoted else []
+        tokens = tokens_of(text) if self._quoted else []
         for start in range(len(tokens) - MIN_QUOTED + 1):
             for question in self._quoted.get(tuple(tokens[start : start + MIN_QUOTED]), ()):
                 if tokens[start : start + len(question)] == question:
                     return True
         return False
+
+
+def tokens_of(text: str) -> list[str]:
+    """Return the tokens of a text in their order, after step 1."""
+    return _TOKEN.findall(_folded(_one_case(text)))
 
 
 def _one_case(text: str) -> str:

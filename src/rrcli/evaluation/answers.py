@@ -16,6 +16,7 @@ from rrcli.evaluation.decoding import decode, room_for
 from rrcli.evaluation.exit_answers import Answers
 from rrcli.evaluation.held_out import EvalData
 from rrcli.evaluation.judging import judge
+from rrcli.evaluation.lookup import look_up
 from rrcli.evaluation.samples import SampleLog
 from rrcli.recursion.engine import at_depth
 from rrcli.recursion.exits import ExitRule
@@ -48,7 +49,8 @@ def solve_problems(
     Returns:
         Records with the problem and its prompt, and lists with an entry per depth: `outputs`, `extracted` (what was
         scored), `strict` (the whole answer is right), `correct` (it is right, or for numeric answers the last number
-        in it is), `score` (the task's own), `length` (new tokens) and `ended` (by itself, not at the cap).
+        in it is), `score` (the task's own), `length` (new tokens) and `ended` (by itself, not at the cap). On the test
+        side also `lookup`: whether the answer of the nearest training problem is right, if there is one.
 
     Raises:
         UsageError: a stop string is empty, or solved examples are asked of a task that has none to give.
@@ -119,6 +121,10 @@ def solve_problems(
             progress.advance(len(new))
     records = _problem_records(data.problems, texts, entries)
     _refuse_silence(records)
+    if data.side == "test":
+        for record, right in zip(records, look_up(data.tasks, data.problems), strict=True):
+            if right is not None:
+                record["lookup"] = right
     return records
 
 

@@ -16,7 +16,7 @@ from rrcli.errors import RRError, UsageError
 from rrcli.evaluation import metrics
 from rrcli.evaluation.answers import continue_prompts, solve_problems
 from rrcli.evaluation.harness import run_harness
-from rrcli.evaluation.held_out import EvalData, held_out_data
+from rrcli.evaluation.held_out import EvalData, distinct, held_out_data
 from rrcli.evaluation.performance import measure_performance
 from rrcli.evaluation.perplexity import score_documents
 from rrcli.evaluation.pictures import draw, generate_traced
@@ -67,7 +67,10 @@ def evaluate_model(
     settings = settings or EvalSettings()
     reporter = reporter or Silent()
     log = log or SampleLog()
-    data = _eval_data(eval_data, settings)
+    given = _eval_data(eval_data, settings)
+    data = distinct(given, tokenizer, settings)
+    if data is not given:
+        reporter.note(data.notice.splitlines()[-1])
     texts = data.texts(tokenizer, settings)
     depth, rule = depth_of(model, settings, reporter), _exit(model)
     training = model.training

@@ -43,6 +43,7 @@ class EvalData:
         harness: tasks of lm-evaluation-harness.
         source: what `--data` named. notice: sentences about what was left out of it, or ''.
         held_out: how many documents are on the side, of which `documents` may be a sample.
+        side: the side of the split that documents and problems are on.
     """
 
     documents: tuple[Document, ...] = ()
@@ -54,6 +55,7 @@ class EvalData:
     notice: str = ""
     held_out: int = 0
     harness: tuple[HarnessTask, ...] = ()
+    side: Side = "test"
 
     @property
     def spans(self) -> list[range]:
@@ -133,6 +135,7 @@ def held_out_data(
         settings.data,
         notice=notice,
         held_out=held_out,
+        side=side,
     )
 
 
@@ -156,6 +159,42 @@ def _problems(task: Task | FileTask, count: int, seeds: Sequence[int], side: Sid
     firsts = [owners.index(owner) == place for place, owner in enumerate(owners)]
     sets = [problems if first else [] for (problems, _), first in zip(drawn, firsts, strict=True)]
     return sets, said if told and side == "test" else ""
+
+
+def distinct(data: EvalData, tokenizer: Any, settings: EvalSettings | TrainSettings) -> EvalData:
+    """Return the data with each document, problem and prompt once; the notice says how many were left out.
+
+    Documents are repeats where a model with this tokenizer is shown the same text.
+    """
+    documents: dict[str, Document] = {}
+    problems: dict[str, Problem] = {}
+    for text, document in zip(data.texts(tokenizer, settings), data.documents, strict=True):
+        documents.setdefault(text, document)
+    sets = []
+    for span in data.spans:
+        before = len(problems)
+        for problem in data.problems[span.start : span.stop]:
+            problems.setdefault(problem.key, problem)
+        sets.append(len(problems) - before)
+    prompts = tuple(dict.fromkeys(data.prompts))
+    gone = {
+        "documents": len(data.documents) - len(documents),
+        "problems": len(data.problems) - len(problems),
+        "prompts": len(data.prompts) - len(prompts),
+    }
+    if not any(gone.values()):
+        return data
+    counts = " and ".join(f"{n:,} {name.removesuffix('s') if n == 1 else name}" for name, n in gone.items() if n)
+    said = f"left out, because they repeat others: {counts}"
+    return replace(
+        data,
+        documents=tuple(documents.values()),
+        problems=tuple(problems.values()),
+        sets=tuple(sets),
+        prompts=prompts,
+        held_out=max(0, data.held_out - gone["documents"]),
+        notice="\n".join(filter(None, (data.notice, said))),
+    )
 
 
 def showable(data: EvalData, tokenizer: Any, settings: EvalSettings | TrainSettings) -> EvalData:

@@ -159,6 +159,10 @@ REASONING_ACCURACY = Metric(
 )  # fmt: skip
 
 
+# What the nearest training problem's answer gets right: no metric of a model, but what its accuracy has to be above.
+LOOKUP_ACCURACY = Metric("reasoning_accuracy_lookup", "Lookup of training answers", "%")
+
+
 def _of_text(name: str, label: str, unit: str = "", *, better: str = "") -> Metric:
     return Metric(name, label, unit, better=better, part="generations", field=name)
 
@@ -179,6 +183,7 @@ KNOWN: dict[str, Metric] = {
         Metric("tokens", "Tokens", compared=False),
         REASONING_ACCURACY,
         Metric("reasoning_accuracy_strict", "Reasoning accuracy strict", "%", compared=False),
+        LOOKUP_ACCURACY,
         _of_text("relevance", "Relevance", "nats/token", better="higher"),
         _of_text("distinct_2", "Distinct-2", better="higher"),
         _of_text("rep_4", "Rep-4", better="lower"),
@@ -235,8 +240,8 @@ def metrics_of(*measured: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
     """Return the metrics of one or more stages, in the order in which they are shown.
 
     This is the only place that reads the names of metrics. The order is that of `KNOWN`; the accuracy of each reasoning
-    task and then lm-eval's metrics follow the overall accuracy, and the stability at each pass follows the commit rate.
-    Metrics with unknown names come last and are not compared.
+    task, those of the lookup baseline and lm-eval's metrics follow the overall accuracy, and the stability at each pass
+    follows the commit rate. Metrics with unknown names come last and are not compared.
 
     Args:
         measured: for each stage, the `metrics` of its results file: name -> value, low, high, n, better.
@@ -256,8 +261,11 @@ def metrics_of(*measured: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
         elif kind == "reasoning_accuracy":
             metric = replace(REASONING_ACCURACY, name=name, label=f"  {rest}", task=rest, compared=len(tasks) > 1)
             found.append((after_accuracy, 1, metric))
+        elif kind == LOOKUP_ACCURACY.name:
+            metric = replace(LOOKUP_ACCURACY, name=name, label=f"  {rest}", task=rest, compared=len(tasks) > 1)
+            found.append((places[kind], 1, metric))
         elif kind == "harness":
-            found.append((after_accuracy, 2, _of_harness(name, rest, entry)))
+            found.append((places[LOOKUP_ACCURACY.name], 2, _of_harness(name, rest, entry)))
         elif stability and where in ("", "decode/"):
             label = f"Stability at pass {step}{'' if where else ', teacher-forced'}"
             found.append((places[f"{where}commit_rate"], 1, Metric(name, label)))
@@ -345,8 +353,14 @@ def _problem_metrics(problems: Sequence[Record], depth: int = -1) -> dict[str, d
         return {}
     metrics = {"reasoning_accuracy": _share([r["correct"][depth] for r in problems])}
     metrics["reasoning_accuracy_strict"] = _share([r["strict"][depth] for r in problems])
-    for task, label in task_labels(r["task"] for r in problems).items():
+    labels = task_labels(r["task"] for r in problems)
+    for task, label in labels.items():
         metrics[f"reasoning_accuracy/{label}"] = _share([r["correct"][depth] for r in problems if r["task"] == task])
+    if looked_up := [r for r in problems if "lookup" in r]:
+        metrics[LOOKUP_ACCURACY.name] = _share([r["lookup"] for r in looked_up])
+        for task in dict.fromkeys(r["task"] for r in looked_up):
+            hits = [r["lookup"] for r in looked_up if r["task"] == task]
+            metrics[f"{LOOKUP_ACCURACY.name}/{labels[task]}"] = _share(hits)
     return metrics
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from rrcli import __version__
 from rrcli.data.problem_files import is_file_task, task_file
 from rrcli.data.prompts import prompts_file
+from rrcli.data.splits import SPLIT_RULE
 from rrcli.data.training_data import source_fingerprint, task_specs
 from rrcli.errors import RRError
 from rrcli.evaluation.harness import task_files as harness_files
@@ -122,7 +123,7 @@ def _recorded(path: Path) -> Inputs:
 def data_identity(settings: CommonSettings, directory: Path) -> str:
     """Identify the text, the tasks and the prompts that the settings name, by the bytes of their files.
 
-    The day that a chat template writes belongs to them, where there is one.
+    The rule of the split belongs to them, and the day that a chat template writes, where there is one.
     """
     files = [task_file(spec, directory) for spec in task_specs(settings) if is_file_task(spec)]
     if isinstance(settings, EvalSettings):
@@ -131,4 +132,4 @@ def data_identity(settings: CommonSettings, directory: Path) -> str:
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     day = template_date(settings, directory)
     more = [part for part in (hashes, day) if part]
-    return combine(source_fingerprint(settings, directory), task_specs(settings), *more)
+    return combine(SPLIT_RULE, source_fingerprint(settings, directory), task_specs(settings), *more)

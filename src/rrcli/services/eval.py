@@ -17,10 +17,11 @@ from rrcli.configuration import load
 from rrcli.data.novelty import Questions
 from rrcli.data.problem_files import FileTask, trained_questions
 from rrcli.data.prompts import read_prompts, stop_strings
+from rrcli.data.splits import SPLIT_RULE
 from rrcli.data.tokens import end_notice, text_ids
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.harness import harness_tasks, load_tasks
-from rrcli.evaluation.held_out import EvalData, held_out_data, showable
+from rrcli.evaluation.held_out import EvalData, distinct, held_out_data, showable
 from rrcli.evaluation.samples import SampleLog
 from rrcli.experiment import declarations
 from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerprint
@@ -113,7 +114,7 @@ def evaluate(
         reporter.note(notice)
     fix_date(tokenizer, settings.template_date)
     _say_unfollowed(loaded, data, settings, reporter)
-    data = showable(data, tokenizer, settings)
+    data = distinct(showable(data, tokenizer, settings), tokenizer, settings)
     _tell_about(data, settings, reporter)
     if tokenizer.chat_template:
         _check_form(settings, training, reporter)
@@ -258,6 +259,7 @@ def _described(data: EvalData, tokenizer: Any, settings: EvalSettings) -> dict[s
         "documents": len(data.documents),
         "held_out": data.held_out,
         "tokens": sum(map(len, tokens)),
+        "split": SPLIT_RULE,
         "tasks": [task.spec for task in data.tasks],
         "harness": [task.name for task in data.harness],
     }
@@ -298,6 +300,12 @@ def _check_problems(
 ) -> None:
     """Say how much of each problem file is evaluated, and refuse what cannot be evaluated, before a model is loaded."""
     stop_strings(settings.stop)
+    if training is not None and training.get("split") != SPLIT_RULE:
+        raise RRError(
+            "the model was trained by a version of rr that split data by another rule: it may have seen what would be "
+            "evaluated",
+            "Train it again: 'rr run' does so.",
+        )
     for task in data.tasks:
         if settings.num_fewshot > 0:
             task.examples(settings.num_fewshot)

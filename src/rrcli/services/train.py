@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrcli.data.problem_files import FileTask
+from rrcli.data.splits import SPLIT_RULE
 from rrcli.data.tokens import end_notice
 from rrcli.data.training_data import TrainingData, task_specs
 from rrcli.errors import RRError, UsageError
@@ -358,6 +359,7 @@ def _checkpoints_of(training: TrainingRun) -> Checkpoints:
             "run": training.name,
             "phase": settings.phase,
             "chat_template": settings.chat_template,
+            "split": SPLIT_RULE,
             "tasks": list(task_specs(settings)) if settings.task_share > 0 else [],
         },
         made_by=training.made_by,
