@@ -136,9 +136,11 @@ def test_without_a_date_in_the_template_nothing_changes(tmp_path: Path, now: Any
     before = data_identity(EvalSettings(), tmp_path)
     (tmp_path / FILE).write_text("2026-07-03\n")
     assert data_identity(EvalSettings(), tmp_path) != before
+    from rrcli.data.splits import SPLIT_RULE
     from rrcli.data.training_data import source_fingerprint, task_specs
 
-    assert before == combine(source_fingerprint(EvalSettings(), tmp_path), task_specs(EvalSettings()))
+    fingerprint = source_fingerprint(EvalSettings(), tmp_path)
+    assert before == combine(SPLIT_RULE, fingerprint, task_specs(EvalSettings()))
 
 
 @pytest.mark.parametrize(
