@@ -109,7 +109,9 @@ class Trainer:
         self.data, self.evaluation, self.tracker, self.reporter = data, evaluation, tracker, reporter
         self.save, self.callback = save, callback
         self.recursion = getattr(model, "recursion", None)
-        if self.recursion is not None:  # a checkpoint says what its boundary head has learned
+        if self.recursion is not None:
+            self.recursion.exit = None  # one that was chosen belongs to the weights that it was chosen for
+            # A checkpoint says what its boundary head has learned.
             self.recursion.config = replace(self.recursion.config, commit_margin=settings.commit_margin)
         self.processes = processes or Processes(settings.device)
         self.computation = Computation(model)
