@@ -13,6 +13,7 @@ import pytest
 from commands import rr
 from comparing import compared, four_stages
 from rrcli.comparison.costs import with_costs
+from rrcli.comparison.report import render
 from rrcli.comparison.results import Stage
 from rrcli.errors import RRError
 from rrcli.evaluation import interleaved
@@ -136,3 +137,31 @@ def test_the_seed_that_was_measured_stands_for_all_and_damage_is_an_error(tmp_pa
     write_json(file, json.loads(file.read_text()) | {"stages": {"baseline": {"depth": 0}}})
     with pytest.raises(RRError, match=r"costs\.json: stages"):
         with_costs({}, file)
+
+
+def test_quality_against_cost_is_a_curve_over_depth(tmp_path: Path) -> None:
+    """Each depth with what it gives and what it takes; a stage with an exit has a point more."""
+    stages = four_stages()
+    deep = stages[3]
+    deep["model"] |= {"depth": 1, "exit": {"rule": "probability", "threshold": 0.99}}
+    deep["by_depth"] = {"reasoning_accuracy": [{"value": 40.0}, {"value": 60.0}], "perplexity": [{"value": 3.0}] * 2}
+    published(tmp_path, stages[0], deep)
+    file = tmp_path / "eval_results" / "costs.json"
+    costs = json.loads(file.read_text())
+    costs["stages"]["baseline"].pop("by_depth")
+    costs["stages"]["finetuned_recursive"] |= {"depth": 1, "exit": deep["model"]["exit"]}
+    write_json(file, costs)
+    value = compared(tmp_path, stages[0], deep).to_dict()
+    baseline, recursive = (value["curves"][name] for name in ("baseline", "finetuned_recursive"))
+    assert [point["time_per_output_token"] for point in baseline] == [7]
+    assert baseline[0]["perplexity"] == stages[0]["metrics"]["perplexity"]["value"]
+    kept = ("depth", "exit", "reasoning_accuracy", "time_per_output_token")
+    assert [{name: point[name] for name in kept if name in point} for point in recursive] == [
+        {"depth": 0, "reasoning_accuracy": 40, "time_per_output_token": 3},
+        {"depth": 1, "reasoning_accuracy": 60, "time_per_output_token": 7},
+        {"depth": 1, "exit": deep["model"]["exit"], "time_per_output_token": 7}
+        | {"reasoning_accuracy": deep["metrics"]["reasoning_accuracy"]["value"]},
+    ]
+    page = render(compared(tmp_path, stages[0], deep), tmp_path / "logs")
+    assert "finetuned_recursive:exit" in page
+    assert "Reasoning accuracy, % against ms per new token" in page

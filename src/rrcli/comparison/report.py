@@ -169,10 +169,16 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
     def cost_charts() -> Iterator[Chart]:
         for cost, x_label in COST_LABELS.items():
             for name in (REASONING_ACCURACY.name, PERPLEXITY.name):
-                values = {stage: _cost(rows, n, cost, name) for n, stage in enumerate(stages)}
+                values: dict[str, list[tuple[float, Any]]] = {}
+                for column, (label, stage) in enumerate(named.items()):
+                    own = _cost(rows, column, cost, name)
+                    line = _cost_by_depth(stage, rows, column, cost=cost, name=name)
+                    values[label] = line or own
+                    if line and stage.first["model"].get("exit"):
+                        values[f"{label}:exit"] = own
                 if any(values.values()):
                     title = f"{labels[name]} against {x_label}"
-                    yield Chart(title, charts.against(values, stages, x_label, labels[name], joined=False))
+                    yield Chart(title, charts.against(values, list(values), x_label, labels[name]))
 
     def curve_charts() -> Iterator[Chart]:
         runs = [stage.name for stage in comparison.stages]
@@ -202,8 +208,9 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
         Section("By difficulty", "Reasoning accuracy with 95 % intervals: Wilson's, or of the mean over seeds.",
                 list(difficulty_charts()), "No problem in these results has a difficulty."),
         Section("Quality against cost",
-                "Cheaper is further left for FLOPs, and further right for speed on this machine.",
-                list(cost_charts()), "No stage has both a quality and a cost ('rr eval' without --skip-performance)."),
+                "A stage's depths from left to right, and the stage with its exit if it has one; left is cheaper. FLOPs "
+                "and times are those of decoding.",
+                list(cost_charts()), "No stage has both a quality and a cost ('rr costs' measures costs)."),
         *(exits if exits[0].charts else ()),
         Section("Training", "The thin line shows every step of the first seed, the strong line their moving average.",
                 list(curve_charts()), "The log folder holds no training curves of these stages."),
@@ -229,6 +236,16 @@ def _cost(rows: Mapping[str, MetricRow], column: int, cost: str, name: str) -> l
         return []
     x, y = rows[cost].cells[column], rows[name].cells[column]
     return [] if x.value is None or y.value is None else [(x.value, Point(y.value, y.low, y.high))]
+
+
+def _cost_by_depth(
+    stage: Stage, rows: Mapping[str, MetricRow], column: int, *, cost: str, name: str
+) -> list[tuple[float, Any]]:
+    """Return (cost, quality) at depth 0, 1, ...; nothing for a stage with one depth."""
+    costs = rows[cost].depths[column] if cost in rows and rows[cost].depths else []
+    quality = dict(_depths(stage, rows.get(name), column))
+    known = [(costs[k], quality.get(float(k))) for k in range(len(costs))]
+    return [(x, y) for x, y in known if x is not None and y is not None] if len(costs) > 1 else []
 
 
 def _graded(result: Results) -> list[dict[str, Any]]:

@@ -15,6 +15,12 @@ from rrcli.evaluation.paired import Evidence, Needed
 from rrcli.evaluation.stats import CONFIDENCE
 from rrcli.files import finite, read_json
 
+# The metrics of the curve of quality against cost.
+CURVE = (
+    *("perplexity", "token_accuracy", "reasoning_accuracy"),
+    *("prefill_flops_per_token", "decode_flops_per_token", "time_per_output_token"),
+)
+
 # The content of a results file.
 Results = dict[str, Any]
 
@@ -220,6 +226,23 @@ class Comparison:
         """The names of the stages, or the paths of their results files."""
         return [stage.label for stage in self.stages]
 
+    def curves(self) -> dict[str, list[dict[str, Any]]]:
+        """Return what quality costs: for each stage the metrics of `CURVE` at depth 0, 1, ..., where they are known.
+
+        A stage whose tokens leave by an exit rule has one point more, with `exit`, for the stage as it was measured.
+        """
+        rows = {row.metric.name: row for row in self.rows if row.metric.name in CURVE}
+        found = {}
+        for column, stage in enumerate(self.stages):
+            model = stage.first["model"]
+            depth = model.get("depth") or 0
+            points = [{"depth": k} | _at(rows, column, k, last=k == depth) for k in range(depth + 1)]
+            if model.get("exit"):
+                points[-1] = {"depth": depth} | _at(rows, column, depth, last=False)
+                points.append({"depth": depth, "exit": model["exit"]} | _at(rows, column, -1, last=True))
+            found[stage.label] = points
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
         return {
@@ -234,6 +257,7 @@ class Comparison:
                 | ({"by_depth": row.depths} if row.depths else {})
                 for row in self.rows
             ],
+            "curves": self.curves(),
             "claims": [finite(judgement.to_dict()) for judgement in self.judgements],
             "recorded": self.recorded or None,
             "broken_surgery": self.broken_surgery or None,
@@ -242,6 +266,17 @@ class Comparison:
             "generations": [vars(generation) for generation in self.generations],
             "gates": [vars(gate) for gate in self.gates],
         }
+
+
+def _at(rows: Mapping[str, MetricRow], column: int, depth: int, *, last: bool) -> dict[str, float]:
+    """Return a stage's metrics at a depth; where it is the last, or there is no other, those of the stage itself."""
+    found = {}
+    for name, row in rows.items():
+        depths = row.depths[column] if row.depths else []
+        value = depths[depth] if 0 <= depth < len(depths) else row.cells[column].value if last else None
+        if value is not None:
+            found[name] = value
+    return found
 
 
 def read_results(file: Path, made_by: str) -> Results:
