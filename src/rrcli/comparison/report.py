@@ -208,8 +208,8 @@ def _sections(comparison: Comparison, curves: dict[str, Curves]) -> list[Section
         Section("By difficulty", "Reasoning accuracy with 95 % intervals: Wilson's, or of the mean over seeds.",
                 list(difficulty_charts()), "No problem in these results has a difficulty."),
         Section("Quality against cost",
-                "A stage's depths from left to right, and the stage with its exit if it has one; left is cheaper. FLOPs "
-                "and times are those of decoding.",
+                "A stage's depths from left to right, and the stage with its exit if it has one; left is cheaper. "
+                "FLOPs and times are those of decoding.",
                 list(cost_charts()), "No stage has both a quality and a cost ('rr costs' measures costs)."),
         *(exits if exits[0].charts else ()),
         Section("Training", "The thin line shows every step of the first seed, the strong line their moving average.",
