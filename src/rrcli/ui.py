@@ -485,13 +485,14 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
     if comparison.broken_surgery:
         console.print(f"[bold red]{escape(comparison.broken_surgery)}[/bold red]")
     wide = console.width >= LABEL_WIDTH + STAGE_WIDTH * len(comparison.stages)
+    width = None if wide else formats.narrow_width(console.width, len(comparison.stages))
     table = _stage_table("Metric", comparison.labels, wide, justify="right")
     for row in comparison.rows:
         label = formats.row_label(row)
         if not wide:
             label = label.replace("  ", " ", 1).replace(", ", "\n", 1)
-        table.add_row(escape(label), *[_cell(cell, row, wide) for cell in row.cells])
-        for line in formats.own_lines(row, wide=wide):
+        table.add_row(escape(label), *[_cell(cell, row, width) for cell in row.cells])
+        for line in formats.own_lines(row, width=width):
             table.add_row(*line, style="dim")
     console.print(table)
     console.print(f"[dim]{escape(formats.note(comparison))}[/dim]")
@@ -513,17 +514,17 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
 def _stage_table(first: str, stages: list[str], wide: bool, *, justify: Any, lines: bool = False) -> Table:
     """Return an empty table with a column for each stage; a narrow one breaks their names at underscores."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1) if wide else 0, show_lines=lines, pad_edge=wide)
-    table.add_column(first, overflow="fold", max_width=None if wide else 14)
+    table.add_column(first, overflow="fold", max_width=None if wide else formats.NARROW_LABEL)
     for stage in stages:
         table.add_column(escape(stage if wide else stage.replace("_", "_\n")), justify=justify, overflow="fold")
     return table
 
 
-def _cell(cell: Cell, row: MetricRow, wide: bool) -> str:
-    value, *interval = formats.value_lines(cell, row, wide=wide)
+def _cell(cell: Cell, row: MetricRow, width: int | None) -> str:
+    value, *interval = formats.value_lines(cell, row, width=width)
     lines = [value if cell.value is not None else f"[dim]{value}[/dim]", *[f"[dim]{escape(x)}[/dim]" for x in interval]]
     style = VERDICT_STYLES.get(cell.verdict, "dim")
-    lines += [f"[{style}]{escape(x)}[/{style}]" for x in formats.difference_lines(cell, row, wide=wide)]
+    lines += [f"[{style}]{escape(x)}[/{style}]" for x in formats.difference_lines(cell, row, width=width)]
     return "\n".join(lines)
 
 

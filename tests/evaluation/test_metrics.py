@@ -178,6 +178,15 @@ def test_a_loop_repeats_and_a_short_text_does_not() -> None:
     assert metrics.distinct_n([7]) == 1
 
 
+def test_a_question_of_two_tasks_counts_once_over_all_tasks() -> None:
+    asked = [{"question": "1 + 1?", "answer": "2"}, {"question": "2 + 2?", "answer": "4"}]
+    problems = [PROBLEMS[0] | asked[0], PROBLEMS[2] | asked[0], PROBLEMS[3] | asked[1]]
+    found = metrics.from_records({"problems": problems})
+    assert found["reasoning_accuracy"]["n"] == 2
+    assert found["reasoning_accuracy/leg_counting"]["n"] == 2
+    assert list(metrics.REASONING_ACCURACY.records({"problems": problems})) == [problems[0]["key"], problems[2]["key"]]
+
+
 def test_every_metric_says_how_it_is_compared() -> None:
     for name, metric in metrics.KNOWN.items():
         assert metric.name == name

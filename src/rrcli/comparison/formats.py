@@ -15,8 +15,13 @@ CSV_COLUMNS = (
     *("difference", "difference_low", "difference_high", "confidence", "role", "p_value", "p_adjusted", "verdict", "n"),
 )
 
-# Width of a column if the names of the metrics and four stages have to fit into 80 characters.
-NARROW_WIDTH = 15
+# Widths of a narrow table: of the names of the metrics, and of the widest column of a stage.
+NARROW_LABEL, NARROW_WIDTH = 14, 15
+
+
+def narrow_width(width: int, stages: int) -> int:
+    """Return how wide a stage's column can be in a narrow table of this width: 15 for four stages in 80 characters."""
+    return max(8, min(NARROW_WIDTH, (width - NARROW_LABEL - 2) // stages - 1))
 
 
 def number(value: float | None, *, percent: bool = False) -> str:
@@ -43,7 +48,7 @@ def row_label(row: MetricRow) -> str:
     return f"{row.metric.label}{unit}{arrow}"
 
 
-def value_lines(cell: Cell, row: MetricRow, *, wide: bool = True) -> list[str]:
+def value_lines(cell: Cell, row: MetricRow, *, width: int | None = None) -> list[str]:
     """Return a cell's value and, if no difference is shown after it, its interval."""
     if cell.value is None:
         return ["-"]
@@ -51,10 +56,10 @@ def value_lines(cell: Cell, row: MetricRow, *, wide: bool = True) -> list[str]:
     value = number(cell.value, percent=percent)
     if cell.low is None or cell.high is None or cell.role or cell.verdict:
         return [value]
-    return [value, _interval(number(cell.low, percent=percent), number(cell.high, percent=percent), wide)]
+    return [value, _interval(number(cell.low, percent=percent), number(cell.high, percent=percent), width)]
 
 
-def difference_lines(cell: Cell, row: MetricRow, *, wide: bool = True) -> list[str]:
+def difference_lines(cell: Cell, row: MetricRow, *, width: int | None = None) -> list[str]:
     """Return a cell's difference to the first stage with its interval, and its verdict or its uncorrected p-value."""
     if cell.verdict == "same" or cell.difference is None:
         return [cell.verdict] if cell.verdict else []
@@ -62,8 +67,8 @@ def difference_lines(cell: Cell, row: MetricRow, *, wide: bool = True) -> list[s
     lines = [signed(cell.difference, percent=percent) + (" %" if row.metric.relative else "")]
     if cell.difference_low is not None and cell.difference_high is not None:
         low, high = (signed(bound, percent=percent) for bound in (cell.difference_low, cell.difference_high))
-        interval = _interval(low, high, wide)
-        lines = [f"{lines[0]} {interval}"] if wide else [*lines, interval]
+        interval = _interval(low, high, width)
+        lines = [f"{lines[0]} {interval}"] if width is None else [*lines, interval]
     last = cell.verdict or (p_text(cell.p_value) if cell.p_value is not None else "")
     return [*lines, last] if last else lines
 
@@ -73,30 +78,30 @@ def p_text(p: float) -> str:
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}"
 
 
-def _interval(low: str, high: str, wide: bool) -> str:
+def _interval(low: str, high: str, width: int | None) -> str:
     """Write an interval; in a narrow table, a long one gets a line break between its bounds."""
-    if wide:
+    if width is None:
         return f"[{low}, {high}]"
-    fits = len(low) + len(high) + 3 <= NARROW_WIDTH and "," not in low + high
+    fits = len(low) + len(high) + 3 <= width and "," not in low + high
     return f"[{low},{high}]" if fits else f"[{low},\n{high}]"
 
 
-def depth_line(depths: list[float | None], row: MetricRow, *, wide: bool = True) -> str:
+def depth_line(depths: list[float | None], row: MetricRow, *, width: int | None = None) -> str:
     """Return a stage's values at depth 0, 1, ... in one line, or nothing if it has only one."""
-    return _joined(depths, row, wide=wide)
+    return _joined(depths, row, width=width)
 
 
-def seed_line(cell: Cell, row: MetricRow, *, wide: bool = True) -> str:
+def seed_line(cell: Cell, row: MetricRow, *, width: int | None = None) -> str:
     """Return the values of a stage's trainings in one line, or nothing if it was trained once."""
-    return _joined(cell.by_seed, row, wide=wide)
+    return _joined(cell.by_seed, row, width=width)
 
 
-def _joined(found: list[float | None], row: MetricRow, *, wide: bool) -> str:
+def _joined(found: list[float | None], row: MetricRow, *, width: int | None) -> str:
     if len(found) < 2 or all(value is None for value in found):
         return ""
     values = [number(value, percent=row.metric.unit == "%") for value in found]
-    line = (" / " if wide else "/").join(values)
-    return line if wide or len(line) <= NARROW_WIDTH else "\n".join(values)
+    line = (" / " if width is None else "/").join(values)
+    return line if width is None or len(line) <= width else "\n".join(values)
 
 
 def line_label(row: MetricRow, what: str) -> str:
@@ -105,10 +110,10 @@ def line_label(row: MetricRow, what: str) -> str:
     return f"{indent}  by {what}"
 
 
-def own_lines(row: MetricRow, *, wide: bool = True) -> list[list[str]]:
+def own_lines(row: MetricRow, *, width: int | None = None) -> list[list[str]]:
     """Return the lines below a metric's own, with their label: the values of each seed, and at each depth."""
-    seeds = [seed_line(cell, row, wide=wide) for cell in row.cells]
-    depths = [depth_line(depths, row, wide=wide) for depths in row.depths]
+    seeds = [seed_line(cell, row, width=width) for cell in row.cells]
+    depths = [depth_line(depths, row, width=width) for depths in row.depths]
     found = [[line_label(row, what), *line] for what, line in (("seed", seeds), ("depth", depths))]
     return [line for line in found if any(line[1:])]
 

@@ -71,6 +71,8 @@ class Metric:
         elif self.part == "problems" and self.task:
             labels = task_labels(r["task"] for r in found)
             found = [r for r in found if labels[r["task"]] == self.task]
+        elif self.part == "problems":
+            found = distinct_problems(found)
         if self.part in ("generations", "harness"):  # a score may be missing in an older record, or not be a number
             found = [r for r in found if r.get(self.field) is not None]
         return {r["key"]: r for r in found}
@@ -322,6 +324,15 @@ def task_labels(specs: Iterable[str]) -> dict[str, str]:
     return {spec: name if names.count(name) == 1 else spec for spec, name in zip(specs, names, strict=True)}
 
 
+def distinct_problems(problems: Iterable[Record]) -> list[Record]:
+    """Return one record of each question with its answer: two tasks that share a question ask it once."""
+    found: dict[Any, Record] = {}
+    for record in problems:
+        asked = (record["question"], record.get("answer")) if "question" in record else record["key"]
+        found.setdefault(asked, record)
+    return list(found.values())
+
+
 def distinct_n(tokens: Sequence[int], n: int = 2) -> float:
     """Return the share of n-grams that are distinct (Li et al. 2016); 1 for a text without any n-gram."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
@@ -339,8 +350,7 @@ def _document_metrics(documents: Sequence[Record], depth: int) -> dict[str, dict
     metrics = {}
     for metric in (PERPLEXITY, BITS_PER_BYTE, TOKEN_ACCURACY):
         totals, sizes = zip(*metric.totals({"documents": documents}, depth).values(), strict=True)
-        estimate = stats.ratio(totals, sizes)
-        metrics[metric.name] = metric.entry(estimate)
+        metrics[metric.name] = metric.entry(stats.ratio(totals, sizes))
     nats = math.fsum(r["nll"][depth] for r in documents)
     for name, size in (("word_perplexity", "words"), ("byte_perplexity", "bytes")):
         metrics[name] = {"value": PERPLEXITY.in_unit(nats / max(1, sum(r[size] for r in documents)))}
@@ -351,8 +361,9 @@ def _document_metrics(documents: Sequence[Record], depth: int) -> dict[str, dict
 def _problem_metrics(problems: Sequence[Record], depth: int = -1) -> dict[str, dict[str, Any]]:
     if not problems:
         return {}
-    metrics = {"reasoning_accuracy": _share([r["correct"][depth] for r in problems])}
-    metrics["reasoning_accuracy_strict"] = _share([r["strict"][depth] for r in problems])
+    distinct = distinct_problems(problems)
+    metrics = {"reasoning_accuracy": _share([r["correct"][depth] for r in distinct])}
+    metrics["reasoning_accuracy_strict"] = _share([r["strict"][depth] for r in distinct])
     labels = task_labels(r["task"] for r in problems)
     for task, label in labels.items():
         metrics[f"reasoning_accuracy/{label}"] = _share([r["correct"][depth] for r in problems if r["task"] == task])
