@@ -54,7 +54,7 @@ def value_lines(cell: Cell, row: MetricRow, *, width: int | None = None) -> list
         return ["-"]
     percent = row.metric.unit == "%"
     value = number(cell.value, percent=percent)
-    if cell.low is None or cell.high is None or cell.role or cell.verdict:
+    if cell.low is None or cell.high is None or cell.difference_low is not None or cell.verdict:
         return [value]
     return [value, _interval(number(cell.low, percent=percent), number(cell.high, percent=percent), width)]
 
