@@ -89,7 +89,7 @@ OWN = {
     | LOGS
     | EVAL
     | {"--stage", "--use-recursive", "--no-use-recursive", "--max-length", "--exits", "--no-exits", "--exit-loss"},
-    "costs": LOADING | DATA | LOGS | {"--rounds"},
+    "costs": LOADING | DATA - {"--task"} | LOGS | {"--rounds"},
     "compare": COMPARE
     | {"--log-dir", "--output-dir", "--generations", "--no-generations", "--format", "--out", "--report"},
     "generate": LOADING

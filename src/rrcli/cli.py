@@ -37,7 +37,8 @@ SWITCHES = {item.name: item.default for cls in settings.SECTIONS for item in fie
 # Groups of common options, for the commands that do not read all of them.
 LOADING = ("model", "device", "dtype", "trust_remote_code", "seed", "checkpoint_dir")
 LOGS = ("log_dir", "output_dir")
-DATA = ("data", "text_field", "on_bad_row", "task", "template_date")
+TEXT = ("data", "text_field", "on_bad_row", "template_date")
+DATA = (*TEXT, "task")
 
 
 class Commands(TyperGroup):
@@ -411,7 +412,7 @@ def _eval_exits(ctx: Context, loaded: settings.EvalSettings, stage: str, model: 
     ui.show_next("Exits:", result.file, f"rr eval --stage {stage}")
 
 
-@_command(EXPERIMENT, _flags(settings.CostsSettings, (*LOADING, *DATA, *LOGS)), writes=True)
+@_command(EXPERIMENT, _flags(settings.CostsSettings, (*LOADING, *TEXT, *LOGS)), writes=True)
 def costs(
     ctx: Context,
     stages: Annotated[

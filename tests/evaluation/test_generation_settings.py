@@ -115,7 +115,7 @@ def test_speed_is_measured_without_them_too(model: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         model, "generation_config", GenerationConfig(use_cache=False, prompt_lookup_num_tokens=2, stop_strings=["a"])
     )
-    monkeypatch.setattr(performance, "REPEATS", 1)
+    monkeypatch.setattr(performance, "ROUNDS", 1)
     monkeypatch.setattr(performance, "DECODE_TOKENS", 4)
     found = measure_performance(model, Alphabet(), ["abcdefgh" * 9], depth=2, reporter=Silent())
     assert found["decode/avg_chunk_length"]["value"] >= 1

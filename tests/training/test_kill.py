@@ -30,10 +30,9 @@ pytestmark = pytest.mark.skipif(
 STEPS = 4
 SMALL = {"train_steps": STEPS, "train_batch_size": 2, "train_max_length": 64, "train_save_interval": 1}
 SMALL |= {"train_eval_interval": 2, "train_eval_samples": 1, "train_keep": 2, "train_ema": 0.9, "common_device": "cpu"}
-SMALL |= {"eval_problems": 2, "eval_max_samples": 3, "eval_max_new_tokens": 8}
+SMALL |= {"eval_problems": 2, "eval_max_samples": 3, "eval_max_new_tokens": 8, "eval_skip_performance": "true"}
 # What the clock or the allocator decides: parts of the keys of JSON objects and of tags.
-MAY_DIFFER = {"created", "seconds", "tokens_per_sec", "prefill_tokens_per_sec", "decode_tokens_per_sec"}
-MAY_DIFFER |= {"time_per_output_token", "memory_mb"}
+MAY_DIFFER = {"created", "seconds", "tokens_per_sec", "memory_mb"}
 # Command -> what it makes, which is missing at its beginning, and how many kills of the slow test are its share of 60.
 COMMANDS = {
     "eval --stage finetuned_recursive": (("eval_results/finetuned_recursive*",), 14),
