@@ -109,7 +109,7 @@ class CommonSettings:
         "Text: 'default' (embedded), a .txt, .jsonl, .csv or .parquet file, a folder of these, "
         "hf://NAME[:CONFIG[:SPLIT]] for a dataset of the hub, or - for standard input. A row may also hold a prompt "
         "and a completion, or messages: then only the completion, or what the assistant says, is learned. One tenth "
-        "is held out for evaluation.",
+        "is for evaluation, one twentieth for validation during training.",
         reaches=CONTENT,
         panel=MODEL,
     )
@@ -129,8 +129,8 @@ class CommonSettings:
     task: tuple[str, ...] = option(
         (),
         "Reasoning task: NAME[:key=value,...] of reasoning-gym, or a .jsonl file with a question and an answer on each "
-        "line. One tenth of a file is held out for evaluation and the rest is trained on; FILE.jsonl:held_out=all "
-        "holds all of it out. Repeat for several tasks. [default: the embedded tasks]",
+        "line. One tenth of a file is evaluated, one twentieth is for validation, the rest is trained on; "
+        "FILE.jsonl:held_out=all evaluates all of it. Repeat for several tasks. [default: the embedded tasks]",
         reaches=CONTENT,
         panel=MODEL,
     )
@@ -423,7 +423,7 @@ class EvalSettings(CommonSettings):
     )
     max_samples: int = option(
         0,
-        "Documents to score, chosen by the seed, and problems per --harness task; 0 = all.",
+        "Documents to score, the same for every seed, and problems per --harness task; 0 = all.",
         reaches=NUMBERS,
         minimum=0,
     )

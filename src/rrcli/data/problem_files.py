@@ -55,7 +55,7 @@ class FileTask:
         if options.get("held_out", "all") != "all":
             raise UsageError(
                 f"held_out is '{options['held_out']}' in '{spec}'",
-                "Write held_out=all to evaluate all of the file, or leave it out to evaluate the held-out tenth.",
+                "Write held_out=all to evaluate all of the file, or leave it out to evaluate a tenth.",
             )
         self.whole = "held_out" in options
         self.all, self.repeated = read_problems(self.path, self.spec)

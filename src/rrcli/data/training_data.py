@@ -1,6 +1,6 @@
 """The data that training reads: text and problems on the training side of the split, as batches.
 
-Documents come from `sources`, which say what is held out of a source that training and evaluation share.
+Documents come from `sources`, which say on which side of the split each one is.
 """
 
 from __future__ import annotations

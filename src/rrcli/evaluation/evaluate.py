@@ -51,7 +51,7 @@ def evaluate_model(
     Args:
         model: a causal language model of transformers, with or without a recursion attached. With an exit rule
             (`recursion.exit`), the last entry of each record is measured with it, after those of the depths.
-        eval_data: an `EvalData`, a list of texts, or the name of a text source (its held-out part is used).
+        eval_data: an `EvalData`, a list of texts, or the name of a text source (its test side is used).
         metrics_tracker: where scalars `evaluation/<stage>/<metric>` and generations are logged.
         step: the training step that they are logged at.
         settings: lengths, limits and what to leave out; the defaults of `rr eval` if not given.

@@ -226,7 +226,7 @@ def _tell_about(data: EvalData, settings: EvalSettings, reporter: Reporter) -> N
         reporter.note(data.notice)
     if len(data.documents) < data.held_out:
         reporter.warn(
-            f"only {len(data.documents):,} of {data.held_out:,} held-out documents are scored (--max-samples): "
+            f"only {len(data.documents):,} of {data.held_out:,} test documents are scored (--max-samples): "
             "for trying out, not for claims"
         )
 

@@ -207,5 +207,5 @@ def _tokenizer(workspace: Workspace) -> str:
 def _data(settings: CommonSettings, directory: Path) -> str:
     data = held_out_data(settings, directory, problems_per_task=1)
     names = ", ".join(task.name for task in data.tasks)
-    found = f"{len(data.documents):,} held-out documents; tasks {names}"
+    found = f"{len(data.documents):,} test documents; tasks {names}"
     return "\n".join([found, *[data.notice] * bool(data.notice)])

@@ -285,7 +285,7 @@ def _tell_about(data: TrainingData, evaluation: EvalData | None, reporter: Repor
     for task in data.tasks:
         if isinstance(task, FileTask):
             used = sum(problem.question not in data.evaluated for problem in task.on("train"))
-            reporter.note(f"{task.spec}: {used} of its {len(task.all)} problems are trained on, the rest is held out")
+            reporter.note(f"{task.spec}: {used} of its {len(task.all)} problems are trained on, the rest is evaluated")
 
 
 # -- loop --------------------------------------------------------------------------------------------------------------
