@@ -25,6 +25,7 @@ from rrcli import ChunkedDecoding, RecursionConfig, attach, upstream
 from rrcli.errors import CheckFailed, RRError
 from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import held_out_data
+from rrcli.recursion import flops
 from rrcli.recursion.lora import add_lora
 from rrcli.recursion.selftest import self_test
 from rrcli.settings import EvalSettings
@@ -110,7 +111,8 @@ def test_only_one_module_knows_private_names_of_others(path):
 
 def test_the_self_test_holds():
     assert re.fullmatch(
-        r"zero-init identical, cached = uncached \(\de-0\d\), chunked = sequential \(48 tokens\)", self_test()
+        r"zero-init identical, cached = uncached \(\de-0\d\), chunked = sequential \(48 tokens\), FLOPs as by formula",
+        self_test(),
     )
 
 
@@ -121,6 +123,7 @@ def test_the_self_test_holds():
         ("feedback at zero-init", "zero-initialised recursion changes"),
         ("drafts are taken as they are", "chunked decoding writes other tokens"),
         ("no cache is known", "not known as a cache"),
+        ("products are counted twice", "FLOPs are counted for a tiny 'llama', not"),
     ],
 )
 def test_the_self_test_finds_what_is_broken(monkeypatch, what, told):
@@ -137,10 +140,17 @@ def test_the_self_test_finds_what_is_broken(monkeypatch, what, told):
             "rrcli.recursion.rows.Chooser.accept",
             lambda self, draft, drawn_from, refined: (torch.full_like(draft[:, 0], draft.shape[1]), draft[:, -1]),
         )
+    elif what == "products are counted twice":
+        monkeypatch.setitem(flops.OWN_FORMULAS, "aten::mm", lambda args, *_: 4 * args[0].numel() * args[1].shape[1])
     else:
         monkeypatch.setattr("rrcli.recursion.selftest.cache_of", lambda values: None)
     with pytest.raises(RRError, match=told):
         self_test()
+
+
+def test_the_self_test_says_what_a_new_torch_does_not_let_count(monkeypatch):
+    monkeypatch.delitem(flops.OWN_FORMULAS, "aten::_scaled_dot_product_flash_attention_for_cpu")
+    assert self_test().endswith("cannot count: aten::_scaled_dot_product_flash_attention_for_cpu")
 
 
 def test_setup_fails_with_3_where_the_self_test_does(tmp_path, monkeypatch):

@@ -33,7 +33,8 @@ def with_costs(stages: Stages, file: Path) -> tuple[dict[str, Stage], list[str],
     Raises:
         RRError: the file cannot be read.
     """
-    known = read_json(file, MADE_BY, schemas.Costs)["stages"] if file.is_file() else {}
+    costs = read_json(file, MADE_BY, schemas.Costs) if file.is_file() else None
+    known = costs["stages"] if costs is not None else {}
     found: dict[str, Stage] = {}
     alone, changed = [], []
     for label, stage in stages.items():
@@ -56,7 +57,21 @@ def with_costs(stages: Stages, file: Path) -> tuple[dict[str, Stage], list[str],
             f"speed and memory of {', '.join(alone)} were measured at another time than those of the other stages: "
             f"'{MADE_BY}' measures all of them in turns"
         )
-    return found, [ALONE] if len(alone) > 1 and not known else [], warnings
+    said = [ALONE] if len(alone) > 1 and not known else []
+    if costs is not None and any(found[label] is not stage for label, stage in stages.items()):
+        said.append(_conditions(costs))
+    return found, said, warnings
+
+
+def _conditions(costs: schemas.Costs) -> str:
+    """Say under which conditions costs were measured."""
+    made = costs["provenance"]
+    hardware, threads, load = (made.get(name) for name in ("hardware", "threads", "load"))
+    on = f" on {hardware}" if hardware else ""
+    on += f" with {threads} thread{'s' * (threads != 1)}" if isinstance(threads, int) else ""
+    busy = f"; the machine's load was {load:g} before" if isinstance(load, float) else ""
+    rounds = costs.get("rounds", 1)
+    return f"Speed: medians of {rounds} round{'s' * (rounds != 1)}, the stages in turns{on}{busy}."
 
 
 def _method(model: Mapping[str, Any]) -> tuple[Any, ...]:

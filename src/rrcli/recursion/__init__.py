@@ -9,6 +9,7 @@ caches            every pass has its own cache
 lora              adapters for the passes (peft)
 readout, tiles    from hidden states to logits; the head, a tile at a time
 products          matrix products on a CPU
+flops             what runs, in FLOPs
 losses            what training minimises
 calibration       whether the boundary head's probabilities are right
 chunk_metrics     how chunked decoding would do on known text

@@ -6,6 +6,7 @@ the user's is touched:
     zero-init      a fresh recursion changes no logit, cached and uncached, and no token that `generate` writes
     cached         with feedback that is not zero, decoding with a cache computes the logits of decoding without one
     chunked        chunked decoding writes the same tokens as running every pass for every token
+    FLOPs          those that are counted forward and backward are those of a formula
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rrcli.errors import CheckFailed
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import Recursion, attach
+from rrcli.recursion.flops import counted_flops
 from rrcli.recursion.probing import in_pieces
 from rrcli.recursion.proof import self_check
 from rrcli.upstream import cache_of
@@ -39,6 +41,7 @@ def self_test() -> str:
     """
     with torch.random.fork_rng(devices=[]):
         model = _tiny()
+        flops = _flops(model)
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(3, VOCABULARY, (3, PROMPT), generator=generator)
         mask = torch.ones_like(ids)
@@ -61,7 +64,8 @@ def self_test() -> str:
             raise CheckFailed("chunked decoding writes other tokens than all passes for every token", HINT)
         if not decoding.totals.chunks or [len(trace.passes) for trace in decoding.traces] != [NEW] * len(ids):
             raise CheckFailed("decoding was not done in chunks", HINT)
-    return f"zero-init identical, cached = uncached ({worst:.0e}), chunked = sequential ({NEW * len(ids)} tokens)"
+    tokens = NEW * len(ids)
+    return f"zero-init identical, cached = uncached ({worst:.0e}), chunked = sequential ({tokens} tokens), {flops}"
 
 
 def _tiny() -> Any:
@@ -77,6 +81,28 @@ def _tiny() -> Any:
         if parameter.dim() > 1:  # far from uniform, so that a wrong cache or mask shows
             parameter.normal_(std=0.2)
     return model
+
+
+def _flops(model: Any) -> str:
+    """Hold the FLOPs that are counted on this CPU against a formula, and return what is found, in words.
+
+    Each weight multiplies every position three times: forward, for the gradient of its input, and for its own. So do
+    the two factors of attention, whose kernels may also compute the scores again.
+
+    Raises:
+        CheckFailed: they differ. (Where rr knows that it cannot count all that ran, it shows no wrong number anywhere.)
+    """
+    ids, config = torch.arange(PROMPT)[None] + 3, model.config
+    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1) - model.get_input_embeddings().weight.numel()
+    pairs = LAYERS * WIDTH * PROMPT**2
+    with counted_flops() as counter, torch.enable_grad():
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    model.zero_grad(set_to_none=True)
+    expected = [2 * (3 * PROMPT * weights + products * pairs) for products in (6, 7)]
+    if not counter.uncounted and counter.total not in expected:
+        right = " or ".join(f"{flops:,}" for flops in expected)
+        raise CheckFailed(f"{counter.total:,} FLOPs are counted for a tiny '{config.model_type}', not {right}", HINT)
+    return counter.notice() or "FLOPs as by formula"
 
 
 def _wake(recursion: Recursion, generator: torch.Generator) -> None:
