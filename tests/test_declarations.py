@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from comparing import publish, results
+from comparing import cell, publish, results, sentence
 from rrcli.comparison import formats
 from rrcli.comparison.claims import read_declaration
 from rrcli.experiment.declarations import record
@@ -54,6 +54,10 @@ def test_a_claim_that_came_later_is_exploratory(measured: Path, recorded: bool) 
         declare(measured, MORE)
     (said,) = warnings(measured, MORE)
     assert said.startswith(f"the claim '{MORE.primary[1]}' was declared after finetuned_vanilla, finetuned_recursive")
+    found = compare(MORE, ["finetuned_vanilla", "finetuned_recursive"], measured)
+    assert [each.late for each in found.judgements] == [False, True]
+    assert sentence(found, f"Claim that came after its numbers (exploratory) '{MORE.primary[1]}'")
+    assert cell(found, "token_accuracy", "finetuned_recursive").verdict in ("", "same")
     assert warnings(measured, FIRST) == []
 
 

@@ -94,7 +94,7 @@ def test_seeds_with_own_problems_are_three_observations(comparison: Comparison) 
     assert found.needed.what == "seeds"
     text = sentence(comparison, "Primary claim 'reasoning_accuracy")
     assert "n = 3 seeds (+2.5, +27.5, +15.0) with 600 problems in all, 2.0 degrees of freedom" in text
-    assert f"About {found.needed.count:,} seeds would show a true difference of this size" in text
+    assert f"About {found.needed.count:,} seeds would show it with 80 % power if this is the true difference" in text
 
 
 def test_seeds_with_the_same_documents_are_crossed(folder: Path, comparison: Comparison) -> None:

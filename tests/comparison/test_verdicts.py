@@ -154,7 +154,7 @@ def test_an_inconclusive_claim_says_what_it_would_take(tmp_path: Path) -> None:
     needed = problems_needed(3 / 200, 13 / 200, 0.025)
     assert needed is not None
     assert needed > 2000
-    assert f"About {needed:,} problems would show a true difference of this size with 80 % power" in text
+    assert f"About {needed:,} problems would show it with 80 % power if this is the true difference" in text
     smallest = PairedAnswers(8, 5, 200).detectable(0.025)
     assert smallest is not None
     told = sentence(comparison, "Smallest differences that data like these show with 80 % power (alpha 0.025")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from rrcli.comparison import gates, sentences
 from rrcli.comparison.claims import Declaration
@@ -27,6 +28,7 @@ def compare_stages(
     significant: bool = False,
     preserved: Preservation | None = None,
     others: Stages | None = None,
+    late: Collection[str] = (),
 ) -> Comparison:
     """Compare stages with the first of them.
 
@@ -37,6 +39,7 @@ def compare_stages(
         preserved: whether surgery preserved the baseline, if that is known; if it did not, nothing is claimed about
             recursion.
         others: further stages of the experiment that primary claims may be about, which get no column.
+        late: primary claims that were declared after their numbers were known: they are corrected, and exploratory.
 
     Raises:
         UsageError: `significant` was asked for a gate that has no test.
@@ -47,8 +50,10 @@ def compare_stages(
     rows = _rows(cells, stages, first)
     asked = [gates.claim_of(gate, significant=significant) for gate in wanted]
     judged, extra = judge(cells, declared, sound=not broken, more=[claim for claim in asked if claim is not None])
+    judged = [replace(judgement, late=judgement.claim.text in late) for judgement in judged]
     for judgement in judged:
-        mark(judgement.cell, judgement)
+        if not judgement.late:
+            mark(judgement.cell, judgement)
     if broken:
         for row in rows:
             for cell, stage in zip(row.cells, stages.values(), strict=True):

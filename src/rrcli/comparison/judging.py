@@ -129,6 +129,7 @@ def _judged(tested: _Tested, p_adjusted: float, level: float, declared: Declarat
     low, high = shown_interval(metric, evidence, 2 * level if one_sided else level)
     planned = declared.alpha / claims * (2 if one_sided else 1)
     power = (1 + POWER) / 2 if claim.relation == "~" else POWER  # both one-sided tests have to reject
+    have = {"units": evidence.n, "seeds": tested.cell.pair.seeds if tested.cell.pair is not None else 1}
     detectable, needed = evidence.detectable(planned, power), None
     if not rejected:
         needed = evidence.needed(_distance(claim, evidence), planned)
@@ -140,7 +141,7 @@ def _judged(tested: _Tested, p_adjusted: float, level: float, declared: Declarat
         high=high,
         confidence=1 - (2 * level if one_sided else level),
         detectable=None if detectable is None else abs(metric.shown_difference(detectable)),
-        needed=needed if needed is None or needed.what == "seeds" or needed.count > evidence.n else None,
+        needed=needed if needed is not None and needed.count > have[needed.what] else None,
     )
 
 

@@ -146,6 +146,7 @@ class Judgement:
             claims that are corrected together. level: what Holm's procedure compares `p_value` with.
         low, high, confidence: the interval of the difference that agrees with the test at this level, as it is shown.
         verdict: see `Cell`. shown: whether the claim is shown. why: why it could not be tested, or ''.
+        late: whether the claim was declared after its numbers were known, which makes it exploratory.
         detectable: the smallest difference that would be shown with 80 % power if it were there (for a claim with a
             margin: the smallest such margin if there were no difference), in the unit in which differences are shown.
         needed: how many units or seeds would show a difference of the size measured with 80 % power.
@@ -165,6 +166,7 @@ class Judgement:
     detectable: float | None = None
     needed: Needed | None = None
     why: str = ""
+    late: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""

@@ -214,11 +214,13 @@ def _claim(judged: Judgement, alpha: float, claims: int) -> str:
     interval = _interval(judged.low, judged.high, judged.confidence, metric)
     correction = f" (Holm's correction for {claims} claims)" if claims > 1 else ""
     facts = f"{_values(cell, judged.before, metric, interval)}, {_p(judged.p_adjusted)}{correction}, {_n(cell, metric)}"
+    if judged.late:
+        return f"Claim that came after its numbers (exploratory) '{judged.claim.text}': {judged.verdict} ({facts})."
     result = "shown" if judged.shown else "NOT shown"
     text = f"Primary claim '{judged.claim.text}' is {result}: {judged.verdict} ({facts})."
     if judged.needed is not None and not judged.shown:
         noun = "seeds" if judged.needed.what == "seeds" else PARTS[metric.part].noun
-        text += f" About {judged.needed.count:,} {noun} would show a true difference of this size with 80 % power."
+        text += f" About {judged.needed.count:,} {noun} would show it with 80 % power if this is the true difference."
     return text
 
 

@@ -48,13 +48,10 @@ def late(workspace: Workspace, declared: Mapping[str, Any]) -> list[str]:
             "fine-tuned stages were measured before any claim was recorded, so nothing shows that the primary claims "
             "were declared before their numbers were known"
         ]
-    said = []
-    for claim in declared["primary"]:
-        known = next((entry["measured"] for entry in entries if claim in entry["primary"]), measured)
-        if known:
-            said.append(
-                f"the claim '{claim}' was declared after {', '.join(known)} had been measured: it is exploratory"
-            )
+    said = [
+        f"the claim '{claim}' was declared after {', '.join(known)} had been measured: it is exploratory"
+        for claim, known in late_claims(workspace, declared).items()
+    ]
     before = next((entry for entry in reversed(entries) if not entry["measured"]), entries[0])
     said += [
         f"the claim '{claim}' was declared before a fine-tuned stage had been measured, and was dropped"
@@ -65,6 +62,18 @@ def late(workspace: Workspace, declared: Mapping[str, Any]) -> list[str]:
         if declared[name] != was:
             said.append(f"{name} was changed after a fine-tuned stage had been measured: it was {was}")
     return said
+
+
+def late_claims(workspace: Workspace, declared: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the primary claims that came after fine-tuned results, with these; none if nothing was ever recorded."""
+    entries, measured = _entries(workspace), _measured(workspace)
+    if not entries:
+        return {}
+    known = {
+        claim: next((entry["measured"] for entry in entries if claim in entry["primary"]), measured)
+        for claim in declared["primary"]
+    }
+    return {claim: names for claim, names in known.items() if names}
 
 
 def recorded(workspace: Workspace, declared: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from rrcli.comparison.preservation import Preservation, check_preserved
 from rrcli.comparison.report import check_report_path
 from rrcli.comparison.results import Comparison, Stage, Stages, generations_of, read_results, speakers
 from rrcli.errors import RRError, UsageError, suggest
-from rrcli.experiment.declarations import late, recorded
+from rrcli.experiment.declarations import late, late_claims, recorded
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.settings import STAGES, CompareSettings
 
@@ -42,6 +42,7 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
         significant=settings.gate_significant,
         preserved=_preserved(stages, workspace),
         others=_others(declared, stages, workspace),
+        late=late_claims(workspace, declared.texts) if stages.keys() <= set(STAGES) else (),
     )
     if stages.keys() <= set(STAGES):
         comparison.warnings += late(workspace, declared.texts)
