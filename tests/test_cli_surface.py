@@ -65,7 +65,7 @@ TRAIN = (
     | {"--weight-decay", "--max-grad-norm", "--task-share"}
     | {"--schedule", "--ema", "--gradient-checkpointing", "--no-gradient-checkpointing"}
     | {"--histograms", "--callback", "--num-processes", "--compile", "--no-compile"}
-    | {"--eval-interval", "--eval-samples", "--save-interval", "--keep"}
+    | {"--eval-interval", "--eval-samples", "--save-interval", "--keep", "--load-best", "--no-load-best"}
     | {"--final-weight", "--masked-weight", "--halt-weight", "--ponder-weight", "--stability-weight"}
     | {"--supervised-share", "--commit-margin", "--lora-rank", "--lora-alpha"}
 )

@@ -351,9 +351,14 @@ class Scalar(TypedDict):
 
 
 class CheckpointMetrics(TypedDict):
-    """`metrics.json` of a checkpoint, or of what surgery wrote."""
+    """`metrics.json` of a checkpoint, or of what surgery wrote.
+
+    `best`: no other checkpoint of the run had a lower perplexity. `use`: in the last checkpoint of a run, the step of
+    the one that its stage uses, where that is not the last.
+    """
 
     schema: int
+    use: NotRequired[Count]
     inputs: NotRequired[str]
     step: NotRequired[Count]
     steps: NotRequired[Count]

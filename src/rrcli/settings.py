@@ -372,6 +372,12 @@ class TrainSettings(CommonSettings):
     keep: int = option(
         2, "Number of last checkpoints to keep; the best one is kept too.", reaches=NOTHING, panel=TRACKING, minimum=1
     )
+    load_best: bool = option(
+        False,
+        "Use the checkpoint with the lowest perplexity on the validation side instead of the last one.",
+        reaches=NOTHING,
+        panel=TRACKING,
+    )
     histograms: int = option(
         0,
         "Steps between histograms of parameters and gradients in TensorBoard; 0 = none.",

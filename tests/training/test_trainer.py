@@ -13,11 +13,15 @@ from safetensors.torch import load_file
 
 import rrcli
 from rrcli.errors import Interrupted, RRError, UsageError
+from rrcli.experiment.planning import status_of
+from rrcli.experiment.replicates import Replicate
+from rrcli.experiment.workspace import Workspace
 from rrcli.files import checkpoints
 from rrcli.recursion import flops
 from rrcli.reporting import Silent
 from rrcli.services import train as service
-from rrcli.settings import TrainSettings, with_changes
+from rrcli.services.eval import evaluate
+from rrcli.settings import EvalSettings, TrainSettings, with_changes
 from rrcli.training import red_flags
 from rrcli.training import trainer as trainer_module
 from rrcli.training.optimizer import learning_rate_factor
@@ -224,6 +228,42 @@ def test_the_best_checkpoint_stays_beside_the_last(operated, monkeypatch):
     assert [path.name for path in kept] == ["step-000002", "step-000006"]
     marks = [json.loads((path / "metrics.json").read_text())["best"] for path in kept]
     assert marks == [True, False]
+
+
+def test_the_best_checkpoint_is_used_where_it_is_asked_for_and_the_whole_run_is_paid_for(tmp_path, monkeypatch):
+    perplexities = iter([5.0, 3.0, 4.0])
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            trainer_module,
+            "evaluate_model",
+            lambda *_, **__: {"metrics": {"perplexity": {"value": next(perplexities)}}},
+        )
+        settings = changed(steps=3, eval_interval=1, keep=1)
+        service.train(settings, "vanilla", tmp_path, Silent())
+    workspace, one = Workspace(tmp_path, settings), Replicate("finetuned_vanilla", 0)
+
+    def status(**changes):
+        step = status_of("train", one, tmp_path, lambda cls: changed(**changes) if cls is TrainSettings else cls())
+        return f"{step.status} {step.detail}".strip()
+
+    plain, best = ({"steps": 3, "eval_interval": 1, "load_best": on} for on in (False, True))
+    assert workspace.stage_model(one.stage).path.name == "step-000003"
+    assert (status(**plain), status(**best)) == ("done", "unfinished another checkpoint is to be used")
+    service.train(changed(**best), "vanilla", tmp_path, Silent())
+    assert workspace.stage_model(one.stage).path.name == "step-000002"
+    assert workspace.resolve("checkpoints/finetuned_vanilla").path.name == "step-000002"
+    assert (status(**plain), status(**best)) == ("unfinished another checkpoint is to be used", "done")
+    limits = EvalSettings(max_samples=2, skip_reasoning=True, skip_generation=True, skip_performance=True)
+    measured = evaluate(limits, one.stage, tmp_path, Silent()).results
+    assert measured["model"]["source"].endswith("step-000002")
+    assert measured["training"]["steps"] == 3
+    shutil.rmtree(tmp_path / "checkpoints" / "finetuned_vanilla" / "step-000002")
+    with pytest.raises(RRError, match="that of step 2, is gone"):
+        workspace.stage_model(one.stage)
+    service.train(changed(**plain), "vanilla", tmp_path, Silent())
+    assert workspace.stage_model(one.stage).path.name == "step-000003"
+    with pytest.raises(UsageError, match="--load-best needs measurements in training"):
+        service.train(changed(load_best=True, eval_interval=0), "vanilla", tmp_path, Silent())
 
 
 # -- callbacks ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ each option declares that in `settings`. Loads no torch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,16 @@ def model_fingerprint(source: ModelSource, directory: Path) -> str:
     """Identify the weights of a stage: the folder's own, and the base's where it refers to one."""
     base = base_of(source, directory)
     return source.fingerprint() if base is source else combine(source.fingerprint(), base.fingerprint())
+
+
+def best_checkpoint(found: Sequence[Path], *, last: bool = False) -> Path:
+    """Return the checkpoint with the lowest perplexity among those of a run; the last one if none was measured.
+
+    Args:
+        last: take the last one anyway.
+    """
+    marked = (path for path in found if read_json(path / METRICS_FILE, "rr train", CheckpointMetrics).get("best"))
+    return found[-1] if last else next(marked, found[-1])
 
 
 def recorded_steps(checkpoint: Path) -> int:

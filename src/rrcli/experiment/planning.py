@@ -13,6 +13,7 @@ from rrcli.configuration import SETTINGS_FILE
 from rrcli.data.sources import refuse_stdin
 from rrcli.errors import RRError
 from rrcli.experiment.identity import (
+    best_checkpoint,
     costs_inputs,
     data_identity,
     eval_inputs,
@@ -33,7 +34,7 @@ from rrcli.experiment.replicates import (
     refuse_one_seed,
     replicates,
 )
-from rrcli.experiment.workspace import SURGERY_STAGE, Workspace, check_passes, maker
+from rrcli.experiment.workspace import SURGERY_STAGE, Workspace, check_passes, maker, used_checkpoint
 from rrcli.files import checkpoints, step_of
 from rrcli.models.source import base_of
 from rrcli.settings import CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings, with_changes
@@ -201,6 +202,8 @@ def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> 
     step = _status(kind, one, found[-1], expected, start.path) if found else Step(kind, one, "missing")
     if step.status == DONE and step_of(found[-1]) < (steps := recorded_steps(found[-1])):
         return Step(kind, one, "unfinished", f"continues from step {step_of(found[-1])} of {steps}")
+    if step.status == DONE and used_checkpoint(found[-1].parent) != best_checkpoint(found, last=not training.load_best):
+        return Step(kind, one, "unfinished", "another checkpoint is to be used")
     return step
 
 

@@ -73,6 +73,8 @@ def prepare_training(settings: TrainSettings, mode: str, directory: Path, *, mat
         raise UsageError(f"mode is '{mode}'", suggest(mode, MODES))
     if mode == "vanilla" and settings.phase == "a":
         raise UsageError("vanilla training in phase a has nothing to train", "Phase a trains the sidecar only.")
+    if settings.load_best and not settings.eval_interval:
+        raise UsageError("--load-best needs measurements in training", "Give an --eval-interval above 0.")
     workspace = Workspace(directory, settings)
     if match_flops and mode != "vanilla":
         raise UsageError("--match-flops is for vanilla training", "Use it with --mode vanilla.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.experiment.replicates import TRAINED, Replicate, replicate, replicates
-from rrcli.files import MANIFEST, METRICS_FILE, checkpoints, read_json, safe_name
+from rrcli.files import MANIFEST, METRICS_FILE, checkpoints, read_json, safe_name, step_of
 from rrcli.models.source import ModelSource, resolve
 from rrcli.schemas import CheckpointMetrics
 from rrcli.settings import STAGES, CommonSettings, TrainSettings, with_changes
@@ -99,10 +99,10 @@ class Workspace:
         return source
 
     def resolve(self, name: str) -> ModelSource:
-        """Find a model. Of the folder of a training run, take the last complete checkpoint."""
+        """Find a model. Of the folder of a training run, take the checkpoint that its stage would use."""
         path = self.directory / Path(name).expanduser()
         if name != "default" and path.is_dir() and checkpoints(path):
-            return resolve(str(checkpoints(path)[-1]), self.directory)
+            return resolve(str(used_checkpoint(path)), self.directory)
         return resolve(name, self.directory)
 
     def vanilla_span(self, settings: TrainSettings) -> list[int] | None:
@@ -173,14 +173,32 @@ class Workspace:
             folder = self.surgery_folder
         else:
             run = self.run_folder(self.replicate(stage).name)
-            found = checkpoints(run)
-            folder = found[-1] if found else run
+            folder = used_checkpoint(run) if checkpoints(run) else run
         if not (folder / MANIFEST).is_file():
             raise RRError(
                 f"stage '{stage}' has no model yet: {folder} holds no {MANIFEST}",
                 f"'{maker(self.replicate(stage))}' makes it.",
             )
         return resolve(str(folder), self.directory)
+
+
+def used_checkpoint(run: Path) -> Path:
+    """Return the checkpoint of a run that its stage uses: the last one, or an earlier one that the last one names.
+
+    Raises:
+        RRError: that one is gone.
+    """
+    found = checkpoints(run)
+    step = read_json(found[-1] / METRICS_FILE, "rr train", CheckpointMetrics).get("use")
+    if step is None:
+        return found[-1]
+    chosen = next((path for path in found if step_of(path) == step), None)
+    if chosen is None:
+        raise RRError(
+            f"the best checkpoint of {run}, that of step {step}, is gone",
+            "'rr train' with --no-load-best uses the last one; --restart trains the run again.",
+        )
+    return chosen
 
 
 def maker(one: Replicate) -> str:

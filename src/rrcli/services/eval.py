@@ -29,7 +29,7 @@ from rrcli.experiment.provenance import provenance
 from rrcli.experiment.replicates import TRAINED, evaluated_seeds
 from rrcli.experiment.template_date import fix_date, with_template_date
 from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, Workspace, check_stage
-from rrcli.files import METRICS_FILE, SCHEMA, back_up, combine, finite, read_json, write_json
+from rrcli.files import MANIFEST, METRICS_FILE, SCHEMA, back_up, checkpoints, combine, finite, read_json, write_json
 from rrcli.locks import holding, lock, reading
 from rrcli.models.loading import load_for
 from rrcli.models.source import ModelSource, base_of
@@ -91,7 +91,9 @@ def evaluate(
     # What else is drawn (a sample of documents, solved examples) is alike in all replicates.
     settings = replace(settings, seed=settings.all_seeds[0])
     data = _data(settings, directory, seeds)
-    training = _training(source)
+    # Where the best checkpoint is used, the whole run has been paid for.
+    own = stage in TRAINED and model is None
+    training = _training(checkpoints(source.path.parent)[-1] if own else source.path)
     _check_problems(data, settings, training, directory, reporter)
 
     fresh = _fresh_recursion(source, settings, directory, use_recursive)
@@ -340,9 +342,9 @@ def _add_relevance(measured: dict[str, Any], baseline: tuple[Any, Any], reporter
     measured["metrics"] |= from_records({"generations": generations})
 
 
-def _training(source: ModelSource) -> dict[str, Any] | None:
+def _training(folder: Path) -> dict[str, Any] | None:
     """Return the record of the training that wrote a checkpoint, or None if no training did."""
-    if source.manifest is None or not (source.path / METRICS_FILE).is_file():
+    if not (folder / MANIFEST).is_file() or not (folder / METRICS_FILE).is_file():
         return None
-    training = read_json(source.path / METRICS_FILE, "rr train", CheckpointMetrics).get("training")
+    training = read_json(folder / METRICS_FILE, "rr train", CheckpointMetrics).get("training")
     return None if training is None else dict(training)

@@ -337,6 +337,9 @@ def _run(
         try:
             trainer.train(training.first_step, stopped)
             processes.on_main(lambda: saved.prune(trainer))
+            processes.on_main(lambda: saved.choose(trainer))
+            if training.settings.load_best and not trainer.state.best:
+                reporter.warn("--load-best: no perplexity was measured in training, so the last checkpoint is used")
         finally:
             if warning := data.warning():
                 reporter.warn(warning)

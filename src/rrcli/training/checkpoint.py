@@ -164,6 +164,16 @@ class Checkpoints:
             if metrics.get("best") and step_of(other) != best_step:
                 write_json(other / METRICS_FILE, metrics | {"best": False})
 
+    def choose(self, trainer: Trainer) -> None:
+        """Note in the last checkpoint which one the stage uses: with `--load-best` the best, else the last itself."""
+        last = checkpoints(self.folder)[-1]
+        metrics = read_json(last / METRICS_FILE, self.made_by, CheckpointMetrics)
+        best = trainer.state.best.get("step") if trainer.settings.load_best else None
+        wanted = {} if best is None or best == step_of(last) else {"use": best}
+        kept = {name: value for name, value in metrics.items() if name != "use"}
+        if kept | wanted != metrics:
+            write_json(last / METRICS_FILE, kept | wanted)
+
 
 def remove_run(folder: Path) -> None:
     """Remove the folder of a run.
