@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import rrcli
 from rrcli import configuration
+from rrcli.data.splits import side_of
 from rrcli.data.training_data import TrainingData
 from rrcli.demo.defaults import MODEL_DIR
 from rrcli.errors import RRError, UsageError
@@ -286,3 +287,21 @@ def test_what_was_trained_is_still_done_after_the_experiment_was_moved(tmp_path)
 
     assert status_of("surgery", Replicate("after_surgery", 0), after, load).status == "done"
     assert status_of("train", Replicate("finetuned_recursive", 0), after, load).status == "done"
+
+
+def test_a_small_source_without_validation_is_trained_without_measurements(tmp_path):
+    """Measurements are not worth an error; a warning says what they miss."""
+    texts = [text for n in range(60) if side_of(text := f"Tom has {n} red balls.") == "train"]
+    (tmp_path / "data.txt").write_text("\n\n".join(texts))
+    warnings: list[str] = []
+
+    class Listening(Silent):
+        def warn(self, message: str) -> None:
+            warnings.append(message)
+
+    settings = TrainSettings(
+        data="data.txt", task_share=0, task=("q.jsonl:held_out=all",), steps=2, batch_size=2, eval_interval=1
+    )
+    (tmp_path / "q.jsonl").write_text('{"question": "q", "answer": 1}\n')
+    service.train(settings, "vanilla", tmp_path, Listening())
+    assert any("nothing to validate with in: q.jsonl:held_out=all, data.txt" in warning for warning in warnings)

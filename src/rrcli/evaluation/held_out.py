@@ -58,6 +58,11 @@ class EvalData:
     side: Side = "test"
 
     @property
+    def empty(self) -> bool:
+        """Whether there is neither a document nor a problem; possible on the validation side alone."""
+        return not self.documents and not self.problems
+
+    @property
     def spans(self) -> list[range]:
         """The numbers of the problems of each set. What a set gives does not depend on the others."""
         ends = list(accumulate(self.sets or (len(self.problems),)))
@@ -80,8 +85,8 @@ def held_out_data(
 ) -> EvalData:
     """Return the documents and problems of one side of the split, and the built-in prompts.
 
-    A small source may have nothing on the validation side. Validation does without it, and the notice says so: it is an
-    error only if there is nothing at all. A test set (`held_out=all`) has test problems alone.
+    A small source may have nothing on the validation side. Validation does without it, and the notice says so; the data
+    may even be empty. A test set (`held_out=all`) has test problems alone.
 
     Args:
         problems_per_task: how many problems of each task; validation takes fewer where there are fewer.
@@ -91,7 +96,7 @@ def held_out_data(
             several seeds. By default that of the settings.
 
     Raises:
-        RRError: no document of the source is on the test side, or nothing at all on the validation side.
+        RRError: no document of the source is on the test side.
         UsageError: a task has too few problems; for example, fewer than all these seeds need.
     """
     notes = Notes()
@@ -111,11 +116,6 @@ def held_out_data(
         lacking = [task.spec for task in tasks if isinstance(task, FileTask) and not task.on(side)]
         tasks = tuple(task for task in tasks if task.spec not in lacking)
         lacking += [] if documents else [settings.data]
-        if not documents and not tasks:
-            raise RRError(
-                f"nothing of {', '.join(lacking)} is on the validation side of the split (a twentieth)",
-                "Give more documents or problems (about 100 or more); --eval-interval 0 trains without validation.",
-            )
     sets: list[list[Problem]] = [[] for _ in seeds or (settings.seed,)]
     said = [notes.notice(settings.data)]
     for task in tasks:

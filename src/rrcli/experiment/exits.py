@@ -69,6 +69,11 @@ def measure_exits(
         "test": _data(replace(settings, seed=settings.all_seeds[0]), directory, "test", test_seeds),
     }
 
+    if data["validation"].empty:
+        raise RRError(
+            f"there is nothing to choose an exit with: {data['validation'].notice}",
+            "Give more documents or problems (about 100 or more).",
+        )
     from rrcli.evaluation.exit_costs import count_costs, saves
     from rrcli.evaluation.exits import Frontier, choose
 

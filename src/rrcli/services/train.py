@@ -258,6 +258,9 @@ def _load_data(
         evaluation = held_out_data(settings, directory, samples, samples, side="validation")
         evaluation = showable(evaluation, tokenizer, settings)
         evaluation.texts(tokenizer, settings)  # what the chat template refuses is found before the first step
+        if evaluation.empty:
+            reporter.warn(f"{evaluation.notice}: training goes without measurements, and keeps no best checkpoint")
+            evaluation = None
     within = _within_context(settings, model, reporter)
     data = TrainingData(within, directory, tokenizer, vocabulary=vocabulary(model))
     _tell_about(data, evaluation, reporter)
