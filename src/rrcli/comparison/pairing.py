@@ -145,6 +145,10 @@ def _differ(cell: Cell, metric: Metric, found: Pair) -> None:
 
 def shown_interval(metric: Metric, evidence: Evidence, alpha: float) -> tuple[float | None, float | None]:
     """Return the interval of a difference in the unit in which it is shown; None for bounds that are not known."""
-    found = evidence.interval(alpha) or (math.nan, math.nan)
+    found = evidence.interval(alpha)
+    if found is None:
+        return None, None
+    if metric.scale == "percent":  # two or three seeds may leave room for more than there is between two shares
+        found = max(-1.0, found[0]), min(1.0, found[1])
     low, high = (metric.shown_difference(x) if math.isfinite(x) else None for x in found)
     return low, high
