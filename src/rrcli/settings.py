@@ -517,7 +517,7 @@ class CostsSettings(CommonSettings):
 
     SECTION = "costs"
 
-    rounds: int = option(5, "Rounds; in each, every stage is timed once.", reaches=NOTHING, minimum=1)
+    rounds: int = option(3, "Rounds; in each, every stage is timed once.", reaches=NOTHING, minimum=1)
 
 
 @dataclass(frozen=True)
