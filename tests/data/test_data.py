@@ -310,3 +310,15 @@ def test_batches_do_not_depend_on_where_texts_are(
     inside = rows(training(stories, tokenizer, task_share=0.0).batch(3))
     monkeypatch.setattr("rrcli.data.document_store.MEMORY_BYTES", 100)
     assert rows(training(stories, tokenizer, task_share=0.0).batch(3)) == inside
+
+
+def test_seeds_that_would_share_problems_are_refused(tmp_path: Path, stories: Path) -> None:
+    """One seed alone is told whose problems it has; an experiment of several would count them twice."""
+    task = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1"
+    settings = EvalSettings(data="stories.jsonl", task=(task,), seed=15)
+    assert "seed 15 has those of seed " in held_out_data(settings, stories, 5).notice
+    with pytest.raises(UsageError, match="too few test problems for 5 of every seed's own: seed") as caught:
+        held_out_data(settings, stories, 5, seeds=tuple(range(16)))
+    assert "fewer seeds" in caught.value.hint
+    data = held_out_data(settings, stories, 5, seeds=(0, 1))
+    assert len({problem.key for problem in data.problems}) == 10

@@ -152,7 +152,9 @@ def _problems(task: Task | FileTask, count: int, seeds: Sequence[int], side: Sid
         return [task.problems(count, seeds[0], side=side), *([] for _ in seeds[1:])], said
     drawn = [task.draw(count, seed, side=side) for seed in seeds]
     owners = [owner for _, owner in drawn]
-    told = [f"{seed} gets those of seed {owner}" for seed, owner in zip(seeds, owners, strict=True) if seed != owner]
+    told = [
+        f"seed {seed} has those of seed {owner}" for seed, owner in zip(seeds, owners, strict=True) if seed != owner
+    ]
     said = f"{task.spec} has too few {SIDE_NAMES[side]} problems for {count} of every seed's own: {'; '.join(told)}"
     if len(set(owners)) < len(seeds) and side == "test":
         raise UsageError(said, "Take fewer --problems, or fewer seeds.")
