@@ -197,6 +197,12 @@ def difficulty(record: dict[str, Any]) -> str:
     return record.get("difficulty") or record["task"].partition(":")[0]
 
 
+def p_text(found: PairedAnswers) -> str:
+    """Return the p-value of no difference for a table; "-" where so few problems allow no test."""
+    p_value = found.p_value()
+    return "-" if p_value is None else f"{p_value:.1g}"
+
+
 def table(title: str, by_row: dict[str, list[Answers]], reference: list[Answers]) -> list[str]:
     """Return a Markdown table: a line for each row, its seeds side by side."""
     lines = [f"| {title} | accuracy, % | passes | points over vanilla, by seed | p, by seed |", "|---|---|---|---|---|"]
@@ -206,7 +212,7 @@ def table(title: str, by_row: dict[str, list[Answers]], reference: list[Answers]
             keys = sorted(answers.correct.keys() & base.correct.keys())
             found = PairedAnswers.of([answers.correct[k] for k in keys], [base.correct[k] for k in keys])
             differences.append(f"{100 * found.value:+.1f}")
-            p_values.append(f"{found.p_value():.1g}")
+            p_values.append(p_text(found))
         accuracy, passes = mean(a.accuracy for a in seeds), mean(a.passes for a in seeds)
         paired = "| | |" if seeds is reference else f"| {' '.join(differences)} | {' '.join(p_values)} |"
         lines.append(f"| {name} | {accuracy:.1f} | {passes:.2f} {paired}")
@@ -226,9 +232,7 @@ def ablation_table(title: str, folders: dict[str, Path], reference: Answers) -> 
         found = PairedAnswers.of([depths[-1].correct[k] for k in keys], [reference.correct[k] for k in keys])
         (spent,) = spent_by([folder], RECURSIVE)
         accuracies = ", ".join(f"{answers.accuracy:.1f}" for answers in depths)
-        lines.append(
-            f"| {name} | {accuracies} | {100 * found.value:+.1f} | {found.p_value():.1g} | {spent['flops']:.3g} |"
-        )
+        lines.append(f"| {name} | {accuracies} | {100 * found.value:+.1f} | {p_text(found)} | {spent['flops']:.3g} |")
     return lines
 
 
@@ -269,8 +273,8 @@ def by_difficulty(folders: list[Path]) -> tuple[list[str], dict[str, dict[str, l
     lines = ["| problems | n | " + " | ".join(f"{name}, %" for name in columns) + " | p |", "|---" * 7 + "|"]
     for name, group in groups.items():
         shares = " | ".join(f"{100 * mean(group[column]):.1f}" for column in columns)
-        p_value = PairedAnswers.of(group["recursive"], group["vanilla"]).p_value()
-        lines.append(f"| {name} | {len(group['vanilla'])} | {shares} | {p_value:.1g} |")
+        p_value = p_text(PairedAnswers.of(group["recursive"], group["vanilla"]))
+        lines.append(f"| {name} | {len(group['vanilla'])} | {shares} | {p_value} |")
     return lines, groups
 
 

@@ -46,7 +46,7 @@ def test_a_row_is_paired_with_vanilla_on_the_problems_that_both_answered(gain):
         "| vanilla | 0.0 | 0.00 | | |",
         "| depth 0 | 0.0 | 0.00 | +0.0 | 1 |",
         "| recursive | 80.0 | 1.00 | +80.0 | 0.008 |",  # 2 / 2**8
-        "| some | 100.0 | 0.50 | +100.0 | 0.06 |",  # 2 / 2**5
+        "| some | 100.0 | 0.50 | +100.0 | - |",  # five problems are too few for a test
     ]
 
 
@@ -108,8 +108,8 @@ def test_each_generator_is_paired_on_its_own_problems(gain, tmp_path):
     rows_alone, control = text.split("rotate_matrix, 4 problems")
     assert "row_steps, 8 problems" in rows_alone
     assert "| recursive, depth 2 | 100.0 | 2.00 | +100.0 | 0.008 |" in rows_alone
-    assert "| recursive, depth 2 | 0.0 | 2.00 | +0.0 | 1 |" in control
-    assert "| vanilla, equal FLOPs | 100.0 | 0.00 | +100.0 | 0.1 |" in control
+    assert "| recursive, depth 2 | 0.0 | 2.00 | +0.0 | - |" in control
+    assert "| vanilla, equal FLOPs | 100.0 | 0.00 | +100.0 | - |" in control
 
 
 @pytest.mark.slow
