@@ -6,9 +6,9 @@ score.weight     [1, hidden]        normal, std 0.02/sqrt(hidden)
 score.bias       [1]                logit(0.05): a fresh head goes on refining
 sure.weight      [1, 2]             normal, std 0.01; missing in heads that read h(k) alone
 
-`sure` reads what the cheap exit rules read: how probable the most likely token is, and its margin over the second. Heads
-that were fitted anew to an embedded model kept 99.3 % of the answers right at 0.12 passes a token with it, and at 0.43
-without (`RecursionConfig.head_signals`; heads of older checkpoints are without).
+`sure` reads what the cheap exit rules read: how probable the most likely token is, and its margin over the second.
+Heads that were fitted anew to an embedded model kept 99.3 % of the answers right at 0.12 passes a token with it, and at
+0.43 without (`RecursionConfig.head_signals`; heads of older checkpoints are without).
 """
 
 from __future__ import annotations
