@@ -315,4 +315,5 @@ def test_the_sidecar_holds_none_of_the_models_parameters_and_the_reverse():
         "head.norm.weight",
         "head.score.weight",
         "head.score.bias",
+        "head.sure.weight",
     }
