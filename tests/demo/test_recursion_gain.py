@@ -102,6 +102,7 @@ def test_a_single_recursion_is_paired_with_vanilla_and_too_few_problems_have_no_
         report.by_depth(
             {
                 "many": (recursive, vanilla),
+                "more": (answers(report.RECURSIVE, [[True, True]] * 20), answers(report.VANILLA, [[False]] * 20)),
                 "few": (answers(report.RECURSIVE, [[False, True]] * 5), few),
                 "same": (answers(report.RECURSIVE, [[False, False]] * 10), vanilla),
             }
@@ -109,6 +110,7 @@ def test_a_single_recursion_is_paired_with_vanilla_and_too_few_problems_have_no_
     )
     assert found["many"][:2] == ["0.0, 80.0", "+80.0"]
     assert found["many"][3:] == ["0.0078", "2e+12"]  # 2 / 2**8
+    assert found["more"][3] == "< 0.0001"
     assert found["few"][1:4] == ["+100.0", "-", "-"]
     assert found["same"][1] == "+0.0"
     assert found["same"][3] == "-"
