@@ -211,11 +211,8 @@ def _difference(cell: Cell) -> tuple[str, str, str]:
     """Return a difference, its interval and its uncorrected p-value; "-" for what is not known."""
     low, high = cell.difference_low, cell.difference_high
     interval = "-" if None in (low, high) else f"{_signed(low)} to {_signed(high)}"
-    return (
-        _signed(cell.difference),
-        interval,
-        "-" if cell.p_value is None else p_text(cell.p_value).removeprefix("p = "),
-    )
+    p = "-" if cell.p_value is None else p_text(cell.p_value).removeprefix("p ").removeprefix("= ")
+    return _signed(cell.difference), interval, p
 
 
 def plot(groups: Mapping[str, Mapping[str, Sequence[bool]]], file: Path) -> None:
