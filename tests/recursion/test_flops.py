@@ -74,6 +74,10 @@ def test_training_a_model(family: str, active: float, attention: int) -> None:
 def test_a_forward_costs_the_same_by_every_kernel(implementation: str) -> None:
     model = build("llama", attn_implementation=implementation)
     expected = 2 * (POSITIONS * (weights(model.model.layers) + weights(model.lm_head)) + FORWARD * pairs(model))
+    if implementation == "flex_attention" and implementation not in upstream.torch_flop_formulas():
+        with pytest.raises(RRError, match="what rr cannot count: flex_attention"):
+            counted(lambda: model(input_ids=tokens(BATCH, LENGTH)))
+        return
     assert counted(lambda: model(input_ids=tokens(BATCH, LENGTH))) == expected
 
 
