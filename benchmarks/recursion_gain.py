@@ -12,7 +12,7 @@ beside it hold what is measured of its first seed alone:
     one per ablation   with `--ablations`: the recursion trained again with one thing changed
 
 What is done is not done again, so an interrupted benchmark goes on where it stopped. Writes `DIR/recursion_gain.md`
-and, with matplotlib, `DIR/recursion_gain.png`.
+and, with matplotlib, `DIR/recursion_gain.png` and `DIR/exits.png`.
 
 `--shrunken` is the whole of it with two seeds and one ablation, in about two minutes on a CPU, to see that it works:
 its numbers mean nothing.
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recursion_gain_report import RECURSIVE, STAGES, by_difficulty, plot, report
+from recursion_gain_report import RECURSIVE, STAGES, by_difficulty, plot, plot_exits, report
 from torch import Tensor
 
 from rrcli.comparison.frontier import read_frontier
@@ -162,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     (output / "recursion_gain.md").write_text(text, encoding="utf-8")
     print(text, end="")
     plot(by_difficulty(comparison.stages), output / "recursion_gain.png")
+    plot_exits(frontier, output / "exits.png")
 
 
 if __name__ == "__main__":

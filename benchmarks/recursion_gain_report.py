@@ -1,8 +1,9 @@
-"""The report of `recursion_gain.py`: tables in Markdown and a picture, from what `rr compare` found."""
+"""The report of `recursion_gain.py`: tables in Markdown and two pictures, from what `rr compare` found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +19,12 @@ from rrcli.recursion.exits import ExitRule, Kind
 VANILLA, RECURSIVE, MATCHED = "finetuned_vanilla", "finetuned_recursive", "vanilla_equal_flops"
 # The stages of the report, and their colours in the picture.
 STAGES = {"baseline": "#909090", VANILLA: "#4c8fd6", MATCHED: "#1f4e8c", RECURSIVE: "#e8762c"}
+GREY = "#808080"
+# Colour and marker of each rule in the picture of exits.
+EXIT_STYLES = [
+    ("#1f4e8c", "D"), ("#e8762c", "o"), ("#2ca02c", "s"), ("#9467bd", "^"), ("#d62728", "*"), ("#8c564b", "v"),
+    ("#909090", "x"),
+]  # fmt: skip
 # Of the exit rules with many thresholds, those that the report shows.
 WITH_THRESHOLD: tuple[Kind, ...] = ("head", "probability", "margin")
 SHOWN_EXITS = [str(ExitRule(rule, threshold)) for rule in WITH_THRESHOLD for threshold in (0.5, 0.9, 0.99)]
@@ -63,6 +70,8 @@ without a seed are of seed {first}.
 {single}
 
 ## Exits
+
+![frontier of exits](exits.png)
 
 The test side of `rr eval --exits`, seed {first}: {n[problems]} problems, {n[documents]} documents with {n[tokens]}
 tokens. The chosen rule is the cheapest that loses at most {loss:g} points on the validation side.
@@ -216,14 +225,8 @@ def _difference(cell: Cell) -> tuple[str, str, str]:
 
 
 def plot(groups: Mapping[str, Mapping[str, Sequence[bool]]], file: Path) -> None:
-    """Draw accuracy by difficulty with 95 % Wilson intervals; grey that can be read on white and on black."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "#808080")):
-        figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    """Draw accuracy by difficulty with 95 % Wilson intervals."""
+    with _picture(file, "test problems answered correctly, %", columns=len(STAGES)) as axes:
         for offset, (stage, color) in enumerate(STAGES.items()):
             found = [wilson(sum(group[stage]), len(group[stage])) for group in groups.values()]
             # Rounding may leave a hair less than nothing.
@@ -231,9 +234,37 @@ def plot(groups: Mapping[str, Mapping[str, Sequence[bool]]], file: Path) -> None
             reach = [[max(0.0, 100 * end[side]) for end in ends] for side in (0, 1)]
             places = [i + 0.21 * (offset - 1.5) for i in range(len(found))]
             heights = [100 * e.value for e in found]
-            axes.bar(places, heights, 0.19, yerr=reach, color=color, ecolor="#808080", label=stage)
+            axes.bar(places, heights, 0.19, yerr=reach, color=color, ecolor=GREY, label=stage)
         axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
-        axes.set_ylabel("test problems answered correctly, %")
-        axes.spines[:].set_color("#808080")
-        figure.legend(frameon=False, ncols=len(STAGES), loc="outside upper center")
+
+
+def plot_exits(frontier: Mapping[str, Any], file: Path) -> None:
+    """Draw the frontier of exits: accuracy of the test problems against the FLOPs of an answer."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for point in frontier["test"]:
+        if point["accuracy"] is not None:
+            lines.setdefault(point["rule"], []).append((point["mflop"], point["accuracy"]["value"]))
+    with _picture(file, f"accuracy, % (n = {frontier['n']['test']['problems']})", columns=len(lines)) as axes:
+        for (rule, points), (color, marker) in zip(lines.items(), EXIT_STYLES, strict=False):
+            fixed = rule == "depth"
+            style = {"color": color, "marker": marker, "markersize": 9 if fixed else 4, "linewidth": 2 if fixed else 1}
+            axes.plot(*zip(*sorted(points), strict=True), label="fixed depth" if fixed else rule, **style)
+        axes.set_xlabel("MFLOP an answer, prompt included")
+
+
+@contextmanager
+def _picture(file: Path, label: str, *, columns: int) -> Iterator[Any]:
+    """Give axes to draw on, and save them; grey that can be read on white and on black."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), GREY)):
+        figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+        yield axes
+        axes.set_ylabel(label)
+        axes.spines[:].set_color(GREY)
+        figure.legend(frameon=False, ncols=columns, loc="outside upper center")
         figure.savefig(file, dpi=150, transparent=True)
+        pyplot.close(figure)

@@ -124,7 +124,10 @@ def test_difficulty_counts_all_seeds_and_takes_the_deepest_pass(comparison, tmp_
     # All of 255 right: the interval's end is below the share by a rounding error.
     groups["easy"] = {stage: [True] * 255 for stage in report.STAGES}
     report.plot(groups, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    points = [{"rule": "depth", "mflop": 1.0, "accuracy": {"value": 50.0}}, {"rule": "oracle", "accuracy": None}]
+    report.plot_exits({"test": points, "n": {"test": {"problems": 8}}}, tmp_path / "exits.png")
+    for name in ("plot.png", "exits.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_frontier_is_cut_to_some_thresholds_and_shows_the_chosen_one_with_its_control():
