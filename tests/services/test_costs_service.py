@@ -13,11 +13,13 @@ import pytest
 from commands import rr
 from comparing import compared, four_stages
 from rrcli.comparison.costs import with_costs
+from rrcli.comparison.pairing import Cells
 from rrcli.comparison.report import render
 from rrcli.comparison.results import Stage
 from rrcli.errors import RRError
 from rrcli.evaluation import interleaved
 from rrcli.evaluation.interleaved import Loaded, Measured, Subject
+from rrcli.evaluation.metrics import KNOWN
 from rrcli.evaluation.performance import Counts, Performance, Times, Way
 from rrcli.files import read_json, write_json
 from rrcli.reporting import Silent
@@ -139,6 +141,8 @@ def test_the_seed_that_was_measured_stands_for_all_and_damage_is_an_error(tmp_pa
     found, said, warnings = with_costs({"finetuned_vanilla": Stage("finetuned_vanilla", runs)}, file)
     assert [run["metrics"]["time_per_output_token"]["value"] for run in found["finetuned_vanilla"].runs] == [7, 7]
     assert (len(said), warnings) == (1, [])
+    cell = Cells(found).of(KNOWN["time_per_output_token"], "finetuned_vanilla", "finetuned_vanilla")
+    assert (cell.value, cell.by_seed) == (7, [])  # one measurement is not shown as that of two seeds
     write_json(file, json.loads(file.read_text()) | {"stages": {"baseline": {"depth": 0}}})
     with pytest.raises(RRError, match=r"costs\.json: stages"):
         with_costs({}, file)

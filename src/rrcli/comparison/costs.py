@@ -41,7 +41,7 @@ def with_costs(stages: Stages, file: Path) -> tuple[dict[str, Stage], list[str],
         own = known.get(stage.name)
         run = stage.by_seed.get(own.get("seed", 0)) if own is not None else None
         if own is not None and run is not None and _method({**own, **own["model"]}) == _method(run["model"]):
-            found[label] = replace(stage, runs=tuple(_with(one, own) for one in stage.runs))
+            found[label] = replace(stage, runs=tuple(_with(one, own) for one in stage.runs), shared_costs=True)
             continue
         found[label] = stage
         changed += [label] * (own is not None and run is not None)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from rrcli.comparison.records import PARTS
 from rrcli.comparison.results import Cell, Pair, Results, Stage, Stages
-from rrcli.evaluation.metrics import Metric, Record
+from rrcli.evaluation.metrics import Metric, Record, is_cost
 from rrcli.evaluation.paired import Evidence, PairedAnswers, PairedTotals
 from rrcli.evaluation.seeds import Unit, across_seeds
 from rrcli.evaluation.stats import CONFIDENCE, LEAST_UNITS, Estimate
@@ -105,7 +105,7 @@ def _own(metric: Metric, stage: Stage) -> Cell:
     """Return a stage's own value with its interval."""
     entries = [run["metrics"].get(metric.name) or {} for run in stage.runs]
     values = [entry.get("value") for entry in entries]
-    if len(entries) == 1:
+    if len(entries) == 1 or (stage.shared_costs and is_cost(metric.name)):
         return Cell(values[0], entries[0].get("low"), entries[0].get("high"), n=entries[0].get("n", 0))
     cell = Cell(metric.middle(values), by_seed=values, n=sum(entry.get("n", 0) for entry in entries))
     if cell.value is None:

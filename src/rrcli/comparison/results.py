@@ -32,10 +32,12 @@ class Stage:
     Attributes:
         label: its name, or the path of a results file.
         runs: one for each seed that was trained, in their order; a stage that needs no training has one.
+        shared_costs: whether all runs hold the costs of one of them, which `rr costs` measured.
     """
 
     label: str
     runs: tuple[Results, ...]
+    shared_costs: bool = False
 
     @property
     def first(self) -> Results:
