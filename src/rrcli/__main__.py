@@ -1,6 +1,7 @@
 """The entry point of `rr` and `python -m rrcli`."""
 
 import os
+import sys
 
 from rrcli import ui
 from rrcli.allocator import keep_freed_memory
@@ -20,7 +21,23 @@ def main() -> None:
     # Libraries' own bars (the GGUF reader draws one) would tear ours.
     os.environ.setdefault("TQDM_DISABLE", "1")
     ui.never_fail_to_write()
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if "RANK" in os.environ:
+            _leave(end.code)
+        raise
+
+
+def _leave(code: object) -> None:
+    """End a process of torchrun or accelerate launch here and now, when all it had to do is done and written.
+
+    What torch's process group leaves running is torn down in no fixed order when Python ends: on a busy machine that
+    aborted one process in five ("terminate called without an active exception"), after its result was printed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 if __name__ == "__main__":
