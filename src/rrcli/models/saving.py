@@ -28,7 +28,7 @@ def save_folder(
     base_fingerprint: str,
     own_weights: bool,
     hashes: Mapping[str, str] | None = None,
-    states: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
+    states: tuple[Mapping[str, Any], ...] | None = None,
 ) -> None:
     """Write a model's sidecar, adapters, weights (if its own), tokenizer and, last, the manifest into `folder`.
 

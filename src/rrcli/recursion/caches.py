@@ -59,7 +59,7 @@ def is_ready(cache: Any, depth: int) -> bool:
     return isinstance(cache, Cache) and len(getattr(cache, "rr_passes", ())) == depth
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def prepare(cache: Any, depth: int, *, full: bool = True, start: int = 0) -> None:
     """Store one cache for each of the passes `1..depth` on `cache`, at the start of a forward at that depth.
 
@@ -90,7 +90,7 @@ def prepare(cache: Any, depth: int, *, full: bool = True, start: int = 0) -> Non
         )
     if passes is None:
         blanks = [_copied(cache) for _ in range(depth)]
-        cache.__class__ = _mirrored(type(cache))
+        cache.__class__ = _mirrored(type(cache))  # type: ignore[arg-type]
         cache.rr_passes = blanks
     elif depth < have:
         del passes[depth:]

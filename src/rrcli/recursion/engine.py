@@ -65,6 +65,11 @@ class Recursion(nn.Module):
         deepest: the greatest depth that may be set; `max_steps` unless `allow` raised it.
     """
 
+    model: Any
+    backbone: Any
+    layers: list[nn.Module]
+    tail: list[nn.Module]
+
     def __init__(self, model: Any, config: RecursionConfig) -> None:
         super().__init__()
         layout, known = find_layout(model)

@@ -100,8 +100,9 @@ def find_layout(model: nn.Module) -> tuple[Layout, bool]:
     reason = REFUSED.get(family)
     if reason is None and getattr(model.config, "is_encoder_decoder", False):
         reason = "it is an encoder-decoder model"
-    if reason is None and getattr(config, "num_kv_shared_layers", 0):
-        reason = f"its last {config.num_kv_shared_layers} layers read the keys and values of earlier layers"
+    shared: int = getattr(config, "num_kv_shared_layers", 0)
+    if reason is None and shared:
+        reason = f"its last {shared} layers read the keys and values of earlier layers"
     if reason is not None:
         raise RRError(f"'{family}' models cannot be supported: {reason}", "Recursion needs another model.")
     known = LAYOUTS.get(family)

@@ -62,7 +62,7 @@ class FlopCounter(DispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
         self.uncounted: set[str] = set()
         self._formulas = torch_flop_formulas()

@@ -47,7 +47,9 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     same = rows.dtype == weight.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
     many = rows.numel() >= FEWEST_ROWS * weight.shape[1] and weight.numel() >= FEWEST_WEIGHTS
     if plain and here and same and many and usable() and weight.is_contiguous():
-        return _Linear.apply(rows, weight, bias) if torch.is_grad_enabled() else _by_onednn(rows, weight, bias)
+        if torch.is_grad_enabled():
+            return _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+        return _by_onednn(rows, weight, bias)
     return F.linear(rows, weight, bias)
 
 

@@ -81,7 +81,7 @@ class Readout:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.recursion = getattr(model, "recursion", None)
+        self.recursion: Any = getattr(model, "recursion", None)
         self.backbone = model.get_submodule(find_layout(model)[0].backbone)
         self.projection = model.get_output_embeddings()
         self.vocabulary = self.projection.weight.shape[0]
@@ -182,6 +182,7 @@ class Readout:
     def _score_apart(self, ids: Tensor, mask: Tensor, scored: Tensor, *, targets: Tensor, depth: int) -> Scores:
         passes = self.passes(ids, mask, depth=depth)
         losses, tops = [], []
+        top: Top | None
         for hidden in passes.hidden:
             if self.way == "tiles":
                 loss, top = tiles.token_losses(self.projection, self._logits_by, hidden[scored], targets=targets)

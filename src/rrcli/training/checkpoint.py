@@ -109,7 +109,7 @@ class Checkpoints:
             rows=saved["rows"],
             spent=Spent(**saved["spent"]),
             costs={int(depth): DepthCost(**cost) for depth, cost in saved["costs"].items()},
-            best=dict(saved["best"]),
+            best=saved["best"],
             raised=saved["raised"],
         )
 

@@ -161,7 +161,7 @@ class Optimizer:
         Raises:
             ValueError: tensors are missing, or are those of other parameters.
         """
-        expected = {f"raw/{name}": p for name, p in self.trained.items()}
+        expected: dict[str, Tensor] = {f"raw/{name}": p for name, p in self.trained.items()}
         expected |= {f"average/{name}": t for name, t in self.average.items()}
         if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in expected.items()}:
             raise ValueError("its weights are not those that train")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rrcli.schemas import Best
+
 
 @dataclass
 class Spent:
@@ -68,5 +70,5 @@ class TrainingState:
     rows: int
     spent: Spent = field(default_factory=Spent)
     costs: dict[int, DepthCost] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
     raised: list[str] = field(default_factory=list)

@@ -322,6 +322,7 @@ class Trainer:
         Every process does the same work, so that none waits for the others; the numbers of the main one count.
         """
         settings = self.settings
+        assert self.evaluation is not None
         limits = EvalSettings(
             seed=settings.seed, max_new_tokens=room_for(self.model, 32), skip_performance=True, depth=-1,
             task=settings.task, chat_template=settings.chat_template,
