@@ -9,9 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rrcli.comparison.comparison import Comparison
 from rrcli.comparison.formats import number, p_text, row_label, signed
 from rrcli.comparison.pairing import Cells
-from rrcli.comparison.results import Cell, Comparison, Results, Stage
+from rrcli.comparison.results import Cell, Results, Stage
 from rrcli.evaluation.metrics import LOOKUP_ACCURACY, PERPLEXITY, REASONING_ACCURACY
 from rrcli.evaluation.stats import wilson
 from rrcli.recursion.exits import ExitRule, Kind

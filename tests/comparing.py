@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from rrcli.comparison.claims import read_declaration
-from rrcli.comparison.results import Cell, Comparison, Judgement
+from rrcli.comparison.comparison import Comparison
+from rrcli.comparison.results import Cell, Judgement
 from rrcli.evaluation import metrics
 from rrcli.experiment.declarations import record
 from rrcli.experiment.workspace import Workspace

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from comparing import cell, publish, results, sentence
-from rrcli.comparison import formats
 from rrcli.comparison.claims import read_declaration
 from rrcli.experiment.declarations import record
 from rrcli.experiment.workspace import Workspace
@@ -101,7 +100,7 @@ def test_claims_without_a_record_are_not_said_to_be_declared(tmp_path: Path) -> 
 def test_when_claims_were_recorded_is_shown(measured: Path) -> None:
     comparison = compare(FIRST, [], measured)
     assert comparison.recorded
-    assert comparison.recorded in formats.note(comparison)
+    assert comparison.recorded in comparison.note
     assert comparison.to_dict()["recorded"] == comparison.recorded
 
 

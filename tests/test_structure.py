@@ -31,13 +31,14 @@ FLOORS = (
     {"training", "comparison"},
     {"experiment"},
     {"services"},
-    {"ui"},
+    {"ui", "notebook"},
     {"cli"},
     {"__main__"},
 )
 # Modules that read and write no tensors: not even a lazy import of torch belongs there.
 TORCH_FREE = (
     *("errors", "schemas", "settings", "configuration", "files", "locks", "reporting", "ui", "cli", "allocator"),
+    "notebook",
     *(f"data/{name}" for name in ("lines", "problem_files", "prompts", "sources", "readers", "splits", "tasks")),
     *("data/conversations", "data/document_store", "data/rendering"),
     *("recursion/batch", "recursion/config"),

@@ -1,6 +1,6 @@
 """Give a pretrained causal language model a second thought, and find out honestly whether it helped.
 
-The public API is imported on first use, so that `import rrcli` loads neither torch nor transformers.
+The public API is imported on first use, so that `import rrcli` loads neither torch nor pandas.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rrcli.evaluation.decoding import StopStrings
     from rrcli.evaluation.evaluate import evaluate_model
     from rrcli.models.loading import load
+    from rrcli.notebook import compare, curves, results, samples
     from rrcli.recursion.chunked_decoding import ChunkedDecoding
     from rrcli.recursion.config import RecursionConfig
     from rrcli.recursion.engine import Recursion, attach
@@ -28,8 +29,12 @@ _HOMES = {
     "RecursionConfig": "rrcli.recursion.config",
     "StopStrings": "rrcli.evaluation.decoding",
     "attach": "rrcli.recursion.engine",
+    "compare": "rrcli.notebook",
+    "curves": "rrcli.notebook",
     "evaluate_model": "rrcli.evaluation.evaluate",
     "load": "rrcli.models.loading",
+    "results": "rrcli.notebook",
+    "samples": "rrcli.notebook",
 }
 
 __all__ = [
@@ -40,8 +45,12 @@ __all__ = [
     "RecursionConfig",
     "StopStrings",
     "attach",
+    "compare",
+    "curves",
     "evaluate_model",
     "load",
+    "results",
+    "samples",
 ]
 
 

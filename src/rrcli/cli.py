@@ -39,6 +39,9 @@ LOADING = ("model", "device", "dtype", "trust_remote_code", "seed", "checkpoint_
 LOGS = ("log_dir", "output_dir")
 TEXT = ("data", "text_field", "on_bad_row", "template_date")
 DATA = (*TEXT, "task")
+# Suffix of a file -> the form of a comparison; and those forms that hold its values alone, without its texts.
+FORMS = {".json": "json", ".csv": "csv", ".md": "markdown", ".tex": "latex", ".parquet": "parquet"}
+VALUES_ALONE = ("csv", "latex", "parquet")
 
 
 class Commands(TyperGroup):
@@ -448,7 +451,8 @@ def compare(
     from rrcli.services import compare as service
 
     loaded = ctx.load(settings.CompareSettings)
-    _show_comparison(service.compare(loaded, stages or [], ctx.directory), loaded, ctx.directory, json)
+    form = _form(loaded, json)
+    _show_comparison(service.compare(loaded, stages or [], ctx.directory), loaded, ctx.directory, form)
 
 
 @_command(LOOK, _flags(settings.GenerateSettings, LOADING))
@@ -518,6 +522,7 @@ def run(
     for section in settings.PERFORMED:  # so that a wrong value is refused before any work is done
         ctx.load(section)
     read_declaration(ctx.load(settings.CompareSettings))
+    form = _form(ctx.load(settings.CompareSettings), json)
     if dry_run:
         steps = plan(ctx.directory, ctx.load, new_options=bool(ctx.given))
         if json:
@@ -530,7 +535,7 @@ def run(
     )
     loaded = ctx.load(settings.CompareSettings)
     result = comparing.compare(loaded, [], ctx.directory)
-    _show_comparison(result, loaded, ctx.directory, json)
+    _show_comparison(result, loaded, ctx.directory, form)
     if json:
         return
     ui.show_next("Results:", ctx.directory / ctx.load(CommonSettings).output_dir, "rr board")
@@ -548,19 +553,35 @@ def status(ctx: Context, json: Json = False) -> None:
         ui.show_status(found)
 
 
-def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: Path, json: bool) -> None:
-    """Show a comparison in the form that was asked for, or write it to a file; then fail if a gate does not hold."""
-    from rrcli.comparison.gates import require_gates
-    from rrcli.files import write_text
-
+def _form(chosen: settings.CompareSettings, json: bool) -> str:
+    """Return the form in which a comparison is shown or written; refuse one that cannot be, before it is computed."""
     form = "json" if json else chosen.format
     if form == "auto":
-        form = {".json": "json", ".csv": "csv", ".md": "markdown"}.get(Path(chosen.out).suffix, "table")
-    if chosen.generations and form == "csv":
-        raise UsageError("--generations and --format csv do not go together", "Take table, json or markdown.")
+        form = FORMS.get(Path(chosen.out).suffix.lower(), "table")
+    if chosen.generations and form in VALUES_ALONE:
+        raise UsageError(f"--generations and --format {form} do not go together", "Take table, json or markdown.")
+    if form == "parquet":
+        from rrcli.comparison.tables import check_parquet
+
+        check_parquet()
+        if not chosen.out:
+            raise UsageError("parquet cannot be shown on the screen", "Name a file: --out FILE.parquet.")
+    return form
+
+
+def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: Path, form: str) -> None:
+    """Show a comparison in the form that was asked for, or write it to a file; then fail if a gate does not hold."""
+    from rrcli.comparison.gates import require_gates
+    from rrcli.files import write_bytes, write_text
+
     if chosen.out:
         file = directory / Path(chosen.out).expanduser()
-        write_text(file, ui.comparison_text(result, form))
+        if form == "parquet":
+            from rrcli.comparison import written
+
+            write_bytes(file, written.parquet(result))
+        else:
+            write_text(file, ui.comparison_text(result, form))
         ui.TerminalReporter().note(f"Comparison: {file}")
     elif form == "table":
         ui.show_comparison(result)

@@ -48,7 +48,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Publish `text` at `path` by a temporary file, fsync and a rename. A reader sees the old file or the new one.
+    """Publish `text` at `path` as UTF-8; see `write_bytes`.
+
+    Raises:
+        RRError: the folder cannot be written.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Publish `data` at `path` by a temporary file, fsync and a rename. A reader sees the old file or the new one.
 
     The temporary name carries the number of this process, so that what a killed one left is removed by the next.
 
@@ -59,8 +68,8 @@ def write_text(path: Path, text: str) -> None:
     make_folder(path.parent)
     try:
         _sweep_files(path)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

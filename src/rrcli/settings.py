@@ -612,10 +612,11 @@ class CompareSettings(CommonSettings):
     )
     format: str = option(
         "auto",
-        "Format of the output: table, json, csv, markdown, or auto (by the suffix of --out, else a table).",
+        "Format of the output: table, json, csv, markdown, latex, parquet, or auto (by the suffix of --out: .json, "
+        ".csv, .md, .tex or .parquet; else a table). csv and parquet have a row for each value.",
         reaches=NOTHING,
         panel=OUTPUT,
-        choices=("auto", "table", "json", "csv", "markdown"),
+        choices=("auto", "table", "json", "csv", "markdown", "latex", "parquet"),
         in_run=None,
     )
     out: str = option("", "File to write to instead of the screen.", reaches=NOTHING, panel=OUTPUT, in_run=None)

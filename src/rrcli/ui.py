@@ -22,7 +22,8 @@ from rich.text import Text
 from rrcli.comparison import formats
 
 if TYPE_CHECKING:
-    from rrcli.comparison.results import Cell, Comparison, MetricRow
+    from rrcli.comparison.comparison import Comparison
+    from rrcli.comparison.results import Cell, MetricRow
     from rrcli.errors import RRError
     from rrcli.evaluation.tracing import Piece
     from rrcli.experiment.exits import ExitsResult
@@ -468,12 +469,15 @@ def show_status(status: Status) -> None:
 
 
 def comparison_text(comparison: Comparison, form: str) -> str:
-    """Return a comparison as 'table', 'json', 'csv' or 'markdown', without colour."""
+    """Return a comparison as 'table', 'json', 'csv', 'markdown' or 'latex', without colour."""
     if form == "json":
         value = comparison.to_dict()
         return _json("comparison", {key: each for key, each in value.items() if key != "schema"}, value["schema"])
-    if form in ("csv", "markdown"):
-        return formats.csv_text(comparison) if form == "csv" else formats.markdown(comparison)
+    if form in ("csv", "markdown", "latex"):
+        from rrcli.comparison import written
+
+        write = {"csv": written.csv_text, "markdown": written.markdown, "latex": written.latex}[form]
+        return write(comparison)
     file = io.StringIO()
     show_comparison(comparison, Console(file=file, width=PIPED_WIDTH, highlight=False, no_color=True, emoji=False))
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
@@ -495,7 +499,7 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
         for line in formats.own_lines(row, width=width):
             table.add_row(*line, style="dim")
     console.print(table)
-    console.print(f"[dim]{escape(formats.note(comparison))}[/dim]")
+    console.print(f"[dim]{escape(comparison.note)}[/dim]")
     for sentence in comparison.sentences:
         if sentence != comparison.broken_surgery:  # shown above
             console.print(f"- {escape(sentence)}")

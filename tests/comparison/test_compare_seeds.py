@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 import scipy.stats
 
 from comparing import cell, judged, results, sentence
-from rrcli.comparison import formats
+from rrcli.comparison import written
 from rrcli.comparison.claims import read_declaration
+from rrcli.comparison.comparison import Comparison
 from rrcli.comparison.report import render
-from rrcli.comparison.results import Comparison
 from rrcli.evaluation import metrics
 from rrcli.evaluation.seeds import across_seeds
 from rrcli.experiment.declarations import record
@@ -130,15 +131,16 @@ def test_a_stages_own_value_is_the_mean_over_seeds_with_its_interval(comparison:
 
 
 def test_seeds_are_shown_in_every_form(comparison: Comparison) -> None:
-    assert "| &nbsp;&nbsp;by seed |  | 42.5 / 42.5 / 42.5 | 45.0 / 70.0 / 57.5 |" in formats.markdown(comparison)
-    lines = list(csv.DictReader(io.StringIO(formats.csv_text(comparison))))
+    words = re.sub(" +", " ", written.markdown(comparison))
+    assert "| &nbsp;&nbsp;by seed | | 42.5 / 42.5 / 42.5 | 45.0 / 70.0 / 57.5 |" in words
+    lines = list(csv.DictReader(io.StringIO(written.csv_text(comparison))))
     own = [line for line in lines if (line["metric"], line["stage"]) == ("reasoning_accuracy", "finetuned_recursive")]
     assert [line["seed"] for line in own] == ["", "0", "1", "2"]
     assert [float(line["value"]) for line in own[1:]] == pytest.approx([45.0, 70.0, 57.5])
     value = comparison.to_dict()
     (row,) = [row for row in value["rows"] if row["name"] == "reasoning_accuracy"]
     assert row["cells"][2]["by_seed"] == pytest.approx([45.0, 70.0, 57.5])
-    assert "Stages with several seeds show their mean over seeds" in formats.note(comparison)
+    assert "Stages with several seeds show their mean over seeds" in comparison.note
     assert not any("one seed" in text for text in comparison.sentences)
 
 

@@ -6,13 +6,15 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import pandas
 import pytest
 
 from comparing import four_stages, publish, results
-from rrcli.comparison import formats
-from rrcli.comparison.results import Comparison
+from rrcli.comparison import formats, tables, written
+from rrcli.comparison.comparison import Comparison
 from rrcli.evaluation import metrics
 from rrcli.services.compare import compare
 from rrcli.settings import STAGES, CompareSettings
@@ -45,9 +47,10 @@ def comparison(directory: Path) -> Comparison:
 
 
 def test_markdown_is_a_table_of_every_row_and_stage(comparison: Comparison) -> None:
-    text = formats.markdown(comparison)
-    table = [line for line in text.splitlines() if line.startswith("|")]
+    text = written.markdown(comparison)
+    table = [re.sub(" +", " ", line) for line in text.splitlines() if line.startswith("|")]
     assert table[0] == f"| Metric | {' | '.join(STAGES[:4])} |"
+    assert re.fullmatch(r"\|:-+\|(-+:\|){4}", table[1])
     deeper = sum(bool(row.depths) for row in comparison.rows)
     assert deeper == 2
     assert len(table) == 2 + len(comparison.rows) + deeper
@@ -59,13 +62,13 @@ def test_markdown_is_a_table_of_every_row_and_stage(comparison: Comparison) -> N
 
 
 def test_markdown_keeps_a_generation_in_its_place(comparison: Comparison) -> None:
-    text = formats.markdown(comparison)
+    text = written.markdown(comparison)
     assert text.count("### Once, g") == 4
     assert "- **finetuned_recursive**: a \\| b<br>and [bold]c[/bold]" in text
 
 
 def test_csv_has_one_line_for_each_value(comparison: Comparison) -> None:
-    lines = list(csv.DictReader(io.StringIO(formats.csv_text(comparison))))
+    lines = list(csv.DictReader(io.StringIO(written.csv_text(comparison))))
     own = [line for line in lines if line["depth"] == ""]
     assert len(own) == sum(cell.value is not None for row in comparison.rows for cell in row.cells)
     for row in comparison.rows:
@@ -77,6 +80,48 @@ def test_csv_has_one_line_for_each_value(comparison: Comparison) -> None:
     depths = [line for line in lines if line["metric"] == "perplexity" and line["depth"]]
     assert [(line["stage"], line["depth"]) for line in depths] == [("finetuned_recursive", d) for d in "01"]
     assert float(depths[1]["value"]) == comparison.rows[0].cells[3].value
+    assert {line["n"] for line in own if line["metric"] == "perplexity"} == {"80"}
+
+
+def test_parquet_holds_the_frame_itself(comparison: Comparison) -> None:
+    made = comparison.to_frame()
+    read = pandas.read_parquet(io.BytesIO(written.parquet(comparison)))
+    assert list(read.columns) == list(made.columns)
+    assert read.value.tolist() == pytest.approx(made.value.tolist(), rel=0, abs=0)
+    assert read.depth.dropna().tolist() == made.depth.dropna().tolist() == [0, 1] * 2
+    assert read.verdict.fillna("").tolist() == made.verdict.fillna("").tolist()
+
+
+def test_latex_has_a_row_for_each_line_and_no_bare_sign(comparison: Comparison) -> None:
+    text = written.latex(comparison)
+    assert text.startswith("% Differences are to baseline")
+    assert "\\toprule" in text
+    assert "finetuned\\_recursive" in text
+    assert re.search(r"^Perplexity \$\\downarrow\$ &.*\\\\$", text, re.MULTILINE)
+    body = text.partition("\n")[2]
+    assert body.isascii()
+    assert all(line.count("&") == 4 for line in body.splitlines() if line.endswith("\\\\"))
+
+
+def test_a_notebook_shows_the_table_and_its_sentences_without_foreign_markup(comparison: Comparison) -> None:
+    comparison.stages[0] = replace(comparison.stages[0], label="<script>x</script>")
+    comparison.warnings.append("<b>careful</b>")
+    page = comparison._repr_html_()
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "&lt;script&gt;x&lt;/script&gt;" in page
+    assert page.count("<tr") == 1 + len(comparison.texts()[1])
+    assert page.count("<li>") == len(comparison.sentences) + len(comparison.warnings)
+    assert "6.71<br>−" in page
+
+
+def test_tables_need_no_more_than_their_rows() -> None:
+    made = tables.frame([{"value": None, "n": 3}, {"stage": "a"}], ("stage", "value", "n", "role"))
+    assert list(made.dtypes.astype(str))[1:3] == ["float64", "Int64"]
+    assert made.n.tolist()[0] == 3
+    assert made.role.isna().all()
+    found = re.sub(" +", " ", tables.markdown(["a|b"], [["1\n2"], ["  x"]]))
+    assert found.splitlines()[2:] == ["| 1<br>2 |", "| &nbsp;&nbsp;x |"]
 
 
 @pytest.mark.parametrize(("value", "text"), [(None, "-"), (3, "3"), (12345.6, "12,346"), (0.12345, "0.123")])
@@ -106,12 +151,14 @@ def test_the_table_has_depths_and_generations(directory: Path, width: int, monke
     ("name", "flags", "begins"),
     [
         ("a.txt", (), "\n  Metric"),
-        ("a.md", (), "| Metric |"),
+        ("a.md", (), "| Metric  "),
         ("a.csv", (), "metric,label,"),
         ("a.json", (), '{"schema": "rr.comparison/2"'),
+        ("a.tex", (), "% Differences are"),
+        ("a.CSV", (), "metric,label,"),
         ("a.md", ("--format", "csv"), "metric,label,"),
         ("a.txt", ("--json",), '{"schema": "rr.comparison/2"'),
-        ("new/folder/a.md", (), "| Metric |"),
+        ("new/folder/a.md", (), "| Metric  "),
     ],
 )
 def test_out_takes_the_place_of_the_screen(directory: Path, name: str, flags: tuple[str, ...], begins: str) -> None:
@@ -125,17 +172,31 @@ def test_out_takes_the_place_of_the_screen(directory: Path, name: str, flags: tu
 
 
 def test_formats_on_the_screen_are_those_of_the_file(directory: Path) -> None:
-    for form in ("json", "csv", "markdown"):
+    for form in ("json", "csv", "markdown", "latex"):
         rr("compare", "--format", form, "--out", f"x.{form}", directory=directory)
         shown = rr("compare", "--format", form, directory=directory)
         assert shown.stdout == (directory / f"x.{form}").read_text(encoding="utf-8")
     assert rr("compare", "--json", directory=directory).stdout == (directory / "x.json").read_text(encoding="utf-8")
 
 
-def test_generations_and_csv_do_not_go_together(directory: Path) -> None:
-    failed = rr("compare", "--generations", "--format", "csv", directory=directory)
+@pytest.mark.parametrize("form", ["csv", "latex", "parquet"])
+def test_generations_and_values_alone_do_not_go_together(directory: Path, form: str) -> None:
+    failed = rr("compare", "--generations", "--format", form, directory=directory)
     assert failed.exit_code == 2
     assert "do not go together" in failed.stderr
+
+
+def test_parquet_goes_to_a_file(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rr("compare", "--out", "a.parquet", directory=directory).exit_code == 0
+    assert set(pandas.read_parquet(directory / "a.parquet").stage) == set(STAGES[:4])
+    failed = rr("compare", "--format", "parquet", directory=directory)
+    assert failed.exit_code == 2
+    assert "hint: Name a file: --out FILE.parquet." in failed.stderr
+    monkeypatch.setattr(tables, "find_spec", lambda name: None)
+    failed = rr("compare", "--out", "b.parquet", directory=directory)
+    assert failed.exit_code == 1
+    assert "rrcli[parquet]" in failed.stderr
+    assert not (directory / "b.parquet").exists()
 
 
 def test_an_out_that_cannot_be_written(directory: Path) -> None:

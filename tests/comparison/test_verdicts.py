@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 
 from comparing import DOCUMENTS, PROBLEMS, cell, compared, four_stages, judged, publish, results, sentence
-from rrcli.comparison import formats
+from rrcli.comparison import written
 from rrcli.comparison.results import Cell
 from rrcli.evaluation import metrics
 from rrcli.evaluation.paired import PairedAnswers, PairedTotals, problems_needed
@@ -320,7 +320,7 @@ def test_a_perplexity_that_was_not_finite_is_a_gap(tmp_path: Path) -> None:
     comparison = compared(tmp_path, results("baseline"), broken, primary=("perplexity: finetuned_vanilla < baseline",))
     assert cell(comparison, "perplexity", "finetuned_vanilla").value is None
     assert not comparison.judgements[0].shown
-    assert "Perplexity" in formats.markdown(comparison)
+    assert "Perplexity" in written.markdown(comparison)
 
 
 # -- warnings ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from comparing import results as results_of
-from rrcli.comparison.results import Comparison
+from rrcli.comparison.comparison import Comparison
 from rrcli.evaluation import metrics
 from rrcli.files import finite, write_json
 from rrcli.recursion.feedback_cell import FeedbackCell

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from rrcli.comparison import gates, sentences
 from rrcli.comparison.claims import Declaration
+from rrcli.comparison.comparison import Comparison
 from rrcli.comparison.judging import judge, mark, withdraw
 from rrcli.comparison.pairing import Cells
 from rrcli.comparison.preservation import Preservation
-from rrcli.comparison.results import Cell, Comparison, MetricRow, Stage, Stages
+from rrcli.comparison.results import Cell, MetricRow, Stage, Stages
 from rrcli.evaluation.metrics import Metric, metrics_of
 
 TRAINING_ROWS = (

@@ -1,19 +1,11 @@
-"""Writes a comparison as text: its numbers, Markdown, and CSV.
+"""Writes the numbers of a comparison as text: a value, a difference, an interval, a line of depths.
 
-`ui` draws the table of the terminal from the same cells and adds colour.
+`ui` draws the table of the terminal from the same texts and adds colour; `written` makes documents of them.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-
-from rrcli.comparison.results import Cell, Comparison, MetricRow
-
-CSV_COLUMNS = (
-    *("metric", "label", "unit", "better", "stage", "seed", "depth", "value", "low", "high"),
-    *("difference", "difference_low", "difference_high", "confidence", "role", "p_value", "p_adjusted", "verdict", "n"),
-)
+from rrcli.comparison.results import Cell, MetricRow
 
 # Widths of a narrow table: of the names of the metrics, and of the widest column of a stage.
 NARROW_LABEL, NARROW_WIDTH = 14, 15
@@ -116,64 +108,3 @@ def own_lines(row: MetricRow, *, width: int | None = None) -> list[list[str]]:
     depths = [depth_line(depths, row, width=width) for depths in row.depths]
     found = [[line_label(row, what), *line] for what, line in (("seed", seeds), ("depth", depths))]
     return [line for line in found if any(line[1:])]
-
-
-def note(comparison: Comparison) -> str:
-    """Return what the differences and the verdicts of the table mean."""
-    first = comparison.stages[0].label
-    recorded = comparison.recorded
-    seeds = any(len(stage.runs) > 1 for stage in comparison.stages)
-    return (
-        f"Differences are to {first}, on the same documents and problems, with 95 % intervals. A p-value in the table "
-        "is exploratory: it is not corrected for the others, and claims nothing. Verdicts are those of primary claims, "
-        f"at level {comparison.alpha:g} for all of them together (Holm), with the interval of their level. "
-        + ("Stages with several seeds show their mean over seeds; seeds count as random. " if seeds else "")
-        + (f"The claims were recorded {recorded}, before a fine-tuned stage was measured. " if recorded else "")
-        + "Sample generations and costs are not tested; speeds are medians with their range."
-    )
-
-
-def markdown(comparison: Comparison) -> str:
-    """Return the table, the sentences, the warnings, the gates and the generations as Markdown."""
-    rows = [["Metric", *comparison.labels], ["---", *["---:"] * len(comparison.stages)]]
-    for row in comparison.rows:
-        cells = ["<br>".join([*value_lines(cell, row), *difference_lines(cell, row)]) for cell in row.cells]
-        indent = "&nbsp;&nbsp;" if row.metric.label.startswith(" ") else ""
-        rows.append([indent + row_label(row).strip(), *cells])
-        rows += [[f"&nbsp;&nbsp;{label.strip()}", *values] for label, *values in own_lines(row)]
-    first = [f"**{_escaped(comparison.broken_surgery)}**", ""] if comparison.broken_surgery else []
-    lines = [*first, *(f"| {' | '.join(_escaped(cell) for cell in row)} |" for row in rows)]
-    lines += ["", note(comparison), ""]
-    lines += [f"- {_escaped(sentence)}" for sentence in comparison.sentences]
-    lines += [f"- **Warning:** {_escaped(warning)}" for warning in comparison.warnings]
-    lines += [f"- Gate `{gate.gate}` {'holds' if gate.holds else 'does **not** hold'}" for gate in comparison.gates]
-    for generation in comparison.generations:
-        lines += ["", f"### {_escaped(generation.prompt).strip()}", ""]
-        for stage, text in zip(comparison.labels, generation.texts, strict=True):
-            lines.append(f"- **{_escaped(stage)}**: {'(none)' if text is None else _escaped(text)}")
-    return "\n".join(lines) + "\n"
-
-
-def csv_text(comparison: Comparison) -> str:
-    """Return one line for each metric of each stage; a line with a `depth` or a `seed` has only the value at it."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in comparison.rows:
-        names = {"metric": row.metric.name, "label": row.metric.label.strip(), "unit": row.metric.unit}
-        names["better"] = row.metric.better
-        for column, (stage, cell) in enumerate(zip(comparison.labels, row.cells, strict=True)):
-            if cell.value is not None:
-                values = {name: value for name, value in cell.to_dict().items() if name != "by_seed"}
-                writer.writerow(names | {"stage": stage} | values)
-            for seed, value in zip(comparison.stages[column].by_seed, cell.by_seed, strict=False):
-                writer.writerow(names | {"stage": stage, "seed": seed, "value": value})
-            depths = row.depths[column] if row.depths else []
-            for depth, value in enumerate(depths if len(depths) > 1 else []):
-                writer.writerow(names | {"stage": stage, "depth": depth, "value": value})
-    return file.getvalue()
-
-
-def _escaped(text: str) -> str:
-    """Return the text so that it fits into one cell of a Markdown table, or one item of a list."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\r", "").replace("\n", "<br>")

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.comparison import formats
+from rrcli.comparison.comparison import Comparison
 from rrcli.comparison.curves import Curves, read_curves
 from rrcli.comparison.frontier import lines_of
-from rrcli.comparison.results import Cell, Comparison, MetricRow, Results, Stage, generations_of
+from rrcli.comparison.results import Cell, MetricRow, Results, Stage, generations_of
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.metrics import PERPLEXITY, REASONING_ACCURACY, TOKEN_ACCURACY
 from rrcli.evaluation.seeds import across_seeds
@@ -99,7 +100,7 @@ def render(comparison: Comparison, logs: Path) -> str:
         sentences=comparison.sentences,
         warnings=comparison.warnings,
         gates=comparison.gates,
-        note=formats.note(comparison),
+        note=comparison.note,
         rows=[_table_row(row, comparison.labels) for row in comparison.rows],
         sections=_sections(comparison, curves),
         generations=[_marked(g.prompt, g.texts) for g in generations_of(comparison.stages)],

@@ -1,4 +1,4 @@
-"""The values that `rr compare` computes: stages, pairs, cells, rows, judgements, and the comparison as a whole."""
+"""The values that a comparison consists of: stages, pairs, cells, rows, judgements, gates and texts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,7 @@ from rrcli.errors import RRError
 from rrcli.evaluation.metrics import Metric
 from rrcli.evaluation.paired import Evidence, Needed
 from rrcli.evaluation.stats import CONFIDENCE
-from rrcli.files import finite, read_json
-
-# The metrics of the curve of quality against cost.
-CURVE = (
-    *("perplexity", "token_accuracy", "reasoning_accuracy"),
-    *("prefill_flops_per_token", "decode_flops_per_token", "time_per_output_token"),
-)
+from rrcli.files import read_json
 
 # The content of a results file.
 Results = dict[str, Any]
@@ -199,88 +193,6 @@ class PromptTexts:
 
     prompt: str
     texts: list[str | None]
-
-
-@dataclass
-class Comparison:
-    """Everything that `rr compare` shows.
-
-    Attributes:
-        stages: the stages of the table, the reference first. judgements: what is said of each primary claim.
-        alpha: the level of all primary claims together.
-        recorded: when the claims were recorded, if that was before the first evaluation of a fine-tuned stage; else ''.
-        broken_surgery: a sentence that is shown first if surgery did not preserve the baseline; the command then fails.
-        frontiers: stage -> what 'rr eval --exits' measured of it, for the report.
-    """
-
-    stages: list[Stage]
-    rows: list[MetricRow]
-    judgements: list[Judgement] = field(default_factory=list)
-    sentences: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    generations: list[PromptTexts] = field(default_factory=list)
-    gates: list[GateResult] = field(default_factory=list)
-    alpha: float = 0.05
-    recorded: str = ""
-    broken_surgery: str = ""
-    frontiers: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def labels(self) -> list[str]:
-        """The names of the stages, or the paths of their results files."""
-        return [stage.label for stage in self.stages]
-
-    def curves(self) -> dict[str, list[dict[str, Any]]]:
-        """Return what quality costs: for each stage the metrics of `CURVE` at depth 0, 1, ..., where they are known.
-
-        A stage whose tokens leave by an exit rule has one point more, with `exit`, for the stage as it was measured.
-        """
-        rows = {row.metric.name: row for row in self.rows if row.metric.name in CURVE}
-        found = {}
-        for column, stage in enumerate(self.stages):
-            model = stage.first["model"]
-            depth = model.get("depth") or 0
-            points = [{"depth": k} | _at(rows, column, k, last=k == depth) for k in range(depth + 1)]
-            if model.get("exit"):
-                points[-1] = {"depth": depth} | _at(rows, column, depth, last=False)
-                points.append({"depth": depth, "exit": model["exit"]} | _at(rows, column, -1, last=True))
-            found[stage.label] = points
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {
-            "schema": 2,
-            "kind": "comparison",
-            "stages": self.labels,
-            "seeds": {stage.label: list(stage.by_seed) for stage in self.stages},
-            "alpha": self.alpha,
-            "rows": [
-                {name: getattr(row.metric, name) for name in ("name", "label", "unit", "better")}
-                | {"cells": [cell.to_dict() for cell in row.cells]}
-                | ({"by_depth": row.depths} if row.depths else {})
-                for row in self.rows
-            ],
-            "curves": self.curves(),
-            "claims": [finite(judgement.to_dict()) for judgement in self.judgements],
-            "recorded": self.recorded or None,
-            "broken_surgery": self.broken_surgery or None,
-            "sentences": self.sentences,
-            "warnings": self.warnings,
-            "generations": [vars(generation) for generation in self.generations],
-            "gates": [vars(gate) for gate in self.gates],
-        }
-
-
-def _at(rows: Mapping[str, MetricRow], column: int, depth: int, *, last: bool) -> dict[str, float]:
-    """Return a stage's metrics at a depth; where it is the last, or there is no other, those of the stage itself."""
-    found = {}
-    for name, row in rows.items():
-        depths = row.depths[column] if row.depths else []
-        value = depths[depth] if 0 <= depth < len(depths) else row.cells[column].value if last else None
-        if value is not None:
-            found[name] = value
-    return found
 
 
 def read_results(file: Path, made_by: str) -> Results:

@@ -7,14 +7,16 @@ from pathlib import Path
 
 from rrcli.comparison.claims import Declaration, read_declaration
 from rrcli.comparison.compare import compare_stages
+from rrcli.comparison.comparison import Comparison
 from rrcli.comparison.costs import with_costs
 from rrcli.comparison.frontier import read_frontier
 from rrcli.comparison.gates import read_gate
 from rrcli.comparison.preservation import Preservation, check_preserved
 from rrcli.comparison.report import check_report_path
-from rrcli.comparison.results import Comparison, Stage, Stages, generations_of, read_results, speakers
-from rrcli.errors import RRError, UsageError, suggest
+from rrcli.comparison.results import Stage, Stages, generations_of, speakers
+from rrcli.errors import RRError
 from rrcli.experiment.declarations import late, late_claims, recorded
+from rrcli.experiment.measured import named_stages, read_stage
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.settings import STAGES, CompareSettings
 
@@ -33,7 +35,7 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
     if settings.report:
         check_report_path(settings.report)
     declared = read_declaration(settings)
-    measured = {name: _read(workspace, name) for name in _named(names, workspace)}
+    measured = {name: read_stage(workspace, name) for name in named_stages(names, workspace)}
     stages, said, warnings = with_costs(measured, workspace.costs_file)
     comparison = compare_stages(
         stages,
@@ -59,26 +61,13 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
     return comparison
 
 
-def _named(names: Sequence[str], workspace: Workspace) -> list[str]:
-    """Return the given names, or every stage that was measured if no name was given."""
-    names = list(names) or [stage for stage in STAGES if workspace.measured(stage)]
-    if not names:
-        raise RRError(
-            f"{workspace.directory / workspace.settings.output_dir} holds no results", "'rr run' measures every stage."
-        )
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise UsageError(f"'{twice}' is named twice", "Name each stage or results file once.")
-    return names
-
-
 def _others(declared: Declaration, stages: Stages, workspace: Workspace) -> dict[str, Stage]:
     """Return the measured stages that primary claims are about and that have no column; none beside files by path."""
     if not stages.keys() <= set(STAGES):
         return {}
     about = {stage for claim in declared.primary for stage in (claim.stage, claim.reference)}
     absent = sorted(about - stages.keys(), key=STAGES.index)
-    return {stage: _read(workspace, stage) for stage in absent if workspace.measured(stage)}
+    return {stage: read_stage(workspace, stage) for stage in absent if workspace.measured(stage)}
 
 
 def _preserved(stages: Stages, workspace: Workspace) -> Preservation | None:
@@ -94,23 +83,6 @@ def _preserved(stages: Stages, workspace: Workspace) -> Preservation | None:
     if "finetuned_recursive" not in compared or not all(file.is_file() for file in files):
         return None
     found = check_preserved(
-        *((compared.get(stage) or _read(workspace, stage)).first for stage in (SURGERY_STAGE, "baseline"))
+        *((compared.get(stage) or read_stage(workspace, stage)).first for stage in (SURGERY_STAGE, "baseline"))
     )
     return found if found.broken else None
-
-
-def _read(workspace: Workspace, name: str) -> Stage:
-    """Read a stage with all its seeds, or the one results file that is named by its path."""
-    if name in STAGES:
-        file, maker = workspace.results_file(name), f"rr eval --stage {name}"
-        measured = workspace.measured(name)
-        if not measured:
-            raise RRError(f"stage '{name}' was not measured: {file} is not there", f"'{maker}' measures it.")
-        files = [(workspace.results_file(one.name), maker + one.flag) for one in measured]
-        return Stage(name, tuple(read_results(*each) for each in files))
-    if "/" in name or name.endswith(".json"):
-        file, maker = workspace.directory / name, "rr eval"
-        if not file.exists():
-            raise UsageError(f"the results file {file} does not exist", "'rr eval' writes one into eval_results/.")
-        return Stage(name, (read_results(file, maker),))
-    raise UsageError(f"unknown stage '{name}'", suggest(name, STAGES))
