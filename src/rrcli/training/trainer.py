@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,6 @@ from rrcli.errors import Interrupted, RRError
 from rrcli.evaluation.decoding import room_for
 from rrcli.evaluation.evaluate import evaluate_model
 from rrcli.evaluation.held_out import EvalData
-from rrcli.recursion.attention import attention_by_products
 from rrcli.recursion.batch import Batch
 from rrcli.recursion.chunk_metrics import ChunkTotals
 from rrcli.recursion.flops import counted_flops
@@ -256,7 +255,7 @@ class Trainer:
         own = self.processes.rows(len(batch.labels))
         chunks, sums = ChunkTotals(), dict[str, float]()
         with (
-            nullcontext() if self.settings.compile else self._fast_kernels(),
+            nullcontext() if self.settings.compile else through_onednn(self.model),
             counted_flops() if self.state.costs.get(plan.depth, DepthCost()).due else nullcontext() as counter,
         ):
             for begin in range(own.start, own.stop, self.state.rows):
@@ -274,12 +273,6 @@ class Trainer:
                 for tag, value in values.items():
                     sums[tag] = sums.get(tag, 0.0) + float(value)
         return Share(sums, chunks) if counter is None else Share(sums, chunks, counter.total, sorted(counter.uncounted))
-
-    @contextmanager
-    def _fast_kernels(self) -> Iterator[None]:
-        """Within this context products and attention on a CPU are computed in the fastest way that rr knows."""
-        with through_onednn(self.model), attention_by_products():
-            yield
 
     def _joined(self, batch: Batch, depth: int, parts: list[Share], *, step: int) -> dict[str, float]:
         """Return the scalars of a step from the shares that the processes computed."""
