@@ -17,8 +17,9 @@ from rrcli.recursion.flops import FlopCounter
 from rrcli.recursion.products import linear, through_onednn, usable
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Silent
+from rrcli.services import train as train_service
 from rrcli.services.surgery import surgery
-from rrcli.services.train import train
+from rrcli.services.train import _slow_format, train
 from rrcli.settings import SurgerySettings, TrainSettings, with_changes
 
 needs_onednn = pytest.mark.skipif(not usable(), reason="this torch or this processor has no oneDNN")
@@ -139,3 +140,18 @@ def test_training_uses_it_and_counts_the_same_flops(taken, tmp_path, monkeypatch
     names = load_file(by_torch.checkpoint / "recursion.safetensors")
     for name, tensor in load_file(by_onednn.checkpoint / "recursion.safetensors").items():
         torch.testing.assert_close(tensor, names[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_gain_in_speed_is_a_ratio_of_times():
+    assert 0 < products.bfloat16_gain() < 100
+
+
+@pytest.mark.parametrize(
+    ("gain", "dtype", "said"), [(3.0, "auto", True), (1.1, "auto", False), (3.0, "float32", False)]
+)
+def test_training_says_where_bfloat16_would_be_faster(gain, dtype, said, monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(products, "bfloat16_gain", lambda: gain)
+    assert _slow_format(model, TrainSettings(dtype=dtype)) == ""  # so small a model
+    monkeypatch.setattr(train_service, "WORTH_A_CHOICE", 1)
+    assert ("--dtype bfloat16" in _slow_format(model, TrainSettings(dtype=dtype))) == said
