@@ -39,7 +39,7 @@ from rrcli.comparison.frontier import read_frontier
 from rrcli.comparison.results import Results, read_results
 from rrcli.configuration import SETTINGS_FILE, load
 from rrcli.experiment.workspace import Workspace, used_checkpoint
-from rrcli.models.loading import load_config
+from rrcli.models.config import load_config
 from rrcli.recursion.feedback_cell import FeedbackCell
 from rrcli.services.compare import compare
 from rrcli.settings import CommonSettings, CompareSettings

@@ -35,7 +35,8 @@ PANELS = (
 # Switch -> whether it is on by default. `--help` shows the half of a switch that changes its default.
 SWITCHES = {item.name: item.default for cls in settings.SECTIONS for item in fields(cls) if item.type == "bool"}
 # Groups of common options, for the commands that do not read all of them.
-LOADING = ("model", "device", "dtype", "trust_remote_code", "seed", "checkpoint_dir")
+PLACEMENT = ("device", "dtype", "parallel", "device_map", "max_memory")
+LOADING = ("model", *PLACEMENT, "trust_remote_code", "seed", "checkpoint_dir")
 LOGS = ("log_dir", "output_dir")
 TEXT = ("data", "text_field", "on_bad_row", "template_date")
 DATA = (*TEXT, "task")

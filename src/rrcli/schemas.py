@@ -10,6 +10,7 @@ eval_results/declared.json           Declared
 <checkpoint>/metrics.json            CheckpointMetrics
 <checkpoint>/trainer_state/progress.json    Progress
 model.safetensors.index.json         WeightIndex (written by others)
+--device-map FILE                    DeviceMap (written by the user)
 
 Keys that a type does not name are kept and not looked at: a newer version may have written them.
 """
@@ -28,6 +29,8 @@ Bools = Annotated[list[bool], Meta(min_length=1)]
 Words = Annotated[list[str], Meta(min_length=1)]
 Numbers = Annotated[list[float], Meta(min_length=1)]
 Counts = Annotated[list[Count], Meta(min_length=1)]
+# Module -> where its weights lie: cpu, disk, cuda:1, or the number of a GPU.
+DeviceMap = dict[str, str | int]
 
 
 class MetricEntry(TypedDict):

@@ -143,6 +143,28 @@ class CommonSettings:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", reaches=NOTHING, panel=MODEL)
+    parallel: str = option(
+        "",
+        "Cut the model into parts among several processes, one GPU each: fsdp=8 (each layer is put together while it "
+        "runs), tp=8 (each matrix is shared), ep=8 (experts are shared), replicas=2 (the whole twice), or several: "
+        "fsdp=4,tp=2. Starts the processes on this machine; torchrun and accelerate launch start them themselves.",
+        reaches=NOTHING,
+        panel=COMPUTE,
+    )
+    device_map: str = option(
+        "auto",
+        "Where the layers lie in one process: auto (on the device if they fit there, else also on other GPUs, in the "
+        "CPU's memory and on disk), balanced (evenly over all GPUs), or a JSON file of modules and devices.",
+        reaches=NOTHING,
+        panel=COMPUTE,
+    )
+    max_memory: str = option(
+        "",
+        "Most memory that the weights may take on each device, such as cuda:0=70GiB,cpu=100GiB; what is free on those "
+        "that are not named.",
+        reaches=NOTHING,
+        panel=COMPUTE,
+    )
     template_date: str = option(
         "",
         "Date that the chat template writes as today's, if it writes one, as YYYY-MM-DD. [default: the day of the "

@@ -172,15 +172,21 @@ def test_halves_of_halves_keep_their_order():
         halving(lambda _: run([1, 2, 3]), [8], too_large)
 
 
+def with_tokens_on(device: str) -> SimpleNamespace:
+    """Return as much of a model as tells on which device its tokens have to be."""
+    weight = SimpleNamespace(device=torch.device(device))
+    return SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(parameters=lambda: iter([weight])))
+
+
 @pytest.mark.parametrize(
     ("available", "lowered"), [(10**12, 512), (2 * 512 * 1000, 512), (2 * 500 * 1000, 256), (0, 1)]
 )
 def test_a_cpus_memory_bounds_a_batch_and_the_user_is_told_once(available, lowered, monkeypatch):
     monkeypatch.setattr(batching.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     reporter = Silent()
-    assert affordable(SimpleNamespace(device=torch.device("cpu")), 8192, 1000, reporter) == lowered
+    assert affordable(with_tokens_on("cpu"), 8192, 1000, reporter) == lowered
     assert len(reporter.warnings) == (lowered < 512)
-    assert affordable(SimpleNamespace(device=torch.device("cuda")), 8192, 1000, Silent()) == 8192
+    assert affordable(with_tokens_on("cuda"), 8192, 1000, Silent()) == 8192
 
 
 def test_the_estimate_covers_what_a_batch_really_takes(default, monkeypatch):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rrcli.errors import RRError
 from rrcli.recursion.batch import IGNORED, Batch
+from rrcli.recursion.families import input_device
 from rrcli.reporting import Reporter
 
 # The largest batch that pays off on a CPU, in tokens: activations of larger ones no longer fit into its caches.
@@ -89,7 +90,7 @@ def affordable(model: Any, budget: int, bytes_per_token: int, reporter: Reporter
     On other devices the budget stays: a GPU raises an error when it is out of memory, which can be handled, whereas on
     a CPU the system kills a process that takes too much.
     """
-    if model.device.type != "cpu":
+    if input_device(model).type != "cpu":
         return budget
     budget = min(budget, CPU_TOKENS)
     available = psutil.virtual_memory().available

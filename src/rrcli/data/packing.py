@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rrcli.errors import UsageError
 from rrcli.recursion.batch import IGNORED, Batch
+from rrcli.recursion.families import input_device
 from rrcli.recursion.readout import Readout
 
 # Lengths of the examples on which `check_packing` tries a model, in tokens.
@@ -78,7 +79,7 @@ def check_packing(readout: Readout) -> None:
 
 def _hidden(readout: Readout, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
     """Return `[passes, position, hidden]` of one row."""
-    home = readout.model.device
+    home = input_device(readout.model)
     mask, positions = (None if tensor is None else tensor.to(home) for tensor in (mask, positions))
     return torch.stack([hidden[0].float() for hidden in readout.passes(ids.to(home), mask, positions).hidden])
 

@@ -32,6 +32,7 @@ from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.engine import at_depth
 from rrcli.recursion.exits import NEVER, ExitRule
 from rrcli.recursion.facts import context_length
+from rrcli.recursion.families import input_device
 from rrcli.recursion.products import through_onednn
 from rrcli.upstream import cache_of, generation_cache_argument, goes_on
 
@@ -124,7 +125,7 @@ def _decode_batch(
     model: Any, rows: list[list[int]], ends: Ends, *, depth: int, new_tokens: int, exit: ExitRule | None
 ) -> list[list[int]]:
     """Return the new ids of each row, the end token included where there is one."""
-    ids, mask = padded(rows, model.device, left=True)
+    ids, mask = padded(rows, input_device(model), left=True)
     options = GREEDY | {
         "eos_token_id": sorted(ends.tokens) or None,
         "pad_token_id": min(ends.tokens, default=0),

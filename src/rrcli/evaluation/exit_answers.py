@@ -24,6 +24,7 @@ from rrcli.data.tokens import end_tokens
 from rrcli.errors import RRError
 from rrcli.evaluation.decoding import Ends, decode
 from rrcli.recursion.exits import ExitRule, Signals
+from rrcli.recursion.families import input_device
 from rrcli.recursion.readout import Readout, Scores
 from rrcli.recursion.signals import draws, exit_passes, look
 from rrcli.reporting import Reporter
@@ -152,7 +153,7 @@ class Answers:
         if not self._budget:
             longest = self._length(rows[0])
             token_bytes = self._readout.bytes_per_token(longest)
-            first = padded([(self._ids(rows[0]))], self.model.device)
+            first = padded([(self._ids(rows[0]))], input_device(self.model))
             if (warning := self._readout.choose_way(*first)) is not None:
                 self.reporter.warn(warning)
             self._budget = affordable(self.model, self.settings.batch_tokens, token_bytes, self.reporter)
@@ -172,7 +173,7 @@ class Answers:
     def _read_batch(
         self, batch: list[tuple[int, tuple[int, ...], tuple[int, ...]]]
     ) -> tuple[list[tuple[int, tuple[int, ...]]], list[Signals]]:
-        ids, mask = padded([self._ids(row) for row in batch], self.model.device)
+        ids, mask = padded([self._ids(row) for row in batch], input_device(self.model))
         scored, keys = torch.zeros_like(mask, dtype=torch.bool), []
         for place, (number, known, guess) in enumerate(batch):
             first = len(self.prompts[number]) + len(known) - 1

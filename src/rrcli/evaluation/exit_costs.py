@@ -26,6 +26,7 @@ from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.engine import at_depth
 from rrcli.recursion.exits import GREATEST, ExitRule
 from rrcli.recursion.facts import context_length, vocabulary
+from rrcli.recursion.families import input_device
 from rrcli.recursion.flops import FlopCounter
 from rrcli.recursion.lag import can_lag
 from rrcli.upstream import cache_of
@@ -98,7 +99,7 @@ def count_costs(model: Any) -> ExitCosts:
 
 def saves(model: Any) -> bool:
     """Tell whether leaving early saves anything: passes may lag with the model's own cache."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
     with at_depth(model, 0):
         cache = cache_of(model(ids, use_cache=True))
     return cache is not None and can_lag(model.recursion, cache)
@@ -106,7 +107,7 @@ def saves(model: Any) -> bool:
 
 def _counted(model: Any, prompt: int, new: int, rule: ExitRule) -> tuple[int, str]:
     """Decode one text under the counter, and return its FLOPs and what they leave out."""
-    ids = (torch.arange(prompt, device=model.device)[None] * 37 + 11) % vocabulary(model)
+    ids = (torch.arange(prompt, device=input_device(model))[None] * 37 + 11) % vocabulary(model)
 
     def run() -> None:
         model.generate(

@@ -29,6 +29,7 @@ from rrcli.evaluation.held_out import EvalData
 from rrcli.evaluation.judging import judge
 from rrcli.evaluation.windows import windows_of
 from rrcli.recursion.exits import CHOOSABLE, ExitRule, Kind, Signals
+from rrcli.recursion.families import input_device
 from rrcli.recursion.readout import Readout
 from rrcli.recursion.signals import draws, exit_passes
 from rrcli.reporting import Reporter
@@ -231,13 +232,13 @@ def _read_texts(
     readout = Readout(model)
     encoded = [scored_after(tokenizer, text_ids(tokenizer, text)) for text in documents]
     windows = windows_of(model, encoded, settings=settings, reporter=reporter)
-    if (warning := readout.choose_way(*padded([windows[0].ids], model.device))) is not None:
+    if (warning := readout.choose_way(*padded([windows[0].ids], input_device(model)))) is not None:
         reporter.warn(warning)
     budget = affordable(model, settings.batch_tokens, readout.bytes_per_token(len(windows[0].ids)), reporter)
     losses, passes, lengths = [], [], []
     with reporter.progress("texts", sum(len(window.targets) for window in windows), "tokens") as progress:
         for batch in batches(windows, budget, lambda window: len(window.ids)):
-            ids, mask = padded([window.ids for window in batch], model.device)
+            ids, mask = padded([window.ids for window in batch], input_device(model))
             scored = torch.zeros_like(mask, dtype=torch.bool)
             for row, window in enumerate(batch):
                 scored[row, len(window.ids) - len(window.targets) : len(window.ids)] = True

@@ -289,10 +289,11 @@ class _Work:
         from rrcli.models.loading import load_for, pick_device
         from rrcli.recursion.engine import attach
         from rrcli.recursion.exits import exit_for
+        from rrcli.recursion.families import input_device
 
         subject = self.subject
         memory = PeakMemory(pick_device(subject.settings.device))
-        model, tokenizer = load_for(subject.settings, subject.source, subject.directory)
+        model, tokenizer = load_for(subject.settings, subject.source, subject.directory, self.reporter)
         if subject.fresh is not None and getattr(model, "recursion", None) is None:
             attach(model, subject.fresh)
         recursion = getattr(model, "recursion", None)
@@ -307,7 +308,7 @@ class _Work:
         self.workload.warm_up()
         dtype = str(model.dtype).removeprefix("torch.")
         return Loaded(
-            device=str(model.device),
+            device=str(input_device(model)),
             dtype=dtype,
             method=self.workload.method,
             exit=None if rule is None else rule.to_dict(),

@@ -27,6 +27,7 @@ from rrcli.recursion.chunked_decoding import ChunkedDecoding
 from rrcli.recursion.engine import at_depth
 from rrcli.recursion.exits import NEVER
 from rrcli.recursion.facts import context_length, refuse_unknown_tokens, vocabulary
+from rrcli.recursion.families import input_device
 from rrcli.recursion.flops import counted_flops
 from rrcli.recursion.probing import in_pieces
 from rrcli.recursion.readout import Readout
@@ -180,7 +181,7 @@ class Workload:
         return Times(short / tokens, max(long - short, 1e-9) / (self.new_tokens * len(self.prompts)))
 
     def _seconds(self, ids: torch.Tensor, way: Way, new_tokens: int) -> float:
-        cuda = self.model.device.type == "cuda"
+        cuda = input_device(self.model).type == "cuda"
         if cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -310,7 +311,7 @@ def _prompts(model: Any, tokenizer: Any, documents: Sequence[str], new_tokens: i
             break
     if not rows:
         raise RRError("the tokenizer makes no token of any document", "Does it belong to this model and this text?")
-    return [torch.tensor([row[:room]], device=model.device) for row in rows]
+    return [torch.tensor([row[:room]], device=input_device(model)) for row in rows]
 
 
 def _median(values: list[float]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rrcli.recursion.calibration import BIN_SUMS, BINS, reliability
 from rrcli.recursion.chunk_metrics import ChunkTotals, teacher_forced_chunks
 from rrcli.recursion.exits import ExitRule
 from rrcli.recursion.facts import refuse_unknown_tokens, vocabulary
+from rrcli.recursion.families import input_device
 from rrcli.recursion.readout import Readout, Scores
 from rrcli.recursion.signals import draws, exit_passes
 from rrcli.reporting import Reporter
@@ -127,7 +128,7 @@ def _budget(
 ) -> int:
     """Check the first batch against the model's plain forward, and return the tokens of a batch that memory allows."""
     first = next(batches(windows, settings.batch_tokens, lambda window: len(window.ids)))
-    warning = readout.choose_way(*padded([window.ids for window in first], readout.model.device), depth=depth)
+    warning = readout.choose_way(*padded([window.ids for window in first], input_device(readout.model)), depth=depth)
     if warning is not None:
         reporter.warn(warning)
     if entries:  # other cuts would round otherwise
@@ -138,7 +139,7 @@ def _budget(
 
 def _score(readout: Readout, batch: list[Window], *, depth: int, exit: ExitRule | None) -> dict[str, Any]:
     """Score one batch: for each window its document and number of tokens, and per depth its nats and its hits."""
-    ids, mask = padded([window.ids for window in batch], readout.model.device)
+    ids, mask = padded([window.ids for window in batch], input_device(readout.model))
     scored = torch.zeros_like(mask, dtype=torch.bool)
     for row, window in enumerate(batch):
         scored[row, len(window.ids) - len(window.targets) : len(window.ids)] = True

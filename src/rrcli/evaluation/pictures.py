@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rrcli.evaluation.tracing import Piece, pieces
+from rrcli.recursion.families import input_device
 
 WIDTH, MARGIN, SIZE, LEADING = 900, 16, 18, 28
 INK, FAINT, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
@@ -31,7 +32,7 @@ def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) ->
 
     new_tokens = room_for(model, new_tokens)
     ids = encode_prompt(tokenizer, prompt)[-(context_length(model) - new_tokens) :]
-    inputs, ends = torch.tensor([ids], device=model.device), end_tokens(model, tokenizer)
+    inputs, ends = torch.tensor([ids], device=input_device(model)), end_tokens(model, tokenizer)
     recursion = getattr(model, "recursion", None)
     decoding = None
     if recursion is not None and recursion.depth:

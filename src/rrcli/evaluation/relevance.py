@@ -13,6 +13,7 @@ from rrcli.data.tokens import encode_prompt, piece_ids, scored_after
 from rrcli.errors import RRError
 from rrcli.recursion.engine import at_depth
 from rrcli.recursion.facts import context_length, refuse_unknown_tokens, vocabulary
+from rrcli.recursion.families import input_device
 from rrcli.reporting import Reporter
 
 
@@ -54,7 +55,7 @@ def relevance(
 def _log_likelihood(model: Any, context: list[int], tokens: list[int]) -> float:
     """Return the sum of ln p of `tokens` after `context`, reduced in fp32 and summed in fp64."""
     room = context_length(model) - len(tokens)
-    ids = torch.tensor([[*context[-max(1, room) :], *tokens]], device=model.device)
+    ids = torch.tensor([[*context[-max(1, room) :], *tokens]], device=input_device(model))
     n = len(tokens)
     # Where the model can leave out the logits of the prompt, it does.
     short = {"logits_to_keep": n + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

@@ -76,8 +76,9 @@ def measure_exits(
         )
     from rrcli.evaluation.exit_costs import count_costs, saves
     from rrcli.evaluation.exits import Frontier, choose
+    from rrcli.recursion.families import input_device
 
-    loaded, tokenizer = load_for(settings, source, directory)
+    loaded, tokenizer = load_for(settings, source, directory, reporter)
     if not loaded.recursion.can_exit:
         raise RRError(
             "layers follow the span, and only the last pass runs them: no text can be decoded with an exit",
@@ -97,6 +98,7 @@ def measure_exits(
         rules = rules or frontier.rules()
         points[side] = frontier.measure(rules)
         counts[side] = _counts(shown, tokenizer, settings)
+    device = str(input_device(loaded))
     chosen = choose(points["validation"], settings.exit_loss)
     rule = None if chosen is None else chosen.rule
     results = {
@@ -112,7 +114,7 @@ def measure_exits(
         "validation": [point.to_dict() for point in points["validation"]],
         "test": [point.to_dict() for point in points["test"]],
         "settings": asdict(settings),
-        "provenance": provenance(settings, directory, str(loaded.device), str(loaded.dtype).removeprefix("torch.")),
+        "provenance": provenance(settings, directory, device, str(loaded.dtype).removeprefix("torch.")),
     }
     back_up(file)
     write_json(file, finite(results))

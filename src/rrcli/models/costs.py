@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rrcli.errors import RRError
 from rrcli.recursion.facts import text_config, vocabulary
+from rrcli.recursion.families import input_device, is_skeleton
 from rrcli.recursion.flops import FlopCounter
 from rrcli.recursion.probing import in_pieces
 from rrcli.upstream import cache_of, on_shapes, patched
@@ -60,9 +61,11 @@ def measure(model: Any) -> Costs:
     recursion = model.recursion
     layers, span = recursion.layers, range(recursion.start, recursion.end)
     twins = _twins(model, layers)
-    ids = (torch.arange(PROMPT_TOKENS + 1, device=model.device)[None] * 37 + 11) % vocabulary(model)
+    bare = is_skeleton(model)
+    device = torch.device("meta") if bare else input_device(model)
+    ids = (torch.arange(PROMPT_TOKENS + 1, device=device)[None] * 37 + 11) % vocabulary(model)
     counter = FlopCounter()
-    shapes = on_shapes(model) if model.device.type == "meta" else nullcontext()
+    shapes = on_shapes(model) if bare else nullcontext()
     with recursion.at_depth(0), shapes, _run_once(layers, twins):
         outputs = in_pieces(model, ids, [PROMPT_TOKENS, 1])
         cache = cache_of(next(outputs))
@@ -101,7 +104,7 @@ def _twins(model: Any, layers: list[Any]) -> list[int]:
     A skeleton has shapes and no values, so equal layers cost the same, and it is enough to run one of each kind.
     Measuring then takes as long for 27 layers as for 4.
     """
-    if model.device.type != "meta":
+    if not is_skeleton(model):
         return list(range(len(layers)))
     types = getattr(text_config(model.config), "layer_types", None) or [""] * len(layers)
     first: dict[Any, int] = {}

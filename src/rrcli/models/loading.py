@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError, UsageError, first_line
 from rrcli.files import MANIFEST, SIDECAR, safetensors_header
+from rrcli.models.config import quiet, unreadable
+from rrcli.models.fitting import arrangement, expanded, need, refuse_misfit, surely_fits, where_layers_lie
+from rrcli.models.inspection import inspect_weights
 from rrcli.models.manifest import compare_hashes
+from rrcli.models.placement import Placement, read_placement
 from rrcli.models.source import ModelSource, base_of, resolve
 from rrcli.models.weights import weight_files
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.exits import ExitRule
-from rrcli.settings import CommonSettings
+from rrcli.reporting import Reporter
+from rrcli.settings import CommonSettings, TrainSettings
 
 # What a tokenizer is tried on: words, digits, blanks, letters of other scripts, and no text at all.
 TRIED_TEXTS = ("Question: 2 + 3 =\nAnswer: five, it's 5.", "\t naïve 東京 🙂", "")
@@ -26,6 +32,8 @@ def load(
     trust_remote_code: bool = False,
     directory: Path | None = None,
     check_hashes: bool = False,
+    placement: Placement | None = None,
+    trains: bool = False,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer: a base model, or a folder that `rr surgery` or `rr train` wrote.
 
@@ -38,15 +46,16 @@ def load(
         directory: where relative paths start; the current folder if not given.
         check_hashes: compute the hashes of the base's weight files, and compare them with those recorded by
             `rr surgery --hash`.
+        placement: where the weights lie; by default on the device if they fit there, else also on others and on disk.
+        trains: whether all weights will train, which takes more memory.
 
     Returns:
         (model in evaluation mode, tokenizer).
 
     Raises:
-        RRError: missing or broken files, a base that changed, weights that would be newly initialised.
+        RRError: missing or broken files, a base that changed, weights that would be newly initialised, or that do not
+            fit. UsageError: a device that is not there.
     """
-    import torch
-
     from rrcli.upstream import translate
 
     directory = directory or Path.cwd()
@@ -56,7 +65,13 @@ def load(
     if check_hashes:
         compare_hashes(source.path, base.path)
     device = pick_device(device)
-    model = _load_weights(base, pick_dtype(dtype, device), trust_remote_code).to(torch.device(device)).eval()
+    placement = placement or Placement()
+    number_format = pick_dtype(dtype, device)
+    if not surely_fits(base, placement, device, dtype=number_format, trains=trains):
+        shapes = _skeleton(base, number_format, trust_remote_code)
+        config = RecursionConfig.from_dict(manifest["recursion"]) if manifest and manifest["recursion"] else None
+        refuse_misfit(base, need(shapes, trained=trains, config=config or RecursionConfig()), placement, device)
+    model = _placed(base, placement, device, dtype=number_format, trust_remote_code=trust_remote_code)
     translate(model)
     carries_tokenizer = source.path.is_dir() and (source.path / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(source if carries_tokenizer else base, trust_remote_code=trust_remote_code)
@@ -70,15 +85,27 @@ def load(
     return model, tokenizer
 
 
-def load_for(settings: CommonSettings, source: ModelSource, directory: Path) -> tuple[Any, Any]:
-    """Load `source` with the device, dtype and trust of the settings."""
-    return load(
+def load_for(
+    settings: CommonSettings, source: ModelSource, directory: Path, reporter: Reporter | None = None
+) -> tuple[Any, Any]:
+    """Load `source` with the placement, device, dtype and trust of the settings; say where the layers lie if it is not
+    on one device.
+    """
+    model, tokenizer = load(
         source.path if source.name != "default" else "default",
         dtype=settings.dtype,
         device=settings.device,
         trust_remote_code=settings.trust_remote_code,
         directory=directory,
+        placement=read_placement(settings, directory),
+        trains=isinstance(settings, TrainSettings) and settings.phase == "c",
     )
+    if reporter is not None and hasattr(model, "hf_device_map"):
+        from rrcli.recursion.families import find_layout
+
+        lie = where_layers_lie(model, find_layout(model)[0].layers)
+        reporter.note(f"the weights do not lie on one device: {lie}")
+    return model, tokenizer
 
 
 def load_sidecar(model: Any, folder: Path, config: RecursionConfig) -> Any:
@@ -122,14 +149,14 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     """
     from transformers import AutoTokenizer
 
-    _quiet()
+    quiet()
     try:
         found = AutoTokenizer.from_pretrained(**source.from_pretrained_arguments(), trust_remote_code=trust_remote_code)
         _try_out(found)
     except BaseException as error:
         # A panic in the Rust code of the library is no `Exception`.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise _unreadable(source, "tokenizer", error) from error
+            raise unreadable(source, "tokenizer", error) from error
         raise
     return found
 
@@ -144,21 +171,6 @@ def _try_out(tokenizer: Any) -> None:
                 raise
         else:
             tokenizer.decode(ids)
-
-
-def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """Load a model's configuration.
-
-    Raises:
-        RRError: it cannot be read, or its code would have to be trusted.
-    """
-    from transformers import AutoConfig
-
-    _quiet()
-    try:
-        return AutoConfig.from_pretrained(**source.from_pretrained_arguments(), trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise _unreadable(source, "configuration", error) from error
 
 
 def pick_device(device: str) -> str:
@@ -189,10 +201,35 @@ def pick_dtype(dtype: str, device: str) -> Any:
     return getattr(torch, dtype)
 
 
-def _load_weights(source: ModelSource, dtype: Any, trust_remote_code: bool) -> Any:
+def _placed(source: ModelSource, placement: Placement, device: str, *, dtype: Any, trust_remote_code: bool) -> Any:
+    """Read the weights of a model to where they are to lie, and return it in evaluation mode."""
+    import torch
+
+    options = arrangement(source, placement, device, dtype=dtype)
+    if isinstance(placement.device_map, dict):
+        options["device_map"] = expanded(options["device_map"], _skeleton(source, dtype, trust_remote_code))
+    if not options:
+        return _read_weights(source, dtype, trust_remote_code).to(torch.device(device)).eval()
+    # What transformers changes while it reads (experts that are joined) is written here; all else stays in the model's
+    # own files. Not among the system's temporary files, which often lie in memory.
+    folder = tempfile.TemporaryDirectory(prefix=".rr-offload-", dir=Path.cwd(), ignore_cleanup_errors=True)
+    model = _read_weights(source, dtype, trust_remote_code, **options, offload_folder=folder.name).eval()
+    model.__dict__["offload_folder"] = folder  # which is removed with the model
+    return model
+
+
+def _skeleton(source: ModelSource, dtype: Any, trust_remote_code: bool) -> Any:
+    from rrcli.models.skeleton import skeleton
+
+    name = "auto" if dtype == "auto" else str(dtype).removeprefix("torch.")
+    settings = CommonSettings(dtype=name, trust_remote_code=trust_remote_code)
+    return skeleton(settings, source, inspect_weights(source.path).dtype)
+
+
+def _read_weights(source: ModelSource, dtype: Any, trust_remote_code: bool, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    _quiet()
+    quiet()
     weight_files(source.path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -201,9 +238,10 @@ def _load_weights(source: ModelSource, dtype: Any, trust_remote_code: bool) -> A
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     except Exception as error:
-        raise _unreadable(source, "weights", error) from error
+        raise unreadable(source, "weights", error) from error
     model, info = loaded
     absent = sorted(info["missing_keys"])
     if absent:
@@ -212,20 +250,3 @@ def _load_weights(source: ModelSource, dtype: Any, trust_remote_code: bool) -> A
             "Download or copy the model again.",
         )
     return model
-
-
-def _unreadable(source: ModelSource, what: str, error: BaseException) -> RRError:
-    if isinstance(error, RRError):
-        return error
-    hint = ""
-    if "trust_remote_code" in str(error):
-        hint = "This model brings its own code; read it, then pass --trust-remote-code."
-    return RRError(f"cannot read the {what} of {source.path}: {first_line(error)}", hint)
-
-
-def _quiet() -> None:
-    """Switch off the progress bars and notices of transformers; rr reports what matters itself."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from rrcli.errors import RRError, first_line
-from rrcli.models.loading import load_config
+from rrcli.models.config import load_config
 from rrcli.models.source import ModelSource
 from rrcli.settings import CommonSettings
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rrcli.errors import CheckFailed
 from rrcli.recursion.facts import vocabulary
+from rrcli.recursion.families import input_device
 from rrcli.recursion.probing import decoded_logits
 from rrcli.reporting import Reporter
 
@@ -74,7 +75,7 @@ def _probes(model: Any, tokenizer: Any) -> list[Tensor]:
             ids = []
         if len(ids) <= DECODE_STEPS or max(ids) >= size:
             ids = [(place * 37 + 11 + number) % size for place in range(STAND_IN_TOKENS)]
-        found.append(torch.tensor([ids], device=model.device))
+        found.append(torch.tensor([ids], device=input_device(model)))
     return found
 
 

@@ -34,7 +34,7 @@ from rrcli.recursion.boundary_head import BoundaryHead
 from rrcli.recursion.config import MAX_STEPS_LIMIT, RecursionConfig
 from rrcli.recursion.exits import ExitRule
 from rrcli.recursion.facts import hidden_size
-from rrcli.recursion.families import find_layout, home_of
+from rrcli.recursion.families import find_layout, home_of, is_skeleton
 from rrcli.recursion.feedback_cell import FeedbackCell
 from rrcli.recursion.frames import Frame, Record, hidden_of, with_hidden
 from rrcli.recursion.proof import prove, self_check
@@ -355,7 +355,7 @@ def attach(model: Any, config: RecursionConfig | None = None) -> Recursion:
     recursion = Recursion(model, config or RecursionConfig())
     if recursion.needs_check:
         try:
-            if model.device.type == "meta":
+            if is_skeleton(model):
                 raise RRError(
                     f"'{model.config.model_type}' models need a self-check, which a model without weights cannot run",
                     "Load the model's weights; for 'rr surgery', leave out --no-verify.",

@@ -144,6 +144,17 @@ def home_of(module: nn.Module) -> torch.device:
     return torch.device("cpu" if home is None else home)
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device that a model's tokens have to be on: where its embedding computes."""
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    return home_of(embedding)
+
+
+def is_skeleton(model: nn.Module) -> bool:
+    """Tell whether a model has no weights at all, rather than some that accelerate keeps elsewhere."""
+    return next(model.parameters()).device.type == "meta" and upstream.computing_device(model) is None
+
+
 def _has(model: nn.Module, path: str) -> bool:
     try:
         model.get_submodule(path)

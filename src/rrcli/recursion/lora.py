@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rrcli import upstream
 from rrcli.errors import RRError
 from rrcli.recursion.facts import text_config
-from rrcli.recursion.families import find_layout
+from rrcli.recursion.families import find_layout, home_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -67,6 +67,8 @@ class Lora:
             layer: [module for module in layer.modules() if isinstance(module, LoraLayer)] for layer in layers
         }
         for adapted in self._of_layer.values():
+            for module in adapted:
+                _bring_back(module)
             upstream.switch_adapters(adapted, always)
         model.__dict__["lora"] = self
 
@@ -125,6 +127,18 @@ class Lora:
             yield
         finally:
             upstream.switch_adapters(adapted, self.always)
+
+
+def _bring_back(module: Any) -> None:
+    """Give an adapter real weights where peft has put it on the meta device.
+
+    There it follows the weight that it adapts, if accelerate keeps that on disk.
+    """
+    parts = [parts[NAME] for parts in (module.lora_A, module.lora_B) if NAME in parts]
+    if any(parameter.device.type == "meta" for part in parts for parameter in part.parameters()):
+        for part in parts:
+            part.to_empty(device=home_of(module.get_base_layer()))
+        module.reset_lora_parameters(NAME, True)
 
 
 def add_lora(model: Any, rank: int, alpha: int, seed: int = 0, span: Sequence[int] | None = None) -> Lora:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rrcli.errors import RRError
 from rrcli.recursion.facts import vocabulary
-from rrcli.recursion.families import home_of
+from rrcli.recursion.families import home_of, input_device
 from rrcli.recursion.probing import decoded_logits, in_pieces
 from rrcli.upstream import CACHE_NAMES, is_cache
 
@@ -97,7 +97,7 @@ def _prove(recursion: Any) -> None:
         kind = type(recursion.backbone).__name__
         raise _refusal(model, f"the module that holds its layers ({kind}) is not given the tokens")
     size = vocabulary(model)
-    ids = (torch.arange(BATCH * LENGTH, device=model.device).view(BATCH, LENGTH) * 41 + 13) % size
+    ids = (torch.arange(BATCH * LENGTH, device=input_device(model)).view(BATCH, LENGTH) * 41 + 13) % size
     tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION)
     with recursion.at_depth(0):
         plain, entry = _traced(recursion, ids)

@@ -110,8 +110,9 @@ def evaluate(
             reporter.warn(notice)
 
     from rrcli.evaluation.evaluate import evaluate_model
+    from rrcli.recursion.families import input_device
 
-    loaded, tokenizer = load_for(settings, source, directory)
+    loaded, tokenizer = load_for(settings, source, directory, reporter)
     if notice := end_notice(loaded, tokenizer):
         reporter.note(notice)
     fix_date(tokenizer, settings.template_date)
@@ -130,7 +131,7 @@ def evaluate(
         recursion.exit = exit
     shape = recursion.config.to_dict() if recursion is not None else None
     is_baseline = _is_baseline(loaded, source, workspace)
-    device, dtype = str(loaded.device), str(loaded.dtype).removeprefix("torch.")
+    device, dtype = str(input_device(loaded)), str(loaded.dtype).removeprefix("torch.")
     beside = (asdict(measuring) | {"seeds": ()}, shape, device, dtype, *([written] if written else []))
     key = combine(inputs, *beside)
     # What was measured with the first seeds alone is what a measurement with all of them begins with.

@@ -77,16 +77,17 @@ def generate(
     from rrcli.evaluation.decoding import GREEDY, StopStrings
     from rrcli.evaluation.generation_settings import unfollowed_settings, without_own_settings
     from rrcli.recursion.facts import context_length, refuse_unknown_tokens, vocabulary
+    from rrcli.recursion.families import input_device
 
     with reading(lambda: workspace.stage_model(stage)) as source:
-        model, tokenizer = load_for(settings, source, directory)
+        model, tokenizer = load_for(settings, source, directory, reporter)
     recursion = getattr(model, "recursion", None)
     depth = _depth(settings, recursion, stage, reporter)
     encoded = encode_prompt(tokenizer, prompt)
     if not encoded:
         raise RRError(f"the tokenizer makes no token of the prompt {prompt[:40]!r}", "Give a text that it knows.")
     refuse_unknown_tokens(vocabulary(model), tokenizer, encoded, "the prompt")
-    ids = torch.tensor([encoded], device=model.device)
+    ids = torch.tensor([encoded], device=input_device(model))
     room = context_length(model) - ids.shape[1]
     if room < 1:
         raise UsageError(f"the prompt has {ids.shape[1]} tokens", f"The model's context is {context_length(model)}.")

@@ -23,7 +23,8 @@ from rrcli.experiment.replicates import refuse_one_seed
 from rrcli.experiment.workspace import Workspace
 from rrcli.files import back_up, make_folder, write_text
 from rrcli.locks import holding, lock
-from rrcli.models.loading import load_config, load_tokenizer, pick_device
+from rrcli.models.config import load_config
+from rrcli.models.loading import load_tokenizer, pick_device
 from rrcli.reporting import Reporter
 from rrcli.settings import CommonSettings
 

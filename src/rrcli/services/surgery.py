@@ -105,7 +105,7 @@ def surgery(
     hashes = _hash(weights.files, reporter) if hash_weights and not dry_run else None
 
     if verify:
-        model, tokenizer = load_for(settings, base, directory)
+        model, tokenizer = load_for(settings, base, directory, reporter)
     else:
         from rrcli.models.skeleton import skeleton
 

@@ -1,0 +1,41 @@
+"""Load a model's configuration, and what every loading through transformers has in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rrcli.errors import RRError, first_line
+from rrcli.models.source import ModelSource
+
+
+def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """Load a model's configuration.
+
+    Raises:
+        RRError: it cannot be read, or its code would have to be trusted.
+    """
+    from transformers import AutoConfig
+
+    quiet()
+    try:
+        return AutoConfig.from_pretrained(**source.from_pretrained_arguments(), trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise unreadable(source, "configuration", error) from error
+
+
+def unreadable(source: ModelSource, what: str, error: BaseException) -> RRError:
+    """Return the error for a part of a model (`what`) that could not be read, from what was raised."""
+    if isinstance(error, RRError):
+        return error
+    hint = ""
+    if "trust_remote_code" in str(error):
+        hint = "This model brings its own code; read it, then pass --trust-remote-code."
+    return RRError(f"cannot read the {what} of {source.path}: {first_line(error)}", hint)
+
+
+def quiet() -> None:
+    """Switch off the progress bars and notices of transformers; rr reports what matters itself."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
