@@ -61,8 +61,8 @@ class DocumentRecord(TypedDict):
 class ProblemRecord(TypedDict):
     """A problem; the lists have one entry for each depth.
 
-    `lookup` is whether the nearest training problem has its answer. With an exit rule there is one entry more, and
-    `passes` are those with which each new token left.
+    `lookup` is whether the nearest training problem has its answer. With an exit rule there is one entry more, `passes`
+    are those with which each new token left, and `pieces` the pieces of the answer's text with those of each.
     """
 
     key: str
@@ -80,6 +80,7 @@ class ProblemRecord(TypedDict):
     difficulty: NotRequired[str | float]
     lookup: NotRequired[bool]
     passes: NotRequired[list[Count]]
+    pieces: NotRequired[list[tuple[str, Count]]]
 
 
 class GenerationRecord(TypedDict):
@@ -469,6 +470,7 @@ class ProblemEntry(TypedDict):
     length: Count
     ended: bool
     passes: NotRequired[list[Count]]
+    pieces: NotRequired[list[tuple[str, Count]]]
 
 
 class GenerationEntry(TypedDict):

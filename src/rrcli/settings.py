@@ -616,7 +616,11 @@ class CompareSettings(CommonSettings):
         maximum=0.5,
     )
     generations: bool = option(
-        False, "Also show the stages' continuations of each prompt, side by side.", reaches=NOTHING, in_run=None
+        False,
+        "Also show texts: the stages' continuations of each prompt, side by side, and problems that recursion fixed or "
+        "broke (of other stages: the last beside the first).",
+        reaches=NOTHING,
+        in_run=None,
     )
     gate: tuple[str, ...] = option(
         (),

@@ -23,6 +23,7 @@ from rrcli.comparison import formats
 
 if TYPE_CHECKING:
     from rrcli.comparison.comparison import Comparison
+    from rrcli.comparison.flips import Flips
     from rrcli.comparison.results import Cell, MetricRow
     from rrcli.errors import RRError
     from rrcli.evaluation.tracing import Piece
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 160
 # Columns that a stage needs for a difference beside its interval, and the names of the metrics.
 STAGE_WIDTH, LABEL_WIDTH = 25, 20
+# Characters of a prompt or an answer that are shown.
+LONGEST_TEXT = 400
 VERDICT_STYLES = {"better": "green", "not worse": "green", "worse": "red", "equivalent": "cyan", "same": "cyan"}
 VERDICT_STYLES |= {"inconclusive": "yellow", "not comparable": "yellow", "too few": "yellow"}
 # The colour of a token by the passes that it took after pass 0.
@@ -513,6 +516,34 @@ def show_comparison(comparison: Comparison, console: Console | None = None) -> N
         for generation in comparison.generations:
             table.add_row(escape(generation.prompt), *["-" if t is None else escape(t) for t in generation.texts])
         console.print(table)
+    if comparison.flips is not None:
+        _show_flips(comparison.flips, console)
+
+
+def _show_flips(flips: Flips, console: Console) -> None:
+    """Print the first problems that were fixed, and that were broken, with both answers."""
+    from rrcli.comparison.flips import KINDS, SHOWN
+
+    console.print(escape(flips.sentence()))
+    for kind in KINDS:
+        if not (found := flips.of(kind)):
+            continue
+        style = "green" if kind == "fixed" else "red"
+        table = Table(box=SIMPLE_HEAD, title=f"[{style}]{kind}[/{style}]", title_justify="left", show_lines=True)
+        names = ("Problem", "Expected", flips.views[flips.before].name, flips.views[flips.after].name)
+        for name, share in zip(names, (4, 1, 2, 2), strict=True):
+            table.add_column(escape(name), overflow="fold", ratio=share)
+        for problem, before, after in found[:SHOWN]:
+            texts = (problem.prompt, problem.expected, before.output, after.output)
+            table.add_row(*[escape(_cut(text.strip("\n"))) for text in texts])
+        console.print(table)
+        if more := flips.more(kind):
+            console.print(escape(more))
+
+
+def _cut(text: str) -> str:
+    """Return the end of a text that is too long for a cell: there a prompt asks its question."""
+    return text if len(text) <= LONGEST_TEXT else f"…{text[-LONGEST_TEXT:]}"
 
 
 def _stage_table(first: str, stages: list[str], wide: bool, *, justify: Any, lines: bool = False) -> Table:

@@ -30,6 +30,8 @@ def stages() -> list[dict[str, Any]]:
     for number, stage in enumerate(made):
         for i, problem in enumerate(stage["records"]["problems"]):
             problem["difficulty"] = (1, 2, 10)[i % 3]
+            problem |= {"prompt": f"problem {i} {ATTACK}", "question": f"{i}", "answer": f"{i} {ATTACK}"}
+            problem["outputs"] = [f"{text} {ATTACK}" for text in problem["outputs"]]
         for i, generation in enumerate(stage["records"]["generations"]):
             generation["prompt"] = f"prompt {i} {ATTACK}"
             generation["text"] = f" one two {'three' if number < 2 else 'four'} {ATTACK}"
@@ -68,7 +70,7 @@ def test_the_page_holds_every_section_and_no_address(written: tuple[Path, str, d
     sections = re.findall("<h2>(.*?)</h2>", page)
     assert sections == [
         *("Verdict", "All metrics", "By stage", "By depth", "By difficulty", "Quality against cost", "Training"),
-        *("Generations", "Provenance"),
+        *("Flipped problems", "Generations", "Provenance"),
     ]
     assert page.count("<svg") == page.count("<figure") == 3 + 3 + 1 + 4 + 1
     assert len(value["sentences"]) == page.count("<li>")
@@ -109,7 +111,8 @@ def test_a_frontier_of_exits_is_drawn_with_its_counts(tmp_path: Path) -> None:
 
 def test_texts_are_escaped(written: tuple[Path, str, dict[str, Any]]) -> None:
     _, page, _ = written
-    assert "<script" not in page
+    assert re.findall("<script[^>]*>", page) == ['<script type="application/json" id="flips-data">', "<script>"]
+    assert page.count("</script") == 2
     assert "<img" not in page
     assert "&lt;script&gt;" in page
     assert "&amp;amp;" in page
@@ -177,6 +180,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         "No problem in these results has a difficulty",
         "No stage has both a quality and a cost",
         "holds no training curves",
+        "No problem is right in one stage, or at one depth, and wrong in another",
         "These results hold no generations",
     ):
         assert words in page

@@ -137,6 +137,8 @@ def test_an_evaluation_with_an_exit_has_one_entry_more_than_depths(default: tupl
     assert {len(r["nll"]) for r in found["records"]["documents"]} == {4}
     for record in found["records"]["problems"]:
         assert len(record["correct"]) == len(record["outputs"]) == 4
+        assert "".join(text for text, _ in record["pieces"]) == record["outputs"][-1]
+        assert {passes for _, passes in record["pieces"]} <= set(record["passes"])
     left = [k for record in found["records"]["problems"] for k in record["passes"]]
     assert found["metrics"]["passes_per_answer_token"]["value"] == pytest.approx(sum(left) / len(left))
     nats = math.fsum(r["nll"][-1] for r in found["records"]["documents"])

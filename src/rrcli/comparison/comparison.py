@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rrcli.comparison import formats, tables
+from rrcli.comparison.flips import Flips
 from rrcli.comparison.results import GateResult, Judgement, MetricRow, PromptTexts, Stage
 from rrcli.files import finite
 
@@ -36,6 +37,7 @@ class Comparison:
         recorded: when the claims were recorded, if that was before the first evaluation of a fine-tuned stage; else ''.
         broken_surgery: a sentence that is shown first if surgery did not preserve the baseline; the command then fails.
         frontiers: stage -> what 'rr eval --exits' measured of it, for the report.
+        generations: what was written after each prompt. flips: the problems that flipped. Both if they were asked for.
     """
 
     stages: list[Stage]
@@ -49,6 +51,7 @@ class Comparison:
     recorded: str = ""
     broken_surgery: str = ""
     frontiers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    flips: Flips | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -148,6 +151,7 @@ class Comparison:
             "sentences": self.sentences,
             "warnings": self.warnings,
             "generations": [vars(generation) for generation in self.generations],
+            **({"flips": self.flips.to_dict()} if self.flips is not None else {}),
             "gates": [vars(gate) for gate in self.gates],
         }
 

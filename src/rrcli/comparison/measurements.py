@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrcli.comparison import tables
 from rrcli.comparison.curves import Curves
-from rrcli.comparison.records import PARTS
+from rrcli.comparison.records import PARTS, difficulty_text
 from rrcli.comparison.results import Results, Stage, Stages, seed_of
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.evaluation.metrics import metrics_of
@@ -69,7 +69,9 @@ def samples_frame(label: str, stage: Stage, part: str = "", depth: int | None = 
     if all(isinstance(level, (int, float)) for level in levels):
         return tables.frame(found, columns, numbers=["difficulty"])
     # Some tasks name their difficulties, others number them: then all of them are texts.
-    return tables.frame([row | {"difficulty": _text(row.get("difficulty"))} for row in found], columns)
+    return tables.frame(
+        [row | {"difficulty": difficulty_text(row.get("difficulty")) or None} for row in found], columns
+    )
 
 
 def curves_frame(curves: Mapping[str, Curves]) -> DataFrame:
@@ -121,7 +123,3 @@ def _sample_rows(label: str, run: Results, part: str, depth: int | None) -> Iter
 def _exit(run: Results) -> str | None:
     chosen = run["model"].get("exit")
     return None if chosen is None else str(ExitRule.from_dict(chosen))
-
-
-def _text(level: Any) -> str | None:
-    return None if level is None else f"{level:g}" if isinstance(level, float) else str(level)

@@ -61,3 +61,8 @@ PARTS = {
         key_fields=("task", "metric", "key"),
     ),
 }
+
+
+def difficulty_text(level: str | float | None) -> str:
+    """Return the difficulty of a problem as text; '' if it has none."""
+    return "" if level is None else f"{level:g}" if isinstance(level, float) else str(level)

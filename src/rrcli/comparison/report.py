@@ -1,6 +1,7 @@
-"""`rr compare --report`: a comparison as one HTML file that needs no network and no script. Loads no torch.
+"""`rr compare --report`: a comparison as one HTML file that needs no network. Loads no torch.
 
-The page is `report.html.j2`, which escapes every text; the charts are `charts`.
+The page is `report.html.j2`, which escapes every text; the charts are `charts`, the problems that flipped are shown by
+`flip_browser`. Only that part needs a script.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rrcli.comparison import formats
+from rrcli.comparison import flip_browser, formats
 from rrcli.comparison.comparison import Comparison
 from rrcli.comparison.curves import Curves, read_curves
+from rrcli.comparison.flips import flips_of
 from rrcli.comparison.frontier import lines_of
 from rrcli.comparison.results import Cell, MetricRow, Results, Stage, generations_of
 from rrcli.errors import RRError, UsageError
@@ -92,9 +94,10 @@ def render(comparison: Comparison, logs: Path) -> str:
 
     source = files("rrcli.comparison").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["svg"] = Markup  # made by `charts`, where text of users is escaped
+    environment.filters["as_is"] = Markup  # made by `charts` and `flip_browser`, where text of users is escaped
     runs = [run for stage in comparison.stages for run in stage.runs]
     curves = read_curves(logs, dict.fromkeys(stage.name for stage in comparison.stages), CURVE_LABELS)
+    flips, code = flips_of(comparison.stages), flip_browser.script()
     return environment.from_string(source).render(
         stages=comparison.labels,
         sentences=comparison.sentences,
@@ -104,6 +107,10 @@ def render(comparison: Comparison, logs: Path) -> str:
         rows=[_table_row(row, comparison.labels) for row in comparison.rows],
         sections=_sections(comparison, curves),
         generations=[_marked(g.prompt, g.texts) for g in generations_of(comparison.stages)],
+        flips=flips if flips.problems else None,
+        flips_data=flip_browser.data(flips),
+        script=code,
+        policy=flip_browser.policy(code),
         provenance=_provenance(runs),
     )
 

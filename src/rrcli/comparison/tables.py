@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ NUMBERS = (
 WHOLES = ("seed", "depth", "n", "step", "tokens", "bytes", "words", "hits", "length", "passes")
 TRUTHS = ("final", "correct", "strict", "ended", "lookup", "finished")
 TYPES = dict.fromkeys(NUMBERS, NUMBER) | dict.fromkeys(WHOLES, WHOLE) | dict.fromkeys(TRUTHS, TRUTH)
+# What is markup in Markdown, or in the HTML that it may hold; a backslash before it takes that meaning away.
+MARKUP = re.compile(r"[\\`*_{}\[\]<>#|~$&!]")
 # What LaTeX's fonts may lack.
 LATEX_SIGNS = {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "−": "$-$"}
 
@@ -69,10 +72,14 @@ def parquet(made: DataFrame) -> bytes:
     return file.getvalue()
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return texts as a table in Markdown; a line break in a text becomes <br>, and space at its begin is kept."""
-    made = _texts(header, rows, _in_markdown)
-    align = ("left", *["right"] * (len(header) - 1))
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, foreign: bool = False) -> str:
+    """Return texts as a table in Markdown; a line break in a text becomes <br>, and space at its begin is kept.
+
+    Args:
+        foreign: whether the texts below the header are those of models and data sets.
+    """
+    made = _texts(header, rows, foreign_in_markdown if foreign else _in_markdown, in_markdown)
+    align = ("left", *["left" if foreign else "right"] * (len(header) - 1))
     return str(made.to_markdown(index=False, colalign=align, disable_numparse=True))
 
 
@@ -82,7 +89,7 @@ def latex(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     for row in rows:
         parts = [text.split("\n") for text in row]
         lines += [[part[n] if n < len(part) else "" for part in parts] for n in range(max(map(len, parts)))]
-    made = _texts(header, lines, lambda text: text)
+    made = _texts(header, lines, str)
     text = str(made.to_latex(index=False, escape=True, column_format="l" + "r" * (len(header) - 1)))
     for sign, command in LATEX_SIGNS.items():
         text = text.replace(sign, command)
@@ -93,7 +100,7 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return texts as a table in HTML, in which no text is markup."""
     import pandas
 
-    made = _texts(header, rows, in_html)
+    made = _texts(header, rows, in_html, in_html)
     with pandas.option_context("display.max_colwidth", None):  # else long texts are cut
         return str(made.to_html(index=False, escape=False, border=0))
 
@@ -101,6 +108,11 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def in_markdown(text: str) -> str:
     """Return a text so that it fits into one cell of a Markdown table, or one item of a list."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
+
+
+def foreign_in_markdown(text: str) -> str:
+    """Return a text of a model or a data set so that Markdown shows it to the letter, with its line breaks."""
+    return MARKUP.sub(r"\\\g<0>", text).replace("\r", "").replace("\n", "<br>")
 
 
 def in_html(text: str) -> str:
@@ -113,7 +125,13 @@ def _in_markdown(text: str) -> str:
     return "&nbsp;" * (len(text) - len(bare)) + in_markdown(bare)
 
 
-def _texts(header: Sequence[str], rows: Iterable[Sequence[str]], write: Callable[[str], str]) -> DataFrame:
+def _texts(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    write: Callable[[str], str],
+    heading: Callable[[str], str] = str,
+) -> DataFrame:
     import pandas
 
-    return pandas.DataFrame([[write(text) for text in row] for row in rows], columns=[write(text) for text in header])
+    rows = [[write(text) for text in row] for row in rows]
+    return pandas.DataFrame(rows, columns=[heading(text) for text in header])

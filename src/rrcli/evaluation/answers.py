@@ -49,8 +49,9 @@ def solve_problems(
     Returns:
         Records with the problem and its prompt, and lists with an entry per depth: `outputs`, `extracted` (what was
         scored), `strict` (the whole answer is right), `correct` (it is right, or for numeric answers the last number
-        in it is), `score` (the task's own), `length` (new tokens) and `ended` (by itself, not at the cap). On the test
-        side also `lookup`: whether the answer of the nearest training problem is right, if there is one.
+        in it is), `score` (the task's own), `length` (new tokens) and `ended` (by itself, not at the cap). With an exit
+        rule, `passes` (with which each new token left) and `pieces` (the answer's text in pieces, with their passes).
+        On the test side also `lookup`: whether the answer of the nearest training problem is right, if there is one.
 
     Raises:
         UsageError: a stop string is empty, or solved examples are asked of a task that has none to give.
@@ -115,6 +116,7 @@ def solve_problems(
                     {"number": number, "depth": depth + 1, "key": problem.key, "output": text}
                     | vars(judge(tasks[problem.task], problem, text))
                     | {"length": len(one.tokens), "ended": one.ended, "passes": list(one.passes)}
+                    | {"pieces": answers.pieces(number, one)}
                 )
             log.append("problems", new)
             entries += new
@@ -180,7 +182,7 @@ def _problem_records(
         for name in ANSWER:
             records[entry["number"]]["outputs" if name == "output" else name].append(entry[name])
         if "passes" in entry:
-            records[entry["number"]]["passes"] = entry["passes"]
+            records[entry["number"]] |= {"passes": entry["passes"], "pieces": entry.get("pieces", [])}
     return records
 
 

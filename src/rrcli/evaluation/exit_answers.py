@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from rrcli.data.batching import affordable, batches, halving, padded
 from rrcli.data.tokens import end_tokens
 from rrcli.errors import RRError
 from rrcli.evaluation.decoding import Ends, decode
+from rrcli.evaluation.tracing import pieces
 from rrcli.recursion.exits import ExitRule, Signals
 from rrcli.recursion.families import input_device
 from rrcli.recursion.readout import Readout, Scores
@@ -142,6 +144,14 @@ class Answers:
     def cut(self, number: int, tokens: Sequence[int]) -> str:
         """Return the text of an answer up to its stop string."""
         return self._ends.cut(self.text(number, tokens))[0]
+
+    def pieces(self, number: int, answer: Answer) -> list[tuple[str, int]]:
+        """Return the pieces of an answer's text up to its stop string, each with the pass that it left with."""
+        tokens = zip(answer.tokens, answer.passes, repeat(False), strict=False)  # the end token has a pass, and no text
+        made = pieces(
+            self.tokenizer, tokens, stop=self.stop, prompt=self.prompts[number], ends=self._ends.tokens
+        )  # fmt: skip
+        return [(piece.text, piece.passes) for piece in made]
 
     def _read(self, texts: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> None:
         """Read beginnings with their guesses, and note what every pass says after the beginning and each guessed token.

@@ -76,14 +76,19 @@ class PieceBuilder:
 
 
 def pieces(
-    tokenizer: Any, tokens: Iterable[tuple[int, int, bool]], *, prompt: Sequence[int] = (), ends: Iterable[int] = ()
+    tokenizer: Any,
+    tokens: Iterable[tuple[int, int, bool]],
+    *,
+    stop: Sequence[str] = (),
+    prompt: Sequence[int] = (),
+    ends: Iterable[int] = (),
 ) -> list[Piece]:
     """Return the pieces of a whole generation.
 
     Args:
         tokens: id, passes after pass 0, and whether these changed it, of each token.
-        prompt, ends: see `PieceBuilder`.
+        stop, prompt, ends: see `PieceBuilder`.
     """
-    builder = PieceBuilder(tokenizer, prompt=prompt, ends=ends)
+    builder = PieceBuilder(tokenizer, stop, prompt=prompt, ends=ends)
     found = [builder.add(*token) for token in tokens]
     return [piece for piece in (*found, builder.finish()) if piece is not None]

@@ -9,6 +9,7 @@ from rrcli.comparison.claims import Declaration, read_declaration
 from rrcli.comparison.compare import compare_stages
 from rrcli.comparison.comparison import Comparison
 from rrcli.comparison.costs import with_costs
+from rrcli.comparison.flips import flips_of
 from rrcli.comparison.frontier import read_frontier
 from rrcli.comparison.gates import read_gate
 from rrcli.comparison.preservation import Preservation, check_preserved
@@ -29,7 +30,7 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
 
     Raises:
         UsageError: an unknown stage, one that is named twice, or a gate that cannot be read.
-        RRError: a stage without results, results that cannot be read, or that hold no generations to show.
+        RRError: a stage without results, results that cannot be read, or that hold no texts to show.
     """
     workspace = Workspace(directory, settings)
     if settings.report:
@@ -56,8 +57,13 @@ def compare(settings: CompareSettings, names: Sequence[str], directory: Path) ->
     comparison.warnings += warnings
     if settings.generations:
         comparison.generations = generations_of(comparison.stages)
-        if not comparison.generations:
-            raise RRError("the results hold no generations", "'rr eval' without --skip-generation makes them.")
+        flips = flips_of(comparison.stages)
+        comparison.flips = flips if flips.compared else None
+        if not comparison.generations and comparison.flips is None:
+            raise RRError(
+                "the results hold no generations, and no problems of two stages or depths",
+                "'rr eval' without --skip-generation and --skip-reasoning makes them.",
+            )
     return comparison
 
 
