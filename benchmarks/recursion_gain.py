@@ -94,19 +94,25 @@ def rr(folder: Path, *arguments: str, changes: Mapping[str, str] | None = None) 
     subprocess.run(command, env=os.environ | environment, check=True, stdout=subprocess.DEVNULL)
 
 
-def measure_controls(experiment: Path, output: Path) -> tuple[Results, dict[str, Any]]:
-    """Return the results with random feedback, and the frontier of exits, of the first seed; make what is missing."""
-    folder, exits = output / "random-feedback", output / "exits"
+def random_control(experiment: Path, output: Path) -> Results:
+    """Return the results of the first seed with random feedback; make what is missing."""
+    folder = output / "random-feedback"
     if not _results_file(folder).exists():
         rr(experiment, "eval", "--stage", RECURSIVE, *_into(folder), *ANSWERS_ALONE, changes={"cell": "random"})
-    frontier = exits / f"{RECURSIVE}_exits.json"
-    if not frontier.exists():
+    return read_results(_results_file(folder), "rr eval")
+
+
+def measured_exits(experiment: Path, output: Path) -> dict[str, Any]:
+    """Return the frontier of exits of the first seed; make what is missing."""
+    exits = output / "exits"
+    file = exits / f"{RECURSIVE}_exits.json"
+    if not file.exists():
         model = exits / "model"
         shutil.copytree(used_checkpoint(experiment / "checkpoints" / RECURSIVE), model, dirs_exist_ok=True)
         rr(experiment, "eval", "--stage", RECURSIVE, "--exits", "--model", str(model), *_into(exits))
-    found = read_frontier(frontier, RECURSIVE)
+    found = read_frontier(file, RECURSIVE)
     assert found is not None
-    return read_results(_results_file(folder), "rr eval"), found
+    return found
 
 
 def ablate(experiment: Path, folder: Path, changes: Mapping[str, str]) -> Results:
@@ -152,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
         given = [*defaults, *given]
     rr(experiment, "run", *given, changes={"costs.rounds": "1"} if options.shrunken else {})
     comparison = compare(load(CompareSettings, experiment), list(STAGES), experiment)
-    control, frontier = measure_controls(experiment, output)
+    control, frontier = random_control(experiment, output), measured_exits(experiment, output)
     names = list(ABLATIONS)[:1] if options.shrunken else list(ABLATIONS) if options.ablations else []
     shape, ablated = shape_of(experiment), {}
     for name in names:

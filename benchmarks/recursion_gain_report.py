@@ -99,7 +99,7 @@ def accuracies(comparison: Comparison) -> str:
             rows.append([f"&nbsp;&nbsp;seed {seed}", *(_percent(cell.by_seed[place]) for cell in cells)])
     if looked_up:
         rows.append(["lookup of training answers", *(_percent(row.cells[0].value) for row in looked_up)])
-    return _table(["accuracy, %", *(row.metric.label.strip() for row in found)], rows)
+    return table(["accuracy, %", *(row.metric.label.strip() for row in found)], rows)
 
 
 def differences(comparison: Comparison, pairs: Sequence[tuple[str, str]]) -> str:
@@ -112,7 +112,7 @@ def differences(comparison: Comparison, pairs: Sequence[tuple[str, str]]) -> str
         by_seed = getattr(cell.pair and cell.pair.evidence, "by_seed", ())
         each = " ".join(_signed(metric.shown_difference(value)) for value in by_seed)
         rows.append([f"{stage} − {reference}", metric.label.strip(), *_difference(cell), each or "-"])
-    return _table(["difference", "of", "points or %", "95 % interval", "p", "by seed"], rows)
+    return table(["difference", "of", "points or %", "95 % interval", "p", "by seed"], rows)
 
 
 def by_difficulty(stages: Sequence[Stage]) -> dict[str, dict[str, list[bool]]]:
@@ -131,7 +131,7 @@ def difficulty_table(groups: Mapping[str, Mapping[str, Sequence[bool]]]) -> str:
         [name, str(len(group["baseline"])), *(_percent(100 * fmean(answers)) for answers in group.values())]
         for name, group in groups.items()
     ]
-    return _table(["problems, all seeds", "n", *(f"{stage}, %" for stage in STAGES)], rows)
+    return table(["problems, all seeds", "n", *(f"{stage}, %" for stage in STAGES)], rows)
 
 
 def by_depth(runs: Mapping[str, tuple[Results, Results]]) -> str:
@@ -150,7 +150,7 @@ def by_depth(runs: Mapping[str, tuple[Results, Results]]) -> str:
         "p",
         "training FLOPs",
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def exits_table(frontier: Mapping[str, Any]) -> str:
@@ -164,14 +164,14 @@ def exits_table(frontier: Mapping[str, Any]) -> str:
         label = f"random, as often as {like}" if like else f"**{name}** (chosen)" if name == chosen else name
         costs = (number(point[key]) for key in ("passes", "mflop", "nats", "text_passes"))
         rows.append([label, _with_interval(point["accuracy"] or {"value": None}), *costs])
-    return _table(["exit", "accuracy, %", "passes", "MFLOP an answer", "nats a token", "passes, text"], rows)
+    return table(["exit", "accuracy, %", "passes", "MFLOP an answer", "nats a token", "passes, text"], rows)
 
 
 def costs_table(comparison: Comparison) -> str:
     """Return what trainings and decoding cost."""
     found = [row for row in comparison.rows if row.metric.name in COSTS]
     rows = [[row_label(row).strip(), *(number(cell.value) for cell in row.cells)] for row in found]
-    return _table(["cost", *comparison.labels], rows)
+    return table(["cost", *comparison.labels], rows)
 
 
 def report(
@@ -200,7 +200,7 @@ def report(
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
@@ -227,7 +227,7 @@ def _difference(cell: Cell) -> tuple[str, str, str]:
 
 def plot(groups: Mapping[str, Mapping[str, Sequence[bool]]], file: Path) -> None:
     """Draw accuracy by difficulty with 95 % Wilson intervals."""
-    with _picture(file, "test problems answered correctly, %", columns=len(STAGES)) as axes:
+    with picture(file, "test problems answered correctly, %", columns=len(STAGES)) as axes:
         for offset, (stage, color) in enumerate(STAGES.items()):
             found = [wilson(sum(group[stage]), len(group[stage])) for group in groups.values()]
             # Rounding may leave a hair less than nothing.
@@ -245,7 +245,7 @@ def plot_exits(frontier: Mapping[str, Any], file: Path) -> None:
     for point in frontier["test"]:
         if point["accuracy"] is not None:
             lines.setdefault(point["rule"], []).append((point["mflop"], point["accuracy"]["value"]))
-    with _picture(file, f"accuracy, % (n = {frontier['n']['test']['problems']})", columns=len(lines)) as axes:
+    with picture(file, f"accuracy, % (n = {frontier['n']['test']['problems']})", columns=len(lines)) as axes:
         for (rule, points), (color, marker) in zip(lines.items(), EXIT_STYLES, strict=False):
             fixed = rule == "depth"
             style = {"color": color, "marker": marker, "markersize": 9 if fixed else 4, "linewidth": 2 if fixed else 1}
@@ -254,7 +254,7 @@ def plot_exits(frontier: Mapping[str, Any], file: Path) -> None:
 
 
 @contextmanager
-def _picture(file: Path, label: str, *, columns: int) -> Iterator[Any]:
+def picture(file: Path, label: str, *, columns: int) -> Iterator[Any]:
     """Give axes to draw on, and save them; grey that can be read on white and on black."""
     import matplotlib
 

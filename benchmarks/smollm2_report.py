@@ -1,0 +1,237 @@
+"""The report of `smollm2_recursion.py`: tables in Markdown and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from recursion_gain_report import (
+    COSTS,
+    MATCHED,
+    RECURSIVE,
+    STAGES,
+    VANILLA,
+    accuracies,
+    by_depth,
+    by_difficulty,
+    costs_table,
+    differences,
+    difficulty_table,
+    exits_table,
+    picture,
+    table,
+)
+
+from rrcli.comparison.comparison import Comparison
+from rrcli.comparison.curves import Curves, read_curves
+from rrcli.comparison.results import Results, Stage
+
+__all__ = ["COSTS", "STAGES", "plot_curves", "recipes_table", "report"]
+
+# How many flipped problems are shown: half of them solved by recursion alone, half by vanilla alone.
+FLIPPED = 10
+CURVE = "evaluation/during_training/reasoning_accuracy"
+REPORT = """# What recursion gains on SmolLM2-135M
+
+Written by `python benchmarks/smollm2_recursion.py`. Model {model}, {options}. Seeds {seeds}; for each {problems} test
+problems: those of generators are each seed's own, those of files are the same for all.
+
+{said}
+
+## Accuracy
+
+Means over seeds with 95 % intervals in which seeds count as random. Lookup answers as the nearest training problem
+does.
+
+{accuracies}
+
+## Differences
+
+On the same problems and documents, with seeds as a random factor. These p-values are not corrected: what is claimed
+stands above.
+
+{differences}
+
+## By difficulty
+
+The problems of all seeds together.
+
+{difficulty}
+
+## By depth
+
+Single checkpoints, the deepest pass against vanilla of the same seed, with McNemar's exact test, not corrected. Random
+feedback is of seed {first}.
+
+{single}
+
+## What the passes fix and break
+
+Of the answers that pass 0 of the recursive model gets wrong, the share that its last pass gets right, and of those that
+it gets right the share that the last pass gets wrong. All seeds together.
+
+{repairs}
+
+## During training
+
+Accuracy on {samples} validation problems of each task, means over seeds.
+
+![accuracy during training](curves.png)
+
+{curves}
+
+## Exits
+
+{exits}
+
+## Costs
+
+Trainings: medians over seeds. Speed, memory and FLOPs of decoding: `rr costs`, the stages of seed {first} in turns.
+
+{costs}
+
+## Ten problems on which the stages differ
+
+Seed {first}: the first {half} that the recursive model alone answers right, and the first {half} that vanilla alone
+does.
+
+{flipped}
+"""
+EXITS = """![frontier of exits](exits.png)
+
+The test side of `rr eval --exits`, seed {first}: {n[problems]} problems, {n[documents]} documents with {n[tokens]}
+tokens. The chosen rule is the cheapest that loses at most {loss:g} points on the validation side.
+
+{table}"""
+
+
+def report(comparison: Comparison, control: Results, frontier: Mapping[str, Any] | None, logs: Path) -> str:
+    """Return the whole report in Markdown.
+
+    Args:
+        control: the first seed with random feedback. frontier: None where the span does not reach the last layer.
+        logs: the folder of the experiment's TensorBoard logs.
+    """
+    stages = {stage.label: stage for stage in comparison.stages}
+    vanilla, recursive = stages[VANILLA], stages[RECURSIVE]
+    first = next(iter(recursive.by_seed))
+    single = {f"as it is, seed {seed}": (run, vanilla.by_seed[seed]) for seed, run in recursive.by_seed.items()}
+    single["random feedback"] = (control, vanilla.first)
+    training = recursive.first["training"]
+    said = [*comparison.sentences, *(f"**Warning:** {warning}" for warning in comparison.warnings)]
+    shown = "A span that ends before the last layer has no exits."
+    if frontier is not None:
+        shown = EXITS.format(first=first, n=frontier["n"]["test"], loss=frontier["loss"], table=exits_table(frontier))
+    shape = recursive.first["model"]["recursion"]
+    options = f"span {shape['span']}, {shape['max_steps']} passes, phase {training['phase']}, {training['steps']} steps"
+    return REPORT.format(
+        model=vanilla.first["settings"]["model"],
+        options=options,
+        seeds=", ".join(map(str, recursive.by_seed)),
+        problems=len(vanilla.first["records"]["problems"]),
+        said="\n".join(f"- {sentence}" for sentence in said),
+        accuracies=accuracies(comparison),
+        differences=differences(comparison, [(RECURSIVE, VANILLA), (RECURSIVE, MATCHED), (VANILLA, "baseline")]),
+        difficulty=difficulty_table(by_difficulty(comparison.stages)),
+        single=by_depth(single),
+        first=first,
+        repairs=repairs_table(recursive),
+        samples=vanilla.first["training"].get("eval_samples", ""),
+        curves=curves_table(curves_of(comparison, logs)),
+        exits=shown,
+        costs=costs_table(comparison),
+        half=FLIPPED // 2,
+        flipped=flipped_table(vanilla.first, recursive.first),
+    )
+
+
+def repairs_table(recursive: Stage) -> str:
+    """Return the table of fixes and breaks of the last pass, by task and overall."""
+    by_task: dict[str, list[list[bool]]] = {}
+    for record in (record for run in recursive.runs for record in run["records"]["problems"]):
+        for name in (_task(record["task"]), "all"):
+            by_task.setdefault(name, []).append(record["correct"])
+    rows = []
+    for name, answers in by_task.items():
+        wrong, right = ([one[-1] for one in answers if one[0] == first] for first in (False, True))
+        fixed = f"{100 * fmean(wrong):.1f} ({sum(wrong)} of {len(wrong)})" if wrong else "-"
+        lost = len(right) - sum(right)
+        broken = f"{100 * lost / len(right):.1f} ({lost} of {len(right)})" if right else "-"
+        rows.append([name, fixed, broken])
+    return table(["problems, all seeds", "fixed, % of pass 0's errors", "broken, % of pass 0's hits"], rows)
+
+
+def curves_of(comparison: Comparison, logs: Path) -> dict[str, Curves]:
+    """Return stage -> run -> points of the validation accuracy in training."""
+    found = {}
+    for stage in comparison.stages:
+        runs = [stage.label if place == 0 else f"{stage.label}-seed{seed}" for place, seed in enumerate(stage.by_seed)]
+        if curves := read_curves(logs, runs, [CURVE]).get(CURVE):
+            found[stage.label] = curves
+    return found
+
+
+def curves_table(curves: Mapping[str, Curves]) -> str:
+    """Return the table of validation accuracy by step, means over the runs that were measured there."""
+    rows = [[stage, str(step), f"{value:.1f}"] for stage, runs in curves.items() for step, value in _means(runs)]
+    return table(["stage", "step", "accuracy, %"], rows)
+
+
+def plot_curves(curves: Mapping[str, Curves], file: Path) -> None:
+    """Draw validation accuracy by step, means over seeds."""
+    with picture(file, "validation problems answered correctly, %", columns=len(curves)) as axes:
+        for stage, runs in curves.items():
+            axes.plot(*zip(*_means(runs), strict=True), color=STAGES[stage], marker="o", markersize=3, label=stage)
+        axes.set_xlabel("optimiser steps")
+
+
+def flipped_table(vanilla: Results, recursive: Results) -> str:
+    """Return the table of problems that one of two runs alone answers right."""
+    others = {record["key"]: record for record in recursive["records"]["problems"]}
+    pairs = [(one, others[one["key"]]) for one in vanilla["records"]["problems"] if one["key"] in others]
+    rows = []
+    for wanted in (RECURSIVE, VANILLA):
+        own = [pair for pair in pairs if (pair[0]["correct"][-1], pair[1]["correct"][-1]) == _right(wanted)]
+        for one, other in own[: FLIPPED // 2]:
+            said = [each["outputs"][-1].strip().replace("\n", " ") for each in (one, other)]
+            rows.append([wanted, one["question"].replace("\n", " "), one["answer"], *said])
+    return table(["right alone", "question", "answer", "vanilla", "recursive"], rows)
+
+
+def recipes_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the table of recipes: answers right and nats of an answer at each depth, by task, and costs."""
+    tasks = list(next(iter(found.values()))["right"])
+    head = ["recipe", *(f"{_task(task)}, %" for task in tasks), "all, %", "nats an answer", "nats a token of text"]
+    head += ["PFLOP", "seconds", "feedback"]
+    rows = []
+    for name, one in found.items():
+        right = [np.mean(one["right"][task], axis=0) for task in tasks]
+        nats = np.mean([np.mean(one["nats"][task], axis=0) for task in tasks], axis=0)
+        cells = [_each_depth(100 * each, ".0f") for each in (*right, np.mean(right, axis=0))]
+        cells += [_each_depth(nats, ".3f"), _each_depth(one["text_nats"], ".3f")]
+        spent, feedback = one["training"], one["scalars"].get("train/feedback_norm")
+        cells += [f"{spent['flops'] / 1e15:.3f}", f"{spent['seconds']:.0f}"]
+        rows.append([name, *cells, "-" if feedback is None else f"{feedback['value']:.3f}"])
+    return table(head, rows) + "\n"
+
+
+def _task(spec: str) -> str:
+    return spec.partition(":")[0].removesuffix(".jsonl")
+
+
+def _right(alone: str) -> tuple[bool, bool]:
+    return alone == VANILLA, alone == RECURSIVE
+
+
+def _means(runs: Curves) -> Iterator[tuple[int, float]]:
+    by_step: dict[int, list[float]] = {}
+    for step, value in (point for line in runs.values() for point in line):
+        by_step.setdefault(step, []).append(value)
+    return ((step, fmean(values)) for step, values in sorted(by_step.items()))
+
+
+def _each_depth(values: Sequence[float], form: str) -> str:
+    return " / ".join(format(value, form) for value in values)
