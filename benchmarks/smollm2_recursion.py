@@ -38,7 +38,7 @@ from rrcli.comparison.comparison import Comparison
 from rrcli.configuration import SETTINGS_FILE, load
 from rrcli.experiment.workspace import Workspace
 from rrcli.files import publish_folder
-from rrcli.models.loading import load_config
+from rrcli.models.config import load_config
 from rrcli.models.manifest import read_manifest
 from rrcli.recursion.config import RecursionConfig
 from rrcli.services.compare import compare

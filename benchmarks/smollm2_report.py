@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from recursion_gain_report import (
-    COSTS,
     MATCHED,
     RECURSIVE,
     STAGES,
@@ -27,17 +26,17 @@ from recursion_gain_report import (
 
 from rrcli.comparison.comparison import Comparison
 from rrcli.comparison.curves import Curves, read_curves
+from rrcli.comparison.flips import KINDS, Flips, flips_of
 from rrcli.comparison.results import Results, Stage
 
-__all__ = ["COSTS", "STAGES", "plot_curves", "recipes_table", "report"]
-
-# How many flipped problems are shown: half of them solved by recursion alone, half by vanilla alone.
+# How many flipped problems are shown, half of each kind.
 FLIPPED = 10
 CURVE = "evaluation/during_training/reasoning_accuracy"
 REPORT = """# What recursion gains on SmolLM2-135M
 
-Written by `python benchmarks/smollm2_recursion.py`. Model {model}, {options}. Seeds {seeds}; for each {problems} test
-problems: those of generators are each seed's own, those of files are the same for all.
+Written by `python benchmarks/smollm2_recursion.py`. Model {model}, {options},
+{steps} steps. Seeds {seeds}; for each {problems} test problems: those of generators are each seed's own, those of files
+are the same for all.
 
 {said}
 
@@ -77,7 +76,7 @@ it gets right the share that the last pass gets wrong. All seeds together.
 
 ## During training
 
-Accuracy on {samples} validation problems of each task, means over seeds.
+Accuracy on the validation problems of `rr train`, means over seeds.
 
 ![accuracy during training](curves.png)
 
@@ -95,8 +94,7 @@ Trainings: medians over seeds. Speed, memory and FLOPs of decoding: `rr costs`, 
 
 ## Ten problems on which the stages differ
 
-Seed {first}: the first {half} that the recursive model alone answers right, and the first {half} that vanilla alone
-does.
+{flips} The first five of each kind:
 
 {flipped}
 """
@@ -120,16 +118,17 @@ def report(comparison: Comparison, control: Results, frontier: Mapping[str, Any]
     first = next(iter(recursive.by_seed))
     single = {f"as it is, seed {seed}": (run, vanilla.by_seed[seed]) for seed, run in recursive.by_seed.items()}
     single["random feedback"] = (control, vanilla.first)
-    training = recursive.first["training"]
+    training, flips = recursive.first["training"], flips_of([vanilla, recursive])
     said = [*comparison.sentences, *(f"**Warning:** {warning}" for warning in comparison.warnings)]
     shown = "A span that ends before the last layer has no exits."
     if frontier is not None:
         shown = EXITS.format(first=first, n=frontier["n"]["test"], loss=frontier["loss"], table=exits_table(frontier))
     shape = recursive.first["model"]["recursion"]
-    options = f"span {shape['span']}, {shape['max_steps']} passes, phase {training['phase']}, {training['steps']} steps"
+    options = f"span {shape['span'] or 'all'}, {shape['max_steps']} passes, phase {training['phase']}"
     return REPORT.format(
         model=vanilla.first["settings"]["model"],
         options=options,
+        steps=training["steps"],
         seeds=", ".join(map(str, recursive.by_seed)),
         problems=len(vanilla.first["records"]["problems"]),
         said="\n".join(f"- {sentence}" for sentence in said),
@@ -139,12 +138,11 @@ def report(comparison: Comparison, control: Results, frontier: Mapping[str, Any]
         single=by_depth(single),
         first=first,
         repairs=repairs_table(recursive),
-        samples=vanilla.first["training"].get("eval_samples", ""),
         curves=curves_table(curves_of(comparison, logs)),
         exits=shown,
         costs=costs_table(comparison),
-        half=FLIPPED // 2,
-        flipped=flipped_table(vanilla.first, recursive.first),
+        flips=flips.sentence(),
+        flipped=flipped_table(flips),
     )
 
 
@@ -188,17 +186,14 @@ def plot_curves(curves: Mapping[str, Curves], file: Path) -> None:
         axes.set_xlabel("optimiser steps")
 
 
-def flipped_table(vanilla: Results, recursive: Results) -> str:
-    """Return the table of problems that one of two runs alone answers right."""
-    others = {record["key"]: record for record in recursive["records"]["problems"]}
-    pairs = [(one, others[one["key"]]) for one in vanilla["records"]["problems"] if one["key"] in others]
+def flipped_table(flips: Flips) -> str:
+    """Return the table of problems that one of two stages alone answers right, the first ones of each kind."""
     rows = []
-    for wanted in (RECURSIVE, VANILLA):
-        own = [pair for pair in pairs if (pair[0]["correct"][-1], pair[1]["correct"][-1]) == _right(wanted)]
-        for one, other in own[: FLIPPED // 2]:
-            said = [each["outputs"][-1].strip().replace("\n", " ") for each in (one, other)]
-            rows.append([wanted, one["question"].replace("\n", " "), one["answer"], *said])
-    return table(["right alone", "question", "answer", "vanilla", "recursive"], rows)
+    for kind in KINDS:
+        for problem, before, after in flips.of(kind)[: FLIPPED // 2]:
+            texts = (problem.prompt, problem.expected, before.output, after.output)
+            rows.append([kind, str(problem.seed), *(" ".join(text.split()) for text in texts)])
+    return table(["recursion", "seed", "problem", "right answer", "vanilla", "recursive"], rows)
 
 
 def recipes_table(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -220,10 +215,6 @@ def recipes_table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _task(spec: str) -> str:
     return spec.partition(":")[0].removesuffix(".jsonl")
-
-
-def _right(alone: str) -> tuple[bool, bool]:
-    return alone == VANILLA, alone == RECURSIVE
 
 
 def _means(runs: Curves) -> Iterator[tuple[int, float]]:

@@ -27,7 +27,7 @@ from rrcli.settings import TrainSettings, with_changes
 DOCUMENTS, DOCUMENT_TOKENS, BATCH_TOKENS = 64, 128, 768
 
 
-def validated(folder: Path, stage: str, *, problems: int, name: str) -> dict[str, Any]:
+def validated(folder: Path, stage: str, *, problems: int, name: str, dtype: str = "bfloat16") -> dict[str, Any]:
     """Return what the checkpoint of a stage gives on the validation side.
 
     Args:
@@ -38,7 +38,7 @@ def validated(folder: Path, stage: str, *, problems: int, name: str) -> dict[str
         token at each depth); `training` (costs); `scalars` (the last values of the training's logs).
     """
     checkpoint = used_checkpoint(folder / "checkpoints" / stage)
-    model, tokenizer = rrcli.load(checkpoint, dtype="bfloat16", directory=folder)
+    model, tokenizer = rrcli.load(checkpoint, dtype=dtype, directory=folder)
     settings = with_changes(load(TrainSettings, folder), chat_template=False)
     data = held_out_data(settings, folder, problems, DOCUMENTS, side="validation")
     found: dict[str, Any] = {"name": name, "right": {}, "nats": {}}
