@@ -6,13 +6,13 @@
 `rr compare`. An experiment that is there goes on with its own options; one that is done is only reported. Folders
 beside it hold what is measured of its first seed alone:
 
-    exits              `rr eval --exits`, of a copy of the checkpoint, so that the experiment's own has no exit chosen
+    exits              `rr eval --exits`, of a copy of the checkpoint, so that the experiment's own stays as it is
     random-feedback    the trained recursion at every depth, but what a pass is fed is a random projection of the state
-                       before, as large as what the trained cell would have fed it
+                       before, as large as what the trained cell would have fed it; without an exit
     one per ablation   with `--ablations`: the recursion trained again with one thing changed
 
 What is done is not done again, so an interrupted benchmark goes on where it stopped. Writes `DIR/recursion_gain.md`
-and, with matplotlib, `DIR/recursion_gain.png` and `DIR/exits.png`.
+and, with matplotlib, `DIR/recursion_gain.png`, `DIR/recursion_gain_cost.png` and `DIR/exits.png`.
 
 `--shrunken` is the whole of it with two seeds and one ablation, in about two minutes on a CPU, to see that it works:
 its numbers mean nothing.
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recursion_gain_report import RECURSIVE, STAGES, by_difficulty, plot, plot_exits, report
+from recursion_gain_report import RECURSIVE, STAGES, by_difficulty, plot, plot_costs, plot_exits, report
 from torch import Tensor
 
 from rrcli.comparison.frontier import read_frontier
@@ -44,7 +44,7 @@ from rrcli.recursion.feedback_cell import FeedbackCell
 from rrcli.services.compare import compare
 from rrcli.settings import CommonSettings, CompareSettings
 
-ANSWERS_ALONE = ("--skip-perplexity", "--skip-generation", "--skip-performance")
+ANSWERS_ALONE = ("--skip-perplexity", "--skip-generation", "--skip-performance", "--exit", "none")
 # name -> what differs from the run; {middle} is the model's layers but the first and the last quarter.
 ABLATIONS: dict[str, dict[str, str]] = {
     "span: middle": {"surgery.span": "{middle}"},
@@ -168,6 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     (output / "recursion_gain.md").write_text(text, encoding="utf-8")
     print(text, end="")
     plot(by_difficulty(comparison.stages), output / "recursion_gain.png")
+    plot_costs(comparison, output / "recursion_gain_cost.png")
     plot_exits(frontier, output / "exits.png")
 
 

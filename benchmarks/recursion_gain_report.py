@@ -21,6 +21,8 @@ VANILLA, RECURSIVE, MATCHED = "finetuned_vanilla", "finetuned_recursive", "vanil
 # The stages of the report, and their colours in the picture.
 STAGES = {"baseline": "#909090", VANILLA: "#4c8fd6", MATCHED: "#1f4e8c", RECURSIVE: "#e8762c"}
 GREY = "#808080"
+# What a new token costs, as the picture of costs names it.
+CURVE_COSTS = {"decode_flops_per_token": "MFLOP per new token", "time_per_output_token": "ms per new token"}
 # Colour and marker of each rule in the picture of exits.
 EXIT_STYLES = [
     ("#1f4e8c", "D"), ("#e8762c", "o"), ("#2ca02c", "s"), ("#9467bd", "^"), ("#d62728", "*"), ("#8c564b", "v"),
@@ -65,8 +67,8 @@ further seeds.
 
 ## By depth, controls and ablations
 
-Single checkpoints, the deepest pass against vanilla of the same seed, with McNemar's exact test, not corrected. Rows
-without a seed are of seed {first}.
+Single checkpoints, the deepest pass for every token, without an exit, against vanilla of the same seed, with McNemar's
+exact test, not corrected. Rows without a seed are of seed {first}.
 
 {single}
 
@@ -84,6 +86,8 @@ tokens. The chosen rule is the cheapest that loses at most {loss:g} points on th
 Trainings: medians over seeds. Speed, memory and FLOPs of decoding: `rr costs`, the stages of seed {first} in turns.
 
 {costs}
+
+![accuracy against the cost of a new token](recursion_gain_cost.png)
 """
 
 
@@ -153,6 +157,14 @@ def by_depth(runs: Mapping[str, tuple[Results, Results]]) -> str:
     return table(head, rows)
 
 
+def every_pass(run: Results) -> Results:
+    """Return results with the answers of every pass for every token as the last ones, if there are those of an exit."""
+    if not run["model"].get("exit"):
+        return run
+    problems = [record | {"correct": record["correct"][:-1]} for record in run["records"]["problems"]]
+    return run | {"records": run["records"] | {"problems": problems}}
+
+
 def exits_table(frontier: Mapping[str, Any]) -> str:
     """Return the test side of the frontier: fixed depths, some thresholds, their random controls, and the oracle."""
     chosen = str(ExitRule.from_dict(frontier["chosen"])) if frontier["chosen"] else ""
@@ -180,7 +192,8 @@ def report(
     """Return the whole report in Markdown."""
     stages = {stage.label: stage for stage in comparison.stages}
     vanilla, recursive = stages[VANILLA], stages[RECURSIVE]
-    single = {f"as it is, seed {seed}": (run, vanilla.by_seed[seed]) for seed, run in recursive.by_seed.items()}
+    trained = {seed: every_pass(run) for seed, run in recursive.by_seed.items()}
+    single = {f"as it is, seed {seed}": (run, vanilla.by_seed[seed]) for seed, run in trained.items()}
     single |= {name: (run, vanilla.first) for name, run in {"random feedback": control, **ablated}.items()}
     said = [*comparison.sentences, *(f"**Warning:** {warning}" for warning in comparison.warnings)]
     return REPORT.format(
@@ -253,19 +266,54 @@ def plot_exits(frontier: Mapping[str, Any], file: Path) -> None:
         axes.set_xlabel("MFLOP an answer, prompt included")
 
 
+def cost_curves(comparison: Comparison) -> dict[str, dict[str, list[tuple[float, float, str]]]]:
+    """Return cost -> stage -> (cost, accuracy, name) of its depths, and of its exit, where both are known."""
+    found: dict[str, dict[str, list[tuple[float, float, str]]]] = {cost: {} for cost in CURVE_COSTS}
+    for cost, (stage, points) in product(CURVE_COSTS, comparison.curves().items()):
+        known = [point for point in points if cost in point and REASONING_ACCURACY.name in point]
+        names = ["exit" if "exit" in point else str(point["depth"]) for point in known]
+        found[cost][stage] = [
+            (point[cost], point[REASONING_ACCURACY.name], name) for point, name in zip(known, names, strict=True)
+        ]
+    return found
+
+
+def plot_costs(comparison: Comparison, file: Path) -> None:
+    """Draw accuracy against what a new token costs: a point for each stage, and for the recursive one each depth."""
+    curves = cost_curves(comparison)
+    label = "test problems answered correctly, %"
+    with picture(file, label, columns=len(STAGES), panels=len(curves)) as panels:
+        for axes, (cost, stages) in zip(panels, curves.items(), strict=True):
+            for (stage, points), marker in zip(stages.items(), "osDP", strict=True):
+                depths = [point for point in points if point[2] != "exit"]
+                style = {"color": STAGES[stage], "marker": marker, "markersize": 7}
+                axes.plot([x for x, _, _ in depths], [y for _, y, _ in depths], label=stage, **style)
+                for x, y, name in points if len(points) > 1 else ():
+                    if name == "exit":
+                        axes.plot([x], [y], marker="*", markersize=14, color=STAGES[stage])
+                    text = "exit" if name == "exit" else f"depth {name}"
+                    axes.annotate(text, (x, y), (0, -14), textcoords="offset points", color=GREY, fontsize=8)
+            axes.set_xlabel(CURVE_COSTS[cost])
+            axes.margins(x=0.2)
+            axes.set_xlim(left=0)
+
+
 @contextmanager
-def picture(file: Path, label: str, *, columns: int) -> Iterator[Any]:
-    """Give axes to draw on, and save them; grey that can be read on white and on black."""
+def picture(file: Path, label: str, *, columns: int, panels: int = 1) -> Iterator[Any]:
+    """Give axes to draw on (a list of several), and save them; grey that can be read on white and on black."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     with pyplot.rc_context(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), GREY)):
-        figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
-        yield axes
-        axes.set_ylabel(label)
-        axes.spines[:].set_color(GREY)
-        figure.legend(frameon=False, ncols=columns, loc="outside upper center")
+        figure, grid = pyplot.subplots(1, panels, figsize=(9, 4), layout="constrained", squeeze=False, sharey=True)
+        drawn = list(grid[0])
+        yield drawn if panels > 1 else drawn[0]
+        drawn[0].set_ylabel(label)
+        for axes in drawn:
+            axes.spines[:].set_color(GREY)
+        handles, labels = drawn[0].get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, ncols=columns, loc="outside upper center")
         figure.savefig(file, dpi=150, transparent=True)
         pyplot.close(figure)

@@ -70,7 +70,16 @@ TRAIN = (
     | {"--supervised-share", "--commit-margin", "--lora-rank", "--lora-alpha"}
 )
 EVAL = (
-    {"--stride", "--max-samples", "--problems", "--max-new-tokens", "--batch-tokens", "--depth", "--exit"}
+    {
+        "--stride",
+        "--max-samples",
+        "--problems",
+        "--max-new-tokens",
+        "--batch-tokens",
+        "--depth",
+        "--exit",
+        "--exit-loss",
+    }
     | {"--num-fewshot", "--stop", "--prompts", "--harness"}
     | {"--chat-template", "--no-chat-template", "--tensorboard", "--no-tensorboard"}
     | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "generation", "performance")}
@@ -88,7 +97,8 @@ OWN = {
     | DATA
     | LOGS
     | EVAL
-    | {"--stage", "--use-recursive", "--no-use-recursive", "--max-length", "--exits", "--no-exits", "--exit-loss"},
+    | {"--stage", "--use-recursive", "--no-use-recursive", "--max-length", "--exits", "--no-exits"}
+    | {"--choose-exit", "--no-choose-exit"},
     "costs": LOADING | DATA - {"--task"} | LOGS | {"--rounds"},
     "compare": COMPARE
     | {"--log-dir", "--output-dir", "--generations", "--no-generations", "--format", "--out", "--report"},
@@ -466,6 +476,7 @@ def test_a_dry_run_plans_every_step_and_writes_nothing(tmp_path: Path) -> None:
         "rr train --mode vanilla",
         "rr eval --stage finetuned_vanilla",
         "rr train --mode recursive",
+        "rr eval --stage finetuned_recursive --choose-exit",
         "rr eval --stage finetuned_recursive",
         "rr costs",
     ]

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from rrcli import configuration, settings
 from rrcli.configuration import SETTINGS_FILE
 from rrcli.errors import UsageError
-from rrcli.experiment.identity import eval_inputs, surgery_inputs, train_inputs
+from rrcli.experiment.identity import eval_inputs, exit_inputs, surgery_inputs, train_inputs
 from rrcli.settings import (
+    CONTENT,
+    EXIT,
     NOTHING,
     NUMBERS,
     SECTIONS,
@@ -280,6 +282,19 @@ def test_an_option_changes_the_inputs_of_what_it_reaches_and_of_nothing_else(
         assert [a != b for a, b in zip(inputs(before), changed, strict=True)] == reached[: len(changed)]
 
 
+@pytest.mark.parametrize(
+    "item",
+    [item for item in dataclasses.fields(EvalSettings) if item.metadata["reaches"] != CONTENT],
+    ids=lambda i: i.name,
+)
+def test_an_option_changes_the_inputs_of_an_exit_if_it_reaches_it(item: dataclasses.Field[Any], tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    inputs = [
+        exit_inputs(EvalSettings(**{item.name: v}), tmp_path) for v in (item.default, other_value(EvalSettings, item))
+    ]
+    assert (inputs[0] != inputs[1]) == (EXIT in item.metadata["reaches"])
+
+
 def test_in_vanilla_training_a_phase_is_lora_or_everything() -> None:
     inputs = {phase: train_inputs(TrainSettings(phase=phase), "vanilla", "start", "data") for phase in ("a", "b", "c")}
     assert inputs["b"] != inputs["c"] == inputs["a"]
@@ -291,7 +306,8 @@ def test_only_what_a_stage_makes_is_reached_and_kinds_are_those_of_training() ->
         assert item.metadata["only"] in (("", "recursive", "lora") if cls is TrainSettings else ("",))
         reaches = item.metadata["reaches"]
         if cls is not CommonSettings:
-            assert reaches in (NOTHING, INPUTS[cls][0] if cls in INPUTS else NOTHING)
+            made = INPUTS[cls][0] if cls in INPUTS else NOTHING
+            assert reaches in ((NOTHING, made, EXIT, made | EXIT) if cls is EvalSettings else (NOTHING, made))
 
 
 def test_no_command_redefines_a_common_option() -> None:

@@ -346,7 +346,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Fine-tune with or without recursion; continues from the last checkpoint."""
-    from rrcli.experiment.replicates import replicate
+    from rrcli.experiment.replicates import RECURSIVE_STAGE, replicate
     from rrcli.services import train as service
 
     loaded = ctx.load(settings.TrainSettings)
@@ -359,7 +359,8 @@ def train(
     ui.show_train(result)
     one = replicate(result.stage, loaded)
     other = "" if result.run == one.name else f" --model {result.checkpoint}"
-    command = f"rr eval --stage {one.stage}{one.flag}{other}"
+    choice = " --choose-exit" if one.stage == RECURSIVE_STAGE else ""
+    command = f"rr eval --stage {one.stage}{choice}{one.flag}{other}"
     ui.show_next("Checkpoint:", result.checkpoint, command)
 
 
@@ -390,7 +391,7 @@ def eval(
     from rrcli.services import eval as service
 
     loaded = ctx.load(settings.EvalSettings)
-    if loaded.exits:
+    if loaded.exits or loaded.choose_exit:
         _eval_exits(ctx, loaded, stage, model, json)
         return
     result = service.evaluate(loaded, stage, ctx.directory, _reporter(), model=model, use_recursive=use_recursive)
@@ -406,14 +407,25 @@ def eval(
 
 
 def _eval_exits(ctx: Context, loaded: settings.EvalSettings, stage: str, model: str | None, json: bool) -> None:
-    from rrcli.experiment.exits import measure_exits
+    from rrcli.experiment.exits import choose_exit, measure_exits
+    from rrcli.experiment.replicates import replicate
 
+    one = replicate(stage, loaded)
+    command = f"rr eval --stage {one.stage}{one.flag}" + (f" --model {model}" if model else "")
+    if not loaded.exits:
+        chosen = choose_exit(loaded, stage, ctx.directory, _reporter(), model=model)
+        if json:
+            ui.show_json("exit", chosen.to_dict())
+        else:
+            ui.show_exit(chosen)
+            ui.show_next("Checkpoint:", chosen.checkpoint, command)
+        return
     result = measure_exits(loaded, stage, ctx.directory, _reporter(), model=model)
     if json:
         ui.show_json("exits", {key: value for key, value in result.results.items() if key not in ("schema", "kind")})
         return
     ui.show_exits(result)
-    ui.show_next("Exits:", result.file, f"rr eval --stage {stage}")
+    ui.show_next("Exits:", result.file, command)
 
 
 @_command(EXPERIMENT, _flags(settings.CostsSettings, (*LOADING, *TEXT, *LOGS)), writes=True)
@@ -605,6 +617,7 @@ def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: P
 
 def _perform(step: Any, ctx: Context) -> None:
     """Do one step of `rr run`."""
+    from rrcli.experiment.exits import choose_exit
     from rrcli.experiment.replicates import EQUAL_FLOPS_STAGE, RECURSIVE_STAGE, TRAINED
     from rrcli.services import costs as costing
     from rrcli.services import eval as evaluating
@@ -622,9 +635,12 @@ def _perform(step: Any, ctx: Context) -> None:
         operating.surgery(ctx.load(settings.SurgerySettings), directory, reporter, overwrite=True)
     elif step.kind == "train":
         one = step.replicate
-        loaded = settings.with_changes(ctx.load(settings.TrainSettings), seed=one.seed)
+        train_settings = settings.with_changes(ctx.load(settings.TrainSettings), seed=one.seed)
         restart, matched = step.status == "stale", RECURSIVE_STAGE if one.stage == EQUAL_FLOPS_STAGE else ""
-        training.train(loaded, TRAINED[one.stage], directory, reporter, restart=restart, match_flops=matched)
+        training.train(train_settings, TRAINED[one.stage], directory, reporter, restart=restart, match_flops=matched)
+    elif step.kind == "exit":
+        loaded = settings.with_changes(ctx.load(settings.EvalSettings), seed=step.replicate.seed)
+        reporter.note(choose_exit(loaded, step.replicate.stage, directory, reporter).sentence())
     elif step.kind == "costs":
         costing.costs(ctx.load(settings.CostsSettings), ctx.load(settings.EvalSettings), [], directory, reporter)
     else:

@@ -321,12 +321,14 @@ class ExitPoint(TypedDict):
 
 
 class Exits(TypedDict):
-    """`<stage>_exits.json`; `n` is how much each side holds."""
+    """`<stage>_exits.json`; `n` is how much each side holds. See `ExitChoice` for the choice."""
 
     schema: int
     stage: str
     loss: float
     chosen: ChosenExit | None
+    best: NotRequired[str | None]
+    why: NotRequired[str]
     n: dict[str, dict[str, Count]]
     validation: list[ExitPoint]
     test: list[ExitPoint]
@@ -347,6 +349,25 @@ class Inputs(TypedDict):
     test_seeds: NotRequired[list[Count]]
 
 
+class ExitChoice(TypedDict):
+    """Which exit was chosen for a checkpoint, and from what.
+
+    Attributes:
+        inputs: a hash of what decides the choice, beside the checkpoint itself; see `identity.exit_inputs`.
+        chosen: the rule, which the manifest holds too; null where every pass is run. best: the fixed depth that did
+            best, null where nothing was measured. loss: what the rule was allowed to lose. why: why none was chosen.
+        problems, documents: how many of the validation side it rests on.
+    """
+
+    inputs: str
+    chosen: ChosenExit | None
+    best: str | None
+    loss: float
+    why: str
+    problems: Count
+    documents: Count
+
+
 class Scalar(TypedDict):
     """The last value of a TensorBoard tag, and its step."""
 
@@ -358,7 +379,7 @@ class CheckpointMetrics(TypedDict):
     """`metrics.json` of a checkpoint, or of what surgery wrote.
 
     `best`: no other checkpoint of the run had a lower perplexity. `use`: in the last checkpoint of a run, the step of
-    the one that its stage uses, where that is not the last.
+    the one that its stage uses, where that is not the last. `exit`: the choice of its exit, if one was made.
     """
 
     schema: int
@@ -367,6 +388,7 @@ class CheckpointMetrics(TypedDict):
     step: NotRequired[Count]
     steps: NotRequired[Count]
     best: NotRequired[bool]
+    exit: NotRequired[ExitChoice]
     training: NotRequired[Training]
     scalars: NotRequired[dict[str, Scalar]]
     verified_depths: NotRequired[list[Count]]

@@ -48,7 +48,7 @@ class Reach(Flag):
 
     Attributes:
         SIDECAR: the sidecar that `rr surgery` makes. WEIGHTS: the weights that `rr train` makes. NUMBERS: the numbers
-            that `rr eval` measures.
+            that `rr eval` measures. EXIT: the exit that is chosen for a recursive checkpoint.
         CONTENT: none by its name; it names a model, data or tasks, which are identified by their content, or a date,
             which counts where there is one.
         NOTHING: none; it decides how fast or where something is done, or what else is shown or kept.
@@ -58,10 +58,12 @@ class Reach(Flag):
     SIDECAR = auto()
     WEIGHTS = auto()
     NUMBERS = auto()
+    EXIT = auto()
     CONTENT = auto()
 
 
-NOTHING, SIDECAR, WEIGHTS, NUMBERS, CONTENT = Reach.NOTHING, Reach.SIDECAR, Reach.WEIGHTS, Reach.NUMBERS, Reach.CONTENT
+NOTHING, SIDECAR, WEIGHTS, CONTENT = Reach.NOTHING, Reach.SIDECAR, Reach.WEIGHTS, Reach.CONTENT
+NUMBERS, EXIT = Reach.NUMBERS, Reach.EXIT
 
 
 def option(
@@ -134,11 +136,11 @@ class CommonSettings:
         reaches=CONTENT,
         panel=MODEL,
     )
-    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1 or mps.", reaches=NUMBERS, panel=COMPUTE)
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1 or mps.", reaches=NUMBERS | EXIT, panel=COMPUTE)
     dtype: str = option(
         "auto",
         "Data type of the weights: auto (float32 on a CPU, elsewhere as stored), float32, bfloat16 or float16.",
-        reaches=WEIGHTS | NUMBERS,
+        reaches=WEIGHTS | NUMBERS | EXIT,
         panel=COMPUTE,
         choices=("auto", "float32", "bfloat16", "float16"),
     )
@@ -175,7 +177,7 @@ class CommonSettings:
     seed: int = option(
         0,
         "Random seed; in an experiment with several seeds, the one that is meant.",
-        reaches=SIDECAR | WEIGHTS | NUMBERS,
+        reaches=SIDECAR | WEIGHTS | NUMBERS | EXIT,
         minimum=0,
     )
     seeds: tuple[int, ...] = option(
@@ -436,7 +438,7 @@ class TrainSettings(CommonSettings):
 
 EXIT_HELP = (
     "When a token stops being refined: RULE:THRESHOLD with head, probability, margin, contraction or depth; unchanged; "
-    "or none, for every pass. [default: what 'rr eval --exits' chose for the checkpoint]"
+    "or none, for every pass. [default: what was chosen for the checkpoint; see --choose-exit]"
 )
 
 
@@ -447,12 +449,12 @@ class EvalSettings(CommonSettings):
     SECTION = "eval"
 
     problems: int = option(
-        250, "Problems per reasoning task; of a file, at most this many.", reaches=NUMBERS, minimum=1
+        250, "Problems per reasoning task; of a file, at most this many.", reaches=NUMBERS | EXIT, minimum=1
     )
     max_samples: int = option(
         0,
         "Documents to score, the same for every seed, and problems per --harness task; 0 = all.",
-        reaches=NUMBERS,
+        reaches=NUMBERS | EXIT,
         minimum=0,
     )
     harness: tuple[str, ...] = option(
@@ -470,51 +472,66 @@ class EvalSettings(CommonSettings):
         minimum=-1,
     )
     exit: str = option("", EXIT_HELP, reaches=NUMBERS, panel=RECURSION)
+    choose_exit: bool = option(
+        False,
+        "Choose an exit on the validation side instead, and write it into the checkpoint; rr run does so before it "
+        "measures.",
+        reaches=NOTHING,
+        panel=RECURSION,
+        in_run=None,
+    )
     exits: bool = option(
         False,
-        "Compare all exit rules instead, choose the cheapest on the validation side, and write it into the checkpoint.",
+        "Compare all exit rules on both sides instead, and choose one as --choose-exit does.",
         reaches=NOTHING,
         panel=RECURSION,
         in_run=None,
     )
     exit_loss: float = option(
         1.0,
-        "What the exit that --exits chooses may lose against all passes, in points of accuracy (without problems: in "
-        "percent of the nats).",
-        reaches=NOTHING,
+        "What the exit may lose against the best fixed depth: so many points of accuracy, and percent of perplexity. 0 "
+        "= no exit is chosen.",
+        reaches=EXIT,
         panel=RECURSION,
         minimum=0,
-        in_run=None,
+        maximum=100,
     )
     max_length: int = option(
         0,
         "Length of a window, in tokens; 0 = the model's context, at most 1024.",
-        reaches=NUMBERS,
+        reaches=NUMBERS | EXIT,
         panel=PERPLEXITY,
         minimum=0,
         in_run="eval_max_length",
     )
     stride: int = option(
-        0, "Tokens from one window to the next; 0 = the window's length.", reaches=NUMBERS, panel=PERPLEXITY, minimum=0
+        0,
+        "Tokens from one window to the next; 0 = the window's length.",
+        reaches=NUMBERS | EXIT,
+        panel=PERPLEXITY,
+        minimum=0,
     )
     num_fewshot: int = option(
         -1,
         "Solved examples before each problem; -1 = none, and for --harness what the task says.",
-        reaches=NUMBERS,
+        reaches=NUMBERS | EXIT,
         panel=PROBLEMS,
         minimum=-1,
     )
     max_new_tokens: int = option(
-        48, "Maximum length of an answer, in tokens.", reaches=NUMBERS, panel=PROBLEMS, minimum=1
+        48, "Maximum length of an answer, in tokens.", reaches=NUMBERS | EXIT, panel=PROBLEMS, minimum=1
     )
     stop: tuple[str, ...] = option(
         ("\nQuestion:",),
         "String that ends an answer, with \\n for a line break. Repeat for several.",
-        reaches=NUMBERS,
+        reaches=NUMBERS | EXIT,
         panel=PROBLEMS,
     )
     chat_template: bool = option(
-        True, "Format problems with the tokenizer's chat template, if it has one.", reaches=NUMBERS, panel=PROBLEMS
+        True,
+        "Format problems with the tokenizer's chat template, if it has one.",
+        reaches=NUMBERS | EXIT,
+        panel=PROBLEMS,
     )
     prompts: str = option(
         "",
@@ -523,14 +540,16 @@ class EvalSettings(CommonSettings):
         reaches=NUMBERS,
         panel=PARTS,
     )
-    skip_perplexity: bool = option(False, "Leave out perplexity and token accuracy.", reaches=NUMBERS, panel=PARTS)
-    skip_reasoning: bool = option(False, "Leave out reasoning accuracy.", reaches=NUMBERS, panel=PARTS)
+    skip_perplexity: bool = option(
+        False, "Leave out perplexity and token accuracy.", reaches=NUMBERS | EXIT, panel=PARTS
+    )
+    skip_reasoning: bool = option(False, "Leave out reasoning accuracy.", reaches=NUMBERS | EXIT, panel=PARTS)
     skip_generation: bool = option(False, "Leave out the sample generations.", reaches=NUMBERS, panel=PARTS)
     skip_performance: bool = option(
         False, "Leave out speed, memory and FLOPs; rr run then leaves out rr costs.", reaches=NOTHING, panel=PARTS
     )
     tensorboard: bool = option(True, "Log the results to TensorBoard.", reaches=NOTHING, panel=PARTS)
-    batch_tokens: int = option(8192, "Tokens per batch.", reaches=NUMBERS, panel=COMPUTE, minimum=1)
+    batch_tokens: int = option(8192, "Tokens per batch.", reaches=NUMBERS | EXIT, panel=COMPUTE, minimum=1)
 
 
 @dataclass(frozen=True)

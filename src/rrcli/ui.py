@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rrcli.comparison.results import Cell, MetricRow
     from rrcli.errors import RRError
     from rrcli.evaluation.tracing import Piece
-    from rrcli.experiment.exits import ExitsResult
+    from rrcli.experiment.exits import ExitChosen, ExitsResult
     from rrcli.experiment.planning import Step
     from rrcli.services.board import Board, Found
     from rrcli.services.costs import CostsResult
@@ -296,7 +296,7 @@ def show_exits(result: ExitsResult) -> None:
     table.add_column("Exit")
     for name in (*(["Accuracy, %"] if answers else []), "Nats", "Passes", "MFLOP", "x pass 0"):
         table.add_column(name, justify="right")
-    chosen = "" if result.chosen is None else str(result.chosen)
+    chosen = "" if result.chosen.rule is None else str(result.chosen.rule)
     last = ""
     for point in points:
         if last not in ("", point["rule"]):
@@ -309,11 +309,20 @@ def show_exits(result: ExitsResult) -> None:
         style = "bold green" if point["name"] == chosen else ""
         table.add_row(escape(name), *cells, formats.number(ratio), style=style)
     out().print(table)
-    found = n["validation"]
-    what = f"{found['problems']:,} problems" if found["problems"] else f"{found['documents']:,} documents"
-    loss = f"{result.results['loss']:g} {'points' if found['problems'] else '%'}"
-    said = f"the exit is {chosen}" if chosen else "no exit: every pass is run"
-    out().print(f"Chosen on the validation side ({what}), losing at most {loss}: {said}.", soft_wrap=True)
+    show_exit(result.chosen)
+
+
+def show_exit(chosen: ExitChosen) -> None:
+    """Print which exit was chosen, and what it does on the validation side."""
+    out().print(escape(chosen.sentence()) + ".", soft_wrap=True)
+    values = []
+    for name, point in chosen.points.items():
+        parts = [f"{formats.number(point['accuracy']['value'], percent=True)} % right"] if point["accuracy"] else []
+        parts += [f"{formats.number(point['nats'])} nats a token"] if point["nats"] is not None else []
+        cost, what = (point["mflop"], "an answer") if point["accuracy"] else (point["text_mflop"], "a token")
+        values.append(f"{name} {', '.join([*parts, f'{formats.number(cost)} MFLOP {what}'])}")
+    if values:
+        out().print(f"Validation: {'; '.join(values)}.", soft_wrap=True)
 
 
 def show_train(result: TrainResult) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from comparing import cell, compared, four_stages, publish, results
+from comparing import cell, compared, four_stages, publish, results, sentence
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation import metrics
 from rrcli.files import write_json
@@ -108,3 +108,14 @@ def test_the_json_form_is_what_is_shown(tmp_path: Path) -> None:
     (row,) = [row for row in value["rows"] if row["name"] == "reasoning_accuracy"]
     assert row["better"] == "higher"
     assert row["cells"][3] == cell(comparison, "reasoning_accuracy", "finetuned_recursive").to_dict()
+
+
+def test_numbers_with_an_exit_say_so_and_what_every_pass_gives(tmp_path: Path) -> None:
+    *others, recursive = four_stages()
+    assert not [text for text in compared(tmp_path, *others, recursive).sentences if "its exit" in text]
+    recursive["model"]["exit"] = {"rule": "margin", "threshold": 0.9}
+    recursive["by_depth"] = {"reasoning_accuracy": [{"value": 40.0}, {"value": 51.5}]}
+    expected = "measured with its exit (margin:0.9), chosen on the validation side; with every pass for every token: "
+    assert expected + "reasoning accuracy 51.5 %." in sentence(compared(tmp_path, *others, recursive), "its exit")
+    recursive["settings"]["exit"] = "margin:0.9"
+    assert "its exit (margin:0.9); with" in sentence(compared(tmp_path, *others, recursive), "its exit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from comparing import results as results_of
+from rrcli.comparison.claims import read_declaration
+from rrcli.comparison.compare import compare_stages
 from rrcli.comparison.comparison import Comparison
 from rrcli.evaluation import metrics
 from rrcli.files import finite, write_json
@@ -130,6 +133,29 @@ def test_difficulty_counts_all_seeds_and_takes_the_deepest_pass(comparison, tmp_
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_quality_is_drawn_against_what_a_new_token_costs_with_every_depth_and_the_exit(comparison, tmp_path):
+    stages = {stage.label: stage for stage in deepcopy(comparison.stages)}
+    recursive = stages[report.RECURSIVE]
+    for number, run in enumerate(recursive.runs):
+        run["model"] |= {"depth": 1, "exit": {"rule": "margin", "threshold": 0.9}}
+        run["metrics"]["decode_flops_per_token"] = {"value": 12.0}
+        run["by_depth"]["decode_flops_per_token"] = [{"value": 8.0 + number}, {"value": 16.0 + number}]
+        run["by_depth"]["reasoning_accuracy"] = [{"value": 50.0}, {"value": 85.0}]
+    again = compare_stages(stages, read_declaration(CompareSettings()))
+    points = report.cost_curves(again)["decode_flops_per_token"]["finetuned_recursive"]
+    assert points == [(9.0, 50.0, "0"), (17.0, 85.0, "1"), (12.0, 80.0, "exit")]
+    pytest.importorskip("matplotlib")
+    report.plot_costs(again, tmp_path / "costs.png")
+    assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_with_an_exit_is_compared_at_every_pass_with_runs_without():
+    run = answers(report.RECURSIVE, [[False, True, False]] * 10)
+    assert report.every_pass(run) is run
+    run["model"]["exit"] = {"rule": "margin", "threshold": 0.9}
+    assert [record["correct"] for record in report.every_pass(run)["records"]["problems"]] == [[False, True]] * 10
+
+
 def test_the_frontier_is_cut_to_some_thresholds_and_shows_the_chosen_one_with_its_control():
     def point(rule: str, threshold: float, name: str, **more: Any) -> dict[str, Any]:
         costs = {"passes": 0.5, "mflop": 12.0, "nats": 0.8, "text_passes": None, "text_mflop": None}
@@ -167,6 +193,7 @@ def test_the_shrunken_benchmark_goes_through_and_a_second_one_has_nothing_to_do(
     for row in ("as it is, seed 1", "random feedback", "span: middle", "oracle", "FLOPs per new token, MFLOP ↓"):
         assert f"| {row} |" in first.stdout
     assert (tmp_path / "recursion_gain.png").is_file()
+    assert (tmp_path / "recursion_gain_cost.png").is_file()
     weights = sorted(tmp_path.rglob("model.safetensors"))
     before = [file.stat().st_mtime_ns for file in weights]
     again = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)

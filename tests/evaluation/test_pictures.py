@@ -10,6 +10,7 @@ from rrcli.evaluation.pictures import PAPER, TINTS, WIDTH, draw, generate_traced
 from rrcli.evaluation.tracing import Piece
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
+from rrcli.recursion.exits import ExitRule
 
 PROMPT = "Tom has three"
 
@@ -28,10 +29,12 @@ def test_the_traced_tokens_are_those_of_generate() -> None:
     assert {token.passes for token in plain} == {0}
     attach(model, RecursionConfig(max_steps=2))
     model.recursion.depth = 2
-    recursive = generate_traced(model, tokenizer, PROMPT, 12)
-    assert "".join(token.text for token in recursive) == text  # zero-init changes nothing
-    assert {token.passes for token in recursive} == {0, 2}  # where pass 0 is sure of a token, no other is run
-    assert not any(token.changed for token in recursive)
+    for rule, passes in ((None, {2}), (ExitRule("margin", 0.95), {0, 2})):  # where pass 0 is sure, no other is run
+        model.recursion.exit = rule
+        recursive = generate_traced(model, tokenizer, PROMPT, 12)
+        assert "".join(token.text for token in recursive) == text  # zero-init changes nothing
+        assert {token.passes for token in recursive} == passes
+        assert not any(token.changed for token in recursive)
 
 
 def test_tokens_lie_on_the_colour_of_their_passes() -> None:

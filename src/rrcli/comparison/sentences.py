@@ -20,6 +20,7 @@ from rrcli.comparison.records import PARTS
 from rrcli.comparison.results import Cell, Judgement, MetricRow, Pair, Results, Stage, Stages, speakers
 from rrcli.evaluation.metrics import BITS_PER_BYTE, PERPLEXITY, REASONING_ACCURACY, Metric
 from rrcli.evaluation.seeds import AcrossSeeds
+from rrcli.recursion.exits import ExitRule
 
 PROVENANCE = ("seed", "dtype", "device", "machine", "hardware", "rr", "python")
 
@@ -198,6 +199,7 @@ def sentences(
     )
     said += _smallest(told, alpha, len(judged))
     said += _explored(cells, metrics, judged, sound=not broken)
+    said += [sentence for stage in known.values() for sentence in _exits(stage)]
     said += _of_seeds(list(known.values()))
     if broken:
         return [*said, "Nothing is said about recursion, because surgery changed the model."]
@@ -314,6 +316,25 @@ def _of_seeds(stages: Sequence[Stage]) -> list[str]:
         "Each training was done with one seed: p-values and intervals hold for these checkpoints, not for the method. "
         "'rr run --seeds 3' trains more seeds."
     ]
+
+
+def _exits(stage: Stage) -> list[str]:
+    """Say that the numbers of a stage are those with its exit, and what every pass for every token would give."""
+    rules = {seed: run["model"]["exit"] for seed, run in stage.by_seed.items() if run["model"].get("exit")}
+    if not rules:
+        return []
+    names = {seed: str(ExitRule.from_dict(rule)) for seed, rule in rules.items()}
+    listed = ", ".join(f"seed {seed} {name}" for seed, name in names.items())
+    shown = next(iter(names.values())) if len(stage.runs) == 1 else listed
+    given = any((run.get("settings") or {}).get("exit") for run in stage.runs)
+    how = "" if given else ", chosen on the validation side"
+    every = []
+    for metric in (REASONING_ACCURACY, PERPLEXITY):
+        depths = [run.get("by_depth", {}).get(metric.name, ()) for run in stage.runs]
+        value = metric.middle([entries[-1]["value"] if entries else None for entries in depths])
+        every += [] if value is None else [f"{metric.label.lower()} {value:.4g} {metric.unit}".rstrip()]
+    beside = f"; with every pass for every token: {', '.join(every)}" if every else ""
+    return [f"{stage.label} is measured with its exit ({shown}){how}{beside}."]
 
 
 def _cost(stage: Stage, reference: Stage) -> list[str]:

@@ -77,6 +77,7 @@ def solve_problems(
     entries = log.done("problems", fits)
     tasks = {task.spec: task for task in data.tasks}
     columns = depth + 1 + (exit is not None)
+    decoded: dict[int, dict[int, list[int]]] = {current: {} for current in range(depth + 1)}
     with reporter.progress("reasoning", len(prompts) * columns, "problems") as progress:
         progress.advance(len(entries))
         begin = 0
@@ -96,6 +97,7 @@ def solve_problems(
                 new = []
                 for answer in batch:
                     number = span.start + answer.number
+                    decoded[current][number] = answer.tokens
                     problem = data.problems[number]
                     new.append(
                         {"number": number, "depth": current, "key": problem.key, "output": answer.text}
@@ -106,7 +108,7 @@ def solve_problems(
                 entries += new
                 progress.advance(len(new))
         if exit is not None:
-            answers = Answers(model, tokenizer, prompts, settings, stop, reporter)
+            answers = Answers(model, tokenizer, prompts, settings, stop, reporter, decoded)
             with at_depth(model, depth):
                 found = answers.under([exit])[0][len(entries) - (depth + 1) * count :]
             new = []

@@ -12,7 +12,7 @@ rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import repeat
@@ -52,7 +52,8 @@ class Answers:
     """A tree of beginnings for each prompt; see the module's docstring.
 
     Args:
-        prompts: token ids. stop: texts that end an answer. new_tokens: the most for an answer.
+        prompts: token ids. stop: texts that end an answer.
+        decoded: answers that are known already: depth -> number of the prompt -> new tokens.
     """
 
     model: Any
@@ -61,6 +62,7 @@ class Answers:
     settings: EvalSettings
     stop: Sequence[str]
     reporter: Reporter
+    decoded: Mapping[int, Mapping[int, Sequence[int]]] = field(default_factory=dict)
     _nodes: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
     _passes: list[Signals] = field(default_factory=list)
     _guesses: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -92,16 +94,18 @@ class Answers:
             self._read([(number, known, self._guess(number, known)) for number, known in missing])
 
     def _begin(self) -> None:
-        """Decode every prompt at depth 0 and at the full depth, and read these answers."""
+        """Read the answers to every prompt at depth 0 and at the full depth; decode those that are not known."""
         texts = []
         for depth in (0, self.model.recursion.depth):
+            found = {number: tuple(tokens) for number, tokens in self.decoded.get(depth, {}).items()}
+            missing = [number for number in range(len(self.prompts)) if number not in found]
             decoded = decode(
-                self.model, self.tokenizer, self.prompts, depth=depth, new_tokens=self.settings.max_new_tokens,
-                batch_tokens=self.settings.batch_tokens, stop=self.stop,
+                self.model, self.tokenizer, [self.prompts[number] for number in missing], depth=depth,
+                new_tokens=self.settings.max_new_tokens, batch_tokens=self.settings.batch_tokens, stop=self.stop,
             )  # fmt: skip
-            for answer in (one for batch in decoded for one in batch):
-                texts.append((answer.number, (), tuple(answer.tokens)))
-                self._guesses[answer.number] = tuple(answer.tokens)
+            found |= {missing[one.number]: tuple(one.tokens) for batch in decoded for one in batch}
+            self._guesses |= found
+            texts += [(number, (), found[number]) for number in range(len(self.prompts))]
         self._read(texts)
 
     def _guess(self, number: int, known: tuple[int, ...]) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from rrcli.evaluation.exit_costs import ExitCosts
 from rrcli.evaluation.held_out import EvalData
 from rrcli.evaluation.judging import judge
 from rrcli.evaluation.windows import windows_of
-from rrcli.recursion.exits import CHOOSABLE, ExitRule, Kind, Signals
+from rrcli.recursion.exits import ExitRule, Kind, Signals
 from rrcli.recursion.families import input_device
 from rrcli.recursion.readout import Readout
 from rrcli.recursion.signals import draws, exit_passes
@@ -54,6 +54,7 @@ class Point:
         accuracy: share of problems answered right, with Wilson's interval; None without problems, and for the oracle.
         passes: mean passes after pass 0 of a new token. mflop: of an answer, prompt included, on average.
         nats: of a token of known text; None without documents. text_passes, text_mflop: of such a token.
+        hits: for each problem, whether it was answered right. text_nats, text_tokens: the sums for each document.
     """
 
     rule: ExitRule
@@ -65,6 +66,9 @@ class Point:
     nats: float | None = None
     text_passes: float | None = None
     text_mflop: float | None = None
+    hits: tuple[bool, ...] = ()
+    text_nats: tuple[float, ...] = ()
+    text_tokens: tuple[int, ...] = ()
 
     @property
     def cost(self) -> float:
@@ -89,11 +93,22 @@ class Point:
 
 @dataclass(frozen=True)
 class Texts:
-    """What every pass says of known text: `[passes, n]` losses in nats, signals, and the lengths of its rows."""
+    """What every pass says of known text, row by row; a row is a window of a document.
+
+    Attributes:
+        losses: `[passes, n]` in nats. lengths: the tokens of each row. documents: the number of each row's document.
+    """
 
     losses: Tensor
     passes: list[Signals]
     lengths: list[int]
+    documents: list[int]
+
+    def by_document(self, values: Tensor) -> tuple[float, ...]:
+        """Return the sums over the documents that have tokens of `[n]` values, one for each token."""
+        numbers = torch.tensor(self.documents).repeat_interleave(torch.tensor(self.lengths))
+        found, places = numbers.unique(return_inverse=True)
+        return tuple(torch.zeros(len(found), dtype=torch.float64).index_add(0, places, values.double()).tolist())
 
 
 class Frontier:
@@ -137,14 +152,18 @@ class Frontier:
                 found += [ExitRule("contraction", value) for value in sorted({float(f"{c:.2g}") for c in changes})]
         return found
 
-    def measure(self, rules: Sequence[ExitRule]) -> list[Point]:
-        """Measure rules; for each threshold of `probability` also `random` with the same histogram, and the oracle."""
-        like = [number for number, rule in enumerate(rules) if rule.kind == "probability"]
-        controls = [Point(ExitRule("random"), rules[number]) for number in like]
-        oracle = [Point(ExitRule("oracle"))] if self.texts else []
-        rows = [[*(Point(rule) for rule in rules), *controls, *oracle]]
+    def measure(self, rules: Sequence[ExitRule], *, controls: bool = True) -> list[Point]:
+        """Measure rules.
+
+        Args:
+            controls: measure for each threshold of `probability` also `random` with the same histogram, and the oracle.
+        """
+        like = [number for number, rule in enumerate(rules) if controls and rule.kind == "probability"]
+        random = [Point(ExitRule("random"), rules[number]) for number in like]
+        oracle = [Point(ExitRule("oracle"))] if controls and self.texts else []
+        rows = [[*(Point(rule) for rule in rules), *random, *oracle]]
         if self.texts is not None:
-            rows.append(self._measure_texts(rules, like))
+            rows.append(self._measure_texts(rules, like, [point.rule for point in oracle]))
         if self.answers is not None:
             rows.append(self._measure_answers(rules, like) + oracle)
         return [_merged(parts) for parts in zip(*rows, strict=True)]
@@ -158,30 +177,40 @@ class Frontier:
         found += self.answers.under(control)
         points = []
         for rule, answers in zip([*rules, *control], found, strict=True):
-            hits = sum(self._judge(number, answer.tokens) for number, answer in enumerate(answers))
-            share = stats.wilson(hits, len(answers))
+            hits = tuple(self._judge(number, answer.tokens) for number, answer in enumerate(answers))
+            share = stats.wilson(sum(hits), len(answers))
             passes = [left for answer in answers for left in answer.passes]
             flops = None
             if self.costs is not None:
                 prompts = self.answers.prompts
                 costs = [self.costs.of(len(p), a.passes) for p, a in zip(prompts, answers, strict=True)]
                 flops = sum(costs) / len(costs) / 1e6
-            points.append(Point(rule, accuracy=share, passes=sum(passes) / len(passes), mflop=flops))
+            points.append(Point(rule, accuracy=share, passes=sum(passes) / len(passes), mflop=flops, hits=hits))
         return points
 
-    def _measure_texts(self, rules: Sequence[ExitRule], like: Sequence[int]) -> list[Point]:
+    def _measure_texts(self, rules: Sequence[ExitRule], like: Sequence[int], oracle: Sequence[ExitRule]) -> list[Point]:
         assert self.texts is not None
         texts, points = self.texts, []
         found = [exit_passes(rule, texts.passes) for rule in rules]
         control = [ExitRule("random", shares=_shares(found[n].tolist(), self.depth)) for n in like]
-        extra = [*control, ExitRule("oracle")]
+        extra = [*control, *oracle]
+        tokens = tuple(map(int, texts.by_document(torch.ones_like(texts.losses[0]))))
         for rule, left in zip([*rules, *extra], [*found, *(exit_passes(r, texts.passes) for r in extra)], strict=True):
-            nats = float(texts.losses.gather(0, left[None]).double().mean())
+            losses = texts.losses.gather(0, left[None])[0]
             flops = None
             if self.costs is not None:
                 rows = left.split(texts.lengths)
                 flops = sum(self.costs.of(1, row.tolist()) for row in rows) / len(left) / 1e6
-            points.append(Point(rule, nats=nats, text_passes=float(left.double().mean()), text_mflop=flops))
+            points.append(
+                Point(
+                    rule,
+                    nats=float(losses.double().mean()),
+                    text_passes=float(left.double().mean()),
+                    text_mflop=flops,
+                    text_nats=texts.by_document(losses),
+                    text_tokens=tokens,
+                )
+            )
         return points
 
     def _judge(self, number: int, tokens: tuple[int, ...]) -> bool:
@@ -193,31 +222,11 @@ class Frontier:
         return self._right[number, tokens]
 
 
-def choose(points: Sequence[Point], loss: float) -> Point | None:
-    """Return the cheapest point that loses at most `loss` against the full depth; None if that is the full depth.
-
-    The loss is in points of accuracy, or without problems in percent of the nats.
-    """
-    fixed = [point for point in points if point.rule.kind == "depth"]
-    full = max(fixed, key=lambda point: point.rule.threshold)
-    kept = [point for point in points if point.rule.kind in CHOOSABLE and _lost(point, full) <= loss + 1e-9]
-    best = min(kept, key=lambda point: (point.cost, _lost(point, full)))
-    return None if best is full or best.cost >= full.cost else best
-
-
-def _lost(point: Point, full: Point) -> float:
-    if point.accuracy is not None and full.accuracy is not None:
-        return 100 * (full.accuracy.value - point.accuracy.value)
-    assert point.nats is not None
-    assert full.nats is not None
-    return 100 * (point.nats / full.nats - 1)
-
-
 def _merged(parts: Sequence[Point]) -> Point:
     """Return one point with all that several measured of the same rule."""
     values: dict[str, Any] = {}
     for part in parts:
-        values |= {name: value for name, value in vars(part).items() if value is not None}
+        values |= {name: value for name, value in vars(part).items() if value not in (None, ())}
     return Point(**values)
 
 
@@ -235,7 +244,7 @@ def _read_texts(
     if (warning := readout.choose_way(*padded([windows[0].ids], input_device(model)))) is not None:
         reporter.warn(warning)
     budget = affordable(model, settings.batch_tokens, readout.bytes_per_token(len(windows[0].ids)), reporter)
-    losses, passes, lengths = [], [], []
+    losses, passes, lengths, numbers_of = [], [], [], list[int]()
     with reporter.progress("texts", sum(len(window.targets) for window in windows), "tokens") as progress:
         for batch in batches(windows, budget, lambda window: len(window.ids)):
             ids, mask = padded([window.ids for window in batch], input_device(model))
@@ -249,5 +258,6 @@ def _read_texts(
             passes.append(signals_of(model.recursion, scores, draws(numbers, positions), targets))
             losses.append(scores.losses.cpu())
             lengths += [len(window.targets) for window in batch]
+            numbers_of += [window.document for window in batch]
             progress.advance(len(targets))
-    return Texts(torch.cat(losses, 1), together(passes), lengths)
+    return Texts(torch.cat(losses, 1), together(passes), lengths, numbers_of)

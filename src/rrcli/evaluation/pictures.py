@@ -15,7 +15,7 @@ TINTS = ((255, 255, 255), (198, 227, 243), (250, 220, 170), (190, 230, 214), (24
 
 
 def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> list[Piece]:
-    """Continue a prompt greedily in chunks, by the model's exit rule, or the default one where none was chosen.
+    """Continue a prompt greedily in chunks, by the model's exit rule, or with every pass where none was chosen.
 
     Args:
         model: with a recursion, at the depth that refining may reach; without one every token took pass 0 alone.
@@ -37,9 +37,8 @@ def generate_traced(model: Any, tokenizer: Any, prompt: str, new_tokens: int) ->
     decoding = None
     if recursion is not None and recursion.depth:
         from rrcli.recursion.chunked_decoding import ChunkedDecoding
-        from rrcli.recursion.exits import DEFAULT, NEVER
 
-        decoding = ChunkedDecoding(exit=(recursion.exit or DEFAULT) if recursion.can_exit else NEVER)
+        decoding = ChunkedDecoding()
     with without_own_settings(model):
         sequence = model.generate(
             inputs,

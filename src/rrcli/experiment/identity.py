@@ -23,8 +23,9 @@ from rrcli.experiment.template_date import template_date
 from rrcli.files import METRICS_FILE, combine, read_json
 from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import written_since
-from rrcli.schemas import CheckpointMetrics, Inputs
+from rrcli.schemas import CheckpointMetrics, ExitChoice, Inputs
 from rrcli.settings import (
+    EXIT,
     NUMBERS,
     SIDECAR,
     WEIGHTS,
@@ -33,6 +34,7 @@ from rrcli.settings import (
     SurgerySettings,
     TrainSettings,
     reaching,
+    with_changes,
 )
 
 
@@ -74,6 +76,16 @@ def eval_inputs(settings: EvalSettings, stage: str, model_fingerprint: str, data
     return combine("eval", stage, model_fingerprint, data_fingerprint, values, __version__)
 
 
+def exit_inputs(settings: EvalSettings, directory: Path) -> str:
+    """Identify the choice of an exit by its data and every setting that reaches it; it lies in the checkpoint itself.
+
+    Args:
+        settings: with the seed of the training, whose validation problems are asked.
+    """
+    data = data_identity(with_changes(settings, prompts="", harness=()), directory)
+    return combine("exit", data, reaching(settings, EXIT), __version__)
+
+
 def costs_inputs(settings: EvalSettings, fingerprints: Mapping[str, str]) -> str:
     """Identify a measurement of costs by the models of its stages and how they are run.
 
@@ -105,6 +117,12 @@ def best_checkpoint(found: Sequence[Path], *, last: bool = False) -> Path:
 def recorded_steps(checkpoint: Path) -> int:
     """Return how many steps the training of a checkpoint is to have."""
     return read_json(checkpoint / METRICS_FILE, "rr train", CheckpointMetrics).get("steps", 0)
+
+
+def recorded_exit(checkpoint: Path) -> ExitChoice | None:
+    """Return the choice of the exit of a checkpoint; None if none was made."""
+    file = checkpoint / METRICS_FILE
+    return read_json(file, "rr train", CheckpointMetrics).get("exit") if file.is_file() else None
 
 
 def recorded_seeds(results: Path) -> list[int]:

@@ -1,10 +1,12 @@
 """Plan an experiment: every step of `rr run` with its status, read from the files on disk. Loads no torch.
 
-Baseline and surgery come once. Then each seed of the experiment has its trainings, each with its evaluation.
+Baseline and surgery come once. Then each seed of the experiment has its trainings, each with its evaluation. Between
+the recursive training and its evaluation stands the choice of its exit, on the validation side.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +19,9 @@ from rrcli.experiment.identity import (
     costs_inputs,
     data_identity,
     eval_inputs,
+    exit_inputs,
     model_fingerprint,
+    recorded_exit,
     recorded_inputs,
     recorded_seeds,
     recorded_steps,
@@ -54,7 +58,7 @@ class Step:
     """One command of the experiment.
 
     Attributes:
-        kind: setup, eval, surgery, train or costs.
+        kind: setup, eval, surgery, train, exit or costs.
         replicate: what it makes or measures; None for setup and costs.
         status: done, missing, stale (made from other inputs), unfinished, or impossible: the control where FLOPs cannot
             be counted. detail: why, in a few words.
@@ -71,7 +75,9 @@ class Step:
         one = self.replicate
         if one is None:
             return f"rr {self.kind}"
-        return f"rr eval --stage {one.stage}{one.flag}" if self.kind == "eval" else maker(one)
+        if self.kind in ("eval", "exit"):
+            return f"rr eval --stage {one.stage}{' --choose-exit' * (self.kind == 'exit')}{one.flag}"
+        return maker(one)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -102,8 +108,9 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
     steps: dict[Task, Step] = {}
     check_passes(load(TrainSettings), load(SurgerySettings).max_steps)
     on_span = load(TrainSettings).phase == "b"
-    for kind, one in [*_tasks(settings), *([] if load(EvalSettings).skip_performance else [COSTS])]:
-        waiting = [steps[need] for need in _needs(kind, one, settings, on_span=on_span)]
+    tasks = _tasks(settings, load(EvalSettings))
+    for kind, one in tasks:
+        waiting = [steps[need] for need in _needs(kind, one, tasks, on_span=on_span)]
         # Without rr.toml the settings are the defaults and the command line: the other steps can be judged too.
         waiting = [step for step in waiting if step.kind != "setup" and step.status != DONE]
         if kind == "costs":  # of the stages that there can be
@@ -120,14 +127,22 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
     return list(steps.values())
 
 
-def _tasks(settings: CommonSettings) -> list[Task]:
+def _tasks(settings: CommonSettings, evaluation: EvalSettings) -> list[Task]:
     """Return what an experiment consists of, in the order in which it is done: one seed after the other."""
     (baseline,), (operated,) = (replicates(stage, settings) for stage in ("baseline", SURGERY_STAGE))
     tasks: list[Task] = [SETUP, ("eval", baseline), ("surgery", operated), ("eval", operated)]
     trained = [stage for stage in TRAINED if stage != EQUAL_FLOPS_STAGE or has_equal_flops(settings)]
     for replicas in zip(*(replicates(stage, settings) for stage in trained), strict=True):
-        tasks += [(kind, one) for one in replicas for kind in ("train", "eval")]
-    return tasks
+        for one in replicas:
+            exits = one.stage == RECURSIVE_STAGE and chooses_exit(evaluation)
+            tasks += [(kind, one) for kind in ("train", *(["exit"] if exits else []), "eval")]
+    return tasks if evaluation.skip_performance else [*tasks, COSTS]
+
+
+def chooses_exit(settings: EvalSettings) -> bool:
+    """Tell whether an experiment chooses exits: where settings name none, nor a depth, and something is measured."""
+    measured = not (settings.skip_perplexity and settings.skip_reasoning)
+    return measured and not settings.exit and settings.depth < 0
 
 
 def has_equal_flops(settings: CommonSettings) -> bool:
@@ -135,19 +150,22 @@ def has_equal_flops(settings: CommonSettings) -> bool:
     return settings.equal_flops or len(settings.all_seeds) > 1
 
 
-def _needs(kind: str, one: Replicate | None, settings: CommonSettings, *, on_span: bool) -> list[Task]:
+def _needs(kind: str, one: Replicate | None, tasks: Sequence[Task], *, on_span: bool) -> list[Task]:
     """Return what a step is made from: if one of these has to be done, the step has to be done after it.
 
     Args:
-        on_span: vanilla training adapts the layers of the surgery's span.
+        tasks: what the experiment consists of. on_span: vanilla training adapts the layers of the surgery's span.
     """
     if kind == "costs":
-        return [(made, one) for made, one in _tasks(settings) if one is not None and one.first and made != "eval"]
+        return [(made, one) for made, one in tasks if one is not None and one.first and made != "eval"]
     if one is None:
         return []
-    (operated,) = replicates(SURGERY_STAGE, settings)
+    operated = next(one for made, one in tasks if made == "surgery")
+    if kind == "exit":
+        return [("train", one)]
     if kind == "eval":
-        return [SETUP if one.stage == "baseline" else ("surgery" if one == operated else "train", one)]
+        made = next((task for task in (("exit", one), ("train", one), ("surgery", one)) if task in tasks), SETUP)
+        return [made]
     if kind == "surgery":
         return [SETUP]
     if one.stage == EQUAL_FLOPS_STAGE:
@@ -157,9 +175,11 @@ def _needs(kind: str, one: Replicate | None, settings: CommonSettings, *, on_spa
 
 def _after(step: Step, one: Replicate | None) -> str:
     """Say after which step another one, for `one`, has its turn."""
-    if step.replicate == one and step.kind == "train":
-        return "after its training"
-    return f"after {step.replicate.stage if step.kind == 'train' and step.replicate else step.kind}"
+    if step.replicate == one and step.kind in ("train", "exit"):
+        return "after its training" if step.kind == "train" else "after the choice of its exit"
+    if step.replicate is not None and step.kind in ("train", "exit"):
+        return f"after {'the exit of ' * (step.kind == 'exit')}{step.replicate.stage}"
+    return f"after {step.kind}"
 
 
 def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> Step:
@@ -169,7 +189,7 @@ def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> 
     if one is None:
         there = (directory / SETTINGS_FILE).is_file()
         return Step(kind, one, DONE if there else "missing", "" if there else f"no {SETTINGS_FILE} yet")
-    workspace = Workspace(directory, with_changes(load(CommonSettings), seed=one.seed))
+    workspace = Workspace(directory, load(CommonSettings)).at(one)
     if kind == "eval":
         settings = with_changes(load(EvalSettings), seed=one.seed)
         source = workspace.stage_model(one.stage)
@@ -181,6 +201,8 @@ def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> 
         if step.status == "stale" and one.stage not in TRAINED and lacking:
             return replace(step, detail=f"not measured on the problems of seed {', '.join(map(str, sorted(lacking)))}")
         return step
+    if kind == "exit":
+        return _status_of_exit(one, workspace, with_changes(load(EvalSettings), seed=one.seed))
     if kind == "surgery":
         shape = load(SurgerySettings)
         base = workspace.base()
@@ -205,6 +227,19 @@ def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> 
     if step.status == DONE and used_checkpoint(found[-1].parent) != best_checkpoint(found, last=not training.load_best):
         return Step(kind, one, "unfinished", "another checkpoint is to be used")
     return step
+
+
+def _status_of_exit(one: Replicate, workspace: Workspace, settings: EvalSettings) -> Step:
+    """Return the step of choosing an exit. Its result lies in the checkpoint that it is for, and goes with it."""
+    source = workspace.stage_model(one.stage)
+    choice = recorded_exit(source.path)
+    if choice is None:
+        return Step("exit", one, "missing")
+    if choice["inputs"] != exit_inputs(settings, workspace.directory):
+        return Step("exit", one, "stale", "its inputs changed")
+    if choice["chosen"] != (source.manifest or {}).get("exit"):
+        return Step("exit", one, "stale", "the checkpoint has another exit")
+    return Step("exit", one, DONE, choice["why"] and f"no exit: {choice['why']}")
 
 
 def _status_of_costs(workspace: Workspace, settings: EvalSettings) -> Step:
@@ -232,4 +267,7 @@ def _exists(kind: str, one: Replicate | None, directory: Path, load: Load) -> bo
         return workspace.costs_file.is_file()
     if kind == "eval":
         return workspace.results_file(one.name).is_file()
+    if kind == "exit":
+        found = checkpoints(workspace.run_folder(one.name))
+        return bool(found) and recorded_exit(used_checkpoint(found[-1].parent)) is not None
     return bool(checkpoints(workspace.run_folder(one.name)))

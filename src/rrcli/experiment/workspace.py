@@ -63,6 +63,10 @@ class Workspace:
         """What `rr costs` writes."""
         return self.directory / self.settings.output_dir / COSTS_FILE
 
+    def at(self, one: Replicate) -> Workspace:
+        """The same workspace, in which the seed of a replicate is meant."""
+        return Workspace(self.directory, with_changes(self.settings, seed=one.seed))
+
     def replicate(self, stage: str) -> Replicate:
         """The replicate of a stage that the settings' seed means."""
         return replicate(check_stage(stage), self.settings)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError, UsageError, suggest
-from rrcli.files import MANIFEST, read_json, sha256, write_json
+from rrcli.files import MANIFEST, METRICS_FILE, read_json, sha256, write_json
 from rrcli.models.weights import weight_files
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.exits import ExitRule
-from rrcli.schemas import Base, ChosenExit, Manifest
+from rrcli.schemas import Base, CheckpointMetrics, ChosenExit, ExitChoice, Manifest
 
 HINT = "Make the folder again with 'rr surgery' or 'rr train', or read it with the version of rr that wrote it."
 
@@ -52,11 +52,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def write_exit(folder: Path, rule: ExitRule | None) -> None:
-    """Write the exit rule that was chosen for a model into its manifest, in place of an earlier one; None = no rule."""
-    manifest = read_manifest(folder)
+def write_exit(folder: Path, choice: ExitChoice | None) -> None:
+    """Write the exit that was chosen for a model, in place of an earlier one; None removes it.
+
+    The rule goes into the manifest, and then, as a mark that this was done, the whole choice into `metrics.json`, if
+    there is one.
+    """
+    manifest, metrics = read_manifest(folder), folder / METRICS_FILE
     manifest.pop("exit", None)
-    write_json(folder / MANIFEST, manifest | ({} if rule is None else {"exit": rule.to_dict()}))
+    chosen = choice["chosen"] if choice is not None else None
+    write_json(folder / MANIFEST, manifest | ({} if chosen is None else {"exit": chosen}))
+    if metrics.is_file():
+        about = dict(read_json(metrics, "rr train", CheckpointMetrics))
+        about.pop("exit", None)
+        write_json(metrics, about | ({} if choice is None else {"exit": choice}))
 
 
 def compare_hashes(folder: Path, base: Path) -> None:

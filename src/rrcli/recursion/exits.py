@@ -145,8 +145,6 @@ class ExitRule:
 
 # Every pass is run for every token.
 NEVER = ExitRule("never")
-# The best of `rr eval --exits` on the embedded model; nothing is decoded by it unless it was chosen for a model.
-DEFAULT = ExitRule("margin", 0.95)
 
 
 def parse_exit(text: str) -> ExitRule:

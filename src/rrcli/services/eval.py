@@ -24,13 +24,15 @@ from rrcli.evaluation.harness import harness_tasks, load_tasks
 from rrcli.evaluation.held_out import EvalData, distinct, held_out_data, showable
 from rrcli.evaluation.samples import SampleLog
 from rrcli.experiment import declarations
-from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerprint
+from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerprint, recorded_exit
+from rrcli.experiment.planning import chooses_exit
 from rrcli.experiment.provenance import provenance
 from rrcli.experiment.replicates import TRAINED, evaluated_seeds
-from rrcli.experiment.template_date import fix_date, with_template_date
-from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, Workspace, check_stage
+from rrcli.experiment.template_date import fix_date
+from rrcli.experiment.under_test import put_under_test
+from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, Workspace
 from rrcli.files import MANIFEST, METRICS_FILE, SCHEMA, back_up, checkpoints, combine, finite, read_json, write_json
-from rrcli.locks import holding, lock, reading
+from rrcli.locks import holding
 from rrcli.models.loading import load_for
 from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import stamps
@@ -74,16 +76,14 @@ def evaluate(
         RRError: the stage's model is missing, or cannot be measured. UsageError: the claims of `rr.toml`, which are
             recorded before a fine-tuned stage is measured, cannot be read.
     """
-    check_stage(stage)
-    workspace = Workspace(directory, settings)
-    replicate = workspace.replicate(stage)
-    file = workspace.results_file(replicate.name)
-    source = held.enter_context(reading(lambda: workspace.resolve(model) if model else workspace.stage_model(stage)))
-    held.enter_context(lock(file, f"the evaluation of '{replicate.name}'"))
+    tested = put_under_test(
+        held, settings, stage, directory, model=model, file=Workspace.results_file, what="the evaluation of"
+    )
+    workspace, replicate, source, file = tested.workspace, tested.replicate, tested.source, tested.file
     if stage in TRAINED:
         declarations.record(workspace, read_declaration(load(CompareSettings, directory)).texts)
     fingerprint = source.fingerprint()
-    settings = with_template_date(settings, source, directory)
+    settings = tested.settings
     made_from = (model_fingerprint(source, directory), data_identity(settings, directory))
     inputs = eval_inputs(settings, stage, *made_from)
     written = stamps(source.path, base_of(source, directory).path)
@@ -112,10 +112,9 @@ def evaluate(
     from rrcli.evaluation.evaluate import evaluate_model
     from rrcli.recursion.families import input_device
 
-    loaded, tokenizer = load_for(settings, source, directory, reporter)
+    loaded, tokenizer = tested.load(reporter)
     if notice := end_notice(loaded, tokenizer):
         reporter.note(notice)
-    fix_date(tokenizer, settings.template_date)
     _say_unfollowed(loaded, data, settings, reporter)
     data = distinct(showable(data, tokenizer, settings), tokenizer, settings)
     _tell_about(data, settings, reporter)
@@ -129,6 +128,9 @@ def evaluate(
     exit = exit_for(recursion, measuring.exit, measuring.depth)
     if recursion is not None:
         recursion.exit = exit
+        if own and chooses_exit(measuring) and recorded_exit(source.path) is None:
+            chooser = f"rr eval --stage {stage} --choose-exit{replicate.flag}"
+            reporter.note(f"no exit was chosen for this checkpoint, so every pass is run: '{chooser}' chooses one")
     shape = recursion.config.to_dict() if recursion is not None else None
     is_baseline = _is_baseline(loaded, source, workspace)
     device, dtype = str(input_device(loaded)), str(loaded.dtype).removeprefix("torch.")

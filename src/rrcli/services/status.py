@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.errors import RRError
+from rrcli.experiment.identity import recorded_exit
 from rrcli.experiment.planning import DONE, IMPOSSIBLE, Load, Step, plan, status_of
-from rrcli.experiment.replicates import TRAINED, Replicate
+from rrcli.experiment.replicates import RECURSIVE_STAGE, TRAINED, Replicate
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import METRICS_FILE, checkpoints, read_json, step_of
+from rrcli.recursion.exits import ExitRule
 from rrcli.schemas import CheckpointMetrics, Results
 from rrcli.settings import STAGES, CommonSettings
 
@@ -29,6 +31,7 @@ class StageStatus:
         detail: why a status is not `done`, in a few words.
         checkpoint: the last complete one. step, steps: its step, and the last step of the training. bytes: the size of
             all checkpoints of the run.
+        exit: by which rule tokens of the checkpoint leave, or why every pass is run; None where nothing was chosen.
         metrics: those of the evaluation, or the last ones measured in training (`during_training`).
     """
 
@@ -43,6 +46,7 @@ class StageStatus:
     steps: int | None = None
     bytes: int = 0
     checkpoints: list[int] = field(default_factory=list)
+    exit: str | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
     during_training: bool = False
 
@@ -103,16 +107,20 @@ class Line:
         return None, False
 
     def details(self) -> list[str]:
-        """Return why it is not done, in a sentence for each reason; of several seeds, which of them."""
+        """Return why it is not done, and its exits, in a sentence for each; of several seeds, which of them."""
         reasons: dict[str, list[int | None]] = {}
+        exits: dict[str, list[int | None]] = {}
         for member in self.members:
             state = next((state for state in (member.model, member.results) if state not in ("", DONE)), "")
             why = member.detail if len(self.members) == 1 else f"{state}: {member.detail}".rstrip(": ")
             if why and (state or member.detail):
                 reasons.setdefault(why, []).append(member.seed)
+            if member.exit:
+                exits.setdefault(f"exit {member.exit}", []).append(member.seed)
+        said = [*reasons.items(), *exits.items()]
         if len(self.members) == 1:
-            return list(reasons)
-        return [f"seed{'s' * (len(s) > 1)} {', '.join(map(str, s))} {why}" for why, s in reasons.items()]
+            return [why for why, _ in said]
+        return [f"seed{'s' * (len(s) > 1)} {', '.join(map(str, s))} {why}" for why, s in said]
 
 
 def status(directory: Path, load: Load) -> Status:
@@ -157,6 +165,7 @@ def _stage(workspace: Workspace, one: Replicate, steps: Mapping[tuple[str, Repli
     found: dict[str, Any] = {}
     if one.stage in TRAINED:
         found = _checkpoints(workspace.run_folder(name))
+        found |= {"exit": _exit(workspace, one)} if found and one.stage == RECURSIVE_STAGE else {}
         if not metrics and (latest := found.pop("latest", {})):
             metrics, during = latest, True
     elif one.stage == SURGERY_STAGE and workspace.surgery_folder.is_dir():
@@ -201,6 +210,19 @@ def _checkpoints(folder: Path) -> dict[str, Any]:
         "checkpoints": [step_of(path) for path in found],
         "latest": {name: value for name, value in tags.items() if value is not None},
     }
+
+
+def _exit(workspace: Workspace, one: Replicate) -> str | None:
+    """Return the exit that was chosen for the checkpoint that a stage uses, as a text; None where none was chosen."""
+    try:
+        source = workspace.at(one).stage_model(one.stage)
+        choice = recorded_exit(source.path)
+    except RRError:  # the plan says what has to be made again
+        return None
+    rule = (source.manifest or {}).get("exit")
+    if rule is not None:
+        return str(ExitRule.from_dict(rule))
+    return None if choice is None else f"none: {choice['why']}"
 
 
 def _results(workspace: Workspace, stage: str) -> dict[str, float | None]:
