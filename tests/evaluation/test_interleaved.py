@@ -104,6 +104,8 @@ def fail(how: str, _: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "raises":
         raise ZeroDivisionError("division by zero")
+    if how == "disk":
+        raise OSError(28, "No space left on device")
     time.sleep(60)
 
 
@@ -117,6 +119,7 @@ def test_a_child_that_dies_is_an_error():
     [
         ({"depth": 2}, UsageError, "depth is 2, but the model has no recursion"),
         ({"prepare": partial(fail, "raises")}, RRError, "performance of 'it' failed: ZeroDivisionError: division by"),
+        ({"prepare": partial(fail, "disk")}, RRError, "performance of 'it' failed: OSError: .*No space left on device"),
     ],
 )
 def test_what_is_raised_in_a_child_is_raised_in_the_parent(options, kind, message):

@@ -33,18 +33,20 @@ SMALL |= {"train_eval_interval": 2, "train_eval_samples": 1, "train_keep": 2, "t
 SMALL |= {"eval_problems": 2, "eval_max_samples": 3, "eval_max_new_tokens": 8, "eval_skip_performance": "true"}
 # What the clock or the allocator decides: parts of the keys of JSON objects and of tags.
 MAY_DIFFER = {"created", "seconds", "tokens_per_sec", "memory_mb"}
+MAY_DIFFER |= {"prefill_tokens_per_sec", "decode_tokens_per_sec", "time_per_output_token", "load"}
 # Command -> what it makes, which is missing at its beginning, and how many kills of the slow test are its share of 60.
 COMMANDS = {
     "eval --stage finetuned_recursive": (("eval_results/finetuned_recursive*",), 14),
     "train --mode recursive": (("checkpoints/finetuned_recursive", "logs/finetuned_recursive"), 13),
     "surgery --overwrite --export alone": (("checkpoints/after_surgery", "alone"), 12),
     "run": (("*",), 7),
-    "compare --out compared.json --report page.html": (("compared.json", "page.html"), 14),
+    "compare --out compared.json --report page.html": (("compared.json", "page.html"), 10),
+    "costs finetuned_recursive --rounds 1": (("eval_results/costs*",), 4),
 }
 # What the whole experiment holds besides what `rr run` makes.
 BESIDE = ("alone", "compared.json", "page.html")
 LOGGED_IN_TRAINING = ("train/", "evaluation/during_training/")
-QUICK = {"eval": 2, "train": 3, "surgery": 2, "compare": 1, "run": 0}
+QUICK = {"eval": 2, "train": 3, "surgery": 2, "compare": 1, "run": 0, "costs": 0}
 CASES = [pytest.param(c, QUICK[c.split()[0]], id=f"{c.split()[0]}-quick") for c in COMMANDS if QUICK[c.split()[0]]]
 CASES += [pytest.param(c, n, id=c.split()[0], marks=pytest.mark.slow) for c, (_, n) in COMMANDS.items()]
 STOPPED = [command for command in COMMANDS if command.startswith(("eval", "surgery"))]
@@ -66,6 +68,15 @@ def whole(killer: Killer, tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = killer.rr(*command.split(), folder=place)
         assert done.code == 0, done.said
     return Path(shutil.copytree(place, place.with_name("whole")))
+
+
+@pytest.fixture(scope="module")
+def priced(killer: Killer, whole: Path) -> Path:
+    """The whole experiment with the costs of a stage, which a run without its performance does not measure."""
+    place = begin(whole, ())
+    done = killer.rr("costs", "finetuned_recursive", "--rounds", "1", folder=place)
+    assert done.code == 0, done.said
+    return Path(shutil.copytree(place, place.with_name("priced")))
 
 
 def begin(whole: Path, missing: tuple[str, ...]) -> Path:
@@ -140,7 +151,9 @@ def note(command: str, outcome: Outcome) -> None:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("command", "kills"), CASES)
-def test_killed_at_any_call_the_same_command_ends_as_if_never_killed(command, kills, killer, whole):
+def test_killed_at_any_call_the_same_command_ends_as_if_never_killed(command, kills, killer, whole, request):
+    if command.startswith("costs"):
+        whole = request.getfixturevalue("priced")
     arguments, (missing, _), random = command.split(), COMMANDS[command], Random(f"{command} {kills}")
     place = begin(whole, missing)
     calls = killer.rr(*arguments, folder=place).count

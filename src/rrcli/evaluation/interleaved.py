@@ -25,7 +25,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, Literal
@@ -244,22 +244,31 @@ def _serve(parent: connection.Connection, subject: Subject) -> None:
 
 
 def _answer(parent: connection.Connection, subject: Subject) -> None:
-    """Answer requests until the parent ends the pipe."""
+    """Answer requests until the parent ends the pipe; what goes wrong is the last answer."""
     try:
         with torch.no_grad():
             work = _Work(subject, _Told(parent))
-            while True:
-                request: Request = parent.recv()
+            while (request := _received(parent)) is not None:
                 parent.send(("value", getattr(work, request)()))
-    except (EOFError, OSError):  # the parent has what it wanted, or has ended
         return
     except RRError as error:
-        parent.send(("error", error))
+        found = error
     except Exception as error:
         if os.environ.get("RR_DEBUG"):
             traceback.print_exc(file=sys.stderr)
         told = f"measuring the performance of '{subject.name}' failed: {type(error).__name__}: {error}"
-        parent.send(("error", RRError(told, "--debug shows where; --skip-performance leaves speed and memory out.")))
+        found = RRError(told, "--debug shows where; --skip-performance leaves speed and memory out.")
+    with suppress(OSError):  # the parent may have ended meanwhile
+        parent.send(("error", found))
+
+
+def _received(parent: connection.Connection) -> Request | None:
+    """Return the next request; None where the parent has what it wanted, or has ended."""
+    try:
+        request: Request = parent.recv()
+    except (EOFError, OSError):
+        return None
+    return request
 
 
 def _end_with_parent() -> None:
