@@ -70,17 +70,8 @@ TRAIN = (
     | {"--supervised-share", "--commit-margin", "--lora-rank", "--lora-alpha"}
 )
 EVAL = (
-    {
-        "--stride",
-        "--max-samples",
-        "--problems",
-        "--max-new-tokens",
-        "--batch-tokens",
-        "--depth",
-        "--exit",
-        "--exit-loss",
-    }
-    | {"--num-fewshot", "--stop", "--prompts", "--harness"}
+    {"--stride", "--max-samples", "--problems", "--max-new-tokens", "--batch-tokens", "--depth", "--exit"}
+    | {"--exit-loss", "--num-fewshot", "--stop", "--prompts", "--harness", "--samples", "--temperature"}
     | {"--chat-template", "--no-chat-template", "--tensorboard", "--no-tensorboard"}
     | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "generation", "performance")}
 )

@@ -263,6 +263,14 @@ INPUTS = {
 }
 
 
+# What an option may be limited to, and the settings with which each of these counts.
+ONLY = {TrainSettings: ("", "recursive", "lora"), EvalSettings: ("", "sampled")}
+KINDS: dict[type[CommonSettings], tuple[dict[str, Any], ...]] = {
+    TrainSettings: ({"phase": "b"}, {"phase": "c"}),
+    EvalSettings: ({"samples": 2},),
+}
+
+
 @pytest.mark.parametrize(
     ("cls", "item"),
     [(cls, item) for cls in INPUTS for item in dataclasses.fields(cls)],
@@ -273,9 +281,10 @@ def test_an_option_changes_the_inputs_of_what_it_reaches_and_of_nothing_else(
 ) -> None:
     what, inputs = INPUTS[cls]
     value = other_value(cls, item)
-    for phase in ("b", "c") if cls is TrainSettings else ("",):
-        before = cls(**({"phase": phase} if phase else {}))
-        recursive = item.metadata["only"] in ("", "recursive") or (item.metadata["only"] == "lora" and phase == "b")
+    for fixed in KINDS.get(cls, ({},)):
+        before, phase = cls(**fixed), fixed.get("phase")
+        kinds = ("", "recursive", "sampled", *(["lora"] if phase == "b" else []))
+        recursive = item.metadata["only"] in kinds
         vanilla = recursive and item.metadata["only"] != "recursive" and (item.name, phase) != ("phase", "c")
         reached = [what in item.metadata["reaches"] and kind for kind in (recursive, vanilla)]
         changed = inputs(dataclasses.replace(before, **{item.name: value}))
@@ -303,7 +312,7 @@ def test_in_vanilla_training_a_phase_is_lora_or_everything() -> None:
 def test_only_what_a_stage_makes_is_reached_and_kinds_are_those_of_training() -> None:
     for cls, item in OPTIONS:
         assert isinstance(item.metadata["reaches"], Reach)
-        assert item.metadata["only"] in (("", "recursive", "lora") if cls is TrainSettings else ("",))
+        assert item.metadata["only"] in ONLY.get(cls, ("",))
         reaches = item.metadata["reaches"]
         if cls is not CommonSettings:
             made = INPUTS[cls][0] if cls in INPUTS else NOTHING

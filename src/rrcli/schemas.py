@@ -58,11 +58,23 @@ class DocumentRecord(TypedDict):
     passes: NotRequired[Count]
 
 
+class SampledAnswer(TypedDict):
+    """A sampled answer to a problem."""
+
+    output: str
+    extracted: str
+    correct: bool
+    strict: bool
+    length: Count
+    ended: bool
+
+
 class ProblemRecord(TypedDict):
     """A problem; the lists have one entry for each depth.
 
     `lookup` is whether the nearest training problem has its answer. With an exit rule there is one entry more, `passes`
-    are those with which each new token left, and `pieces` the pieces of the answer's text with those of each.
+    are those with which each new token left, and `pieces` the pieces of the answer's text with those of each. `sampled`
+    are sampled answers at the stage's own depth, as many for each problem.
     """
 
     key: str
@@ -81,6 +93,7 @@ class ProblemRecord(TypedDict):
     lookup: NotRequired[bool]
     passes: NotRequired[list[Count]]
     pieces: NotRequired[list[tuple[str, Count]]]
+    sampled: NotRequired[Annotated[list[SampledAnswer], Meta(min_length=1)]]
 
 
 class GenerationRecord(TypedDict):
@@ -495,6 +508,15 @@ class ProblemEntry(TypedDict):
     pieces: NotRequired[list[tuple[str, Count]]]
 
 
+class SampledEntry(SampledAnswer):
+    """Answer `sample` to problem `number`."""
+
+    part: Literal["sampled"]
+    number: Count
+    sample: Count
+    key: str
+
+
 class GenerationEntry(TypedDict):
     """What was written after prompt `number`."""
 
@@ -527,6 +549,7 @@ class EndEntry(TypedDict):
 ENTRIES: dict[str, Any] = {
     "documents": DocumentsEntry,
     "problems": ProblemEntry,
+    "sampled": SampledEntry,
     "generations": GenerationEntry,
     "harness": HarnessEntry,
     "end": EndEntry,

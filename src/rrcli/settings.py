@@ -82,8 +82,8 @@ def option(
     """Declare one option; everything that is known about it goes into the field's metadata.
 
     Args:
-        reaches: which results it changes. only: the kind of training to which that is limited, "recursive" or "lora"
-            (phase b).
+        reaches: which results it changes. only: what that is limited to: the training "recursive" or "lora" (phase b),
+            or the evaluation "sampled" (with sampled answers).
         in_run: its name in `rr run`, which has the options of several commands; "" = its own name, None = `rr run` does
             not offer it. One option of `rr run` sets all options that have its name.
         panel: where `--help` shows it. aliases: further names on the command line, which `--help` does not show.
@@ -533,6 +533,18 @@ class EvalSettings(CommonSettings):
         reaches=NUMBERS | EXIT,
         panel=PROBLEMS,
     )
+    samples: int = option(
+        0,
+        "Sampled answers to each problem, beside the most likely one, for avg@k (the share of right ones) and pass@k "
+        "(one of k is right); 0 = none.",
+        reaches=NUMBERS,
+        only="sampled",
+        panel=PROBLEMS,
+        minimum=0,
+    )
+    temperature: float = option(
+        0.7, "Temperature of sampled answers.", reaches=NUMBERS, only="sampled", panel=PROBLEMS, minimum=0.01
+    )
     prompts: str = option(
         "",
         "Prompts for the sample generations: a .txt file with one on each line, or a .jsonl file with the field "
@@ -726,7 +738,7 @@ def reaching(settings: CommonSettings, what: Reach, kinds: Collection[str] = ())
     """Return the options that reach a result, with their values: first those of the section, then the common ones.
 
     Args:
-        kinds: the kinds of training that it is: "recursive", "lora", both or neither.
+        kinds: what kind of training or evaluation it is, see `option`: for example "recursive" and "lora".
     """
     items = dict.fromkeys((*own_fields(type(settings)), *fields(CommonSettings)))
     found = [item for item in items if what in item.metadata["reaches"] and item.metadata["only"] in ("", *kinds)]

@@ -28,7 +28,7 @@ OF_PART = {
     "documents": ("tokens", "bytes", "words", "nll", "hits", "passes"),
     "problems": (
         *("task", "difficulty", "question", "prompt", "answer", "output", "extracted", "correct", "strict", "score"),
-        *("length", "ended", "lookup", "passes"),
+        *("length", "ended", "lookup", "passes", "samples", "samples_right"),
     ),
     "generations": ("prompt", "text", "length", "finished", "distinct_2", "rep_4", "relevance"),
     "harness": ("task", "metric", "score", "target", "output"),
@@ -112,6 +112,8 @@ def _sample_rows(label: str, run: Results, part: str, depth: int | None) -> Iter
         passes = row.pop("passes", None)
         if passes is not None and depth is None:
             row["passes"] = sum(passes) if isinstance(passes, list) else passes
+        if sampled := row.pop("sampled", None):
+            row |= {"samples": len(sampled), "samples_right": sum(answer["correct"] for answer in sampled)}
         row |= {"stage": label, "seed": seed_of(run), "part": part}
         yield (
             row

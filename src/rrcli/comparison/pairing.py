@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from rrcli.comparison.records import PARTS
 from rrcli.comparison.results import Cell, Pair, Results, Stage, Stages
@@ -61,7 +62,7 @@ def pair(metric: Metric, stage: Stage, reference: Stage) -> Pair:
         )
         if keys and not conflicts and not foreign:
             units.append({key: _unit(metric, mine[key], theirs[key]) for key in keys})
-            same = same and all(part.outcome(mine[key])[-1] == part.outcome(theirs[key])[-1] for key in keys)
+            same = same and all(_outcome(metric, mine[key]) == _outcome(metric, theirs[key]) for key in keys)
     if not runs or len(units) < len(runs):
         return shared
     return replace(shared, evidence=_evidence(metric, units), same=same)
@@ -72,6 +73,13 @@ def _runs(stage: Stage, reference: Stage) -> list[tuple[Results, Results]]:
     if len(reference.runs) == 1 or len(stage.runs) == 1:
         return [(run, other) for run in stage.runs for other in reference.runs]
     return [(run, reference.by_seed[seed]) for seed, run in stage.by_seed.items() if seed in reference.by_seed]
+
+
+def _outcome(metric: Metric, record: Record) -> Any:
+    """Return what a stage made of a record, at its own depth."""
+    if metric.samples:
+        return [answer["output"] for answer in record["sampled"]]
+    return PARTS[metric.part].outcome(record)[-1]
 
 
 def _unit(metric: Metric, record: Record, other: Record) -> Unit:

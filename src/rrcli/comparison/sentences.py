@@ -86,7 +86,9 @@ def _measured_differently(
     a, b = reference, result
     sources = [r["data"].get("source", "data") if own_data else _data(r) for r in (a, b)]
     found = [f"data ({sources[0]} and {sources[1]})"] if sources[0] != sources[1] else []
-    for place, names in (("provenance", PROVENANCE), ("settings", MEASURING_SETTINGS)):
+    sampled = all(run.get("settings", {}).get("samples") for run in (a, b))
+    measuring = (*MEASURING_SETTINGS, *(("samples", "temperature") if sampled else ()))
+    for place, names in (("provenance", PROVENANCE), ("settings", measuring)):
         for name in names:
             before, after = (r.get(place, {}).get(name) for r in (a, b))
             if name == "seed" and (own_data or own_seed):

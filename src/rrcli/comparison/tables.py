@@ -24,7 +24,10 @@ NUMBERS = (
     *("value", "low", "high", "difference", "difference_low", "difference_high", "confidence", "p_value", "p_adjusted"),
     *("nll", "score", "distinct_2", "rep_4", "relevance"),
 )
-WHOLES = ("seed", "depth", "n", "step", "tokens", "bytes", "words", "hits", "length", "passes")
+WHOLES = (
+    *("seed", "depth", "n", "step", "tokens", "bytes", "words", "hits", "length", "passes"),
+    *("samples", "samples_right"),
+)
 TRUTHS = ("final", "correct", "strict", "ended", "lookup", "finished")
 TYPES = dict.fromkeys(NUMBERS, NUMBER) | dict.fromkeys(WHOLES, WHOLE) | dict.fromkeys(TRUTHS, TRUTH)
 # What is markup in Markdown, or in the HTML that it may hold; a backslash before it takes that meaning away.

@@ -20,6 +20,7 @@ from rrcli.evaluation.held_out import EvalData, distinct, held_out_data
 from rrcli.evaluation.performance import measure_performance
 from rrcli.evaluation.perplexity import score_documents
 from rrcli.evaluation.pictures import draw, generate_traced
+from rrcli.evaluation.sampled_answers import sample_answers
 from rrcli.evaluation.samples import SampleLog
 from rrcli.evaluation.tracing import Piece
 from rrcli.recursion.calibration import table
@@ -91,6 +92,12 @@ def evaluate_model(
             records["problems"] = solve_problems(
                 model, tokenizer, data, depth=depth, settings=settings, reporter=reporter, log=log, exit=rule
             )
+            if settings.samples:
+                sampled = sample_answers(
+                    model, tokenizer, data, depth=depth, settings=settings, reporter=reporter, log=log, exit=rule
+                )
+                for record, answers in zip(records["problems"], sampled, strict=True):
+                    record["sampled"] = answers
         if data.prompts and not settings.skip_generation:
             records["generations"] = continue_prompts(
                 model, tokenizer, data.prompts, depth=depth, settings=settings, reporter=reporter, log=log, exit=rule

@@ -7,6 +7,7 @@ the last entry is at the depth of the stage. This module needs no torch, so `rr 
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -40,6 +41,8 @@ class Metric:
         relative: whether a difference is shown in percent of the other stage's value. Metrics that are relative but not
             tested are costs.
         task: the reasoning task, or the task of lm-eval; '' if the metric is not about a single task.
+        samples: how many sampled answers a problem must have; 0 for a metric of other records. draws: of how many of
+            these one has to be right (k of pass@k; 1 for avg@k).
         compared: whether `rr compare` has a row for it.
     """
 
@@ -56,6 +59,8 @@ class Metric:
     same_test: str = ""
     relative: bool = False
     task: str = ""
+    samples: int = 0
+    draws: int = 0
     compared: bool = True
 
     @property
@@ -66,6 +71,8 @@ class Metric:
     def records(self, measured: Records) -> dict[str, Record]:
         """Return key -> record, for the records that the metric is computed from."""
         found = measured.get(self.part, ())
+        if self.samples:
+            found = [r for r in found if len(r.get("sampled", ())) >= self.samples]
         if self.part == "harness":
             found = [r for r in found if self.name == f"harness/{r['task']}/{r['metric']}"]
         elif self.part == "problems" and self.task:
@@ -78,7 +85,10 @@ class Metric:
         return {r["key"]: r for r in found}
 
     def score(self, record: Record, depth: int = -1) -> float:
-        """Return the score of a record: a document's total (nats or hits), or that of an answer, a text or a sample."""
+        """Return the score of a record: a document's total (nats or hits), or that of answers, a text or a sample."""
+        if self.samples:
+            right = sum(answer["correct"] for answer in record["sampled"])
+            return stats.pass_at_k(len(record["sampled"]), right, self.draws)
         by_depth = self.part in ("documents", "problems")
         return float(record[self.field][depth] if by_depth else record[self.field])
 
@@ -224,7 +234,7 @@ KNOWN: dict[str, Metric] = {
 def tested_metric(name: str) -> Metric | None:
     """Return the metric with this name if differences in it can be tested; None for all others."""
     kind, _, rest = name.partition("/")
-    metric = KNOWN.get(name)
+    metric = KNOWN.get(name) or _of_samples(name)
     if metric is None and kind == "reasoning_accuracy" and rest:
         metric = replace(REASONING_ACCURACY, name=name, label=f"  {rest}", task=rest)
     if metric is None and kind == "harness" and "/" in rest:
@@ -260,6 +270,8 @@ def metrics_of(*measured: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
         where, stability, step = name.partition("stability@")
         if name in KNOWN:
             found.append((places[name], 0, KNOWN[name]))
+        elif (sampled := _of_samples(name)) is not None:
+            found.append((after_accuracy, 2, replace(sampled, compared=not sampled.task or len(tasks) > 1)))
         elif kind == "reasoning_accuracy":
             metric = replace(REASONING_ACCURACY, name=name, label=f"  {rest}", task=rest, compared=len(tasks) > 1)
             found.append((after_accuracy, 1, metric))
@@ -274,6 +286,22 @@ def metrics_of(*measured: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
         else:
             found.append((len(KNOWN), 0, Metric(name, name.replace("_", " ").capitalize(), compared=False)))
     return [metric for *_, metric in sorted(found, key=lambda item: item[:2])]
+
+
+def _of_samples(name: str) -> Metric | None:
+    """Return the metric `avg@K` or `pass@K` of sampled answers, `avg@K/TASK` of one task; None for other names.
+
+    avg@K is the share of right ones among K answers; pass@K is the probability that one of K is right.
+    """
+    found = re.fullmatch(r"(avg|pass)@([1-9]\d*)(?:/(.+))?", name)
+    if found is None:
+        return None
+    kind, count, task = found[1], int(found[2]), found[3] or ""
+    label = f"  {task}" if task else f"Sampled answers, {kind}@{count}"
+    return Metric(
+        name, label, "%", better="higher", part="problems", scale="percent", test="mcnemar_or_mean",
+        task=task, samples=count, draws=1 if kind == "avg" else count,
+    )  # fmt: skip
 
 
 def _of_harness(name: str, rest: str, entry: Mapping[str, Any]) -> Metric:
@@ -294,6 +322,7 @@ def from_records(records: Records) -> dict[str, dict[str, Any]]:
     return {
         **_document_metrics(records.get("documents", ()), -1),
         **_problem_metrics(records.get("problems", ())),
+        **_sampled_metrics(records.get("problems", ())),
         **_generation_metrics(records.get("generations", ())),
         **_exit_metrics(records),
     }
@@ -373,6 +402,24 @@ def _problem_metrics(problems: Sequence[Record], depth: int = -1) -> dict[str, d
             hits = [r["lookup"] for r in looked_up if r["task"] == task]
             metrics[f"{LOOKUP_ACCURACY.name}/{labels[task]}"] = _share(hits)
     return metrics
+
+
+def _sampled_metrics(problems: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Return avg@n of n sampled answers, overall and for each task, and pass@k for k = 2, 4, ... and n."""
+    count = min((len(r["sampled"]) for r in problems if "sampled" in r), default=0)
+    if not count:
+        return {}
+    powers = [2**n for n in range(1, count.bit_length()) if 2**n < count]
+    labels = task_labels(r["task"] for r in problems).values()
+    names = [f"avg@{count}", *(f"avg@{count}/{label}" for label in labels)]
+    names += [f"pass@{k}" for k in [*powers, count] if k > 1]
+    found = {}
+    for metric in filter(None, map(_of_samples, names)):
+        scores = [metric.score(r) for r in metric.records({"problems": problems}).values()]
+        whole = all(score in (0, 1) for score in scores)
+        share = stats.wilson(round(sum(scores)), len(scores)) if whole else stats.ratio(scores, [1.0] * len(scores))
+        found[metric.name] = metric.entry(share)
+    return found
 
 
 def _exit_metrics(records: Records) -> dict[str, dict[str, Any]]:

@@ -113,6 +113,19 @@ def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Estimate:
     return Estimate(p, max(0.0, centre - reach), min(1.0, centre + reach), n)
 
 
+def pass_at_k(answers: int, right: int, k: int) -> float:
+    """Return the unbiased estimate of the probability that at least one of k sampled answers is right.
+
+    1 - C(n - c, k) / C(n, k) for c right ones among n answers (Chen et al. 2021). For k = 1 it is their share.
+
+    Raises:
+        ValueError: fewer than k answers, or more right ones than answers.
+    """
+    if not 0 <= right <= answers or not 1 <= k <= answers:
+        raise ValueError(f"pass@{k} of {right} right answers among {answers}")
+    return 1.0 - math.comb(answers - right, k) / math.comb(answers, k)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for testing all of them (Holm 1979); reject where the adjusted value is <= alpha."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])

@@ -71,7 +71,7 @@ def eval_inputs(settings: EvalSettings, stage: str, model_fingerprint: str, data
 
     What else the seed decides is drawn from the experiment's first seed, so that it is alike in all replicates.
     """
-    values = reaching(settings, NUMBERS)
+    values = reaching(settings, NUMBERS, ["sampled"] if settings.samples else [])
     values |= {"seed": settings.all_seeds[0], "seeds": evaluated_seeds(stage, settings)}
     return combine("eval", stage, model_fingerprint, data_fingerprint, values, __version__)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -155,6 +156,18 @@ class Rows:
         return torch.cat([self.prompts, torch.tensor(rows, dtype=self.prompts.dtype, device=self.prompts.device)], 1)
 
 
+@runtime_checkable
+class PlacedProcessor(Protocol):
+    """A logits processor that looks at no text: only at the row's place in the batch and at the new token's number."""
+
+    def placed(self, scores: Tensor, rows: Sequence[int], numbers: Tensor) -> Tensor:
+        """Return `[row, vocabulary]` scores after processing.
+
+        Args:
+            rows: the places of these rows in the batch. numbers: `[row]` which new token of its row is chosen.
+        """
+
+
 class Chooser:
     """Chooses tokens from logits, greedily or by sampling, and accepts or rejects drafted ones."""
 
@@ -173,6 +186,8 @@ class Chooser:
         if not self.processors:
             return scores
         scores = scores.clone()  # the logits may still be needed
+        if all(isinstance(processor, PlacedProcessor) for processor in self.processors):
+            return self._placed(scores, draft.shape[1] if draft is not None and last_only else 0)
         known = [[]] * len(scores) if draft is None else draft.tolist()
         for position in range(scores.shape[1]):
             texts = [
@@ -180,6 +195,14 @@ class Chooser:
                 for index, row in enumerate(self.rows.active)
             ]
             scores[:, position] = self._processed(texts, scores[:, position])
+        return scores
+
+    def _placed(self, scores: Tensor, offset: int) -> Tensor:
+        """Return scores after processors that need no text; the first are those of new token `offset` of each row."""
+        done = torch.tensor([len(self.rows.new[row]) for row in self.rows.active], device=scores.device)
+        for position in range(scores.shape[1]):
+            for processor in self.processors:
+                scores[:, position] = processor.placed(scores[:, position], self.rows.active, done + offset + position)
         return scores
 
     def _processed(self, texts: list[Tensor], scores: Tensor) -> Tensor:

@@ -134,10 +134,14 @@ def evaluate(
     shape = recursion.config.to_dict() if recursion is not None else None
     is_baseline = _is_baseline(loaded, source, workspace)
     device, dtype = str(input_device(loaded)), str(loaded.dtype).removeprefix("torch.")
-    beside = (asdict(measuring) | {"seeds": ()}, shape, device, dtype, *([written] if written else []))
+    options = {name: value for name, value in asdict(measuring).items() if name not in ("samples", "temperature")}
+    beside = (options | {"seeds": ()}, shape, device, dtype, *([written] if written else []))
     key = combine(inputs, *beside)
-    # What was measured with the first seeds alone is what a measurement with all of them begins with.
+    # What was measured with the first seeds alone is what a measurement with all of them begins with; and what was
+    # measured without sampled answers, what one with these does.
     fewer = [replace(settings, seeds=seeds[:count]) for count in range(1, len(seeds))]
+    if settings.samples:
+        fewer += [replace(each, samples=0) for each in [*fewer, settings]]
     extends = [combine(eval_inputs(each, stage, *made_from), *beside) for each in fewer]
     step = training["steps"] if training else 0
     logs = workspace.log_folder(replicate.name)
