@@ -11,7 +11,7 @@ accuracy = frame[frame.metric == "reasoning_accuracy"]
 lines = accuracy.pivot_table(index="depth", columns="stage", values="value")
 
 # %% A picture of it, with the baseline's interval
-axes = lines.plot(marker="o", xlabel="passes after pass 0", ylabel="problems answered right, %")
+axes = lines.plot(marker="o", xlabel="passes after pass 0", ylabel="problems answered right, %", xticks=lines.index)
 baseline = accuracy[accuracy.stage == "baseline"].iloc[0]
 axes.axhspan(baseline.low, baseline.high, alpha=0.2)
 axes.figure.savefig("accuracy.png")

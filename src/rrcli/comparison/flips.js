@@ -41,20 +41,47 @@
   const kindOf = (a, b) => (a ? (b ? "right" : "broken") : b ? "fixed" : "wrong");
   const same = (select, value) => select.value === "" || Number(select.value) === value;
 
-  // What every token took, where all took as many; else each piece of the text has the colour of its passes.
-  const written = (answer) => {
-    const text = make("div", "output");
-    if (answer[2]) {
-      for (const [piece, passes] of answer[2]) {
-        const part = make("span", "p" + Math.min(passes, 6), data.texts[piece]);
-        part.title = passes + (passes === 1 ? " pass" : " passes");
-        text.append(part);
+  const cut = (text) => text.match(/\s*\w+|\s*[^\w\s]|\s+/g) || [];
+  // The words of two texts, each with whether it differs: whether it is outside their longest common subsequence. Of long
+  // texts no word is said to differ, because finding that out takes the product of their lengths.
+  const compared = (a, b) => {
+    const [x, y] = [cut(a), cut(b)], most = 250000;
+    if (x.length * y.length > most) return [[[a, false]], [[b, false]]];
+    const length = Array.from({length: x.length + 1}, () => new Uint16Array(y.length + 1));
+    for (let m = x.length - 1; m >= 0; m--)
+      for (let n = y.length - 1; n >= 0; n--)
+        length[m][n] = x[m] === y[n] ? length[m + 1][n + 1] + 1 : Math.max(length[m + 1][n], length[m][n + 1]);
+    const [left, right] = [[], []];
+    for (let m = 0, n = 0; m < x.length || n < y.length; ) {
+      if (m < x.length && n < y.length && x[m] === y[n]) {
+        left.push([x[m++], false]);
+        right.push([y[n++], false]);
+      } else if (n === y.length || (m < x.length && length[m + 1][n] >= length[m][n + 1])) left.push([x[m++], true]);
+      else right.push([y[n++], true]);
+    }
+    return [left, right];
+  };
+
+  // A text in the largest pieces that have one number of passes (as far as these are known) and differ or do not.
+  const written = (answer, words) => {
+    const text = make("div", "output"), pieces = answer[2] || [];
+    let piece = 0, place = 0;
+    for (let [word, differs] of words) {
+      while (word) {
+        const rest = piece < pieces.length ? data.texts[pieces[piece][0]].length - place : word.length;
+        const name = piece < pieces.length ? "p" + Math.min(pieces[piece][1], 6) : "";
+        const part = word.slice(0, rest), last = text.lastChild, full = (name + (differs ? " differs" : "")).trim();
+        if (last && last.className === full) last.textContent += part;
+        else text.append(make("span", full, part));
+        word = word.slice(part.length);
+        place += part.length;
+        if (piece < pieces.length && place === data.texts[pieces[piece][0]].length) [piece, place] = [piece + 1, 0];
       }
-    } else text.textContent = data.texts[answer[1]];
+    }
     if (!text.textContent) text.append(make("em", "", "(empty)"));
     return text;
   };
-  const side = (answer, view) => {
+  const side = (answer, view, words) => {
     const box = make("div", "side");
     const head = make("div", "head");
     head.append(make("b", answer[0] ? "right" : "wrong", answer[0] ? "right" : "wrong"));
@@ -62,19 +89,21 @@
     const each = passes === null ? (answer[2] ? "passes by colour" : "passes were not recorded")
       : passes ? passes + (passes === 1 ? " pass" : " passes") + " after pass 0 for each token" : "pass 0 alone";
     head.append(make("span", "", data.views[view][0]), make("small", "", each));
-    box.append(head, written(answer));
+    box.append(head, written(answer, words));
     return box;
   };
   const card = ([problem, name]) => {
-    const box = make("article", "flip");
-    const about = [data.tasks[problem[0]], data.levels[problem[1]] && "difficulty " + data.levels[problem[1]],
+    const box = make("article", "flip"), level = data.levels[problem[1]];
+    const about = [data.tasks[problem[0]], (/^[\d.]/.test(level) ? "difficulty " : "") + level,
       data.seeds.length ? "seed " + data.seeds[problem[2]] : ""];
     const head = make("h3");
     head.append(make("span", "kind " + name, name), make("span", "", about.filter(Boolean).join(" · ")));
     const expected = make("p", "expected", "Expected: ");
     expected.append(make("code", "", data.texts[problem[4]]));
     const sides = make("div", "sides");
-    for (const view of [Number(before.value), Number(after.value)]) sides.append(side(problem[5][view], view));
+    const views = [Number(before.value), Number(after.value)], answers = views.map((view) => problem[5][view]);
+    const words = compared(...answers.map((answer) => data.texts[answer[1]]));
+    answers.forEach((answer, n) => sides.append(side(answer, views[n], words[n])));
     box.append(head, make("div", "asked", data.texts[problem[3]]), expected, sides);
     return box;
   };
@@ -93,10 +122,12 @@
     for (const problem of data.problems) {
       const [x, y] = [problem[5][a], problem[5][b]];
       if (!x || !y || !same(task, problem[0]) || !same(level, problem[1]) || !same(seed, problem[2])) continue;
-      if (text && ![problem[3], problem[4], x[1], y[1]].some((place) => data.texts[place].toLowerCase().includes(text))) continue;
+      const places = [problem[3], problem[4], x[1], y[1]];
+      if (text && !places.some((place) => data.texts[place].toLowerCase().includes(text))) continue;
       const name = kindOf(x[0], y[0]);
       count[name] += 1;
-      if (name === kind.value || (kind.value === "" && (name === "fixed" || name === "broken"))) found.push([problem, name]);
+      const flipped = name === "fixed" || name === "broken";
+      if (name === kind.value || (kind.value === "" && flipped)) found.push([problem, name]);
     }
     if (!text) {
       for (const [ofTask, ofLevel, ofSeed, right, asked, number] of data.alike) {
