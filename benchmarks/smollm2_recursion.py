@@ -30,7 +30,7 @@ from random import Random
 from typing import Any
 
 from recursion_gain import measured_exits, random_control, rr
-from recursion_gain_report import plot_exits
+from recursion_gain_report import plot_costs, plot_exits
 from smollm2_report import STAGES, curves_of, plot_curves, recipes_table, report
 from smollm2_validation import validated
 
@@ -49,12 +49,14 @@ NAMES = (
     *("Jack", "Mark", "Paul", "John", "Mary", "Jane", "Lucy", "Rose", "Anna", "Emma", "Adam", "Alex", "Luke"),
 )
 PEOPLE, PROBLEMS_A_FILE = 5, 8000
-HOPS = (1, 2)
+HOPS = (1, 2, 3)
+# One hop is a look-up, with nothing to think about twice: it is the control. The recipes leave three hops out.
 TASKS = (
     "chain_sum:min_terms=2,max_terms=3,min_digits=1,max_digits=1",
     "family_relationships:min_family_size=5,max_family_size=7",
     *(f"boss_{hops}.jsonl" for hops in HOPS),
 )
+RECIPE_TASKS = TASKS[:-1]
 # What all trainings share: `section.option` -> value, given to every command in the environment.
 SHARED = {
     "common.dtype": "bfloat16",
@@ -65,7 +67,9 @@ SHARED = {
     "train.task_share": "0.9375",
     "train.batch_size": "16",
     "train.lr": "5e-4",
+    "train.sidecar_lr": "3e-3",
     "train.keep": "1",
+    "surgery.max_steps": "1",
 }
 # The budget of a recipe, and the seed, which the main part does not have.
 RECIPE_STEPS, RECIPE_SEED, RECIPE_PROBLEMS = 150, 11, 100
@@ -75,27 +79,31 @@ RECIPE = {
     "train.eval_interval": "0",
     "train.save_interval": "75",
 }
-ALL, MIDDLE, LAST = "all", "10:20", "20:30"
+ALL, MIDDLE, UPPER, LAST = "all", "10:20", "10:30", "20:30"
 # name -> what differs (the middle is that of the layers). `mode` is that of `rr train`; all others are options.
 RECIPES: dict[str, dict[str, str]] = {
     "vanilla": {"mode": "vanilla"},
     "vanilla, lr 2e-4": {"mode": "vanilla", "train.lr": "2e-4"},
     "vanilla, twice the steps": {"mode": "vanilla", "train.steps": str(2 * RECIPE_STEPS)},
-    "all": {"surgery.span": ALL, "surgery.max_steps": "1"},
-    "middle": {"surgery.span": MIDDLE, "surgery.max_steps": "1"},
-    "last": {"surgery.span": LAST, "surgery.max_steps": "1"},
+    "all": {"surgery.span": ALL, "train.sidecar_lr": "1e-4"},
+    "all, sidecar lr 1e-3": {"surgery.span": ALL, "train.sidecar_lr": "1e-3"},
+    "all, no deep supervision": {"surgery.span": ALL, "train.sidecar_lr": "1e-4", "train.masked_weight": "0"},
+    "middle": {"surgery.span": MIDDLE},
+    "middle, sidecar lr 1e-2": {"surgery.span": MIDDLE, "train.sidecar_lr": "1e-2"},
     "middle, two passes": {"surgery.span": MIDDLE, "surgery.max_steps": "2"},
-    "middle, no deep supervision": {"surgery.span": MIDDLE, "surgery.max_steps": "1", "train.masked_weight": "0"},
-    "middle, sidecar lr 5e-3": {"surgery.span": MIDDLE, "surgery.max_steps": "1", "train.sidecar_lr": "5e-3"},
-    "middle, LoRA": {"surgery.span": MIDDLE, "surgery.max_steps": "1", "train.phase": "b", "train.lr": "2e-3"},
-    "vanilla, LoRA": {"mode": "vanilla", "surgery.span": MIDDLE, "train.phase": "b", "train.lr": "2e-3"},
+    "middle, no deep supervision": {"surgery.span": MIDDLE, "train.masked_weight": "0"},
+    "middle, LoRA": {"surgery.span": MIDDLE, "train.phase": "b", "train.lr": "2e-3"},
+    "last two thirds": {"surgery.span": UPPER},
+    "last two thirds, no deep supervision": {"surgery.span": UPPER, "train.masked_weight": "0"},
+    "last two thirds, LoRA": {"surgery.span": UPPER, "train.phase": "b", "train.lr": "2e-3"},
+    "last third": {"surgery.span": LAST},
 }
 # The options of `rr run` for the main part: what all trainings share, and the recipe that was chosen on validation.
 CHOSEN = (
     *("--dtype", "bfloat16", "--no-chat-template", "--packing", "--train-max-length", "128", "--task-share", "0.9375"),
-    *("--batch-size", "16", "--keep", "1", "--save-interval", "50", "--eval-interval", "100", "--eval-samples", "50"),
-    *("--lr", "5e-4", "--steps", "800", "--span", "10:30", "--max-steps", "1"),
-    *("--seeds", "0,1,2", "--problems", "300", "--max-samples", "100", "--max-new-tokens", "12", "--skip-generation"),
+    *("--batch-size", "16", "--keep", "1", "--save-interval", "25", "--eval-interval", "100", "--eval-samples", "40"),
+    *("--lr", "5e-4", "--steps", "400", "--span", "10:30", "--max-steps", "1", "--sidecar-lr", "3e-3"),
+    *("--seeds", "0,1,2", "--problems", "200", "--max-samples", "100", "--max-new-tokens", "12", "--skip-generation"),
 )
 SHRUNKEN = (
     *("--seeds", "0,1", "--steps", "2", "--problems", "8", "--max-samples", "8", "--eval-samples", "4"),
@@ -158,7 +166,7 @@ def recipe(name: str, changes: Mapping[str, str], folder: Path, *, model: str, p
     folder.mkdir(parents=True, exist_ok=True)
     write_problems(folder)
     if not (folder / SETTINGS_FILE).exists():
-        rr(folder, "setup", "--model", model, *(word for task in TASKS for word in ("--task", task)))
+        rr(folder, "setup", "--model", model, *(word for task in RECIPE_TASKS for word in ("--task", task)))
     if mode == "recursive" and not (folder / "checkpoints" / "after_surgery").exists():
         rr(folder, "surgery", changes=options)
     rr(folder, "train", "--mode", mode, changes=options)
@@ -195,6 +203,7 @@ def experiment(output: Path, given: list[str], *, model: str, shrunken: bool) ->
     (output / "smollm2_recursion.md").write_text(text, encoding="utf-8")
     print(text, end="")
     plot_curves(curves_of(comparison, folder / "logs"), output / "curves.png")
+    plot_costs(comparison, output / "costs.png")
     if frontier is not None:
         plot_exits(frontier, output / "exits.png")
 

@@ -19,6 +19,7 @@ from recursion_gain_report import (
     costs_table,
     differences,
     difficulty_table,
+    every_pass,
     exits_table,
     picture,
     table,
@@ -27,7 +28,7 @@ from recursion_gain_report import (
 from rrcli.comparison.comparison import Comparison
 from rrcli.comparison.curves import Curves, read_curves
 from rrcli.comparison.flips import KINDS, Flips, flips_of
-from rrcli.comparison.results import Results, Stage
+from rrcli.comparison.results import Results
 
 # How many flipped problems are shown, half of each kind.
 FLIPPED = 10
@@ -62,8 +63,8 @@ The problems of all seeds together.
 
 ## By depth
 
-Single checkpoints, the deepest pass against vanilla of the same seed, with McNemar's exact test, not corrected. Random
-feedback is of seed {first}.
+Single checkpoints, the deepest pass for every token, without an exit, against vanilla of the same seed, with McNemar's
+exact test, not corrected. Random feedback is of seed {first}.
 
 {single}
 
@@ -92,6 +93,8 @@ Trainings: medians over seeds. Speed, memory and FLOPs of decoding: `rr costs`, 
 
 {costs}
 
+![accuracy against the cost of a new token](costs.png)
+
 ## Ten problems on which the stages differ
 
 {flips} The first five of each kind:
@@ -116,7 +119,8 @@ def report(comparison: Comparison, control: Results, frontier: Mapping[str, Any]
     stages = {stage.label: stage for stage in comparison.stages}
     vanilla, recursive = stages[VANILLA], stages[RECURSIVE]
     first = next(iter(recursive.by_seed))
-    single = {f"as it is, seed {seed}": (run, vanilla.by_seed[seed]) for seed, run in recursive.by_seed.items()}
+    trained = {seed: every_pass(run) for seed, run in recursive.by_seed.items()}
+    single = {f"as it is, seed {seed}": (run, vanilla.by_seed[seed]) for seed, run in trained.items()}
     single["random feedback"] = (control, vanilla.first)
     training, flips = recursive.first["training"], flips_of([vanilla, recursive])
     said = [*comparison.sentences, *(f"**Warning:** {warning}" for warning in comparison.warnings)]
@@ -137,7 +141,7 @@ def report(comparison: Comparison, control: Results, frontier: Mapping[str, Any]
         difficulty=difficulty_table(by_difficulty(comparison.stages)),
         single=by_depth(single),
         first=first,
-        repairs=repairs_table(recursive),
+        repairs=repairs_table(list(trained.values())),
         curves=curves_table(curves_of(comparison, logs)),
         exits=shown,
         costs=costs_table(comparison),
@@ -146,10 +150,10 @@ def report(comparison: Comparison, control: Results, frontier: Mapping[str, Any]
     )
 
 
-def repairs_table(recursive: Stage) -> str:
+def repairs_table(runs: Sequence[Results]) -> str:
     """Return the table of fixes and breaks of the last pass, by task and overall."""
     by_task: dict[str, list[list[bool]]] = {}
-    for record in (record for run in recursive.runs for record in run["records"]["problems"]):
+    for record in (record for run in runs for record in run["records"]["problems"]):
         for name in (_task(record["task"]), "all"):
             by_task.setdefault(name, []).append(record["correct"])
     rows = []

@@ -85,7 +85,7 @@ def test_fixes_and_breaks_are_shares_of_the_errors_and_hits_of_pass_0():
 
 
 def _lines(runs: tuple[dict, ...]) -> list[str]:
-    return report.repairs_table(Stage(report.RECURSIVE, runs)).splitlines()
+    return report.repairs_table(runs).splitlines()
 
 
 def test_flipped_problems_have_both_answers_in_one_line_and_five_of_a_kind():
