@@ -25,6 +25,10 @@ def noisy(curve, spread=0.3):
     return [value + random.gauss(0, spread) for value in curve]
 
 
+def noise(step):
+    return Random(step).gauss(0, 0.1)
+
+
 FALLING = noisy([1.5 + 2 * math.exp(-step / 40) for step in range(200)])
 
 
@@ -75,6 +79,25 @@ def test_refining_to_the_end_always_is_said_in_the_second_half_only():
 def test_no_feedback_after_the_first_steps_is_said():
     assert raised(FALLING, feedback=0.0) == [red_flags.SILENTLY_OFF]
     assert raised(FALLING[: red_flags.FEEDBACK_STEP - 1], feedback=0.0) == []
+
+
+@pytest.mark.parametrize(("behind", "found"), [(0.3, [red_flags.WORSE_PASS]), (0.05, []), (-0.3, [])])
+def test_a_last_pass_that_stays_behind_pass_0_is_said_once(behind, found):
+    flags, messages = RedFlags(200), []
+    for step, loss in enumerate(FALLING, start=1):
+        scalars = {"train/loss/final_ce": loss, "train/feedback_norm": 0.9, "train/depth_ce/0": loss}
+        scalars |= {"train/depth_ce/1": loss + 2 * behind, "train/depth_ce/2": loss + noise(step) + behind}
+        messages += flags.observe(step, scalars, depth=2, memory_share=0.3)
+    assert [message.split(":")[0] for message in messages] == found
+    assert all("0.90 of the span's input" in message for message in messages)
+
+
+def test_one_bad_step_of_the_last_pass_is_not_said():
+    flags = RedFlags(200)
+    for step, loss in enumerate(FALLING, start=1):
+        scalars = {"train/loss/final_ce": loss, "train/feedback_norm": 0.9, "train/depth_ce/0": loss}
+        scalars["train/depth_ce/1"] = loss + (5.0 if step == 100 else noise(step))
+        assert flags.observe(step, scalars, depth=1, memory_share=0.3) == []
 
 
 def test_little_memory_left_is_said_once():

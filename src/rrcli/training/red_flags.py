@@ -16,11 +16,14 @@ EXPLODED_FACTOR, EXPLODED_NATS, EXPLODED_ERRORS = 1.5, 1.0, 5.0
 FIRST_JUDGEMENT = 50
 STUCK_SHARE = 0.999
 MEMORY_SHARE = 0.92
+# By how much the last pass has to be worse than pass 0, in nats and in standard errors.
+WORSE_NATS, WORSE_ERRORS = 0.15, 4.0
 
 NOT_FALLING = "loss not falling"
 EXPLODING = "loss exploding"
 ALWAYS_MAX = "refine steps always at the maximum"
 SILENTLY_OFF = "recursion silently off"
+WORSE_PASS = "later passes are worse than pass 0"
 MEMORY = "memory near the limit"
 
 
@@ -41,6 +44,8 @@ class RedFlags:
         self._losses: list[float] = []
         self._lowest, self._lowest_error = math.inf, 0.0
         self._at_maximum = 0
+        # Of every step with passes: by how much the last one was worse than pass 0.
+        self._behind: list[float] = []
 
     def observe(self, step: int, scalars: Mapping[str, float], depth: int, memory_share: float) -> list[str]:
         """Return the warnings that this step gives a reason for, each once in the life of a run.
@@ -78,6 +83,14 @@ class RedFlags:
                     f"for {self._at_maximum} steps: it is not learning to halt; try a higher --ponder-weight, "
                     "--halt-weight or --commit-margin"
                 )
+        if depth and "train/depth_ce/0" in scalars:
+            self._behind.append(scalars[f"train/depth_ce/{depth}"] - scalars["train/depth_ce/0"])
+        behind, error = _mean(self._behind[-SMOOTHING:]) if self._behind else (0.0, 0.0)
+        if len(self._behind) >= FIRST_JUDGEMENT and behind > max(WORSE_NATS, WORSE_ERRORS * error):
+            found[WORSE_PASS] = (
+                f"by {behind:.2f} nats in the last {SMOOTHING} steps, with a feedback of "
+                f"{scalars.get('train/feedback_norm', 0.0):.2f} of the span's input: try a lower --sidecar-lr"
+            )
         if step >= FEEDBACK_STEP and scalars.get("train/feedback_norm") == 0:
             found[SILENTLY_OFF] = f"the feedback is still exactly zero at step {step}: is --sidecar-lr 0?"
         if memory_share >= MEMORY_SHARE:
