@@ -91,6 +91,15 @@ OWN = {
     | {"--stage", "--use-recursive", "--no-use-recursive", "--max-length", "--exits", "--no-exits"}
     | {"--choose-exit", "--no-choose-exit"},
     "costs": LOADING | DATA - {"--task"} | LOGS | {"--rounds"},
+    "plan": MODEL
+    | SURGERY
+    | {"--data", "--text-field", "--task", "--dtype", "--seed", "--seeds", "--equal-flops", "--no-equal-flops"}
+    | {"--gpus", "--device", "--context", "--rows", "--efficiency", "--phase", "--steps", "--batch-size"}
+    | {"--train-max-length", "--train-max-steps", "--lora-rank", "--ema", "--gradient-accumulation"}
+    | {"--gradient-checkpointing", "--no-gradient-checkpointing", "--packing", "--no-packing", "--task-share"}
+    | {"--supervised-share", "--eval-interval", "--eval-samples", "--problems", "--max-samples", "--eval-max-length"}
+    | {"--max-new-tokens", "--batch-tokens"}
+    | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning")},
     "compare": COMPARE
     | {"--log-dir", "--output-dir", "--generations", "--no-generations", "--format", "--out", "--report"},
     "generate": LOADING

@@ -40,6 +40,23 @@ LOADING = ("model", *PLACEMENT, "trust_remote_code", "seed", "checkpoint_dir")
 LOGS = ("log_dir", "output_dir")
 TEXT = ("data", "text_field", "on_bad_row", "template_date")
 DATA = (*TEXT, "task")
+# The options of `rr run` that decide what an experiment takes.
+PLANNED = (
+    *("model", "data", "text_field", "task", "dtype", "trust_remote_code", "seed", "seeds", "equal_flops"),
+    *("span", "max_steps", "cell_width", "chunk_width", "phase", "steps", "batch_size", "train_max_length"),
+    *(
+        "train_max_steps",
+        "lora_rank",
+        "ema",
+        "gradient_accumulation",
+        "gradient_checkpointing",
+        "packing",
+        "task_share",
+    ),
+    *("supervised_share", "eval_interval", "eval_samples"),
+    *("problems", "max_samples", "eval_max_length", "max_new_tokens", "batch_tokens"),
+    *("skip_perplexity", "skip_reasoning"),
+)
 # Suffix of a file -> the form of a comparison; and those forms that hold its values alone, without its texts.
 FORMS = {".json": "json", ".csv": "csv", ".md": "markdown", ".tex": "latex", ".parquet": "parquet"}
 VALUES_ALONE = ("csv", "latex", "parquet")
@@ -513,6 +530,39 @@ def board(
         return
     started = (lambda board: ui.show_json("board", vars(board))) if json else ui.show_board
     service.board(ctx.load(settings.BoardSettings), ctx.directory, _reporter(), started=started)
+
+
+@_command(EXPERIMENT, [*_flags(settings.PlanSettings, ()), *(f for f in _run_flags() if f.name in PLANNED)])
+def plan(
+    ctx: Context,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help="Device whose figures count: a100, h100, h200, b200, l40s, rtx4090, mi300x, or cpu (measured). "
+            "\\[default: by the GiB of --gpus, else this machine's]",
+            show_default=False,
+        ),
+    ] = "",
+    json: Json = False,
+) -> None:
+    """Estimate memory, FLOPs and hours of the whole experiment, and say which placement fits, before weights are read.
+
+    Exit code 1 if nothing fits.
+    """
+    from rrcli.services import plan as service
+
+    result = service.plan(
+        ctx.load(settings.PlanSettings), ctx.load, ctx.directory, _reporter(), hardware=device, given=ctx.given
+    )
+    if json:
+        ui.show_json("footprint", result.to_dict())
+    else:
+        ui.show_footprint(result)
+    if result.misfits:
+        hint = f"What would fit: {'; or '.join(result.would_fit)}." if result.would_fit else ""
+        devices = f"{result.count} x {result.device.memory / 2**30:.3g} GiB"
+        raise RRError(f"{', '.join(result.misfits)}: does not fit on {devices}", hint)
 
 
 @_command(EXPERIMENT, _run_flags(), writes=True)

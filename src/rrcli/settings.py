@@ -574,6 +574,31 @@ class CostsSettings(CommonSettings):
 
 
 @dataclass(frozen=True)
+class PlanSettings(CommonSettings):
+    """Section `[plan]`."""
+
+    SECTION = "plan"
+
+    gpus: str = option(
+        "",
+        "Devices to plan for: how many, and the GiB of each, such as 8x80 or 1x24. [default: those of this machine]",
+        reaches=NOTHING,
+    )
+    context: int = option(
+        2048, "Tokens of a text that is generated, with its prompt; at most the model's context.", reaches=NOTHING,
+        minimum=1,
+    )  # fmt: skip
+    rows: int = option(1, "Texts that are generated at a time, on each device.", reaches=NOTHING, minimum=1)
+    efficiency: float = option(
+        0.4,
+        "Share of a device's published figures that programs reach: 0.3 to 0.5 is usual.",
+        reaches=NOTHING,
+        minimum=0.01,
+        maximum=1,
+    )
+
+
+@dataclass(frozen=True)
 class GenerateSettings(CommonSettings):
     """Section `[generate]`."""
 
@@ -706,6 +731,7 @@ SECTIONS: tuple[type[CommonSettings], ...] = (
     TrainSettings,
     EvalSettings,
     CostsSettings,
+    PlanSettings,
     GenerateSettings,
     CompareSettings,
     BoardSettings,

@@ -17,6 +17,8 @@ need. It is found by signature, type or trial, never by a version number. What h
     products of rows on a CPU by oneDNN           torch's `mkldnn._linear_pointwise`         torch's own product
     telling that no C++ compiler works            `torch._inductor.cpp_builder`              torch's own error, later
     running a mixture of experts on shapes alone  `_experts_implementation` of a config      costs are not shown
+    what experts hold, on shapes alone            `_grouped_mm`, its fallback operators      a higher estimate
+    what is cut among processes                   plans of a config and a model              nothing is
     FLOPs of torch's operators                    `torch.utils.flop_counter.flop_registry`   operators are uncounted
     seeing every operator that runs               `torch.utils._python_dispatch`             rr does not start
     what an operator of torch fills               `_schema` of an operator                   all that it is given
@@ -38,6 +40,7 @@ import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
@@ -371,28 +374,97 @@ def attention_is_eager(config: Any) -> bool:
     return getattr(config, "_attn_implementation", None) == "eager"
 
 
+@dataclass(frozen=True)
+class ParallelPlan:
+    """Which weights transformers would cut: module or parameter, with * for the number of its layer, -> rule.
+
+    Attributes:
+        tensor: by tensor parallelism. experts: by sharing out experts. Each is empty where the family has no such plan.
+    """
+
+    tensor: Mapping[str, str]
+    experts: Mapping[str, str]
+
+    def cuts(self, parameter: str) -> bool:
+        """Tell whether tensor parallelism cuts a parameter, by its name in the model."""
+        name = re.sub(r"\.\d+(?=\.)", ".*", parameter)
+        rule = self.tensor.get(name) or self.tensor.get(name.rpartition(".")[0]) or ""
+        return any(word in rule for word in ("colwise", "rowwise"))
+
+
+def parallel_plan(model: Any) -> ParallelPlan:
+    """Return how transformers would cut a model among processes; an empty plan where it does not say."""
+    prefix = getattr(model, "base_model_prefix", "")
+    plans = []
+    for own, of_config in (("_tp_plan", "base_model_tp_plan"), ("_ep_plan", "base_model_ep_plan")):
+        found = dict(getattr(model, own, None) or {})
+        base = getattr(model.config, of_config, None) or {}
+        plans.append({f"{prefix}.{name}": rule for name, rule in base.items()} | found)
+    return ParallelPlan(*plans)
+
+
 @contextmanager
 def on_shapes(model: Any) -> Iterator[None]:
     """While it is entered, no shape in `model` depends on the values of a tensor, as on the meta device there are none.
 
-    Experts compute in an implementation for which that holds (it copies their weights for every token, so it is for
-    skeletons alone), and families with a padding id do not look for it among the tokens.
+    Experts compute in an implementation for which that holds, and families with a padding id do not look for it among
+    the tokens. That implementation is the one that models use, through its fallback for any number format. Where the
+    fallback is not found it is another one, which copies the experts' weights for every token: as many FLOPs, and more
+    memory than a model takes.
     """
     configs = list(
         {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}.values()
     )
     experts = [(c, c._experts_implementation) for c in configs if hasattr(c, "_experts_implementation")]
-    try:
-        with ExitStack() as patches:
-            for config in configs:
-                if hasattr(config, "pad_token_id"):  # not by setattr: some configurations check the type
-                    patches.enter_context(patched(config, pad_token_id=None))
-            for config, _ in experts:
-                config._experts_implementation = "batched_mm"
-            yield
-    finally:
+    with ExitStack() as patches:
+        for config in configs:
+            if hasattr(config, "pad_token_id"):  # not by setattr: some configurations check the type
+                patches.enter_context(patched(config, pad_token_id=None))
         for config, before in experts:
-            config._experts_implementation = before
+            patches.callback(setattr, config, "_experts_implementation", before)
+        if experts:
+            implementation = _experts_on_shapes(patches)
+            for config, _ in experts:
+                config._experts_implementation = implementation
+        yield
+
+
+def _experts_on_shapes(patches: ExitStack) -> str:
+    """Return the implementation of experts that runs on shapes, with what it needs patched while `patches` is open."""
+    try:
+        module = import_module("transformers.integrations.moe")
+        parameters = inspect.signature(module._grouped_mm).parameters
+        there = hasattr(torch.ops.transformers, "grouped_mm_fallback_backward")
+    except (ImportError, AttributeError):
+        return "batched_mm"
+    if not there or not {"input", "weight", "offs"} <= parameters.keys():
+        return "batched_mm"
+
+    def product(input: Tensor, weight: Tensor, offs: Tensor) -> Any:
+        return _GroupedProduct.apply(input.to(weight.dtype), weight, offs)
+
+    patches.enter_context(patched(module, _grouped_mm=product))
+    return "grouped_mm"
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Products of groups of rows with a matrix each, on shapes, with the gradients that are asked for.
+
+    torch's own takes one number format alone there, and the fallback of transformers always computes both gradients.
+    """
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        context.save_for_backward(rows if context.needs_input_grad[1] else None, weight, ends)
+        result: Tensor = torch.ops.transformers.grouped_mm_fallback(rows, weight, ends)
+        return result
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, ends = context.saved_tensors
+        if context.needs_input_grad[1]:
+            return *torch.ops.transformers.grouped_mm_fallback_backward(rows, weight, ends, gradient), None
+        return torch.ops.transformers.grouped_mm_fallback(gradient, weight.transpose(-2, -1), ends), None, None
 
 
 # -- peft --------------------------------------------------------------------------------------------------------------

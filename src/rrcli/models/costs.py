@@ -50,7 +50,20 @@ class Costs:
     flops_formula: str = FLOPS_FORMULA
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class OneToken:
+    """What it takes to decode one more token in each of some rows. Index k of every list is depth k.
+
+    Attributes:
+        held: bytes that the caches of all passes hold afterwards. growth: how many of them are new.
+        flops: operations for all rows together.
+    """
+
+    held: list[int]
+    growth: list[int]
+    flops: list[int]
+
+
 def measure(model: Any) -> Costs:
     """Measure the costs of `model`, which has a recursion attached; its weights may be on the meta device.
 
@@ -58,16 +71,28 @@ def measure(model: Any) -> Costs:
         RRError: the model returns no cache, or runs what cannot be counted. Exception: of any kind, where a family
             cannot run on the meta device.
     """
+    found, tokens = decode_one(model, 1, PROMPT_TOKENS), PROMPT_TOKENS + 1
+    return Costs(
+        dtype=str(model.dtype).removeprefix("torch."),
+        cache_bytes_per_token=found.growth,
+        cache_bytes_constant=[held - rate * tokens for held, rate in zip(found.held, found.growth, strict=True)],
+        flops_per_token=found.flops,
+    )
+
+
+@torch.no_grad()
+def decode_one(model: Any, rows: int, prompt: int) -> OneToken:
+    """Measure the token after a prompt of that many tokens; see `measure`."""
     recursion = model.recursion
     layers, span = recursion.layers, range(recursion.start, recursion.end)
     twins = _twins(model, layers)
     bare = is_skeleton(model)
     device = torch.device("meta") if bare else input_device(model)
-    ids = (torch.arange(PROMPT_TOKENS + 1, device=device)[None] * 37 + 11) % vocabulary(model)
+    ids = (torch.arange(prompt + 1, device=device).expand(rows, -1) * 37 + 11) % vocabulary(model)
     counter = FlopCounter()
     shapes = on_shapes(model) if bare else nullcontext()
     with recursion.at_depth(0), shapes, _run_once(layers, twins):
-        outputs = in_pieces(model, ids, [PROMPT_TOKENS, 1])
+        outputs = in_pieces(model, ids, [prompt, 1])
         cache = cache_of(next(outputs))
         if cache is None:
             raise RRError("the model returns no cache")
@@ -76,26 +101,20 @@ def measure(model: Any) -> Costs:
             cache = cache_of(next(outputs))
         after = _sizes(cache, twins)
     growth = [new - old for old, new in zip(before, after, strict=True)]
-    constant = [new - rate * ids.shape[1] for new, rate in zip(after, growth, strict=True)]
     with FlopCounter() as cell:
         weight = recursion.cell.w_in.weight
-        recursion.cell(torch.zeros(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device), 1)
+        recursion.cell(torch.zeros(rows, 1, weight.shape[1], dtype=weight.dtype, device=weight.device), 1)
     a_pass = sum(layer_flops[twins[index]] for index in span) + cell.checked()
     rest = counter.checked() - sum(layer_flops.values())
     stock = rest + sum(layer_flops[twin] for twin in twins)
     depths = range(recursion.config.max_steps + 1)
 
-    def cached(bytes_of_layer: list[int]) -> list[int]:
+    def of_depths(bytes_of_layer: list[int]) -> list[int]:
         # A cache that is not kept by layer is one entry, and every pass has a whole one.
         again = sum(bytes_of_layer[span.start : span.stop] if len(bytes_of_layer) > 1 else bytes_of_layer)
         return [sum(bytes_of_layer) + depth * again for depth in depths]
 
-    return Costs(
-        dtype=str(model.dtype).removeprefix("torch."),
-        cache_bytes_per_token=cached(growth),
-        cache_bytes_constant=cached(constant),
-        flops_per_token=[stock + depth * a_pass for depth in depths],
-    )
+    return OneToken(of_depths(after), of_depths(growth), [stock + depth * a_pass for depth in depths])
 
 
 def _twins(model: Any, layers: list[Any]) -> list[int]:

@@ -17,6 +17,11 @@ CONTEXT_NAMES = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "max_seq_length", "max_sequence_length"),
     *("n_ctx", "seq_length", "context_length", "max_target_positions", "model_max_length"),
 )
+# The names under which configurations keep how many experts a token is routed to.
+ROUTED_NAMES = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k"),
+    "num_selected_experts",
+)
 # For models whose configuration names none: recurrent ones, and those whose attention is biased by distance.
 UNLIMITED = 2048
 
@@ -41,6 +46,12 @@ def vocabulary(model: Any) -> int:
     embedding = model.get_input_embeddings()
     size = getattr(embedding, "num_embeddings", None)
     return int(embedding.weight.shape[0] if size is None else size)
+
+
+def experts_per_token(model: Any) -> int:
+    """Return how many experts of a layer a token is routed to; 1 where the configuration does not say."""
+    config = text_config(model.config)
+    return next((value for name in ROUTED_NAMES if isinstance(value := getattr(config, name, None), int)), 1)
 
 
 def hidden_size(model: Any) -> int:
