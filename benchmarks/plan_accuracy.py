@@ -85,7 +85,7 @@ def configured(name: str) -> Any:
 
     if name != SMOLLM2:
         return AutoConfig.for_model(name, **MODELS[name])
-    from rrcli.models.loading import load_config
+    from rrcli.models.config import load_config
 
     return load_config(_smollm2())
 

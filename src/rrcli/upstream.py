@@ -441,7 +441,7 @@ def _experts_on_shapes(patches: ExitStack) -> str:
         return "batched_mm"
 
     def product(input: Tensor, weight: Tensor, offs: Tensor) -> Any:
-        return _GroupedProduct.apply(input.to(weight.dtype), weight, offs)
+        return _GroupedProduct.apply(input.to(weight.dtype), weight, offs)  # type: ignore[no-untyped-call]
 
     patches.enter_context(patched(module, _grouped_mm=product))
     return "grouped_mm"

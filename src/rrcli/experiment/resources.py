@@ -350,12 +350,15 @@ class Estimate:
         return self.of_tokens(depth, self.rows, arrangement)[1] / arrangement.batches
 
     def paces(self, work: Workload, training: Arrangement | None, running: Arrangement | None) -> Iterator[Pace]:
-        """Yield how fast tokens come."""
-        for command in self.trained if training is not None else ():
-            flops, seconds, bound = self.of_step(command, work, training)
-            depth = self.deepest if command == RECURSIVE else 0
-            yield Pace(command, depth, flops / work.tokens, work.tokens / seconds, bound)
-        for depth in range(self.config.max_steps + 1) if running is not None else ():
+        """Yield how fast tokens come, of training and of generation where they fit."""
+        if training is not None:
+            for command in self.trained:
+                flops, seconds, bound = self.of_step(command, work, training)
+                depth = self.deepest if command == RECURSIVE else 0
+                yield Pace(command, depth, flops / work.tokens, work.tokens / seconds, bound)
+        if running is None:
+            return
+        for depth in range(self.config.max_steps + 1):
             for chunk in (1, self.config.chunk_width)[: 1 + (depth > 0)]:
                 flops, seconds, bound = self.of_tokens(depth, self.rows, running, chunk=chunk)
                 tokens = self.rows * chunk

@@ -97,11 +97,13 @@ def operate(
     model.requires_grad_(phase == "c")
     if phase == "b":
         rank, alpha = lora or (16, 32)
-        for parameter in add_lora(model, rank, alpha, span=span).parameters():
+        add_lora(model, rank, alpha, span=span)
+        model.to("meta")  # adapters of weights that are nowhere are given real ones
+        for parameter in model.lora.parameters():
             parameter.requires_grad_(True)
     if model.__dict__.get("recursion") is not None:
         model.recursion.requires_grad_(bool(phase))
-    trained = [p for part in _parts(model) for p in part.parameters() if p.requires_grad]
+    trained: list[Tensor] = [p for part in _parts(model) for p in part.parameters() if p.requires_grad]
     for parameter in trained:  # a step of 1e-5 of a bfloat16 weight is lost in its rounding
         parameter.data = parameter.data.float()
     return trained
@@ -161,7 +163,7 @@ def training_step(
             for parameter in trained if accumulates else ():
                 parameter.grad = torch.zeros_like(parameter)
                 ledger.mark_gradient(parameter)
-            _losses(readout, ids, depth=depth, share=share).backward()  # type: ignore[no-untyped-call]
+            _losses(readout, ids, depth=depth, share=share).backward()
     finally:
         model.eval()
         for parameter in trained:

@@ -144,7 +144,7 @@ def plan(
         efficiency=settings.efficiency, context=context, rows=settings.rows,
     )  # fmt: skip
     possible = arrangements(model, count)
-    with reporter.progress("plan", len(possible), "ways") as progress:
+    with reporter.progress("plan", len(possible), "placements") as progress:
         memory: list[Memory] = []
         for arrangement in possible:
             memory += estimate.memory(arrangement, room)
@@ -206,6 +206,10 @@ def _devices(gpus: str, hardware: str) -> tuple[Device, int]:
     if size:
         return devices.with_memory(size), count
     device, there = devices.this_machine()
+    if gpus and device.kind == "cpu":
+        raise UsageError(
+            f"--gpus {gpus} does not say what they are", "Write the GiB of each, such as 8x80, or --device."
+        )
     return device, count if gpus else there
 
 
