@@ -420,8 +420,37 @@ def test_a_skeleton_is_left_as_it_was():
     model = build("mixtral")
     before = model.config.to_dict(), model.config._experts_implementation
     with upstream.on_shapes(model):
-        assert (model.config.pad_token_id, model.config._experts_implementation) == (None, "batched_mm")
+        assert (model.config.pad_token_id, model.config._experts_implementation) == (None, "grouped_mm")
     assert (model.config.to_dict(), model.config._experts_implementation) == before
+
+
+def test_experts_run_on_shapes_without_transformers_grouped_product(monkeypatch):
+    """With as many FLOPs; only the memory that is estimated is more."""
+
+    def run(skeleton):
+        with torch.device("meta"), flops.counted_flops() as counter, upstream.on_shapes(skeleton):
+            skeleton(torch.zeros(2, 5, dtype=torch.long), use_cache=False).logits.sum().backward()
+        return counter.checked()
+
+    counts = []
+    for name in ("_grouped_mm", "renamed"):
+        skeleton = build("mixtral").to("meta")
+        counts.append(run(skeleton))
+        module = sys.modules["transformers.integrations.moe"]
+        monkeypatch.setattr(module, "renamed", module._grouped_mm, raising=False)
+        monkeypatch.delattr(module, name)
+    assert counts[0] == counts[1]
+
+
+def test_a_plan_says_what_is_cut():
+    plan = upstream.parallel_plan(build("qwen3_moe"))
+    assert plan.cuts("model.layers.3.self_attn.q_proj.weight")
+    assert plan.cuts("model.layers.0.mlp.experts.down_proj")
+    assert not plan.cuts("model.layers.0.input_layernorm.weight")
+    assert plan.experts
+    none = upstream.parallel_plan(build("mamba2"))
+    assert (dict(none.tensor), dict(none.experts)) == ({}, {})
+    assert not none.cuts("backbone.layers.0.mixer.in_proj.weight")
 
 
 def test_hyper_parameters_that_cannot_be_written_are_left_out():

@@ -19,6 +19,7 @@ need. It is found by signature, type or trial, never by a version number. What h
     running a mixture of experts on shapes alone  `_experts_implementation` of a config      costs are not shown
     what experts hold, on shapes alone            `_grouped_mm`, its fallback operators      a higher estimate
     what is cut among processes                   plans of a config and a model              nothing is
+    attention on shapes that keeps no scores      torch's flash operator for a CPU           a higher estimate
     FLOPs of torch's operators                    `torch.utils.flop_counter.flop_registry`   operators are uncounted
     seeing every operator that runs               `torch.utils._python_dispatch`             rr does not start
     what an operator of torch fills               `_schema` of an operator                   all that it is given
@@ -564,6 +565,20 @@ def torch_flop_formulas() -> dict[str, Callable[..., Any]]:
         return {}
     names = {getattr(key, "_qualified_op_name", None) or getattr(key, "name", str)(): key for key in registry}
     return {name: registry[key] for name, key in names.items()}
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, dropout: float, causal: bool, scale: float | None
+) -> Tensor | None:
+    """Return attention by torch's flash kernel for a CPU, which runs on shapes too and keeps no scores.
+
+    None where this torch has no such operator.
+    """
+    operator = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if operator is None:
+        return None
+    result: Tensor = operator(query, key, value, dropout, causal, attn_mask=mask, scale=scale)[0]
+    return result
 
 
 def operator_arguments(operator: Any) -> tuple[list[str], set[str]]:

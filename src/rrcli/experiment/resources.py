@@ -121,7 +121,7 @@ class Estimate:
         self.length = min(training.max_length, context_length(skeleton))
         self.deepest = min(training.max_steps or surgery.max_steps, surgery.max_steps)
         self.uncounted: set[str] = set()
-        self._steps: dict[tuple[str, int, int], Use] = {}
+        self.steps: dict[tuple[str, int, int], Use] = {}
 
     # -- models as commands have them ---------------------------------------------------------------------------------
 
@@ -156,23 +156,23 @@ class Estimate:
         other.training = with_changes(self.training, **changes)
         other.length = min(other.training.max_length, context_length(self.skeleton))
         other.__dict__.pop("trained", None)
-        other._steps = {}
+        other.steps = {}
         return other
 
     def step(self, command: str, rows: int, depth: int) -> Use:
         """Return what a part of so many rows takes in a training."""
         key = command, rows, depth
-        if key not in self._steps:
+        if key not in self.steps:
             model, trained = self.trained[command]
             settings = self.training
             parts = settings.gradient_accumulation > 1
-            self._steps[key] = self._seen(
+            self.steps[key] = self._seen(
                 lambda: training_step(
                     model, trained, rows=rows, length=self.length, depth=depth, share=settings.supervised_share,
                     device=self.device.kind, autocast=self.dtype != "float32", accumulates=parts,
                 )
             )  # fmt: skip
-        return self._steps[key]
+        return self.steps[key]
 
     @cached_property
     def scored(self) -> tuple[Use, int]:

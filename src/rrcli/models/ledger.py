@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from rrcli.recursion.flops import FlopCounter
-from rrcli.upstream import on_shapes
+from rrcli.upstream import fused_attention, on_shapes
 
 # What a tensor is held for. A gradient is that of a parameter.
 ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
@@ -52,9 +53,9 @@ class Ledger(FlopCounter):
         self.held: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._most = self._sum = 0
-        # Address of a storage -> what it is held for, its bytes, and the reference that strikes it out.
-        self._entries: dict[int, tuple[str, int, Any]] = {}
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        # Storage -> what it is held for, its bytes, and the reference that strikes it out.
+        self._entries: dict[StorageWeakRef, tuple[str, int, Any]] = {}
+        self._known = {StorageWeakRef(tensor.untyped_storage()) for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, count it, and enter what it made."""
@@ -69,28 +70,28 @@ class Ledger(FlopCounter):
     def mark_gradient(self, parameter: Tensor) -> None:
         """Enter the gradient of a parameter as such."""
         if parameter.grad is not None:
-            address = parameter.grad.untyped_storage()._cdata
-            if address in self._entries:
-                kind, size, reference = self._entries[address]
+            place = StorageWeakRef(parameter.grad.untyped_storage())
+            if place in self._entries:
+                kind, size, reference = self._entries[place]
                 self.held[kind] -= size
                 self.held[GRADIENTS] += size
-                self._entries[address] = GRADIENTS, size, reference
+                self._entries[place] = GRADIENTS, size, reference
 
     def _enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address in self._entries or address in self._known:
+        place = StorageWeakRef(storage)
+        if place in self._entries or place in self._known:
             return
         kind = LOGITS if tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else ACTIVATIONS
         size = storage.nbytes()
-        self._entries[address] = kind, size, weakref.ref(storage, lambda _: self._strike_out(address))
+        self._entries[place] = kind, size, weakref.ref(storage, lambda _: self._strike_out(place))
         self.held[kind] += size
         self._sum += size
         if self._sum > self._most:
             self._most, self.peak = self._sum, self.held.copy()
 
-    def _strike_out(self, address: int) -> None:
-        kind, size, _ = self._entries.pop(address)
+    def _strike_out(self, place: StorageWeakRef) -> None:
+        kind, size, _ = self._entries.pop(place)
         self.held[kind] -= size
         self._sum -= size
 
@@ -188,8 +189,9 @@ def _attention(
     width = value.shape[-1]
     if not same_width:  # values are padded to the queries' width, or a kernel takes both as they are
         value = F.pad(value, (0, query.shape[-1] - width))
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output: Tensor = fused(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
+    output = fused_attention(query, key, value, mask, dropout=dropout_p, causal=is_causal, scale=scale)
+    if output is None:
+        return own(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[..., :width]
     return output[..., :width]
 
 
