@@ -98,8 +98,8 @@ OWN = {
     | {"--train-max-length", "--train-max-steps", "--lora-rank", "--ema", "--gradient-accumulation"}
     | {"--gradient-checkpointing", "--no-gradient-checkpointing", "--packing", "--no-packing", "--task-share"}
     | {"--supervised-share", "--eval-interval", "--eval-samples", "--problems", "--max-samples", "--eval-max-length"}
-    | {"--max-new-tokens", "--batch-tokens"}
-    | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning")},
+    | {"--max-new-tokens", "--batch-tokens", "--samples"}
+    | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "performance")},
     "compare": COMPARE
     | {"--log-dir", "--output-dir", "--generations", "--no-generations", "--format", "--out", "--report"},
     "generate": LOADING

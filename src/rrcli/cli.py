@@ -54,8 +54,8 @@ PLANNED = (
         "task_share",
     ),
     *("supervised_share", "eval_interval", "eval_samples"),
-    *("problems", "max_samples", "eval_max_length", "max_new_tokens", "batch_tokens"),
-    *("skip_perplexity", "skip_reasoning"),
+    *("problems", "max_samples", "samples", "eval_max_length", "max_new_tokens", "batch_tokens"),
+    *("skip_perplexity", "skip_reasoning", "skip_performance"),
 )
 # Suffix of a file -> the form of a comparison; and those forms that hold its values alone, without its texts.
 FORMS = {".json": "json", ".csv": "csv", ".md": "markdown", ".tex": "latex", ".parquet": "parquet"}

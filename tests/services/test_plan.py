@@ -58,12 +58,13 @@ def test_a_plan_before_setup(tmp_path: Path) -> None:
         "train finetuned_vanilla",
         "eval finetuned_vanilla",
         "train finetuned_recursive",
+        "eval --choose-exit",
         "eval finetuned_recursive",
         "train vanilla_equal_flops",
         "eval vanilla_equal_flops",
         "costs",
     ]
-    assert [stage["times"] for stage in found["stages"]] == [1, 1, 2, 2, 2, 2, 2, 2, 1]
+    assert [stage["times"] for stage in found["stages"]] == [1, 1, 2, 2, 2, 2, 2, 2, 2, 1]
     flops = {stage["command"]: stage["flops"] for stage in found["stages"]}
     assert flops["train finetuned_recursive"] > 2 * flops["train finetuned_vanilla"]
     assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))

@@ -17,7 +17,7 @@ from rrcli.data.batching import CPU_TOKENS
 from rrcli.errors import RRError, first_line
 from rrcli.evaluation.performance import DECODE_TOKENS, TEXTS
 from rrcli.evaluation.windows import DEFAULT_LENGTH
-from rrcli.experiment.planning import has_equal_flops
+from rrcli.experiment.planning import chooses_exit, has_equal_flops
 from rrcli.experiment.workload import Workload
 from rrcli.models.costs import OneToken, decode_one
 from rrcli.models.devices import Device
@@ -385,13 +385,18 @@ class Estimate:
                 f"train {stage}", seeds, seeds * (count * own + measured * within[0]),
                 seeds * (count * seconds + measured * within[1]),
             )  # fmt: skip
+            if command == RECURSIVE and chooses_exit(self.evaluation):  # on the validation side, half of the test side
+                choice = self._measured(depth, work.text // 2, work.problems, work, running)
+                yield StageCost("eval --choose-exit", seeds, seeds * choice[0], seeds * choice[1])
             yield self._evaluation(f"eval {stage}", depth, work, running, times=seeds, seeds=1)
-        yield self._costs(2 + len(stages), running)
+        if not self.evaluation.skip_performance:
+            yield self._costs(2 + len(stages), running)
 
     def _evaluation(
         self, name: str, depth: int, work: Workload, arrangement: Arrangement, *, times: int, seeds: int
     ) -> StageCost:
-        flops, seconds = self._measured(depth, work.text, seeds * work.problems, work, arrangement)
+        answers = seeds * work.problems * (1 + self.evaluation.samples)  # one greedy, the others drawn
+        flops, seconds = self._measured(depth, work.text, answers, work, arrangement)
         return StageCost(name, times, times * flops, times * seconds)
 
     def _measured(
