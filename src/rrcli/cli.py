@@ -9,6 +9,7 @@ import inspect
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import Field, asdict, dataclass, fields, replace
@@ -38,6 +39,9 @@ SWITCHES = {item.name: item.default for cls in settings.SECTIONS for item in fie
 PLACEMENT = ("device", "dtype", "parallel", "device_map", "max_memory")
 LOADING = ("model", *PLACEMENT, "trust_remote_code", "seed", "checkpoint_dir")
 LOGS = ("log_dir", "output_dir")
+# How long a process that does not print an error waits for the one that does, in seconds: a launcher ends all processes
+# once one has ended.
+PATIENCE = 5.0
 TEXT = ("data", "text_field", "on_bad_row", "template_date")
 DATA = (*TEXT, "task")
 # The options of `rr run` that decide what an experiment takes.
@@ -76,6 +80,8 @@ class Commands(TyperGroup):
                 raise
             if speaks(on_this_machine=True):
                 ui.show_error(error)
+            else:
+                time.sleep(PATIENCE)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             ui.show_error(
@@ -335,6 +341,8 @@ def surgery(
         ctx.load(settings.SurgerySettings), ctx.directory, _reporter(),
         overwrite=overwrite, dry_run=dry_run, verify=verify, hash_weights=hash, export=export,
     )  # fmt: skip
+    if not speaks():
+        return
     if json:
         ui.show_json("surgery", asdict(result))
         return
@@ -412,6 +420,8 @@ def eval(
         _eval_exits(ctx, loaded, stage, model, json)
         return
     result = service.evaluate(loaded, stage, ctx.directory, _reporter(), model=model, use_recursive=use_recursive)
+    if not speaks():
+        return
     if json:
         ui.show_json("evaluation", {key: value for key, value in result.results.items() if key != "schema"})
     else:
@@ -438,6 +448,8 @@ def _eval_exits(ctx: Context, loaded: settings.EvalSettings, stage: str, model: 
             ui.show_next("Checkpoint:", chosen.checkpoint, command)
         return
     result = measure_exits(loaded, stage, ctx.directory, _reporter(), model=model)
+    if not speaks():
+        return
     if json:
         ui.show_json("exits", {key: value for key, value in result.results.items() if key not in ("schema", "kind")})
         return
@@ -503,6 +515,8 @@ def generate(
     loaded, writer = ctx.load(settings.GenerateSettings), ui.PieceWriter(text, trace=trace)
     emit = (lambda piece: None) if json else writer
     result = service.generate(loaded, text, ctx.directory, emit, stage=stage, reporter=_reporter())
+    if not speaks():
+        return
     if json:
         ui.show_json("generation", result.to_dict())
         return

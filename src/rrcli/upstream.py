@@ -26,6 +26,8 @@ need. It is found by signature, type or trial, never by a version number. What h
     estimating what scoring takes in memory       `_attn_implementation` of a config         a lower estimate
     hyper-parameters inside a run                 `torch.utils.tensorboard.summary.hparams`  they are not logged
     an event file that may fail                   the file of TensorBoard's writer           the command ends with it
+    weights that are read in parts                transformers' `DistributedConfig`            RRError
+    fused weights that are read in parts          transformers' loader of weights              RRError
     a GGUF model that can be saved                `hf_quantizer`, `quantization_config`      transformers' own error
     reading back what was saved                   `_keys_to_ignore_on_save` of a model       RRError if it has any
 
@@ -40,7 +42,7 @@ import inspect
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
@@ -466,6 +468,159 @@ class _GroupedProduct(torch.autograd.Function):
         if context.needs_input_grad[1]:
             return *torch.ops.transformers.grouped_mm_fallback_backward(rows, weight, ends, gradient), None
         return torch.ops.transformers.grouped_mm_fallback(gradient, weight.transpose(-2, -1), ends), None, None
+
+
+# -- transformers: models in parts -------------------------------------------------------------------------------------
+
+
+def distributed_config(sizes: Mapping[str, int], *, layers: str, whole: Sequence[str], ends: Sequence[str]) -> Any:
+    """Return transformers' configuration of a model of which each process has a part.
+
+    Args:
+        sizes: how many processes share by fsdp, tp, ep and replicas.
+        layers: the path of the list of decoder layers; a layer is put together while it runs.
+        whole: modules outside of the layers that hold weights; under fsdp these stay together once they have run, since
+            the head's weights are read without a call of the head.
+        ends: of these, embedding and head; under tp every process has them whole, for the same reason.
+
+    Raises:
+        RRError: this transformers does not read models in parts.
+    """
+    try:
+        kind = import_module("transformers.distributed").DistributedConfig
+        found = kind(
+            fsdp_size=sizes["fsdp"],
+            tp_size=sizes["tp"],
+            ep_size=sizes["ep"],
+            dp_replicate_size=sizes["replicas"],
+            fsdp_plan={f"{layers}.*": "free_full_weight", **dict.fromkeys(whole, "keep_full_weight")},
+            tp_plan=dict.fromkeys(ends, "replicate") if sizes["tp"] > 1 else None,
+        )
+    except (ImportError, AttributeError, TypeError) as error:
+        raise RRError(
+            f"this transformers cannot read a model in parts: {error}", "Install a version that rr was tested with."
+        ) from error
+    return found
+
+
+@contextmanager
+def fused_before_cut() -> Iterator[None]:
+    """While it is entered, weights that transformers makes of several tensors are made whole, and cut then.
+
+    It cuts every tensor of a file before it makes one weight of several. That is right for experts that are stacked,
+    but a part of three tensors one after the other is not the three parts one after the other: without this,
+    Kimi-Linear's convolutions would hold other numbers, and nothing would tell.
+
+    Raises:
+        RRError: transformers' loader of weights was not found as it is known here.
+    """
+    try:
+        loader, modeling = (
+            import_module("transformers.core_model_loading"),
+            import_module("transformers.modeling_utils"),
+        )
+        real, cut, store = (
+            modeling.convert_and_load_state_dict_in_model,
+            loader.DtensorShardOperation,
+            loader.set_param_for_module,
+        )
+        converter, stacking, joining = loader.WeightConverter, loader.MergeModulelist, loader.Concatenate
+    except (ImportError, AttributeError) as error:
+        raise RRError(
+            f"a model cannot be read in parts here: {error}",
+            "Install a version of transformers that rr was tested with.",
+        ) from error
+
+    class Uncut:
+        """Returns tensors whole where transformers expects them to be cut."""
+
+        def shard_tensor(self, source: Any, tensor_idx: Any = None, device: Any = None, dtype: Any = None) -> Tensor:
+            whole: Tensor = source[...].to(device=device, dtype=dtype)
+            return whole
+
+    def load(**given: Any) -> Any:
+        model, mapping = given["model"], given["load_config"].weight_mapping
+        fused = _fused(model, mapping or (), converter, stacking, joining)
+        tensors = model.state_dict()
+        ids = {id(tensor) for name, tensor in tensors.items() if name in fused}
+
+        def cutting(parameter: Any) -> Any:
+            return Uncut() if id(parameter) in ids else cut(parameter)
+
+        def storing(model: Any, name: str, value: Tensor, *rest: Any, **named: Any) -> Any:
+            parameter = model.get_parameter_or_buffer(name)
+            if name in fused and value.shape == parameter.shape:
+                value = cut(parameter).shard_tensor(value, device=value.device, dtype=value.dtype)
+            return store(model, name, value, *rest, **named)
+
+        # The loader takes the tensors that it asks about from the state dictionary.
+        known = patched(model, state_dict=lambda *_, **__: tensors)
+        with known, patched(loader, DtensorShardOperation=cutting, set_param_for_module=storing):
+            return real(**given)
+
+    with patched(modeling, convert_and_load_state_dict_in_model=load):
+        yield
+
+
+def _fused(model: Any, mapping: Sequence[Any], converter: Any, stacking: Any, joining: Any) -> set[str]:
+    """Return the names of the parameters in parts whose tensors must not be cut before they are made into one.
+
+    Cutting first is right where tensors are stacked along a new axis, or joined along an axis that is not cut (or cut
+    in strides, which is how transformers marks joined matrices under tensor parallelism).
+    """
+    found: set[str] = set()
+    for name, parameter in model.named_parameters():
+        cuts = {
+            getattr(placement, "dim", None) for placement in getattr(parameter, "placements", ()) if _plain(placement)
+        }
+        for rule in mapping:
+            if not cuts - {None} or not isinstance(rule, converter) or not _makes(rule, name):
+                continue
+            harmless = all(
+                isinstance(step, stacking) or (isinstance(step, joining) and step.dim not in cuts)
+                for step in rule.operations
+            )
+            found.update(() if harmless else (name,))
+    return found
+
+
+def _plain(placement: Any) -> bool:
+    """Tell whether a placement cuts an axis into one piece for each process."""
+    return hasattr(placement, "dim") and bool(placement.is_shard())
+
+
+def _makes(rule: Any, name: str) -> bool:
+    """Tell whether a rule of transformers may make the parameter of this name, from the plain part of its patterns."""
+    for pattern in rule.target_patterns:
+        pieces = re.split(r"[*+?()\[\]|^$]|\\[0-9dw]", pattern.replace("\\.", "."))
+        longest = max(pieces, key=len).strip("\\")
+        if longest in name:
+            return True
+    return False
+
+
+def fill_buffers(model: Any, config: Any, *, trust_remote_code: bool) -> None:
+    """Give the buffers that no file holds their values, as the family computes them.
+
+    transformers leaves some of them as they were in memory where it reads a model in parts.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        fresh = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    saved = set(model.state_dict())
+    right = dict(fresh.named_buffers())
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name not in saved and name in right and right[name].shape == buffer.shape:
+                buffer.copy_(right[name])
+
+
+def saves_as_one(model: Any) -> AbstractContextManager[Any]:
+    """Return a context in which `save_pretrained` takes a model in parts for a whole one: it is given whole weights."""
+    config = model.config
+    return patched(config, distributed_config=None) if hasattr(config, "distributed_config") else nullcontext()
 
 
 # -- peft --------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor
 from rrcli.errors import RRError
 from rrcli.recursion.batch import IGNORED, Batch
 from rrcli.recursion.families import input_device
+from rrcli.recursion.parts import agreed, others_wait
 from rrcli.reporting import Reporter
 
 # The largest batch that pays off on a CPU, in tokens: activations of larger ones no longer fit into its caches.
@@ -70,12 +71,12 @@ def halving(
         The results of the parts, in their order.
 
     Raises:
-        RRError: `too_large` of that item.
+        RRError: `too_large` of that item; for a model in parts, of the whole batch, as the other processes run it too.
     """
     try:
         return [run(batch)]
     except torch.OutOfMemoryError as error:
-        if len(batch) == 1:
+        if len(batch) == 1 or others_wait():
             raise too_large(batch[0]) from error
     # After the handler has ended, as its traceback keeps the tensors of the failed run alive.
     if torch.cuda.is_available():
@@ -93,7 +94,7 @@ def affordable(model: Any, budget: int, bytes_per_token: int, reporter: Reporter
     if input_device(model).type != "cpu":
         return budget
     budget = min(budget, CPU_TOKENS)
-    available = psutil.virtual_memory().available
+    available = agreed(model, psutil.virtual_memory().available)
     lowered = budget
     while lowered > 1 and lowered * bytes_per_token > available // 2:
         lowered //= 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -55,6 +55,18 @@ class SampleLog:
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise unwritable(path, error) from error
+
+    @classmethod
+    def following(cls, known: Mapping[str, list[dict[str, Any]]]) -> SampleLog:
+        """Return the log of a process that measures the same as the one that writes: it knows what was found there."""
+        log = cls()
+        log._done = {part: list(entries) for part, entries in known.items()}
+        return log
+
+    @property
+    def known(self) -> dict[str, list[dict[str, Any]]]:
+        """What an earlier, interrupted evaluation has logged, by part."""
+        return self._done
 
     def __enter__(self) -> SampleLog:
         return self

@@ -25,10 +25,13 @@ from rrcli.experiment.workspace import MAKERS, Workspace
 from rrcli.files import SCHEMA, back_up, finite, write_json
 from rrcli.locks import holding, lock
 from rrcli.models.manifest import write_exit
+from rrcli.models.placement import read_placement
 from rrcli.recursion.exits import ExitRule
-from rrcli.reporting import Reporter
+from rrcli.reporting import Reporter, Silent
 from rrcli.schemas import ExitChoice
 from rrcli.settings import EvalSettings
+from rrcli.training.launching import launch, launched
+from rrcli.training.processes import Processes, join
 
 NO_SAVING = "leaving early saves nothing here: the cache of this model cannot be taken back to any length"
 NO_EXIT = "layers follow the span, and only the last pass runs them: no text can be decoded with an exit"
@@ -108,7 +111,12 @@ def choose_exit(
     Raises:
         UsageError: settings of a single rule or depth are given too. RRError: the stage has no model with a recursion.
     """
-    tested = _under_test(held, settings, stage, directory, model=model)
+    parallel = read_placement(settings, directory).parallel
+    if parallel is not None and not launched():
+        return launch(parallel.processes, choose_exit, settings, stage, directory, reporter, model=model)
+    processes = join(settings.device, parallel)
+    reporter = reporter if processes.main else Silent()
+    tested = _under_test(held, settings, stage, directory, processes=processes, model=model)
     data = _validation(tested)
     points: dict[str, Any] = {}
     choice = Choice(why=too_few(*_amounts(data, tested.settings), tested.settings.exit_loss))
@@ -123,7 +131,9 @@ def choose_exit(
             measured = frontier.measure(frontier.rules(), controls=False)
             choice = choose(measured, tested.settings.exit_loss)
             points = {str(point.rule): point.to_dict() for point in measured}
-    return _publish(tested, choice, data, points)
+    chosen = _publish(tested, choice, data, points)
+    processes.leave()
+    return chosen
 
 
 @holding
@@ -145,7 +155,12 @@ def measure_exits(
         UsageError: settings of a single rule or depth are given too. RRError: the stage has no model with a recursion,
             or one whose texts cannot be decoded with an exit rule; nothing on the validation side.
     """
-    tested = _under_test(held, settings, stage, directory, model=model)
+    parallel = read_placement(settings, directory).parallel
+    if parallel is not None and not launched():
+        return launch(parallel.processes, measure_exits, settings, stage, directory, reporter, model=model)
+    processes = join(settings.device, parallel)
+    reporter = reporter if processes.main else Silent()
+    tested = _under_test(held, settings, stage, directory, processes=processes, model=model)
     source, settings = tested.source, tested.settings
     test_seeds = evaluated_seeds(stage, settings)
     data = {
@@ -194,13 +209,18 @@ def measure_exits(
             settings, directory, str(input_device(loaded)), str(loaded.dtype).removeprefix("torch.")
         ),
     }
-    back_up(tested.file)
-    write_json(tested.file, finite(results))
+
+    def publish() -> None:
+        back_up(tested.file)
+        write_json(tested.file, finite(results))
+
+    processes.on_main(publish)
+    processes.leave()
     return ExitsResult(stage, results, tested.file, chosen)
 
 
 def _under_test(
-    held: ExitStack, settings: EvalSettings, stage: str, directory: Path, *, model: str | None
+    held: ExitStack, settings: EvalSettings, stage: str, directory: Path, *, processes: Processes, model: str | None
 ) -> UnderTest:
     """Find the checkpoint to choose for, and lock it: against other commands that measure exits, and its training.
 
@@ -211,13 +231,14 @@ def _under_test(
         option = f"--exit {settings.exit}" if settings.exit else f"--depth {settings.depth}"
         raise UsageError(f"an exit is chosen among all rules and depths, but {option} names one", "Leave it out.")
     tested = put_under_test(
-        held, settings, stage, directory, model=model, file=Workspace.exits_file, what="the exits of"
-    )
+        held, settings, stage, directory,
+        processes=processes, model=model, file=Workspace.exits_file, what="the exits of",
+    )  # fmt: skip
     if tested.source.manifest is None or tested.source.manifest["recursion"] is None:
         raise RRError(f"{tested.source.name} has no recursion", f"'{MAKERS['finetuned_recursive']}' makes one.")
     run = tested.workspace.run_folder(tested.replicate.name)
     if tested.source.path.parent == run.resolve():
-        held.enter_context(lock(run, f"the run '{tested.replicate.name}'"))
+        processes.on_main(lambda: held.enter_context(lock(run, f"the run '{tested.replicate.name}'")))
     return tested
 
 
@@ -251,7 +272,7 @@ def _publish(tested: UnderTest, choice: Choice, data: EvalData, points: Mapping[
         "problems": problems,
         "documents": documents,
     }
-    write_exit(tested.source.path, about)
+    tested.processes.on_main(lambda: write_exit(tested.source.path, about))
     kept = {str(rule): points[str(rule)] for rule in (choice.rule, choice.best) if str(rule) in points}
     return ExitChosen(tested.replicate.name, tested.source.path, about, kept)
 

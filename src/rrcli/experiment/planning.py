@@ -136,7 +136,8 @@ def _tasks(settings: CommonSettings, evaluation: EvalSettings) -> list[Task]:
         for one in replicas:
             exits = one.stage == RECURSIVE_STAGE and chooses_exit(evaluation)
             tasks += [(kind, one) for kind in ("train", *(["exit"] if exits else []), "eval")]
-    return tasks if evaluation.skip_performance else [*tasks, COSTS]
+    # Models in parts are not timed.
+    return tasks if evaluation.skip_performance or evaluation.parallel else [*tasks, COSTS]
 
 
 def chooses_exit(settings: EvalSettings) -> bool:

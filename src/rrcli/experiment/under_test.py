@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from rrcli.locks import lock, reading
 from rrcli.models.loading import load_for
 from rrcli.models.source import ModelSource
 from rrcli.reporting import Reporter
-from rrcli.settings import EvalSettings
+from rrcli.settings import EvalSettings, with_changes
+from rrcli.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class UnderTest:
     Attributes:
         settings: with the experiment's day, if a chat template asks for one.
         replicate: the stage and the seed that is meant. file: what is to be written about it, which is locked.
+        processes: those that measure it; one of them writes.
     """
 
     workspace: Workspace
@@ -32,10 +35,12 @@ class UnderTest:
     replicate: Replicate
     source: ModelSource
     file: Path
+    processes: Processes
 
     def load(self, reporter: Reporter) -> tuple[Any, Any]:
         """Return the model and its tokenizer."""
-        model, tokenizer = load_for(self.settings, self.source, self.workspace.directory, reporter)
+        placed = with_changes(self.settings, device=self.processes.device)
+        model, tokenizer = load_for(placed, self.source, self.workspace.directory, reporter)
         fix_date(tokenizer, self.settings.template_date)
         return model, tokenizer
 
@@ -46,6 +51,7 @@ def put_under_test(
     stage: str,
     directory: Path,
     *,
+    processes: Processes,
     model: str | None,
     file: Callable[[Workspace, str], Path],
     what: str,
@@ -53,7 +59,7 @@ def put_under_test(
     """Find the model to measure, and lock what is to be written about it until `held` ends.
 
     Args:
-        model: a model to measure instead of the stage's own.
+        processes: those that measure it. model: a model to measure instead of the stage's own.
         file: gives the file that is written, from the name of the replicate. what: its name in the message that
             another command is writing it.
 
@@ -65,5 +71,6 @@ def put_under_test(
     replicate = workspace.replicate(stage)
     source = held.enter_context(reading(lambda: workspace.resolve(model) if model else workspace.stage_model(stage)))
     path = file(workspace, replicate.name)
-    held.enter_context(lock(path, f"{what} '{replicate.name}'"))
-    return UnderTest(workspace, with_template_date(settings, source, directory), replicate, source, path)
+    processes.on_main(lambda: held.enter_context(lock(path, f"{what} '{replicate.name}'")))
+    settings = processes.decided(partial(with_template_date, settings, source, directory))
+    return UnderTest(workspace, settings, replicate, source, path, processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rrcli.models.config import quiet, unreadable
 from rrcli.models.fitting import arrangement, expanded, need, refuse_misfit, surely_fits, where_layers_lie
 from rrcli.models.inspection import inspect_weights
 from rrcli.models.manifest import compare_hashes
-from rrcli.models.placement import Placement, read_placement
+from rrcli.models.placement import Parallel, Placement, read_placement
 from rrcli.models.source import ModelSource, base_of, resolve
 from rrcli.models.weights import weight_files
 from rrcli.recursion.config import RecursionConfig
@@ -71,7 +72,7 @@ def load(
         shapes = _skeleton(base, number_format, trust_remote_code)
         config = RecursionConfig.from_dict(manifest["recursion"]) if manifest and manifest["recursion"] else None
         refuse_misfit(base, need(shapes, trained=trains, config=config or RecursionConfig()), placement, device)
-    model = _placed(base, placement, device, dtype=number_format, trust_remote_code=trust_remote_code)
+    model = _placed(base, placement, device, dtype=number_format, trust_remote_code=trust_remote_code, trains=trains)
     translate(model)
     carries_tokenizer = source.path.is_dir() and (source.path / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(source if carries_tokenizer else base, trust_remote_code=trust_remote_code)
@@ -201,10 +202,14 @@ def pick_dtype(dtype: str, device: str) -> Any:
     return getattr(torch, dtype)
 
 
-def _placed(source: ModelSource, placement: Placement, device: str, *, dtype: Any, trust_remote_code: bool) -> Any:
+def _placed(
+    source: ModelSource, placement: Placement, device: str, *, dtype: Any, trust_remote_code: bool, trains: bool
+) -> Any:
     """Read the weights of a model to where they are to lie, and return it in evaluation mode."""
     import torch
 
+    if placement.parallel is not None:
+        return _in_parts(source, placement.parallel, dtype, trust_remote_code=trust_remote_code, trains=trains)
     options = arrangement(source, placement, device, dtype=dtype)
     if isinstance(placement.device_map, dict):
         options["device_map"] = expanded(options["device_map"], _skeleton(source, dtype, trust_remote_code))
@@ -216,6 +221,41 @@ def _placed(source: ModelSource, placement: Placement, device: str, *, dtype: An
     model = _read_weights(source, dtype, trust_remote_code, **options, offload_folder=folder.name).eval()
     model.__dict__["offload_folder"] = folder  # which is removed with the model
     return model
+
+
+def _in_parts(source: ModelSource, parallel: Parallel, dtype: Any, *, trust_remote_code: bool, trains: bool) -> Any:
+    """Read this process's part of the weights.
+
+    Raises:
+        UsageError: a GGUF file. RRError: the family cannot be cut as it is asked for.
+    """
+    from rrcli import upstream
+    from rrcli.recursion import parts
+    from rrcli.recursion.families import find_layout
+
+    if source.is_gguf:
+        raise UsageError(
+            f"{source.path} is a GGUF file, which cannot be read in parts", "Take a folder of safetensors."
+        )
+    shapes = _skeleton(source, dtype, trust_remote_code)
+    layers = find_layout(shapes)[0].layers
+    whole = [
+        name
+        for name, module in shapes.named_modules()
+        if not f"{name}.".startswith(f"{layers}.") and next(module.parameters(recurse=False), None) is not None
+    ]
+    names = {module: name for name, module in shapes.named_modules()}
+    ends = [names[module] for module in (shapes.get_input_embeddings(), shapes.get_output_embeddings())]
+    config = upstream.distributed_config(asdict(parallel), layers=layers, whole=whole, ends=ends)
+    with upstream.fused_before_cut():
+        model = _read_weights(source, dtype, trust_remote_code, distributed_config=config)
+    upstream.fill_buffers(model, shapes.config, trust_remote_code=trust_remote_code)
+    parts.mark(model, whole)
+    model.requires_grad_(trains)
+    if trains:
+        parts.hold_masters(model)
+    parts.settle(model, trains=trains)
+    return model.eval()
 
 
 def _skeleton(source: ModelSource, dtype: Any, trust_remote_code: bool) -> Any:

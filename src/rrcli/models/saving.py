@@ -42,7 +42,7 @@ def save_folder(
     """
     from safetensors.torch import save_file
 
-    from rrcli.upstream import forget_quantisation, unsaved_tensors
+    from rrcli.upstream import forget_quantisation, saves_as_one, unsaved_tensors
 
     recursion = getattr(model, "recursion", None)
     sidecar: Mapping[str, Any] = {}
@@ -54,7 +54,8 @@ def save_folder(
         lora.save(folder, base.name if base.hub else str(base.path))
     if own_weights:
         forget_quantisation(model)
-        model.save_pretrained(folder, **({"state_dict": dict(states[0])} if states else {}))
+        with saves_as_one(model):
+            model.save_pretrained(folder, **({"state_dict": dict(states[0])} if states else {}))
         if states:  # the model trains in fp32
             model.config.dtype = next(iter(states[0].values())).dtype
             model.config.save_pretrained(folder)

@@ -58,6 +58,12 @@ class Batch:
         """Return the batch on a device."""
         return self._each(lambda tensor: tensor.to(device))
 
+    def without_loss(self) -> Batch:
+        """Return the same rows, of which no position bears loss."""
+        labels = self.labels.new_full(self.labels.shape, IGNORED)
+        sampled = None if self.sampled is None else self.sampled.new_zeros(self.sampled.shape)
+        return replace(self, labels=labels, sampled=sampled)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {item.name: getattr(self, item.name) for item in fields(self)}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})

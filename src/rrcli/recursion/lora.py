@@ -93,7 +93,10 @@ class Lora:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the adapters' weights under the names that peft gives them in a file."""
         state_dict = upstream.peft_function("get_peft_model_state_dict")
-        weights = state_dict(self.model, adapter_name=NAME, save_embedding_layers=False)
+        # Not peft's own choice, the model's whole state dictionary: asking a model in parts for it changes what this
+        # process has put together, and the others would wait.
+        own = {name: parameter.detach() for name, parameter in self.model.named_parameters() if ".lora_" in name}
+        weights = state_dict(self.model, state_dict=own, adapter_name=NAME, save_embedding_layers=False)
         return {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}
 
     def save(self, folder: Path, base: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rrcli.recursion.parts import kind_of
 from rrcli.upstream import onednn_product, patched
 
 # The product of a single row is limited by reading the weights, and every library is equally fast.
@@ -110,5 +111,5 @@ def _forward(layer: Any, rows: Tensor) -> Tensor:
     return linear(rows, layer.weight, layer.bias)
 
 
-def _gains(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and layer.weight.numel() >= FEWEST_WEIGHTS
+def _gains(layer: Any) -> bool:
+    return kind_of(layer) is nn.Linear and "forward" not in vars(layer) and layer.weight.numel() >= FEWEST_WEIGHTS

@@ -30,6 +30,7 @@ from rrcli.recursion.boundary_head import Top
 from rrcli.recursion.engine import Passes, at_depth
 from rrcli.recursion.facts import text_config
 from rrcli.recursion.families import find_layout
+from rrcli.recursion.parts import most
 from rrcli.recursion.products import through_onednn
 from rrcli.recursion.signals import joined_tops, top_from, top_of
 from rrcli.upstream import attention_is_eager, patched
@@ -129,7 +130,11 @@ class Readout:
             rows: `[n, hidden]` readouts; targets: `[n]` token ids. predict: False leaves out the most likely tokens.
         """
         size = self._rows_at_a_time
-        chunks = len(rows.split(size)) if predict else 0
+        split = list(zip(rows.split(size), targets.split(size), strict=True))
+        chunks = len(split) if predict else 0
+        # Processes that hold parts of the head call it as often as each other; on no rows where one has fewer chunks.
+        calls = most(self.model, len(split)) if torch.is_grad_enabled() else len(split)
+        split += [(rows[:0], targets[:0])] * (calls - len(split))
         losses, tops = [], list[Top]()
 
         def losses_of(chunk: Tensor, target: Tensor) -> Tensor:
@@ -142,8 +147,8 @@ class Readout:
                 tops.append(top_from(values, known.argmax(-1), normalizer))
             return loss
 
-        for chunk, target in zip(rows.split(size), targets.split(size), strict=True):
-            if torch.is_grad_enabled() and len(rows) > size:
+        for chunk, target in split:
+            if torch.is_grad_enabled() and calls > 1:
                 losses.append(checkpoint(losses_of, chunk, target, use_reentrant=False))
             else:
                 losses.append(losses_of(chunk, target))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rrcli.recursion.boundary_head import Top
+from rrcli.recursion.parts import kind_of
 from rrcli.recursion.products import linear
 from rrcli.recursion.signals import joined_tops, top_from
 
@@ -25,7 +26,7 @@ COLUMNS_ELSEWHERE = 16384
 
 def can_be_tiled(head: Any) -> bool:
     """Tell whether a head is a plain linear layer whose weights are in memory."""
-    return type(head) is nn.Linear and head.weight.device.type != "meta"
+    return kind_of(head) is nn.Linear and head.weight.device.type != "meta"
 
 
 @torch.no_grad()

@@ -56,6 +56,11 @@ def costs(
         RRError: a stage has no model, or cannot be measured.
     """
     refuse_stdin(evaluation.data, "costs")
+    if evaluation.parallel:
+        raise UsageError(
+            f"costs are measured in one process for each stage, --parallel is {evaluation.parallel}",
+            "Leave it out: what does not fit on the device is laid over others and the disk (--device-map).",
+        )
     workspace = Workspace(directory, evaluation)
     stages = _named(names, workspace)
     file = workspace.costs_file

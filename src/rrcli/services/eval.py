@@ -34,14 +34,17 @@ from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, Workspace
 from rrcli.files import MANIFEST, METRICS_FILE, SCHEMA, back_up, checkpoints, combine, finite, read_json, write_json
 from rrcli.locks import holding
 from rrcli.models.loading import load_for
+from rrcli.models.placement import read_placement
 from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import stamps
 from rrcli.recursion.config import RecursionConfig, parse_span
 from rrcli.recursion.exits import exit_for
-from rrcli.reporting import Reporter
+from rrcli.reporting import Reporter, Silent
 from rrcli.schemas import CheckpointMetrics
 from rrcli.settings import CompareSettings, EvalSettings, SurgerySettings
 from rrcli.tracker import EVALUATION, SUMMARY, MetricsTracker
+from rrcli.training.launching import launch, launched
+from rrcli.training.processes import Processes, join
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,22 @@ def evaluate(
         RRError: the stage's model is missing, or cannot be measured. UsageError: the claims of `rr.toml`, which are
             recorded before a fine-tuned stage is measured, cannot be read.
     """
+    parallel = read_placement(settings, directory).parallel
+    if parallel is not None and not launched():
+        return launch(
+            parallel.processes,
+            evaluate, settings, stage, directory, reporter, model=model, use_recursive=use_recursive,
+        )  # fmt: skip
+    processes = join(settings.device, parallel)
+    reporter = reporter if processes.main else Silent()
     tested = put_under_test(
-        held, settings, stage, directory, model=model, file=Workspace.results_file, what="the evaluation of"
-    )
+        held, settings, stage, directory,
+        processes=processes, model=model, file=Workspace.results_file, what="the evaluation of",
+    )  # fmt: skip
     workspace, replicate, source, file = tested.workspace, tested.replicate, tested.source, tested.file
     if stage in TRAINED:
-        declarations.record(workspace, read_declaration(load(CompareSettings, directory)).texts)
+        declared = read_declaration(load(CompareSettings, directory)).texts
+        processes.on_main(lambda: declarations.record(workspace, declared))
     fingerprint = source.fingerprint()
     settings = tested.settings
     made_from = (model_fingerprint(source, directory), data_identity(settings, directory))
@@ -100,7 +113,9 @@ def evaluate(
     measuring = replace(settings, depth=0) if use_recursive is False else settings
     # Before the model is loaded here, so that two do not have to fit into memory.
     performance = None
-    if data.documents and not settings.skip_performance:
+    if processes.count > 1 and not settings.skip_performance:
+        reporter.note("speed and memory are not measured where several processes work together")
+    elif data.documents and not settings.skip_performance:
         from rrcli.evaluation.interleaved import Subject, measure_in_turns
 
         prepare = partial(fix_date, day=settings.template_date)
@@ -145,9 +160,11 @@ def evaluate(
     extends = [combine(eval_inputs(each, stage, *made_from), *beside) for each in fewer]
     step = training["steps"] if training else 0
     logs = workspace.log_folder(replicate.name)
-    tracker = MetricsTracker(logs, part=EVALUATION, warn=reporter.warn) if settings.tensorboard else None
+    tracker = None
+    if settings.tensorboard:
+        tracker = MetricsTracker(logs if processes.main else None, part=EVALUATION, warn=reporter.warn)
     log_file = file.with_name(f"{replicate.name}_samples.jsonl")
-    with SampleLog(log_file, key, extends=extends) as log, tracker or nullcontext():
+    with _log(log_file, key, extends, processes) as log, tracker or nullcontext():
         if log.found:
             reporter.note(f"going on with an earlier evaluation: {log_file} holds {log.found:,} entries")
         measured = evaluate_model(
@@ -165,7 +182,9 @@ def evaluate(
         if measured["records"].get("generations"):
             baseline = (loaded, tokenizer) if is_baseline else None
             del loaded, recursion  # so that only one model is in memory if the baseline is another one
-            baseline = baseline or load_for(settings, workspace.stage_model("baseline"), directory)
+            baseline = baseline or load_for(
+                replace(settings, device=processes.device), workspace.stage_model("baseline"), directory
+            )
             _add_relevance(measured, baseline, reporter)
             if tracker is not None:
                 tracker.log_scalar(f"evaluation/{stage}/relevance", measured["metrics"]["relevance"]["value"], step)
@@ -200,10 +219,27 @@ def evaluate(
         preserved = _preserved(results, workspace) if stage == SURGERY_STAGE else None
         if preserved is not None:
             results["preservation"] = preserved.to_dict()
-        back_up(file)
-        write_json(file, finite(results))
+        processes.on_main(partial(_publish, file, results))
         log.end()
+    processes.leave()
     return EvalResult(stage, results, file, preserved)
+
+
+def _log(file: Path, key: str, extends: Sequence[str], processes: Processes) -> SampleLog:
+    """Open the log of the samples: one process writes it, and all know what it holds already."""
+    opened: list[SampleLog] = []
+
+    def open_it() -> dict[str, list[dict[str, Any]]]:
+        opened.append(SampleLog(file, key, extends=extends))
+        return opened[0].known
+
+    known = processes.decided(open_it)
+    return opened[0] if opened else SampleLog.following(known)
+
+
+def _publish(file: Path, results: dict[str, Any]) -> None:
+    back_up(file)
+    write_json(file, finite(results))
 
 
 def _preserved(results: dict[str, Any], workspace: Workspace) -> Preservation | None:

@@ -15,9 +15,12 @@ from rrcli.experiment.replicates import EQUAL_FLOPS_STAGE
 from rrcli.experiment.workspace import Workspace
 from rrcli.locks import reading
 from rrcli.models.loading import load_for
+from rrcli.models.placement import read_placement
 from rrcli.recursion.exits import NEVER, exit_for
-from rrcli.reporting import Reporter
-from rrcli.settings import STAGES, GenerateSettings
+from rrcli.reporting import Reporter, Silent
+from rrcli.settings import STAGES, GenerateSettings, with_changes
+from rrcli.training.launching import launch, launched
+from rrcli.training.processes import join
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def generate(
     """Continue a prompt with the model of a stage, by default the last stage that has one.
 
     Args:
-        emit: gets each piece as soon as it is committed.
+        emit: gets each piece as soon as it is committed; all at the end, if processes are started for it.
 
     Raises:
         UsageError: an empty prompt or stop string, or a depth that the model does not have. RRError: the stage has no
@@ -68,6 +71,17 @@ def generate(
     if not prompt.strip():
         raise UsageError("the prompt is empty", "Give some text to go on with.")
     stop = stop_strings(settings.stop)
+    parallel = read_placement(settings, directory).parallel
+    if parallel is not None and not launched():
+        found = launch(
+            parallel.processes, generate, settings, prompt, directory, _ignore, stage=stage, reporter=reporter
+        )
+        for piece in found.pieces:
+            emit(piece)
+        return found
+    processes = join(settings.device, parallel)
+    if not processes.main:
+        emit, reporter = _ignore, Silent()
     workspace = Workspace(directory, settings)
     stage = stage or _last_stage(workspace)
 
@@ -80,7 +94,8 @@ def generate(
     from rrcli.recursion.families import input_device
 
     with reading(lambda: workspace.stage_model(stage)) as source:
-        model, tokenizer = load_for(settings, source, directory, reporter)
+        placed = with_changes(settings, device=processes.device)
+        model, tokenizer = load_for(placed, source, directory, reporter)
     recursion = getattr(model, "recursion", None)
     depth = _depth(settings, recursion, stage, reporter)
     encoded = encode_prompt(tokenizer, prompt)
@@ -123,7 +138,13 @@ def generate(
         )
     seconds = time.perf_counter() - begin
     metrics = decoding.totals.metrics() if decoding is not None else {}
-    return GenerateResult(stage, prompt, pieces, depth, seconds, metrics, end_notice(model, tokenizer))
+    notice = end_notice(model, tokenizer)
+    processes.leave()
+    return GenerateResult(stage, prompt, pieces, depth, seconds, metrics, notice)
+
+
+def _ignore(_: Piece) -> None:
+    """Show nothing, where another process does or all is shown at the end."""
 
 
 def _last_stage(workspace: Workspace) -> str:

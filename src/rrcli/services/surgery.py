@@ -16,12 +16,15 @@ from rrcli.locks import holding, lock
 from rrcli.models.export import check_target, fill
 from rrcli.models.inspection import inspect_weights
 from rrcli.models.loading import load_for, load_tokenizer
+from rrcli.models.placement import read_placement
 from rrcli.models.saving import save_folder
 from rrcli.models.source import ModelSource
 from rrcli.models.weights import stamps
 from rrcli.recursion.config import RecursionConfig, parse_span
-from rrcli.reporting import Reporter
-from rrcli.settings import SurgerySettings
+from rrcli.reporting import Reporter, Silent
+from rrcli.settings import SurgerySettings, with_changes
+from rrcli.training.launching import launch, launched
+from rrcli.training.processes import Processes, join
 
 if TYPE_CHECKING:
     from rrcli.models.costs import Costs
@@ -85,6 +88,15 @@ def surgery(
         CheckFailed: the logits changed; nothing was written.
     """
     refuse_one_seed(settings, "surgery is made once, with the first of them")
+    parallel = read_placement(settings, directory).parallel if verify else None
+    if parallel is not None and not launched():
+        return launch(
+            parallel.processes,
+            surgery, settings, directory, reporter,
+            overwrite=overwrite, dry_run=dry_run, hash_weights=hash_weights, export=export,
+        )  # fmt: skip
+    processes = join(settings.device, parallel) if verify else Processes(settings.device)
+    reporter = reporter if processes.main else Silent()
     workspace = Workspace(directory, settings)
     folder = workspace.surgery_folder
     export = directory / export.expanduser() if export else None
@@ -95,17 +107,23 @@ def surgery(
     _check_output(folder, base)
     if export is not None:
         check_target(export, base, folder, overwrite=overwrite or dry_run)
-    for target in [] if dry_run else [folder, *([export] if export is not None else [])]:
-        held.enter_context(lock(target, str(target)))
-        sweep(target.parent, target.name)
+    targets = [] if dry_run else [folder, *([export] if export is not None else [])]
+
+    def lock_and_sweep() -> None:
+        for target in targets:
+            held.enter_context(lock(target, str(target)))
+            sweep(target.parent, target.name)
+
+    processes.on_main(lock_and_sweep)
     if folder.exists() and not (overwrite or dry_run):
         raise RRError(f"{folder} exists already", "Use --overwrite to replace it.")
     config = surgery_config(settings)
     base_fingerprint = base.fingerprint()
-    hashes = _hash(weights.files, reporter) if hash_weights and not dry_run else None
+    hashes = processes.decided(lambda: _hash(weights.files, reporter)) if hash_weights and not dry_run else None
 
     if verify:
-        model, tokenizer = load_for(settings, base, directory, reporter)
+        placed = with_changes(settings, device=processes.device)
+        model, tokenizer = load_for(placed, base, directory, reporter)
     else:
         from rrcli.models.skeleton import skeleton
 
@@ -114,8 +132,10 @@ def surgery(
     depths = _operate(model, tokenizer, config, reporter, verify=verify)
     recursion = model.recursion
     costs = _costs(model, reporter)
-    written, copied = 0, 0
-    if not dry_run:
+
+    def publish() -> tuple[int, int]:
+        """Write the folders; return the bytes of the first, and how many files of the second had to be copied."""
+        copied = 0
         with ExitStack() as stack:
             target = stack.enter_context(publish_folder(folder, overwrite=overwrite))
             save_folder(
@@ -129,9 +149,13 @@ def surgery(
             if export is not None:
                 alone = stack.enter_context(publish_folder(export, overwrite=overwrite))
                 copied = fill(alone, base, weights.files, target)
+        return written, copied
+
+    written, copied = processes.decided(publish) if not dry_run else (0, 0)
     if copied:
         reporter.warn(f"{copied} weight files were copied: hard links from {export} to {base.path} are not possible")
     added = list(recursion.parameters())
+    processes.leave()
     return SurgeryResult(
         family=model.config.model_type,
         layers=len(recursion.layers),

@@ -33,16 +33,17 @@ from rrcli.files import (
 )
 from rrcli.locks import holding, lock
 from rrcli.models.loading import load_for
+from rrcli.models.placement import read_placement
 from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import stamps
 from rrcli.reporting import Reporter, Silent
 from rrcli.settings import TrainSettings, with_changes
 from rrcli.training.launching import launch, launched
+from rrcli.training.processes import Processes, join
 from rrcli.training.stop_signals import stop_signals
 
 if TYPE_CHECKING:
     from rrcli.training.checkpoint import Checkpoints
-    from rrcli.training.processes import Processes
     from rrcli.training.trainer import Trainer
 
 # With fewer parameters a step is over soon in any format.
@@ -98,22 +99,21 @@ def train(
             data, a loss that is not finite. Interrupted: stopped by the user after saving.
     """
     training = prepare_training(settings, mode, directory, match_flops=match_flops)
-    if settings.num_processes > 1 and not launched():
-        _check_shares(settings, settings.num_processes)
+    parallel = read_placement(settings, directory).parallel
+    count = settings.num_processes if parallel is None else parallel.processes
+    if count > 1 and not launched():
+        _check_shares(settings, Processes(settings.device, 0, count, parallel))
         return launch(
-            settings.num_processes,
+            count,
             train, settings, mode, directory, reporter, restart=restart, match_flops=match_flops,
         )  # fmt: skip
 
-    from rrcli.training.processes import join
-
-    processes = join(settings.device)
-    _check_shares(settings, processes.count)
-    _check_shards(settings, processes)
+    processes = join(settings.device, parallel)
+    _check_shares(settings, processes)
     reporter = reporter if processes.main else Silent()
     training = replace(training, resumed_from=_lock_run(training, processes, held, restart=restart))
     try:
-        model, tokenizer = _load_model(training, processes.device)
+        model, tokenizer = _load_model(training, processes)
         if notice := end_notice(model, tokenizer):
             reporter.note(notice)
         if notice := _slow_format(model, training.settings):
@@ -153,36 +153,33 @@ def train(
 # -- prepare -----------------------------------------------------------------------------------------------------------
 
 
-def _check_shares(settings: TrainSettings, count: int) -> None:
-    """Refuse what `count` processes cannot share evenly.
+def _check_shares(settings: TrainSettings, processes: Processes) -> None:
+    """Refuse what these processes cannot share.
 
     Raises:
-        UsageError: data from standard input, or a batch size that is no multiple of their number.
+        UsageError: data from standard input, a batch size that is no multiple of the shares, or a phase that cannot be
+            trained in such parts.
     """
-    if count > 1 and settings.data == "-":
+    shares, parallel = processes.shares, processes.parallel
+    if processes.count > 1 and settings.data == "-":
         raise UsageError("standard input cannot be read by several processes", "Save the data, and name the file.")
-    if settings.batch_size % count:
+    if settings.batch_size % shares:
         raise UsageError(
-            f"--batch-size {settings.batch_size} cannot be shared out evenly among {count} processes",
+            f"--batch-size {settings.batch_size} cannot be shared out evenly among {shares} processes",
             "Take a multiple of their number.",
         )
-
-
-def _check_shards(settings: TrainSettings, processes: Processes) -> None:
-    """Refuse what cannot be trained where every process holds only a part of the weights.
-
-    Raises:
-        UsageError: packing, or a phase with a frozen base.
-    """
-    if processes.sharded and settings.packing:
+    if parallel is None:
+        return
+    if settings.phase != "a" and parallel.tp > 1:
         raise UsageError(
-            "--packing and shards do not go together: processes would have different numbers of rows",
-            "Leave out --packing, or train without FSDP.",
+            f"phase {settings.phase} cannot be trained with --parallel {parallel}: each process would hold a piece of "
+            "every matrix, and adapters and optimiser need whole ones or rows of them",
+            "Take fsdp in place of tp, or --phase a.",
         )
-    if processes.sharded and settings.phase != "c":
-        raise UsageError(
-            f"phase {settings.phase} cannot be sharded", "Shard phase c; a and b need memory for the base."
-        )
+    if settings.phase == "c" and parallel.ep > 1:
+        raise UsageError(f"phase c cannot be trained with --parallel {parallel}", "Take fsdp alone, or --phase a or b.")
+    if settings.phase == "c" and settings.histograms:
+        raise UsageError("--histograms needs whole weights, each process has a part of them", "Leave it out.")
 
 
 def _lock_run(training: TrainingRun, processes: Processes, held: ExitStack, *, restart: bool) -> Path | None:
@@ -222,7 +219,7 @@ def _make_room(training: TrainingRun, *, restart: bool) -> None:
 # -- build -------------------------------------------------------------------------------------------------------------
 
 
-def _load_model(training: TrainingRun, device: str) -> tuple[Any, Any]:
+def _load_model(training: TrainingRun, processes: Processes) -> tuple[Any, Any]:
     """Return the model with what the phase adds to it, and its tokenizer.
 
     Raises:
@@ -230,7 +227,8 @@ def _load_model(training: TrainingRun, device: str) -> tuple[Any, Any]:
     """
     settings, resumed = training.settings, training.resumed_from
     source = ModelSource(str(resumed), resumed) if resumed else training.start
-    model, tokenizer = load_for(with_changes(settings, device=device), source, training.directory)
+    changes = {"device": processes.device, "parallel": str(processes.parallel or "")}
+    model, tokenizer = load_for(with_changes(settings, **changes), source, training.directory)
     fix_date(tokenizer, settings.template_date)
     if "float16" in str(model.dtype).split("."):
         raise UsageError("float16 cannot be trained: its small gradients become zero", "Use --dtype bfloat16.")

@@ -79,7 +79,7 @@ class Checkpoints:
         state, weights = (whole(tensors, processes) for tensors in (optimizer.state(), optimizer.weights()))
         states = None
         with optimizer.published():
-            if processes.sharded:
+            if processes.parallel and trainer.settings.phase == "c":
                 parts = [part for part in (trainer.model, trainer.recursion) if part is not None]
                 states = tuple(whole_state(part, trainer.dtype, processes) for part in parts)
 

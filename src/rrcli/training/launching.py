@@ -1,4 +1,4 @@
-"""Start the processes of a training from one command, with torch's own launcher.
+"""Start the processes of a command that work together, with torch's own launcher.
 
 Ctrl-C and SIGTERM are passed on to them. An error of a process is raised again here; the result of the first one is
 returned.
@@ -86,13 +86,13 @@ def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **option
     if errors:
         raise errors[0]
     if signals:
-        raise Interrupted("by the user", "The same command goes on from the last checkpoint.")
+        raise Interrupted("by the user", "The same command goes on from what it has finished.")
     if isinstance(died, ProcessRaisedException):  # a bug: its traceback
         raise died
     if died is not None:
         raise RRError(
             f"{died}".capitalize(),
-            "SIGKILL often means that memory ran out: try fewer --num-processes. The same command goes on.",
+            "SIGKILL often means that memory ran out: try fewer processes. The same command goes on.",
         )
     return next(value for rank, value in found if rank == 0)
 

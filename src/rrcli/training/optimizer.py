@@ -49,9 +49,10 @@ def prepare_parameters(model: Any, settings: TrainSettings) -> dict[str, torch.d
     model.requires_grad_(settings.phase == "c")
     for parameter in model.lora.parameters() if settings.phase == "b" else ():
         parameter.requires_grad_(True)
+    before = vars(model).get("formats", {})  # of parts, which are held in fp32 since they were loaded
     formats = {}
     for name, parameter, _ in _trained(model, settings):
-        formats[name] = parameter.dtype
+        formats[name] = before.get(name, parameter.dtype)
         parameter.data = parameter.data.float()
     return formats
 
@@ -74,13 +75,15 @@ class Optimizer:
     def __init__(self, model: Any, settings: TrainSettings, formats: dict[str, torch.dtype]) -> None:
         self.settings, self.formats = settings, formats
         named = _trained(model, settings)
-        groups: dict[tuple[float, float], dict[str, Any]] = {}
-        names: dict[tuple[float, float], list[str]] = {}
+        # Tensors in parts and whole ones are updated apart.
+        groups: dict[tuple[float, float, object], dict[str, Any]] = {}
+        names: dict[tuple[float, float, object], list[str]] = {}
         for name, parameter, lr in named:
             decay = settings.weight_decay if parameter.ndim >= 2 else 0.0
-            group = groups.setdefault((lr, decay), {"params": [], "lr": lr, "peak_lr": lr, "weight_decay": decay})
+            key = (lr, decay, parameter.device_mesh if isinstance(parameter, DTensor) else None)
+            group = groups.setdefault(key, {"params": [], "lr": lr, "peak_lr": lr, "weight_decay": decay})
             group["params"].append(parameter)
-            names.setdefault((lr, decay), []).append(name)
+            names.setdefault(key, []).append(name)
         self.names = [name for group in names.values() for name in group]
         self.trained = {name: parameter for name, parameter, _ in named}
         self.sharded = any(isinstance(parameter, DTensor) for parameter in self.trained.values())

@@ -1,4 +1,4 @@
-"""Several processes that train one model: which one this is, what they exchange, and which gradients they add up.
+"""Several processes that work on one model: which one this is, what they exchange, and which gradients they add up.
 
 Every process makes the same global batch and computes its own rows of it. Losses are divided by the counts of the whole
 step, so the gradients and logged values of the step are sums over the processes, however the batch is cut.
@@ -8,7 +8,8 @@ reasons. It communicates in the middle of a backward pass, where a process that 
 others waiting; and it needs a single forward of a single module, whereas a step calls a backbone and heads. The price
 is that communication does not overlap with the backward pass.
 
-`accelerate` reads what the launcher (`accelerate launch`, `torchrun`, or `launching`) has set up.
+`accelerate` reads what the launcher (`accelerate launch`, `torchrun`, or `launching`) has set up. Importing this loads
+no torch.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch import distributed as dist
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from rrcli.errors import RRError, UsageError
 from rrcli.models.loading import pick_device
+from rrcli.models.placement import Parallel
 from rrcli.training.launching import MEETING_PLACE
-from rrcli.upstream import leave_process_group
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # How long a process waits for the others. Writing a large checkpoint can take longer than torch's 10 minutes.
 TIMEOUT = timedelta(hours=6)
+Value = TypeVar("Value")
 # How many elements of gradients are added up in one call.
 BUCKET = 2**24
 
@@ -43,27 +44,44 @@ class Processes:
     Attributes:
         device: where this process computes, as a value of `--device`.
         rank: the number of this process, from 0.
-        sharded: whether each process holds only a part of the weights; see `sharding`.
+        parallel: how they share the weights, where each holds only a part of them; then all run the same forwards.
     """
 
     device: str
     rank: int = 0
     count: int = 1
-    sharded: bool = False
+    parallel: Parallel | None = None
 
     @property
     def main(self) -> bool:
         """Whether this process is the one that writes files and reports to the user."""
         return self.rank == 0
 
+    @property
+    def tensor(self) -> int:
+        """How many processes work on the same rows (tensor parallelism)."""
+        return 1 if self.parallel is None else self.parallel.tp
+
+    @property
+    def shares(self) -> int:
+        """How many shares a batch is cut into."""
+        return self.count // self.tensor
+
+    @property
+    def share(self) -> int:
+        """The number of this process's share of a batch, from 0."""
+        return self.rank // self.tensor
+
     def rows(self, examples: int) -> slice:
         """Return the rows of a global batch that this process computes; all have as many where that divides evenly."""
-        return slice(self.rank * examples // self.count, (self.rank + 1) * examples // self.count)
+        return slice(self.share * examples // self.shares, (self.share + 1) * examples // self.shares)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the value of every process, in their order, to all of them."""
         if self.count == 1:
             return [value]
+        from torch import distributed as dist
+
         values = [None] * self.count
         dist.all_gather_object(values, value)
         return values
@@ -72,81 +90,132 @@ class Processes:
         """Return the main process's value to all of them."""
         if self.count == 1:
             return value
+        from torch import distributed as dist
+
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def on_main(self, work: Callable[[], object]) -> None:
         """Let the main process do something while the others wait; if it raises an RRError, all of them raise it."""
-        error = None
-        try:
-            if self.main:
-                work()
-        except RRError as found:
-            error = found
-        if failed := self.from_main(error):
-            raise error or failed
+        self.decided(lambda: (work(), None)[1])
 
-    @torch.no_grad()
+    def decided(self, work: Callable[[], Value]) -> Value:
+        """Return to all what the main process finds, which the others wait for; an RRError is raised in all of them."""
+        if self.count == 1:
+            return work()
+        found: tuple[RRError | None, Any] = (None, None)
+        if self.main:
+            try:
+                found = (None, work())
+            except RRError as error:
+                found = (error, None)
+        failed, value = self.from_main(found)
+        if failed is not None:
+            raise failed
+        return cast(Value, value)
+
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace the gradients by their sums over all processes.
+        """Replace the gradients by their sums over all shares of the batch, for tensors that every process holds whole.
 
         A parameter for which no process has a gradient stays without one. The sums have the same bits in every process,
-        so the weights stay equal.
+        so the weights stay equal. Processes that work on the same rows have the same gradients: they count once.
         """
         if self.count == 1:
             return
-        parameters = list(parameters)
+        import torch
+        from torch import distributed as dist
+
+        from rrcli.recursion.parts import plain
+
+        parameters = plain(parameters)
+        if not parameters:
+            return
         have = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
         dist.all_reduce(have, op=dist.ReduceOp.MAX)
         used = [p for p, has in zip(parameters, have.tolist(), strict=True) if has]
-        for parameter in used:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([p.grad for p in used if p.grad is not None]):
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
-            dist.all_reduce(flat)
-            for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(summed.view_as(gradient))
+        with torch.no_grad():
+            for parameter in used:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            for bucket in _buckets([p.grad for p in used if p.grad is not None]):
+                flat = torch.cat([gradient.flatten() for gradient in bucket])
+                dist.all_reduce(flat)
+                if self.tensor > 1:
+                    flat /= self.tensor
+                for gradient, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                    gradient.copy_(summed.view_as(gradient))
 
     def leave(self) -> None:
         """Leave the process group."""
+        if self.count == 1:
+            return
+        from torch import distributed as dist
+
+        from rrcli.upstream import leave_process_group
+
         if dist.is_initialized():
             leave_process_group()
 
 
-def join(device: str) -> Processes:
+def join(device: str, parallel: Parallel | None = None) -> Processes:
     """Join the processes that a launcher started, or be the only one.
 
     Args:
         device: the value of `--device`; of several processes on GPUs, each takes its own.
+        parallel: how they are to share the weights; by default as an accelerate configuration says (FSDP 2), or not.
 
     Raises:
-        UsageError: several processes cannot train on this device. RRError: the launcher asks for what is not supported.
+        UsageError: several processes cannot work on this device, or are another number than `parallel` needs.
+        RRError: the launcher asks for what is not supported.
     """
-    kind = pick_device(device)
-    sharded = "RANK" in os.environ and _asked_for("FSDP")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not sharded:
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel = parallel or _asked_parts(count)
+    if parallel is not None and parallel.processes != count:
+        raise UsageError(
+            f"--parallel {parallel} needs {parallel.processes} processes, {count} were started",
+            "Start as many, or leave the launcher out: rr starts them itself.",
+        )
+    if count == 1:
         return Processes(device)
+    kind = pick_device(device).partition(":")[0]
     if kind not in ("cpu", "cuda"):
-        raise UsageError(f"several processes cannot train on '{device}'", "Use --device cpu, or cuda with a GPU each.")
+        raise UsageError(f"several processes cannot work on '{kind}'", "Use --device cpu, or cuda with a GPU each.")
     for feature in ("DEEPSPEED", "MEGATRON_LM"):
         if _asked_for(feature):
             raise RRError(f"accelerate's configuration asks for {feature}", "Use plain data parallelism, or FSDP 2.")
-    if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise RRError("accelerate's configuration asks for FSDP 1", "Set fsdp_version: 2 in its fsdp_config.")
-    if sharded and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
-        raise RRError("accelerate's configuration asks for offloading", "Set fsdp_offload_params: false.")
+    import torch
+    from accelerate import PartialState
+
+    there = torch.accelerator.current_accelerator()
+    if parallel is not None and there is not None and there.type != kind:
+        raise UsageError(
+            f"a model in parts lies on this machine's {there.type} devices, --device is {device}",
+            "Set CUDA_VISIBLE_DEVICES to nothing to use the CPU.",
+        )
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda" and local >= torch.cuda.device_count():
         raise UsageError(
             f"process {local} finds {torch.cuda.device_count()} GPUs", "Start as many processes as there are GPUs."
         )
-    from accelerate import PartialState
-
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     state = PartialState(cpu=kind == "cpu", timeout=TIMEOUT, **_meeting())
-    return Processes(str(state.device), state.process_index, state.num_processes, sharded)
+    return Processes(str(state.device), state.process_index, state.num_processes, parallel)
+
+
+def _asked_parts(count: int) -> Parallel | None:
+    """Return the sharding that an accelerate configuration asks for; None where it asks for none, or of one process.
+
+    Raises:
+        RRError: it asks for what is not supported.
+    """
+    if "RANK" not in os.environ or not _asked_for("FSDP"):
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise RRError("accelerate's configuration asks for FSDP 1", "Set fsdp_version: 2 in its fsdp_config.")
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise RRError("accelerate's configuration asks for offloading", "Set fsdp_offload_params: false.")
+    return Parallel(fsdp=count) if count > 1 else None
 
 
 # How many groups this process has joined so far. All processes of a launch join the same groups in the same order, and

@@ -1,51 +1,43 @@
-"""Sharding: each process holds a part of the weights, gradients and optimiser state, by torch's `fully_shard` (FSDP2).
+"""Weights in training of which each process has a part: put together to be saved, and cut to be resumed from.
 
-An accelerate configuration asks for it (`fsdp_config: fsdp_version: 2`). It is done with torch's own function:
-accelerate's `prepare` does nothing on a CPU and needs a single forward of a single model. So tests on a CPU run the
-same code as a GPU. Every decoder layer is a unit, which is put together whenever the recursion calls it; embeddings,
-head and sidecar together are another unit. Gradients are summed, as the losses are divided by global counts. Every
-process must run the same number of forwards.
+Under `--parallel fsdp=N` each process holds a part of the weights, their gradients and the optimiser's state, by
+torch's `fully_shard` (FSDP 2), as transformers sets it up where it reads the weights (see `recursion/parts`). A
+checkpoint holds whole tensors, so that any number of processes can resume from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rrcli.recursion.families import find_layout
 from rrcli.training.processes import Processes
 
 
-def shard(root: nn.Module, model: Any, processes: Processes) -> None:
-    """Cut the parameters of `root`, which holds the model and its sidecar, into shards, in place."""
-    mesh = init_device_mesh(torch.device(processes.device).type, (processes.count,))
-    for layer in model.get_submodule(find_layout(model)[0].layers):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(root, mesh=mesh)
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+def clip_gradients(parameters: Iterable[Tensor], most: float) -> float:
+    """Scale gradients down to a total norm of `most`, and return the norm that they had.
 
-
-@contextmanager
-def unsharded(root: nn.Module) -> Iterator[None]:
-    """Put together what lies outside of the layers, for forwards that do not go through that of `root`."""
-    if not isinstance(root, FSDPModule):
-        yield
-        return
-    root.unshard()
-    try:
-        yield
-    finally:
-        root.reshard()
+    Tensors in parts and whole ones are taken together; torch's own function takes either.
+    """
+    groups: dict[object, list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    if list(groups) == [None]:
+        return float(nn.utils.clip_grad_norm_(groups[None], most))
+    norms = []
+    for group in groups.values():
+        norm = nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
+    total = math.hypot(*norms)
+    if math.isfinite(total) and total > most:
+        for group in groups.values():
+            for parameter in group:
+                assert parameter.grad is not None
+                parameter.grad.mul_(most / (total + 1e-6))  # as torch does
+    return total
 
 
 def whole(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from rrcli.data.training_data import TrainingData
 from rrcli.errors import Interrupted, RRError
@@ -30,6 +29,7 @@ from rrcli.recursion.batch import Batch
 from rrcli.recursion.chunk_metrics import ChunkTotals
 from rrcli.recursion.flops import counted_flops
 from rrcli.recursion.losses import LossTerms, StepPlan, compute_losses
+from rrcli.recursion.parts import together
 from rrcli.recursion.products import through_onednn
 from rrcli.recursion.readout import Readout
 from rrcli.reporting import Reporter, sparkline
@@ -40,7 +40,7 @@ from rrcli.training.memory import give_back, memory_use, too_large, too_large_fo
 from rrcli.training.optimizer import Optimizer, prepare_parameters
 from rrcli.training.processes import Processes
 from rrcli.training.red_flags import RedFlags
-from rrcli.training.sharding import shard, unsharded
+from rrcli.training.sharding import clip_gradients
 from rrcli.training.state import DepthCost, TrainingState
 from rrcli.training.step_plan import plan_step, step_seed
 
@@ -66,7 +66,7 @@ class Share:
 
 
 class Computation(torch.nn.Module):
-    """The forward of a part of a step, as one module that holds all weights it reads, so that it can be sharded."""
+    """The forward of a part of a step, as one module that holds all weights it reads."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -116,10 +116,8 @@ class Trainer:
         self.processes = processes or Processes(settings.device)
         self.computation = Computation(model)
         # What the forward computes in, under autocast, whatever the weights train in.
-        self.dtype = model.dtype
+        self.dtype = vars(model).get("computes_in", model.dtype)
         formats = prepare_parameters(model, settings)
-        if self.processes.sharded:
-            shard(self.computation, model, self.processes)
         self.optimizer = Optimizer(model, settings, formats)
         self.state = TrainingState(-(-settings.batch_size // (settings.gradient_accumulation * self.processes.count)))
         self.losses: dict[str, float] = {}
@@ -144,7 +142,7 @@ class Trainer:
                 batch, plan = self.planned(step)
                 scalars = self.gradients(batch, plan, step=step)
                 parameters = self.optimizer.parameters()
-                norm = _number(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or math.inf))
+                norm = clip_gradients(parameters, settings.max_grad_norm or math.inf)
                 if not math.isfinite(scalars["train/loss/total"]) or not math.isfinite(norm):
                     raise _not_finite(settings, step, scalars["train/loss/total"], norm)
                 if settings.histograms and done % settings.histograms == 0:
@@ -208,20 +206,20 @@ class Trainer:
         """Compute the gradients of a step, in as large parts as memory allows, and return its scalars by tag.
 
         Raises:
-            RRError: memory does not even hold one example, or parts cannot become smaller because weights are sharded.
+            RRError: memory does not even hold one example, or the rows at a time cannot become fewer because each
+                process has a part of the weights.
         """
         while True:
             try:
                 own = self._accumulate(batch, plan, step)
             except torch.OutOfMemoryError:
-                if self.processes.sharded:  # the others are in the middle of the same layer
+                if self.processes.parallel:  # the others are in the middle of the same layer
                     raise too_large(step, self.state.rows) from None
                 own = None
             parts = self.processes.gather(own)
             if None not in parts:
-                if not self.processes.sharded:
-                    self.processes.add_gradients(self.optimizer.trained.values())
-                return self._joined(batch, plan.depth, parts, step=step)
+                self.processes.add_gradients(self.optimizer.trained.values())
+                return self._joined(batch, plan.depth, parts[:: self.processes.tensor], step=step)
             rows = self.state.rows
             self.optimizer.forget_gradients()
             give_back()
@@ -248,20 +246,16 @@ class Trainer:
         """Add up the gradients of this process's rows, and return its share of what a step is known by."""
         device = self.model.device
         # What processes draw in the forward (dropout) differs.
-        torch.manual_seed(step_seed(self.settings.seed, step) + self.processes.rank * 2**32)
+        torch.manual_seed(step_seed(self.settings.seed, step) + self.processes.share * 2**32)
         autocast = torch.autocast(
             device.type, dtype=torch.bfloat16, enabled=self.dtype != torch.float32, cache_enabled=False
         )
-        own = self.processes.rows(len(batch.labels))
         chunks, sums = ChunkTotals(), dict[str, float]()
         with (
             nullcontext() if self.settings.compile else through_onednn(self.model),
             counted_flops() if self.state.costs.get(plan.depth, DepthCost()).due else nullcontext() as counter,
         ):
-            for begin in range(own.start, own.stop, self.state.rows):
-                part = batch.part(slice(begin, min(begin + self.state.rows, own.stop)))
-                if not part.tokens and not self.processes.sharded:
-                    continue
+            for part in self._parts(batch):
                 with autocast:
                     total, terms = self.computation(part.to(device), plan)
                 total.backward()
@@ -273,6 +267,22 @@ class Trainer:
                 for tag, value in values.items():
                     sums[tag] = sums.get(tag, 0.0) + float(value)
         return Share(sums, chunks) if counter is None else Share(sums, chunks, counter.total, sorted(counter.uncounted))
+
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        """Yield this process's rows of a batch, in parts of `state.rows`.
+
+        Parts without loss are left out, unless the processes have to run as many forwards as each other: then one that
+        has fewer parts, as packed rows may be shared out unevenly, runs a row without loss in their place.
+        """
+        own, rows = self.processes.rows(len(batch.labels)), self.state.rows
+        found = [batch.part(slice(begin, min(begin + rows, own.stop))) for begin in range(own.start, own.stop, rows)]
+        if self.processes.parallel is None:
+            yield from (part for part in found if part.tokens)
+            return
+        yield from found
+        most = -(-len(batch.labels) // self.processes.shares)
+        for _ in range(-(-most // rows) - len(found)):
+            yield batch.part(slice(0, 1)).without_loss()
 
     def _joined(self, batch: Batch, depth: int, parts: list[Share], *, step: int) -> dict[str, float]:
         """Return the scalars of a step from the shares that the processes computed."""
@@ -327,7 +337,7 @@ class Trainer:
             seed=settings.seed, max_new_tokens=room_for(self.model, 32), skip_performance=True, depth=-1,
             task=settings.task, chat_template=settings.chat_template,
         )  # fmt: skip
-        with self.optimizer.published(), unsharded(self.computation):
+        with self.optimizer.published(), together(self.model) if settings.phase == "c" else nullcontext():
             found = evaluate_model(
                 self.model, self.tokenizer, self.evaluation, self.tracker, done, stage=INTERVAL_TAG, settings=limits
             )
@@ -346,10 +356,6 @@ class Trainer:
     def _warn(self, message: str, step: int) -> None:
         self.reporter.warn(message)
         self.tracker.log_text("train/red_flags", message, step)
-
-
-def _number(value: torch.Tensor) -> float:
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
 def _not_finite(settings: TrainSettings, step: int, loss: float, norm: float) -> RRError:
