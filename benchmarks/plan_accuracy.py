@@ -38,6 +38,7 @@ LLAMA = {
 SLIDING = {"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 4}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
 LATENT = {
+    "head_dim": 32,
     "kv_lora_rank": 128, "q_lora_rank": 256, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64,
     "first_k_dense_replace": 1, "moe_intermediate_size": 512, "n_routed_experts": 8, "num_experts_per_tok": 2,
     "n_group": 1, "topk_group": 1, "num_key_value_heads": 8,

@@ -22,7 +22,8 @@ from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings, PlanSettings, S, SurgerySettings, TrainSettings, with_changes
 
 if TYPE_CHECKING:
-    from rrcli.experiment.resources import Estimate, Memory, Pace, StageCost
+    from rrcli.experiment.hours import Pace, StageCost, TimedEstimate
+    from rrcli.experiment.resources import Estimate, Memory
     from rrcli.experiment.workload import Workload
     from rrcli.models.devices import Device
     from rrcli.models.shares import Arrangement
@@ -122,7 +123,8 @@ def plan(
     source = workspace.base()
     weights = inspect_weights(source.path)
 
-    from rrcli.experiment.resources import EVALUATE, GENERATE, RECURSIVE, VANILLA, Estimate
+    from rrcli.experiment.hours import TimedEstimate
+    from rrcli.experiment.resources import EVALUATE, GENERATE, RECURSIVE, VANILLA
     from rrcli.experiment.workload import workload
     from rrcli.models.shares import arrangements
     from rrcli.models.skeleton import skeleton
@@ -139,7 +141,7 @@ def plan(
         reporter.note(notice)
     room = int(device.memory * USABLE)
     context = min(settings.context, context_length(model))
-    estimate = Estimate(
+    estimate = TimedEstimate(
         model, surgery=surgery, training=training, evaluation=evaluation, device=device,
         efficiency=settings.efficiency, context=context, rows=settings.rows,
     )  # fmt: skip
@@ -213,7 +215,7 @@ def _devices(gpus: str, hardware: str) -> tuple[Device, int]:
     return device, count if gpus else there
 
 
-def _chosen(estimate: Estimate, work: Workload, memory: list[Memory], room: int) -> dict[str, Arrangement]:
+def _chosen(estimate: TimedEstimate, work: Workload, memory: list[Memory], room: int) -> dict[str, Arrangement]:
     """Return for each command the fastest arrangement that fits; of equally fast ones the first."""
     found: dict[str, tuple[float, Arrangement]] = {}
     for one in memory:
