@@ -19,6 +19,7 @@ need. It is found by signature, type or trial, never by a version number. What h
     running a mixture of experts on shapes alone  `_experts_implementation` of a config      costs are not shown
     what experts hold, on shapes alone            `_grouped_mm`, its fallback operators      a higher estimate
     what is cut among processes                   plans of a config and a model              nothing is
+    telling storages on the meta device apart     `_cdata` of a storage                      rr plan does not work
     attention on shapes that keeps no scores      torch's flash operator for a CPU           a higher estimate
     FLOPs of torch's operators                    `torch.utils.flop_counter.flop_registry`   operators are uncounted
     seeing every operator that runs               `torch.utils._python_dispatch`             rr does not start
@@ -734,6 +735,14 @@ def fused_attention(
         return None
     result: Tensor = operator(query, key, value, dropout, causal, attn_mask=mask, scale=scale)[0]
     return result
+
+
+def storage_address(tensor: Tensor) -> int:
+    """Return what tells the storage of a tensor from all others that exist, also on the meta device.
+
+    torch's `StorageWeakRef` is not it: with some versions of torch, a storage that it refers to never seems to be gone.
+    """
+    return int(tensor.untyped_storage()._cdata)
 
 
 def operator_arguments(operator: Any) -> tuple[list[str], set[str]]:

@@ -26,11 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from rrcli.recursion.flops import FlopCounter
-from rrcli.upstream import fused_attention, on_shapes
+from rrcli.upstream import fused_attention, on_shapes, storage_address
 
 # What a tensor is held for. A gradient is that of a parameter.
 ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
@@ -53,9 +52,9 @@ class Ledger(FlopCounter):
         self.held: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._most = self._sum = 0
-        # Storage -> what it is held for, its bytes, and the reference that strikes it out.
-        self._entries: dict[StorageWeakRef, tuple[str, int, Any]] = {}
-        self._known = {StorageWeakRef(tensor.untyped_storage()) for tensor in known}
+        # Address of a storage -> what it is held for, its bytes, and the reference that strikes it out.
+        self._entries: dict[int, tuple[str, int, Any]] = {}
+        self._known = {storage_address(tensor) for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, count it, and enter what it made."""
@@ -70,7 +69,7 @@ class Ledger(FlopCounter):
     def mark_gradient(self, parameter: Tensor) -> None:
         """Enter the gradient of a parameter as such."""
         if parameter.grad is not None:
-            place = StorageWeakRef(parameter.grad.untyped_storage())
+            place = storage_address(parameter.grad)
             if place in self._entries:
                 kind, size, reference = self._entries[place]
                 self.held[kind] -= size
@@ -79,7 +78,7 @@ class Ledger(FlopCounter):
 
     def _enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        place = StorageWeakRef(storage)
+        place = storage_address(tensor)
         if place in self._entries or place in self._known:
             return
         kind = LOGITS if tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else ACTIVATIONS
@@ -90,7 +89,7 @@ class Ledger(FlopCounter):
         if self._sum > self._most:
             self._most, self.peak = self._sum, self.held.copy()
 
-    def _strike_out(self, place: StorageWeakRef) -> None:
+    def _strike_out(self, place: int) -> None:
         kind, size, _ = self._entries.pop(place)
         self.held[kind] -= size
         self._sum -= size
