@@ -29,13 +29,21 @@ class SampleLog:
     Args:
         path: the file; None to log nothing. key: a hash of weights, tokenizer, data, tasks and settings.
         extends: the keys of evaluations that this one begins like: what a complete one of them logged is taken as done.
+        known: entries that are taken as done, by part, where another process reads the file.
 
     Raises:
         RRError: the file cannot be read or written.
     """
 
-    def __init__(self, path: Path | None = None, key: str = "", *, extends: Collection[str] = ()) -> None:
-        self._done: dict[str, list[dict[str, Any]]] = {}
+    def __init__(
+        self,
+        path: Path | None = None,
+        key: str = "",
+        *,
+        extends: Collection[str] = (),
+        known: Mapping[str, list[dict[str, Any]]] | None = None,
+    ) -> None:
+        self._done = {part: list(entries) for part, entries in (known or {}).items()}
         self._file: IO[str] | None = None
         self._path = path
         if path is None:
@@ -59,9 +67,7 @@ class SampleLog:
     @classmethod
     def following(cls, known: Mapping[str, list[dict[str, Any]]]) -> SampleLog:
         """Return the log of a process that measures the same as the one that writes: it knows what was found there."""
-        log = cls()
-        log._done = {part: list(entries) for part, entries in known.items()}
-        return log
+        return cls(known=known)
 
     @property
     def known(self) -> dict[str, list[dict[str, Any]]]:
