@@ -491,6 +491,15 @@ def test_a_dry_run_plans_every_step_and_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_experiment_in_phase_a_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    for arguments in (("run", "--phase", "a"), ("run", "--phase", "a", "--dry-run")):
+        refused = rr(*arguments, directory=tmp_path)
+        assert refused.exit_code == 2
+        assert "vanilla training would have nothing to train" in refused.stderr
+        assert "rr train --mode recursive --phase a" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_warnings_stand_apart_from_sentences(measured: Path) -> None:
     file = measured / "eval_results" / "finetuned_vanilla_results.json"
     value = json.loads(file.read_text())

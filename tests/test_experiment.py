@@ -260,6 +260,20 @@ def test_setup_checks_and_says_what_failed(tmp_path):
     assert "config.json" in done.stdout
 
 
+def test_setup_says_that_a_generator_has_too_few_problems_for_all_seeds(tmp_path):
+    few = "leg_counting:min_animals=1,max_animals=1,min_instances=1,max_instances=3"
+
+    def said(*options: str, **environment: str) -> str:
+        done = rr("setup", "--json", "--overwrite", "--task", few, *options, folder=tmp_path, **environment)
+        assert done.returncode == 0, done.stdout
+        return next(check["found"] for check in json.loads(done.stdout)["checks"] if check["name"] == "data")
+
+    found = said()
+    count = re.search(r"yields only (\d+) distinct test problems, 250 were asked for. Ask for fewer problems", found)[1]
+    assert "yields only" not in said(RR_EVAL_PROBLEMS=count)
+    assert f"too few test problems for {count} of every seed's own" in said("--seeds", "3", RR_EVAL_PROBLEMS=count)
+
+
 def test_use_recursive_attaches_a_fresh_recursion_to_a_plain_model(experiment, tmp_path):
     """The guide evaluates stage after_surgery on the base model's own folder."""
     folder, _ = experiment

@@ -9,9 +9,12 @@ import pytest
 
 from rrcli import configuration
 from rrcli.errors import UsageError
-from rrcli.experiment.identity import eval_inputs, train_inputs
+from rrcli.experiment.identity import eval_inputs, train_inputs, within_context
 from rrcli.experiment.replicates import Replicate, reserved
+from rrcli.experiment.training_run import prepare_training
 from rrcli.experiment.workspace import Workspace
+from rrcli.models.inspection import stated_context
+from rrcli.models.source import resolve
 from rrcli.settings import STAGES, CommonSettings, EvalSettings, TrainSettings
 
 
@@ -102,3 +105,23 @@ def test_a_seed_more_changes_what_is_evaluated_once_and_nothing_that_is_trained(
     assert inputs("baseline", seeds=(0, 1), seed=1) == inputs("baseline", seeds=(0, 1))
     trained = [train_inputs(TrainSettings(seeds=seeds), "vanilla", "start", "data") for seeds in ((), (0, 1))]
     assert trained[0] == trained[1]
+
+
+def test_a_length_beyond_the_context_is_the_same_run_as_one_at_its_end(tmp_path: Path) -> None:
+    """Examples and windows are cut to the context, so that what lies beyond changes nothing."""
+    context = stated_context(resolve("default", tmp_path).path)
+    assert context is not None
+
+    def inputs(max_length: int) -> str:
+        return prepare_training(TrainSettings(max_length=max_length), "vanilla", tmp_path).inputs
+
+    assert inputs(context + 1) == inputs(10 * context) == inputs(context) != inputs(context - 1)
+    base = resolve("default", tmp_path)
+    windows = [within_context(EvalSettings(max_length=n), base, tmp_path).max_length for n in (0, 9, context + 5)]
+    assert windows == [0, 9, context]
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 8, "text_config": {"n_positions": 5}}')
+    assert stated_context(tmp_path) == 5
+    for text in ("{}", "[1]", "{", '{"max_position_embeddings": "many"}'):
+        (tmp_path / "config.json").write_text(text)
+        assert stated_context(tmp_path) is None
+    assert stated_context(tmp_path / "absent") is None

@@ -592,12 +592,13 @@ def run(
     --train-chunk-width train with others.
     """
     from rrcli.comparison.claims import read_declaration
-    from rrcli.experiment.planning import plan
+    from rrcli.experiment.planning import plan, refuse_phase_a
     from rrcli.services import compare as comparing
     from rrcli.services import run as service
 
     for section in settings.PERFORMED:  # so that a wrong value is refused before any work is done
         ctx.load(section)
+    refuse_phase_a(ctx.load(settings.TrainSettings))
     read_declaration(ctx.load(settings.CompareSettings))
     form = _form(ctx.load(settings.CompareSettings), json)
     if dry_run:

@@ -241,7 +241,8 @@ def show_surgery(result: SurgeryResult) -> None:
     if result.costs is None:
         return
     costs = result.costs
-    table = Table(box=SIMPLE_HEAD, title=f"one token, {costs.dtype}", title_justify="left")
+    title = f"every pass for every token, {costs.dtype}: the most that a token can cost"
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
     for name in ("Depth", "Cache growth", "Cache, constant", "MFLOPs", "times depth 0"):
         table.add_column(name, justify="right")
     values = zip(costs.cache_bytes_per_token, costs.cache_bytes_constant, costs.flops_per_token, strict=True)
@@ -249,7 +250,10 @@ def show_surgery(result: SurgeryResult) -> None:
         times = f"{flops / costs.flops_per_token[0]:.2f}" if costs.flops_per_token[0] else "-"
         table.add_row(str(depth), f"{_bytes(growth)}/token", _bytes(constant), formats.number(flops / 1e6), times)
     out().print(table)
-    out().print(f"[dim]{escape(costs.flops_formula)}. Recurrent and convolution states do not grow.[/dim]")
+    out().print(
+        f"[dim]{escape(costs.flops_formula)}. Recurrent and convolution states do not grow. Decoding drafts with pass "
+        "0, refines in chunks and may leave by an exit: 'rr costs' counts what it runs.[/dim]"
+    )
 
 
 # Part of what a device holds -> how the table calls it.

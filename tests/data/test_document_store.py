@@ -12,7 +12,7 @@ import pytest
 from rrcli.data.document_store import DocumentStore
 from rrcli.data.training_data import TrainingData
 from rrcli.errors import RRError
-from rrcli.settings import TrainSettings
+from rrcli.settings import TrainSettings, with_changes
 
 DOCUMENTS = ["one", "", "zwei \u00e4", {"prompt": "a", "completion": "b"}, "\u4e09" * 50]
 
@@ -72,6 +72,9 @@ def test_a_file_larger_than_memory_is_trained_on(tmp_path: Path, monkeypatch: py
         for number in range(12_000):
             file.write(json.dumps({"text": f"{number} " + "word " * 800}) + "\n")
     settings = TrainSettings(data="large.jsonl", task_share=0.0, max_length=64)
+    # What is imported on the way would count as the file's memory.
+    (tmp_path / "small.jsonl").write_text("".join(json.dumps({"text": f"{n} words"}) + "\n" for n in range(99)))
+    TrainingData(with_changes(settings, data="small.jsonl"), tmp_path, Letters()).batch(0)
     tracemalloc.start()
     try:
         data = TrainingData(settings, tmp_path, Letters())

@@ -20,7 +20,8 @@ from rrcli.data.splits import side_of
 from rrcli.data.tasks import Task
 from rrcli.data.training_data import TrainingData
 from rrcli.demo import defaults
-from rrcli.settings import TrainSettings
+from rrcli.evaluation.held_out import held_out_data
+from rrcli.settings import EvalSettings, TrainSettings
 
 ROW = "Take 4 steps of rule 30, moved one cell to the right, from: 0 1 1 0 1 0 0 1 1 "
 
@@ -158,3 +159,20 @@ def test_a_short_question_is_no_part_of_every_text() -> None:
     assert questions.asked_in(["Tom asked: how many legs have 3 cats and 4 dogs in the garden? Nobody knew."])
     assert not questions.asked_in(["How many legs have 3 cats and 4 dogs in the house?"])
     assert not Questions().asked_in(["Why?"])
+
+
+def test_a_held_out_question_of_a_generator_that_a_training_text_quotes_is_not_asked(tmp_path: Path) -> None:
+    spec = "leg_counting:min_animals=3,max_animals=4"
+    settings = EvalSettings(task=(spec,), data="texts.jsonl")
+    asked = Task(spec).problems(12, 0, side="test")
+    texts = [f"Text number {number} of a long day." for number in range(200)]
+    on_train = [number for number, text in enumerate(texts) if side_of(text) == "train"]
+    quotes = (f"Tom laughed {n} times. \u201c{asked[3].question.upper()}\u201d he said at last." for n in range(99))
+    quoting = next(text for text in quotes if side_of(text) == "train")
+    for quoted, known in ((texts[on_train[0]], 12), (quoting, 11)):
+        lines = [*texts[: on_train[0]], quoted, *texts[on_train[0] + 1 :]]
+        (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in lines))
+        data = held_out_data(settings, tmp_path, 12)
+        assert len(data.problems) == sum(data.sets) == known
+        assert ("1 problems of generators are left out" in data.notice) == (known == 11)
+    assert asked[3].key not in {problem.key for problem in data.problems}

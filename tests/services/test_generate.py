@@ -17,6 +17,7 @@ from rrcli import ui
 from rrcli.cli import app
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.tracing import Piece
+from rrcli.reporting import Silent
 from rrcli.services.generate import generate
 from rrcli.services.surgery import surgery
 from rrcli.settings import GenerateSettings, SurgerySettings
@@ -135,6 +136,20 @@ def test_what_does_not_fit_the_model_is_said(
 ) -> None:
     with pytest.raises(UsageError, match=words):
         generate(settings, prompt, workspace, lambda piece: None, stage=stage)
+
+
+def test_a_text_that_the_context_cuts_says_so_and_the_json_form_how_it_came_about(workspace: Path) -> None:
+    context = rrcli.load("default")[0].config.max_position_embeddings
+    reporter = Silent()
+    asked = GenerateSettings(max_new_tokens=context, depth=0, seed=3, stop=(".",))
+    found = generate(asked, PROMPT, workspace, lambda piece: None, reporter=reporter).to_dict()
+    assert f"--max-new-tokens is {context}, but after the" in reporter.warnings[0]
+    assert f"has room for {found['max_new_tokens']}: the text ends there" in reporter.warnings[0]
+    assert found["max_new_tokens"] < context
+    assert (found["seed"], found["exit"], found["depth"]) == (3, None, 0)
+    asked = GenerateSettings(max_new_tokens=4, exit="margin:0.5")
+    found = generate(asked, PROMPT, workspace, lambda piece: None, reporter=reporter).to_dict()
+    assert (found["seed"], found["exit"], len(reporter.warnings)) == (0, "margin:0.5", 1)
 
 
 def test_piped_text_is_plain_and_json_has_every_piece(workspace: Path) -> None:

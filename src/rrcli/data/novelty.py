@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 # A row of cells keeps two thirds of them, and at least this many.
 MIN_CELLS = 9
@@ -66,11 +66,11 @@ class Questions:
 
     def __init__(self, questions: Iterable[str] = ()) -> None:
         self._keys: set[str] = set()
-        self._quoted: dict[tuple[str, ...], list[list[str]]] = {}
+        self._quoted: dict[tuple[str, ...], list[tuple[list[str], str]]] = {}
         for question in questions:
             key, tokens = novelty(question), tokens_of(question)
             if key not in self._keys and len(tokens) >= MIN_QUOTED:
-                self._quoted.setdefault(tuple(tokens[:MIN_QUOTED]), []).append(tokens)
+                self._quoted.setdefault(tuple(tokens[:MIN_QUOTED]), []).append((tokens, key))
             self._keys.add(key)
 
     def __len__(self) -> int:
@@ -81,15 +81,15 @@ class Questions:
 
     def asked_in(self, texts: Iterable[str]) -> bool:
         """Tell whether one of these texts is such a question, or has one in it, word for word (after step 1)."""
-        return bool(self._keys) and any(text in self or self._in(text) for text in texts)
+        return bool(self._keys) and any(text in self or next(self.quoted_in(text), None) for text in texts)
 
-    def _in(self, text: str) -> bool:
+    def quoted_in(self, text: str) -> Iterator[str]:
+        """Yield the novelty keys of the questions that stand in a text, word for word (after step 1)."""
         tokens = tokens_of(text) if self._quoted else []
         for start in range(len(tokens) - MIN_QUOTED + 1):
-            for question in self._quoted.get(tuple(tokens[start : start + MIN_QUOTED]), ()):
+            for question, key in self._quoted.get(tuple(tokens[start : start + MIN_QUOTED]), ()):
                 if tokens[start : start + len(question)] == question:
-                    return True
-        return False
+                    yield key
 
 
 def tokens_of(text: str) -> list[str]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from rrcli.data.conversations import Document
+from rrcli.data.conversations import Document, asked
 from rrcli.data.document_store import DocumentStore
+from rrcli.data.novelty import Questions, novelty
 from rrcli.data.problem_files import FileTask, open_task
 from rrcli.data.rendering import text_of
 from rrcli.data.sources import Notes, read_split
@@ -101,7 +102,22 @@ def held_out_data(
     """
     notes = Notes()
     read = read_split(settings.data, directory, settings.text_field, notes, on_bad_row=settings.on_bad_row)
-    documents: Sequence[Document] = DocumentStore((d for d, on in read if on == side), directory)
+    tasks = tuple(open_task(spec, directory) for spec in task_specs(settings)) if reasoning else ()
+    lacking: list[str] = []
+    if side == "validation":
+        lacking = [task.spec for task in tasks if isinstance(task, FileTask) and not task.on(side)]
+        tasks = tuple(task for task in tasks if task.spec not in lacking)
+    sets: list[list[Problem]] = [[] for _ in seeds or (settings.seed,)]
+    said: list[str] = []
+    for task in tasks:
+        found, sentence = problems_of(task, problems_per_task, seeds or (settings.seed,), side)
+        for own, more in zip(sets, found, strict=True):
+            own += more
+        said.append(sentence)
+    drawn = {task.spec for task in tasks if not isinstance(task, FileTask)}
+    made = Questions(problem.question for own in sets for problem in own if problem.task in drawn)
+    quoted: set[str] = set()
+    documents: Sequence[Document] = DocumentStore(_of_side(read, side, made, quoted), directory)
     if not documents and side == "test":
         raise RRError(
             f"no document of {settings.data} is on the test side of the split (a tenth)",
@@ -110,19 +126,15 @@ def held_out_data(
     held_out = len(documents)
     if 0 < max_samples < held_out:
         documents = Random(0).sample(documents, max_samples)
-    tasks = tuple(open_task(spec, directory) for spec in task_specs(settings)) if reasoning else ()
-    lacking: list[str] = []
-    if side == "validation":
-        lacking = [task.spec for task in tasks if isinstance(task, FileTask) and not task.on(side)]
-        tasks = tuple(task for task in tasks if task.spec not in lacking)
-        lacking += [] if documents else [settings.data]
-    sets: list[list[Problem]] = [[] for _ in seeds or (settings.seed,)]
-    said = [notes.notice(settings.data)]
-    for task in tasks:
-        found, sentence = _problems(task, problems_per_task, seeds or (settings.seed,), side)
-        for own, more in zip(sets, found, strict=True):
-            own += more
-        said.append(sentence)
+    said.insert(0, notes.notice(settings.data))
+    if side == "validation" and not documents:
+        lacking.append(settings.data)
+    if quoted:
+        kept = [[p for p in own if p.task not in drawn or novelty(p.question) not in quoted] for own in sets]
+        gone, sets = sum(map(len, sets)) - sum(map(len, kept)), kept
+        said.append(
+            f"{gone:,} problems of generators are left out, because training texts of {settings.data} hold them"
+        )
     if lacking:
         said.append(f"nothing to validate with in: {', '.join(lacking)}")
     notice = "\n".join(filter(None, said))
@@ -139,7 +151,21 @@ def held_out_data(
     )
 
 
-def _problems(task: Task | FileTask, count: int, seeds: Sequence[int], side: Side) -> tuple[list[list[Problem]], str]:
+def _of_side(
+    read: Iterable[tuple[Document, Side]], side: Side, questions: Questions, quoted: set[str]
+) -> Iterator[Document]:
+    """Yield the documents of one side; add to `quoted` the novelty keys of questions that training texts hold.
+
+    A question that is a text of its own is on the same side as that text. Inside of a longer one, the text decides.
+    """
+    for document, on in read:
+        if on == side:
+            yield document
+        elif on == "train" and len(questions):
+            quoted.update(key for text in asked(document) for key in questions.quoted_in(text))
+
+
+def problems_of(task: Task | FileTask, count: int, seeds: Sequence[int], side: Side) -> tuple[list[list[Problem]], str]:
     """Return the problems of a task for each seed, each problem once, and a sentence about what is not as asked, or ''.
 
     The problems of a file, which are the same for all seeds, are the first one's.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rrcli import __version__
 from rrcli.data.problem_files import is_file_task, task_file
@@ -21,6 +21,7 @@ from rrcli.evaluation.harness import task_files as harness_files
 from rrcli.experiment.replicates import evaluated_seeds
 from rrcli.experiment.template_date import template_date
 from rrcli.files import METRICS_FILE, combine, read_json
+from rrcli.models.inspection import stated_context
 from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import written_since
 from rrcli.schemas import CheckpointMetrics, ExitChoice, Inputs
@@ -36,6 +37,9 @@ from rrcli.settings import (
     reaching,
     with_changes,
 )
+
+# Settings with the length of an example, or of a window.
+Windowed = TypeVar("Windowed", TrainSettings, EvalSettings)
 
 
 def surgery_inputs(settings: SurgerySettings, base_fingerprint: str) -> str:
@@ -96,6 +100,12 @@ def costs_inputs(settings: EvalSettings, fingerprints: Mapping[str, str]) -> str
         *("costs", settings.device, settings.dtype, settings.depth, settings.exit),
         *(sorted(fingerprints.items()), __version__),
     )
+
+
+def within_context(settings: Windowed, source: ModelSource, directory: Path) -> Windowed:
+    """Return settings whose `max_length` is what is used of it: longer examples and windows are cut to the context."""
+    context = stated_context(base_of(source, directory).path)
+    return settings if context is None or settings.max_length <= context else with_changes(settings, max_length=context)
 
 
 def model_fingerprint(source: ModelSource, directory: Path) -> str:

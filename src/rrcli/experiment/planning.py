@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from rrcli.configuration import SETTINGS_FILE
 from rrcli.data.sources import refuse_stdin
-from rrcli.errors import RRError
+from rrcli.errors import RRError, UsageError
 from rrcli.experiment.identity import (
     best_checkpoint,
     costs_inputs,
@@ -28,6 +28,7 @@ from rrcli.experiment.identity import (
     rewritten,
     surgery_inputs,
     train_inputs,
+    within_context,
 )
 from rrcli.experiment.replicates import (
     EQUAL_FLOPS_STAGE,
@@ -127,6 +128,19 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
     return list(steps.values())
 
 
+def refuse_phase_a(settings: TrainSettings) -> None:
+    """Refuse to run an experiment in a phase in which its vanilla training could not be.
+
+    Raises:
+        UsageError: it is phase a.
+    """
+    if settings.phase == "a":
+        raise UsageError(
+            "phase a trains the sidecar alone, so the experiment's vanilla training would have nothing to train",
+            "Take --phase b or c. Recursion alone: 'rr surgery', 'rr train --mode recursive --phase a', 'rr eval'.",
+        )
+
+
 def _tasks(settings: CommonSettings, evaluation: EvalSettings) -> list[Task]:
     """Return what an experiment consists of, in the order in which it is done: one seed after the other."""
     (baseline,), (operated,) = (replicates(stage, settings) for stage in ("baseline", SURGERY_STAGE))
@@ -195,7 +209,8 @@ def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> 
         settings = with_changes(load(EvalSettings), seed=one.seed)
         source = workspace.stage_model(one.stage)
         identity = data_identity(settings, directory)
-        expected = eval_inputs(settings, one.stage, model_fingerprint(source, directory), identity)
+        used = within_context(settings, source, directory)
+        expected = eval_inputs(used, one.stage, model_fingerprint(source, directory), identity)
         made_from = (source.path, base_of(source, directory).path)
         step = _status(kind, one, workspace.results_file(one.name), expected, *made_from)
         lacking = set(evaluated_seeds(one.stage, settings)) - set(recorded_seeds(workspace.results_file(one.name)))
@@ -218,9 +233,8 @@ def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> 
         return Step(kind, one, IMPOSSIBLE, error.message)
     identity = data_identity(training, directory)
     span = workspace.vanilla_span(training) if mode == "vanilla" else None
-    expected = train_inputs(
-        training, mode, model_fingerprint(start, directory), identity, span=span, matched_flops=flops
-    )
+    cut = within_context(training, start, directory)
+    expected = train_inputs(cut, mode, model_fingerprint(start, directory), identity, span=span, matched_flops=flops)
     found = checkpoints(workspace.run_folder(one.name))
     step = _status(kind, one, found[-1], expected, start.path) if found else Step(kind, one, "missing")
     if step.status == DONE and step_of(found[-1]) < (steps := recorded_steps(found[-1])):

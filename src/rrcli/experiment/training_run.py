@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rrcli.errors import UsageError, suggest
-from rrcli.experiment.identity import data_identity, model_fingerprint, train_inputs
+from rrcli.experiment.identity import data_identity, model_fingerprint, train_inputs, within_context
 from rrcli.experiment.replicates import EQUAL_FLOPS_STAGE, RECURSIVE_STAGE, Replicate, reserved
 from rrcli.experiment.template_date import with_template_date
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace, maker
@@ -95,7 +95,8 @@ def prepare_training(settings: TrainSettings, mode: str, directory: Path, *, mat
     settings = settings if mode == "vanilla" else workspace.as_operated(settings)
     settings = with_template_date(settings, start, directory)
     identity = data_identity(settings, directory)
-    inputs = train_inputs(settings, mode, model_fingerprint(start, directory), identity, span=span, matched_flops=flops)
+    used = within_context(settings, start, directory)
+    inputs = train_inputs(used, mode, model_fingerprint(start, directory), identity, span=span, matched_flops=flops)
     return TrainingRun(
         settings=settings,
         mode=mode,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 from rrcli.errors import RRError
 from rrcli.files import read_json, safetensors_header
 from rrcli.models.weights import weight_files, weight_index
+from rrcli.recursion.facts import CONTEXT_NAMES
 from rrcli.schemas import WeightIndex
 
 # Bits of one element, for every number format of the safetensors specification.
@@ -26,6 +28,8 @@ BITS = {
 }
 GGUF_VERSIONS = (2, 3)
 HINT = "Download or copy the model again."
+# Where a configuration of several models keeps that of the one that generates text.
+NESTED = ("decoder", "generator", "text_config")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,20 @@ def inspect_weights(source: Path) -> Weights:
             formats[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
     main = formats.most_common(1)[0][0] if formats else ""
     return Weights(files, size, sum(map(len, headers.values())), main)
+
+
+def stated_context(source: Path) -> int | None:
+    """Return the longest input that a model folder's config.json states, in tokens; None where it states none.
+
+    Only the names are read that count first for the loaded model too (`recursion.facts.context_length`).
+    """
+    try:
+        config = dict(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # whoever loads the configuration says what is wrong with it
+        return None
+    nested = next((config[name] for name in NESTED if isinstance(config.get(name), dict)), config)
+    found = (nested.get(name) for name in CONTEXT_NAMES[:2])
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
 def _header_problems(header: dict[str, Any]) -> Iterable[str]:

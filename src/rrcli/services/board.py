@@ -24,6 +24,8 @@ from rrcli.settings import BoardSettings
 
 PORTS_TO_TRY = 20
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# So many answers in a row, a second apart, have to equal the one before them.
+EQUAL_ANSWERS = 2
 START_SECONDS = 120
 # How many of TensorBoard's last lines an error shows.
 LAST_LINES = 5
@@ -96,12 +98,14 @@ def check(settings: BoardSettings, directory: Path) -> Found:
     logs = _logs(settings, directory)
     expected = {str(file.parent.relative_to(logs)) for file in _event_files(logs)}
     with _serving(settings, logs, _free_port(settings.host, 0)) as (process, address):
-        before, end = None, time.monotonic() + START_SECONDS
+        before, equal, end = None, 0, time.monotonic() + START_SECONDS
         while time.monotonic() < end and process.poll() is None:
             tags = {plugin: _get(address, f"data/plugin/{plugin}/tags") for plugin in PLUGINS}
             names = _get(address, "data/runs")
             runs = {name: {plugin: sorted(tags[plugin].get(name, ())) for plugin in PLUGINS} for name in sorted(names)}
-            if expected <= runs.keys() and runs == before:  # it loads in steps: after two equal answers it is done
+            # It loads in steps, which a busy machine spreads: done is what stays as it is, and lacks no run's tags.
+            equal = equal + 1 if runs == before else 0
+            if equal >= EQUAL_ANSWERS and all(any(runs.get(name, {}).values()) for name in expected):
                 return Found(logs, runs)
             before = runs
             time.sleep(1)

@@ -24,7 +24,7 @@ from rrcli.evaluation.harness import harness_tasks, load_tasks
 from rrcli.evaluation.held_out import EvalData, distinct, held_out_data, showable
 from rrcli.evaluation.samples import SampleLog
 from rrcli.experiment import declarations
-from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerprint, recorded_exit
+from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerprint, recorded_exit, within_context
 from rrcli.experiment.planning import chooses_exit
 from rrcli.experiment.provenance import provenance
 from rrcli.experiment.replicates import TRAINED, evaluated_seeds
@@ -98,7 +98,7 @@ def evaluate(
     fingerprint = source.fingerprint()
     settings = tested.settings
     made_from = (model_fingerprint(source, directory), data_identity(settings, directory))
-    inputs = eval_inputs(settings, stage, *made_from)
+    inputs = eval_inputs(within_context(settings, source, directory), stage, *made_from)
     written = stamps(source.path, base_of(source, directory).path)
     seeds = evaluated_seeds(stage, settings)
     # What else is drawn (a sample of documents, solved examples) is alike in all replicates.
@@ -157,7 +157,9 @@ def evaluate(
     fewer = [replace(settings, seeds=seeds[:count]) for count in range(1, len(seeds))]
     if settings.samples:
         fewer += [replace(each, samples=0) for each in [*fewer, settings]]
-    extends = [combine(eval_inputs(each, stage, *made_from), *beside) for each in fewer]
+    extends = [
+        combine(eval_inputs(within_context(each, source, directory), stage, *made_from), *beside) for each in fewer
+    ]
     step = training["steps"] if training else 0
     logs = workspace.log_folder(replicate.name)
     tracker = None

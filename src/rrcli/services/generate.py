@@ -29,7 +29,8 @@ class GenerateResult:
 
     Attributes:
         seconds: wall time, prompt included. metrics: the chunk metrics; empty without recursion.
-        notice: a sentence about where texts end, or ''.
+        notice: a sentence about where texts end, or ''. seed: of the sampling. exit: the rule by which tokens left;
+            None where every pass was run. max_new_tokens: the most that were asked for and had room in the context.
     """
 
     stage: str
@@ -39,6 +40,9 @@ class GenerateResult:
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
     notice: str = ""
+    seed: int = 0
+    exit: str | None = None
+    max_new_tokens: int = 0
 
     @property
     def text(self) -> str:
@@ -106,6 +110,12 @@ def generate(
     room = context_length(model) - ids.shape[1]
     if room < 1:
         raise UsageError(f"the prompt has {ids.shape[1]} tokens", f"The model's context is {context_length(model)}.")
+    if settings.max_new_tokens > room and reporter is not None:
+        reporter.warn(
+            f"--max-new-tokens is {settings.max_new_tokens}, but after the {ids.shape[1]} tokens of the prompt the "
+            f"model's context of {context_length(model)} has room for {room}: the text ends there"
+        )
+    new_tokens = min(settings.max_new_tokens, room)
     pieces: list[Piece] = []
 
     def take(piece: Piece) -> None:
@@ -130,7 +140,7 @@ def generate(
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(settings.max_new_tokens, room),
+            max_new_tokens=new_tokens,
             eos_token_id=sorted(ends) or None,
             pad_token_id=min(ends, default=0),
             **options,
@@ -140,7 +150,19 @@ def generate(
     metrics = decoding.totals.metrics() if decoding is not None else {}
     notice = end_notice(model, tokenizer)
     processes.leave()
-    return GenerateResult(stage, prompt, pieces, depth, seconds, metrics, notice)
+    rule = decoding.exit if decoding is not None and decoding.exit != NEVER else None
+    return GenerateResult(
+        stage=stage,
+        prompt=prompt,
+        pieces=pieces,
+        depth=depth,
+        seconds=seconds,
+        metrics=metrics,
+        notice=notice,
+        seed=settings.seed,
+        exit=None if rule is None else str(rule),
+        max_new_tokens=new_tokens,
+    )
 
 
 def _ignore(_: Piece) -> None:

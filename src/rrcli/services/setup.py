@@ -9,16 +9,19 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from rrcli.configuration import SETTINGS_FILE, load, read_file, write_file
+from rrcli.data.problem_files import is_file_task, open_task
 from rrcli.data.sources import refuse_stdin
+from rrcli.data.training_data import task_specs
 from rrcli.demo import defaults
-from rrcli.errors import RRError
-from rrcli.evaluation.held_out import held_out_data
+from rrcli.errors import RRError, UsageError
+from rrcli.evaluation.held_out import held_out_data, problems_of
 from rrcli.experiment.replicates import refuse_one_seed
 from rrcli.experiment.workspace import Workspace
 from rrcli.files import back_up, make_folder, write_text
@@ -26,7 +29,7 @@ from rrcli.locks import holding, lock
 from rrcli.models.config import load_config
 from rrcli.models.loading import load_tokenizer, pick_device
 from rrcli.reporting import Reporter
-from rrcli.settings import CommonSettings
+from rrcli.settings import CommonSettings, EvalSettings
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "tensorboard", "safetensors", "reasoning-gym")
 
@@ -209,4 +212,20 @@ def _data(settings: CommonSettings, directory: Path) -> str:
     data = held_out_data(settings, directory, problems_per_task=1)
     names = ", ".join(task.name for task in data.tasks)
     found = f"{len(data.documents):,} test documents; tasks {names}"
-    return "\n".join([found, *[data.notice] * bool(data.notice)])
+    return "\n".join(filter(None, [found, data.notice, _too_few(settings, directory)]))
+
+
+def _too_few(settings: CommonSettings, directory: Path) -> str:
+    """Say whether a generator has too few problems for the evaluations of all seeds; '' if it has enough.
+
+    That is no failure: fewer problems can be asked for. The embedded tasks have enough for a single seed.
+    """
+    evaluation = load(EvalSettings, directory)
+    if evaluation.skip_reasoning or not (settings.task or len(settings.all_seeds) > 1):
+        return ""
+    try:
+        for spec in filterfalse(is_file_task, task_specs(settings)):
+            problems_of(open_task(spec, directory), evaluation.problems, settings.all_seeds, "test")
+    except UsageError as error:
+        return f"{error.message}. {error.hint}".strip()
+    return ""
