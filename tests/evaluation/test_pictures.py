@@ -46,7 +46,7 @@ def test_tokens_lie_on_the_colour_of_their_passes() -> None:
     assert not has(image, TINTS[1])
 
 
-@pytest.mark.parametrize("text", ["y" * 500, " word" * 200, "\n" * 5, "", "日本\u202e<b>"])
+@pytest.mark.parametrize("text", ["y" * 500, " word" * 200, "\n" * 5, "", "日本\u202e<b>", "a\r\x1d\x85\u2029b\ud800"])
 def test_any_text_stays_inside_the_picture(text: str) -> None:
     image = draw([("prompt", [Piece(text, 1)])], "title")
     assert (image[:, -8:] == 255).all()

@@ -65,7 +65,9 @@ def draw(samples: Sequence[tuple[str, Sequence[Piece]]], title: str) -> Any:
     from PIL import Image, ImageDraw, ImageFont
 
     try:
-        font: Any = ImageFont.truetype("DejaVuSans.ttf", SIZE)  # more characters than Pillow's own
+        # More characters than Pillow's own font has. The basic layout takes any text; the other one refuses separators
+        # of paragraphs.
+        font: Any = ImageFont.truetype("DejaVuSans.ttf", SIZE, layout_engine=ImageFont.Layout.BASIC)
     except OSError:
         font = ImageFont.load_default(SIZE)
     # The layout comes first, because it gives the height: (x, y, text, ink, tint, underlined).
