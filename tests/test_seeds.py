@@ -88,7 +88,7 @@ def test_a_seed_more_adds_to_the_experiment(experiment: Path) -> None:
     assert set(statuses(experiment).values()) == {"done"}
     plan = statuses(experiment, "--seeds", "3")
     new = [command for command in plan if command.endswith("--seed 2")]
-    assert len(new) == 6
+    assert len(new) == 7
     assert {plan[command] for command in new} == {"missing"}
     measured_once = {"rr eval --stage baseline", "rr eval --stage after_surgery"}
     assert {c for c, status in plan.items() if status == "stale"} == {"rr setup", *measured_once}
@@ -101,6 +101,7 @@ def test_what_is_stale_is_stale_with_the_seed_that_it_belongs_to(experiment: Pat
     assert plan.pop("rr train --mode recursive --seed 1") == "missing"
     stale = {command for command, status in plan.items() if status != "done"}
     assert stale == {
+        "rr eval --stage finetuned_recursive --choose-exit --seed 1",
         "rr eval --stage finetuned_recursive --seed 1",
         "rr train --mode vanilla --match-flops finetuned_recursive --seed 1",
         "rr eval --stage vanilla_equal_flops --seed 1",
@@ -133,7 +134,7 @@ def test_a_seed_more_that_is_interrupted_at_every_step_ends_as_if_it_had_been_th
     monkeypatch.setattr(cli, "_perform", one_step)
     first = written(tmp_path, ("finetuned_vanilla", "finetuned_recursive"))
     repeat("run", "--seeds", "2")
-    assert len(made) == 2 + 2 + 6  # what is measured once; the control of the first seed; the second seed
+    assert len(made) == 2 + 2 + 7  # what is measured once; the control of the first seed; the second seed
     assert said.count("going on with an earlier evaluation") == 2
     assert written(tmp_path, ("finetuned_vanilla", "finetuned_recursive")) == first
     for file in sorted((experiment / "eval_results").glob("*_results.json")):
@@ -194,4 +195,4 @@ def test_a_control_whose_flops_cannot_be_counted_is_left_out_and_all_else_is_don
     assert done.returncode == 0, done.stderr
     assert f"{control} is left out" in done.stderr
     assert "my_kernel" in done.stderr
-    assert done.stderr.count("done already") == 14
+    assert done.stderr.count("done already") == 16
