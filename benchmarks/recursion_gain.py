@@ -2,7 +2,7 @@
 
     python benchmarks/recursion_gain.py [--output DIR] [--ablations] [--shrunken] [options of rr run]
 
-`DIR/experiment` is made by `rr run --seeds 0,1,2` with the options given, and reported with the functions of
+`DIR/experiment` is made by `rr run --seeds 5` with the options given, and reported with the functions of
 `rr compare`. An experiment that is there goes on with its own options; one that is done is only reported. Folders
 beside it hold what is measured of its first seed alone:
 
@@ -45,10 +45,9 @@ from rrcli.services.compare import compare
 from rrcli.settings import CommonSettings, CompareSettings
 
 ANSWERS_ALONE = ("--skip-perplexity", "--skip-generation", "--skip-performance", "--exit", "none")
-# name -> what differs from the run; {middle} is the model's layers but the first and the last quarter.
+# name -> what differs from the run; {half} and {double} are of the cell's width.
 ABLATIONS: dict[str, dict[str, str]] = {
-    "span: middle": {"surgery.span": "{middle}"},
-    "max_steps 1": {"surgery.max_steps": "1"},
+    "max_steps 2": {"surgery.max_steps": "2"},
     "max_steps 4": {"surgery.max_steps": "4"},
     "no deep supervision": {"train.masked_weight": "0"},
     "cell of half the width": {"surgery.cell_width": "{half}"},
@@ -131,9 +130,7 @@ def ablate(experiment: Path, folder: Path, changes: Mapping[str, str]) -> Result
 def shape_of(experiment: Path) -> dict[str, str]:
     """Return what the ablations need to know of the model's shape."""
     config = load_config(Workspace(experiment, load(CommonSettings, experiment)).base()).get_text_config()
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    edge = max(1, layers // 4)
-    return {"middle": f"{edge}:{max(edge + 1, layers - edge)}", "half": str(hidden // 2), "double": str(2 * hidden)}
+    return {"half": str(config.hidden_size // 2), "double": str(2 * config.hidden_size)}
 
 
 def _results_file(folder: Path) -> Path:
@@ -154,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = options.output.resolve()
     experiment = output / "experiment"
     if not (experiment / SETTINGS_FILE).exists():
-        defaults = ("--seeds", "0,1", *SHRUNKEN) if options.shrunken else ("--seeds", "0,1,2")
+        defaults = ("--seeds", "0,1", *SHRUNKEN) if options.shrunken else ("--seeds", "5")
         given = [*defaults, *given]
     rr(experiment, "run", *given, changes={"costs.rounds": "1"} if options.shrunken else {})
     comparison = compare(load(CompareSettings, experiment), list(STAGES), experiment)

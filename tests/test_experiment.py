@@ -19,6 +19,7 @@ from rrcli.tracker import LAYOUT
 
 STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive")
 SMALL = {
+    "RR_SURGERY_MAX_STEPS": "2",
     "RR_TRAIN_STEPS": "6",
     "RR_TRAIN_BATCH_SIZE": "4",
     "RR_TRAIN_SAVE_INTERVAL": "2",
@@ -125,7 +126,7 @@ def test_a_second_run_does_nothing_and_a_changed_setting_redoes_what_depends_on_
     assert [step["status"] for step in plan] == ["done"] * 4 + ["stale"] * 6
     plan = json.loads(rr("run", "--dry-run", "--json", "--lr", "0.0003", folder=folder, **SMALL).stdout)["steps"]
     assert [step["status"] for step in plan] == ["stale"] + ["done"] * 3 + ["stale"] * 6
-    plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, **SMALL, RR_SURGERY_MAX_STEPS="1").stdout)[
+    plan = json.loads(rr("run", "--dry-run", "--json", folder=folder, **SMALL | {"RR_SURGERY_MAX_STEPS": "1"}).stdout)[
         "steps"
     ]
     assert [step["status"] for step in plan] == ["done", "done", *["stale"] * 2, "done", "done", *["stale"] * 4]

@@ -190,7 +190,7 @@ def test_the_shrunken_benchmark_goes_through_and_a_second_one_has_nothing_to_do(
     pytest.importorskip("matplotlib")
     command = [sys.executable, gain.__file__, "--shrunken", "--output", str(tmp_path)]
     first = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
-    for row in ("as it is, seed 1", "random feedback", "span: middle", "oracle", "FLOPs per new token, MFLOP ↓"):
+    for row in ("as it is, seed 1", "random feedback", "max_steps 2", "oracle", "FLOPs per new token, MFLOP ↓"):
         assert f"| {row} |" in first.stdout
     assert (tmp_path / "recursion_gain.png").is_file()
     assert (tmp_path / "recursion_gain_cost.png").is_file()

@@ -91,7 +91,7 @@ def test_stop_strings_are_typed_as_in_a_shell():
 def test_every_depth_is_recorded_and_equals_a_run_at_that_depth(default):
     model, tokenizer = default
     attach_random(model, 0.03)
-    data, settings = data_of(), EvalSettings(max_new_tokens=16)
+    data, settings = data_of(), EvalSettings(max_new_tokens=24)
     records = solve_problems(model, tokenizer, data, depth=2, settings=settings, reporter=Silent())
     assert len({tuple(record["outputs"]) for record in records if len(set(record["outputs"])) > 1}) > 1
     model.recursion.detach()
@@ -111,10 +111,10 @@ def test_every_depth_is_recorded_and_equals_a_run_at_that_depth(default):
 def test_a_stop_string_and_the_cap_are_told_apart(default):
     model, tokenizer = default
     data = data_of(8)
-    settings = EvalSettings(max_new_tokens=16)
+    settings = EvalSettings(max_new_tokens=24)
     for record in solve_problems(model, tokenizer, data, depth=0, settings=settings, reporter=Silent()):
         assert record["ended"] == [True]
-        assert record["length"][0] < 16
+        assert record["length"][0] < 24
     for record in solve_problems(
         model, tokenizer, data, depth=0, settings=EvalSettings(max_new_tokens=1), reporter=Silent()
     ):

@@ -14,9 +14,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
 from itertools import chain, islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from rrcli.errors import RRError, first_line
 
@@ -30,6 +31,8 @@ CONTEXT_LENGTHS = (8, 9, 10, 11, 32, 64)
 SILENT = ("bos_token", "eos_token", "pad_token", "cls_token", "sep_token")
 # The character that stands for bytes which are not (yet) a character.
 BROKEN = "\ufffd"
+# What `_marks_beginnings` found of a tokenizer.
+_MARKS_BEGINNINGS: MutableMapping[Any, bool] = WeakKeyDictionary()
 
 # -- ids of texts ------------------------------------------------------------------------------------------------------
 
@@ -121,12 +124,18 @@ def _own_words(tokenizer: Any) -> Iterator[str]:
 
 
 def _marks_beginnings(tokenizer: Any) -> bool:
-    """Tell whether a text at the beginning has other ids than the same text after another one."""
-    try:
-        alone = text_ids(tokenizer, PROBE)
-        return any(_after(tokenizer, before, PROBE) not in (None, alone) for before in BEFORE_PROBE)
-    except RRError:  # a tokenizer of words that it knows, which are the same everywhere
-        return False
+    """Tell whether a text at the beginning has other ids than the same text after another one.
+
+    A tokenizer is tried once: the five texts of the trial would cost more than an example of a small model's training.
+    """
+    if tokenizer not in _MARKS_BEGINNINGS:
+        try:
+            alone = text_ids(tokenizer, PROBE)
+            found = any(_after(tokenizer, before, PROBE) not in (None, alone) for before in BEFORE_PROBE)
+        except RRError:  # a tokenizer of words that it knows, which are the same everywhere
+            found = False
+        _MARKS_BEGINNINGS[tokenizer] = found
+    return _MARKS_BEGINNINGS[tokenizer]
 
 
 def _after(tokenizer: Any, before: str, piece: str) -> list[int] | None:

@@ -12,34 +12,47 @@ from typing import Any
 MODEL_DIR = Path(__file__).parent / "model"
 TEXT_FILE = Path(__file__).parent / "text.jsonl"
 
-# Pretraining used easy problems of each task: few steps.
+# What pretraining teaches: one and two steps of each rule, which one layer can do in one pass.
 PRETRAIN_TASKS = (
     "row_steps:min_steps=1,max_steps=1",
     "row_steps:min_steps=2,max_steps=2",
-    "rotate_matrix:min_n=2,max_n=2,min_rotations=0,max_rotations=3",
+    "row_shift:min_steps=1,max_steps=2",
 )
 
-# Evaluation and fine-tuning also use harder problems. Each further step of a row needs one more step of computation;
-# the last task only copies digits to other places, and is the control.
+# Evaluation and fine-tuning: what the model knows, twice as many steps, and the control, whose steps need no depth.
 TASKS = (
-    "row_steps:min_steps=2,max_steps=3",
-    "row_steps:min_steps=4,max_steps=4",
-    "rotate_matrix:min_n=2,max_n=2,min_rotations=0,max_rotations=3",
+    "row_steps:min_steps=1,max_steps=2",
+    "row_steps:min_steps=3,max_steps=4",
+    "row_shift:min_steps=3,max_steps=4",
 )
 
 # Values in place of the defaults that `rr setup` writes into rr.toml for the embedded model.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "surgery": {"max_steps": 1},
     "train": {
-        "steps": 600,
-        "batch_size": 128,
+        "steps": 900,
+        "batch_size": 32,
         "lr": 2e-3,
         "sidecar_lr": 2e-3,
-        "max_length": 64,
+        "max_length": 128,
+        "packing": True,
         "task_share": 0.8,
-        "masked_weight": 0.3,
+        "masked_weight": 0.1,
         "supervised_share": 1.0,
-        "eval_interval": 200,
+        "eval_interval": 450,
         "eval_samples": 16,
     },
-    "eval": {"problems": 250, "max_new_tokens": 16},
+    "eval": {"problems": 250, "max_new_tokens": 24},
 }
+
+
+def claims(*, equal_flops: bool) -> tuple[str, ...]:
+    """Return the primary claims of the embedded experiment.
+
+    Args:
+        equal_flops: whether it has the stage of vanilla training at equal FLOPs.
+    """
+    said = ["reasoning_accuracy: finetuned_recursive > finetuned_vanilla"]
+    if equal_flops:
+        said.append("reasoning_accuracy: finetuned_recursive > vanilla_equal_flops")
+    return (*said, "perplexity: finetuned_recursive < finetuned_vanilla + 2 %")

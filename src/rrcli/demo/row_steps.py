@@ -1,31 +1,34 @@
-"""The task `row_steps`: a row of cells after some steps of one simple rule, as a reasoning-gym generator.
+"""The tasks `row_steps` and `row_shift`: a row of cells after some steps of one rule, as reasoning-gym generators.
 
-In each step a cell becomes `far XOR (left OR cell)`, where `left` is its left neighbour and `far` the one before that;
-cells outside the row are 0. This is the elementary cellular automaton of rule 30, moved one cell to the right, so that
-a cell depends only on cells before it. One step needs a look at two neighbours; a cell after k steps depends on 2k + 1
-cells. A linear rule would be too easy, as several of its steps reduce to one: eight steps of rule 60 are one XOR.
+    row_steps   in each step a cell becomes its left neighbour plus its own square, modulo 3
+    row_shift   in each step a cell becomes its left neighbour: the control
+
+Cells outside the row are 0. So a cell depends only on cells before it, and after k steps on k + 1 of them. The square
+makes the first rule non-linear: its steps do not reduce to fewer, and each one more needs one more step of computation.
+The steps of the second rule add up to one look k cells back: as many steps, in the same form, that need no depth.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import register_dataset
 
-NAME = "row_steps"
-QUESTION = "Take {steps} steps of rule 30, moved one cell to the right, from: {row}"
+STATES = 3
+# Steps are counted in words: a digit would be one more cell to a model that finds what it reads by its token.
+COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass
-class RowStepsConfig:
+class RowConfig:
     """How many steps are asked for, and how many cells a row has."""
 
     min_steps: int = 1
-    max_steps: int = 6
-    length: int = 14
+    max_steps: int = 4
+    length: int = 20
     seed: int | None = None
     size: int = 500
 
@@ -35,21 +38,36 @@ class RowStepsConfig:
         assert self.length >= 2, "length must be at least 2"
 
 
-class RowStepsDataset(ProceduralDataset):  # type: ignore[misc]  # reasoning-gym has no types
-    """Problems by index. Only the whole row is right, written with spaces between its cells."""
+class Rows(ProceduralDataset):  # type: ignore[misc]  # reasoning-gym has no types
+    """Problems of one rule by index. Only the whole row is right, written with spaces between its cells."""
 
-    def __init__(self, config: RowStepsConfig) -> None:
+    name: ClassVar[str]
+    question: ClassVar[str]
+
+    def __init__(self, config: RowConfig) -> None:
         super().__init__(config=config, seed=config.seed, size=config.size)
+
+    @staticmethod
+    def step(left: int, cell: int) -> int:
+        """Return what a cell becomes in one step, given its left neighbour."""
+        raise NotImplementedError
+
+    @classmethod
+    def evolve(cls, row: list[int], steps: int) -> list[int]:
+        """Return the row after some steps."""
+        for _ in range(steps):
+            row = [cls.step(left, cell) for left, cell in zip([0, *row], row, strict=False)]
+        return row
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         """Return problem `idx`."""
         rng = random.Random(self.seed + idx)
         steps = rng.randint(self.config.min_steps, self.config.max_steps)
-        row = [rng.randrange(2) for _ in range(self.config.length)]
+        row = [rng.randrange(STATES) for _ in range(self.config.length)]
         return {
-            "question": QUESTION.format(steps=steps, row=_text(row)),
-            "answer": _text(evolve(row, steps)),
-            "metadata": {"source_dataset": NAME, "source_index": idx, "difficulty": {"steps": steps}},
+            "question": self.question.format(steps=COUNTS[steps], row=_text(row)),
+            "answer": _text(self.evolve(row, steps)),
+            "metadata": {"source_dataset": self.name, "source_index": idx, "difficulty": {"steps": steps}},
         }
 
     def score_answer(self, answer: str | None, entry: dict[str, Any]) -> float:
@@ -57,15 +75,33 @@ class RowStepsDataset(ProceduralDataset):  # type: ignore[misc]  # reasoning-gym
         return float(answer is not None and answer.split() == entry["answer"].split())
 
 
-def evolve(row: list[int], steps: int) -> list[int]:
-    """Return the row after some steps."""
-    for _ in range(steps):
-        row = [far ^ (left | cell) for far, left, cell in zip([0, 0, *row], [0, *row], row, strict=False)]
-    return row
+class RowSteps(Rows):
+    """A cell becomes its left neighbour plus its own square, modulo 3."""
+
+    name = "row_steps"
+    question = "Take {steps} steps of left plus square from: {row}"
+
+    @staticmethod
+    def step(left: int, cell: int) -> int:
+        """Return the left neighbour plus the cell's square, modulo 3."""
+        return (left + cell * cell) % STATES
+
+
+class RowShift(Rows):
+    """A cell becomes its left neighbour."""
+
+    name = "row_shift"
+    question = "Take {steps} steps of shift from: {row}"
+
+    @staticmethod
+    def step(left: int, cell: int) -> int:
+        """Return the left neighbour."""
+        return left
 
 
 def _text(row: list[int]) -> str:
     return " ".join(map(str, row))
 
 
-register_dataset(NAME, RowStepsDataset, RowStepsConfig)
+for rows in (RowSteps, RowShift):
+    register_dataset(rows.name, rows, RowConfig)

@@ -22,6 +22,7 @@ from rrcli.data.training_data import task_specs
 from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.held_out import held_out_data, problems_of
+from rrcli.experiment.planning import has_equal_flops
 from rrcli.experiment.replicates import refuse_one_seed
 from rrcli.experiment.workspace import Workspace
 from rrcli.files import back_up, make_folder, write_text
@@ -108,14 +109,15 @@ def _write_settings(directory: Path, given: Mapping[str, Mapping[str, Any]], ove
     if before is not None and not given:
         return path
     common, sections = given.get("common", {}), {name: v for name, v in given.items() if name != "common"}
+    # The file gets what was given on the command line; what the environment says is for this shell alone.
+    chosen = load(CommonSettings, directory, common, environment={}, use_file=not overwrite)
     changes: dict[str, Mapping[str, Any]] = {}
     if before is not None:
         changes |= {name: values for name, values in read_file(directory).items() if name != "common"}
     elif common.get("model", "default") == "default":
         changes |= defaults.SETTINGS
+        changes["compare"] = {"primary": defaults.claims(equal_flops=has_equal_flops(chosen))}
     changes |= {name: {**changes.get(name, {}), **values} for name, values in sections.items()}
-    # The file gets what was given on the command line; what the environment says is for this shell alone.
-    chosen = load(CommonSettings, directory, common, environment={}, use_file=not overwrite)
     text = write_file(chosen, changes)
     if text == before:
         return path
