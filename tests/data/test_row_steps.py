@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rrcli.data.tasks import Task
-from rrcli.demo.row_steps import COUNTS, RowShift, RowSteps
+from rrcli.demo.row_steps import COUNTS, RowAdd, RowShift, RowSteps
 from rrcli.errors import UsageError
 
 ROW = [1, 0, 2, 1, 0, 0, 2]
@@ -20,8 +20,9 @@ def test_a_cell_becomes_its_left_neighbour_plus_its_own_square():
     ]
 
 
-def test_the_control_looks_k_cells_back_however_many_steps_there_are():
+def test_steps_of_the_other_rules_add_up_to_one_look_and_to_one_sum():
     assert RowShift.evolve(ROW, 3) == [0, 0, 0, 1, 0, 2, 1]
+    assert RowAdd.evolve(ROW, 4) == [2, 1, 0, 2, 1, 1, 0]
 
 
 @pytest.mark.parametrize("rows", [RowSteps, RowShift])
@@ -34,7 +35,7 @@ def test_a_cell_depends_on_nothing_behind_it_and_on_one_cell_more_with_each_step
         assert changed[steps + 1 :] == same[steps + 1 :]
 
 
-@pytest.mark.parametrize("rows", [RowSteps, RowShift])
+@pytest.mark.parametrize("rows", [RowSteps, RowShift, RowAdd])
 def test_steps_add_up(rows):
     assert rows.evolve(rows.evolve(ROW, 2), 3) == rows.evolve(ROW, 5)
 
@@ -45,7 +46,7 @@ def test_the_rule_is_not_linear():
     assert RowSteps.evolve(doubled, 2) != [2 * cell % 3 for cell in RowSteps.evolve(ROW, 2)]
 
 
-@pytest.mark.parametrize(("name", "rows"), [("row_steps", RowSteps), ("row_shift", RowShift)])
+@pytest.mark.parametrize(("name", "rows"), [("row_steps", RowSteps), ("row_shift", RowShift), ("row_add", RowAdd)])
 def test_the_question_holds_steps_and_row_and_the_answer_follows_from_them(name, rows):
     for problem in Task(f"{name}:min_steps=2,max_steps=5,length=7").problems(40, 0, side="test"):
         steps = problem.entry["metadata"]["difficulty"]["steps"]

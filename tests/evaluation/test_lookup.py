@@ -95,9 +95,9 @@ def test_the_lookup_is_reported_beside_the_scores() -> None:
     entry = found["metrics"]["reasoning_accuracy_lookup"]
     assert entry["n"] == 9
     assert 0 <= entry["low"] <= entry["value"] <= entry["high"] <= 100
-    assert found["metrics"]["reasoning_accuracy_lookup/row_shift"]["n"] == 3
+    assert found["metrics"]["reasoning_accuracy_lookup/row_add"]["n"] == 3
     names = [metric.name for metric in metrics_of(found["metrics"]) if metric.compared]
-    assert names.index("reasoning_accuracy_lookup") == names.index("reasoning_accuracy/row_shift") + 1
+    assert names.index("reasoning_accuracy_lookup") == names.index("reasoning_accuracy/row_add") + 1
     validation = EvalData(tasks=tasks, problems=problems, side="validation")
     found = evaluate_model(model, tokenizer, validation, settings=settings)
     assert "reasoning_accuracy_lookup" not in found["metrics"]

@@ -30,7 +30,14 @@ from tools.demo_model.text import load_stories, save_stories, write_stories
 from tools.demo_model.tokenizer import CONTEXT, train_tokenizer
 
 STORIES = 4000
-TOKENIZER_PROBLEMS = 1500  # of each task in TASKS and PRETRAIN_TASKS
+# What the tokenizer learns from: problems of these tasks, so many of each.
+TOKENIZER_TASKS = (
+    *PRETRAIN_TASKS,
+    "row_steps:min_steps=1,max_steps=2",
+    "row_steps:min_steps=3,max_steps=4",
+    "row_shift:min_steps=3,max_steps=4",
+)
+TOKENIZER_PROBLEMS = 1500
 
 STEPS = 1000
 STORIES_PER_STEP, PROBLEMS_PER_STEP = 20, 57
@@ -97,12 +104,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def prompts_for_tokenizer(seed: int) -> Iterator[str]:
-    """Yield training problems of every task, easy and hard, with their answers, and rows of all digits.
+    """Yield training problems of TOKENIZER_TASKS with their answers, and rows of all digits.
 
     The tasks have three digits; with these rows, each of the ten is a token of its own after a space too.
     """
     yield from [" ".join(map(str, range(10)))] * TOKENIZER_PROBLEMS
-    for spec in dict.fromkeys(PRETRAIN_TASKS + TASKS):
+    for spec in TOKENIZER_TASKS:
         stream = Task(spec).stream(seed, limit=2 * TOKENIZER_PROBLEMS, side="train")
         for problem in islice(stream, TOKENIZER_PROBLEMS):
             yield f"{prompt_of(problem.question)} {problem.answer}"

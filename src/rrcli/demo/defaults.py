@@ -19,18 +19,18 @@ PRETRAIN_TASKS = (
     "row_shift:min_steps=1,max_steps=2",
 )
 
-# Evaluation and fine-tuning: what the model knows, twice as many steps, and the control, whose steps need no depth.
+# Evaluation and fine-tuning: what the model knows; twice as many steps; and the control, new as well, whose steps add up.
 TASKS = (
     "row_steps:min_steps=1,max_steps=2",
     "row_steps:min_steps=3,max_steps=4",
-    "row_shift:min_steps=3,max_steps=4",
+    "row_add:min_steps=3,max_steps=4",
 )
 
 # Values in place of the defaults that `rr setup` writes into rr.toml for the embedded model.
 SETTINGS: dict[str, dict[str, Any]] = {
     "surgery": {"max_steps": 1},
     "train": {
-        "steps": 800,
+        "steps": 600,
         "batch_size": 32,
         "lr": 2e-3,
         "sidecar_lr": 2e-3,
@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "task_share": 0.8,
         "masked_weight": 0.1,
         "supervised_share": 1.0,
-        "eval_interval": 400,
+        "eval_interval": 300,
         "eval_samples": 16,
     },
     "eval": {"problems": 250, "max_new_tokens": 24},

@@ -1,11 +1,13 @@
-"""The tasks `row_steps` and `row_shift`: a row of cells after some steps of one rule, as reasoning-gym generators.
+"""A row of cells after some steps of one rule, as three reasoning-gym generators.
 
     row_steps   in each step a cell becomes its left neighbour plus its own square, modulo 3
-    row_shift   in each step a cell becomes its left neighbour: the control
+    row_shift   in each step a cell becomes its left neighbour
+    row_add     in each step a cell becomes itself plus one, modulo 3
 
-Cells outside the row are 0. So a cell depends only on cells before it, and after k steps on k + 1 of them. The square
-makes the first rule non-linear: its steps do not reduce to fewer, and each one more needs one more step of computation.
-The steps of the second rule add up to one look k cells back: as many steps, in the same form, that need no depth.
+Cells outside the row are 0, so a cell depends on no cell after it. Under the first rule it depends on k + 1 cells after
+k steps. The square makes this rule non-linear: its steps do not reduce to fewer, and each one more needs one more step
+of computation. The steps of the other two add up: to one look k cells back, and to one sum. So `row_add` is a control:
+as many steps, in the same form, that need neither depth nor a further look.
 """
 
 from __future__ import annotations
@@ -99,9 +101,21 @@ class RowShift(Rows):
         return left
 
 
+class RowAdd(Rows):
+    """A cell becomes itself plus one, modulo 3."""
+
+    name = "row_add"
+    question = "Take {steps} steps of plus from: {row}"
+
+    @staticmethod
+    def step(left: int, cell: int) -> int:
+        """Return the cell plus one, modulo 3."""
+        return (cell + 1) % STATES
+
+
 def _text(row: list[int]) -> str:
     return " ".join(map(str, row))
 
 
-for rows in (RowSteps, RowShift):
+for rows in (RowSteps, RowShift, RowAdd):
     register_dataset(rows.name, rows, RowConfig)
