@@ -19,7 +19,7 @@ PRETRAIN_TASKS = (
     "row_shift:min_steps=1,max_steps=2",
 )
 
-# Evaluation and fine-tuning: what the model knows; twice as many steps; and the control, new as well, whose steps add up.
+# Evaluation and fine-tuning: what the model knows, twice as many steps, and the control, new too, whose steps add up.
 TASKS = (
     "row_steps:min_steps=1,max_steps=2",
     "row_steps:min_steps=3,max_steps=4",
