@@ -2,7 +2,7 @@
 
     python benchmarks/recursion_gain.py [--output DIR] [--ablations] [--shrunken] [options of rr run]
 
-`DIR/experiment` is made by `rr run --seeds 1,2,3,4,5` with the options given, and reported with the functions of
+`DIR/experiment` is made by `rr run --seeds 6,7,8,9,10` with the options given, and reported with the functions of
 `rr compare`. An experiment that is there goes on with its own options; one that is done is only reported. Folders
 beside it hold what is measured of its first seed alone:
 
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = options.output.resolve()
     experiment = output / "experiment"
     if not (experiment / SETTINGS_FILE).exists():
-        defaults = ("--seeds", "0,1", *SHRUNKEN) if options.shrunken else ("--seeds", "1,2,3,4,5")
+        defaults = ("--seeds", "0,1", *SHRUNKEN) if options.shrunken else ("--seeds", "6,7,8,9,10")
         given = [*defaults, *given]
     rr(experiment, "run", *given, changes={"costs.rounds": "1"} if options.shrunken else {})
     comparison = compare(load(CompareSettings, experiment), list(STAGES), experiment)

@@ -30,7 +30,7 @@ TASKS = (
 SETTINGS: dict[str, dict[str, Any]] = {
     "surgery": {"max_steps": 1},
     "train": {
-        "steps": 600,
+        "steps": 800,
         "batch_size": 32,
         "lr": 2e-3,
         "sidecar_lr": 2e-3,
@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "task_share": 0.8,
         "masked_weight": 0.1,
         "supervised_share": 1.0,
-        "eval_interval": 300,
+        "eval_interval": 400,
         "eval_samples": 16,
     },
     "eval": {"problems": 250, "max_new_tokens": 24},
