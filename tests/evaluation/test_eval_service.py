@@ -47,7 +47,7 @@ def test_the_share_of_a_file_that_is_evaluated_is_said(tmp_path):
 def test_problems_that_were_trained_on_are_not_evaluated(tmp_path):
     write(tmp_path / "train.jsonl", range(60))
     write(tmp_path / "test.jsonl", range(40, 90))
-    short = {"steps": 1, "batch_size": 1, "eval_interval": 0, "max_length": 32, "task_share": 1.0}
+    short = {"steps": 1, "batch_size": 1, "eval_interval": 0, "max_length": 64, "task_share": 1.0}
     train.train(TrainSettings(task=("train.jsonl",), **short), "vanilla", tmp_path, Silent())
 
     def evaluate(*specs: str) -> dict:

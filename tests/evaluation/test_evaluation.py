@@ -119,7 +119,7 @@ def test_every_depth_equals_a_run_at_that_depth():
 def test_the_embedded_model_has_learned_something(default):
     """Far below the vocabulary's size on text; above chance and below 100 % on problems it never saw."""
     model, tokenizer = default
-    settings = EvalSettings(problems=60, max_samples=60, max_new_tokens=16, skip_generation=True, skip_performance=True)
+    settings = EvalSettings(problems=60, max_samples=60, max_new_tokens=24, skip_generation=True, skip_performance=True)
     data = held_out_data(settings, rrcli_folder(), settings.problems, settings.max_samples)
     values = evaluate_model(model, tokenizer, data, settings=settings)["metrics"]
     assert values["perplexity"]["value"] < len(tokenizer) / 50

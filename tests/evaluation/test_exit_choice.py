@@ -136,7 +136,7 @@ def test_rules_that_lose_too_much_are_rarely_chosen() -> None:
 
 QUICK = {"RR_TRAIN_STEPS": "2", "RR_TRAIN_BATCH_SIZE": "2", "RR_TRAIN_EVAL_INTERVAL": "0", "RR_TRAIN_MAX_LENGTH": "64"}
 QUICK |= {"RR_EVAL_SKIP_REASONING": "1", "RR_EVAL_SKIP_GENERATION": "1", "RR_EVAL_SKIP_PERFORMANCE": "1"}
-QUICK |= {"RR_EVAL_MAX_SAMPLES": "8", "RR_EVAL_EXIT_LOSS": "20"}
+QUICK |= {"RR_EVAL_MAX_SAMPLES": "8", "RR_EVAL_EXIT_LOSS": "20", "RR_SURGERY_MAX_STEPS": "2"}
 RECURSIVE = Replicate("finetuned_recursive", 0)
 
 
