@@ -9,6 +9,7 @@ import rrcli
 from rrcli import files, schemas
 from rrcli.errors import RRError
 from rrcli.evaluation.relevance import relevance
+from rrcli.experiment import under_test
 from rrcli.reporting import Silent
 from rrcli.services import eval as service
 from rrcli.settings import EvalSettings
@@ -89,7 +90,8 @@ def test_a_stage_whose_weights_trained_is_measured_with_the_baseline(tmp_path):
 
 def test_the_stage_that_is_the_baseline_is_loaded_once(tmp_path, monkeypatch):
     loads, plain = [], service.load_for
-    monkeypatch.setattr(service, "load_for", lambda *a: loads.append(1) or plain(*a))
+    for module in (service, under_test):
+        monkeypatch.setattr(module, "load_for", lambda *a: loads.append(1) or plain(*a))
     settings = EvalSettings(
         max_samples=2, skip_perplexity=True, skip_reasoning=True, skip_performance=True, tensorboard=False
     )

@@ -46,6 +46,8 @@ def relevance(
             # Where there is no start token, the text's first token is left out of both terms.
             alone, scored = scored_after(tokenizer, text)
             prompt = encode_prompt(tokenizer, record["prompt"]) + text[: len(text) - len(scored)]
+            # Read again, a text may have more tokens than were generated: those beyond the context are not scored.
+            scored = scored[: context_length(model) - 1]
             gain = _log_likelihood(model, prompt, scored) - _log_likelihood(model, alone, scored) if scored else 0.0
             values.append(gain / max(1, len(scored)))
             progress.advance()
