@@ -41,7 +41,7 @@ RULES = (
 def default() -> tuple[Any, Any]:
     """Return the embedded model with a recursion that changes some tokens."""
     model, tokenizer = rrcli.load("default")
-    attach_random(model, 0.1)
+    attach_random(model, 0.03)
     return model, tokenizer
 
 

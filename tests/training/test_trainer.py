@@ -400,7 +400,7 @@ def test_a_loss_that_does_not_fall_is_seen(operated, monkeypatch, lr, seen):
 def test_a_learning_rate_that_is_too_high_is_seen(operated):
     """The warm-up is long, so the rate is harmless at first: the loss has a low point from which it can explode."""
     reporter = Silent()
-    settings = changed(run_name="wild", steps=40, batch_size=8, lr=0.06, warmup_steps=60, schedule="constant")
+    settings = changed(run_name="wild", steps=70, batch_size=8, lr=0.3, warmup_steps=600, schedule="constant")
     service.train(settings, "vanilla", operated, reporter, restart=True)
     assert [m for m in reporter.warnings if m.startswith("loss exploding")]
     assert math.isfinite(curve(operated, "wild")[-1])
