@@ -55,7 +55,7 @@ def save_folder(
     if own_weights:
         forget_quantisation(model)
         with saves_as_one(model):
-            model.save_pretrained(folder, **({"state_dict": dict(states[0])} if states else {}))
+            model.save_pretrained(folder, **({"state_dict": _once(model, states[0])} if states else {}))
         if states:  # the model trains in fp32
             model.config.dtype = next(iter(states[0].values())).dtype
             model.config.save_pretrained(folder)
@@ -77,12 +77,17 @@ def save_folder(
         if own_weights:
             refuse_adapter(folder)
             left_out = unsaved_tensors(model)
-            weights = states[0] if states else model.state_dict()
+            weights = _once(model, states[0]) if states else model.state_dict()
             _compare(weight_files(folder), {name: t for name, t in weights.items() if name not in left_out})
         read_manifest(folder)
     except RRError as error:
         hint = "Nothing was published; what was there before stays. Look at the disk; report the model's family."
         raise RRError(f"what was written is not what was to be saved: {error.message}", hint) from error
+
+
+def _once(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dictionary without the second names of tied tensors; put together, they no longer share memory."""
+    return {name: t for name, t in state.items() if name not in model.all_tied_weights_keys}
 
 
 def _compare(files: list[Path], expected: Mapping[str, Any]) -> None:
