@@ -73,6 +73,10 @@ def test_which_arrangements_there_are() -> None:
         "--parallel tp=2,ep=2",
         "--device-map auto",
     ]
+    trained = {phase: [str(w) for w in arrangements(operated("qwen3_moe")[0], 2) if w.trains(phase)] for phase in "abc"}
+    assert trained["a"][-1] == "--parallel tp=2,ep=2"
+    assert trained["b"][-1] == "--parallel fsdp=2,ep=2"
+    assert trained["c"][-1] == "--parallel fsdp=2"
     # No plan, and heads that eight devices cannot share.
     assert not any("tp" in str(way) for way in arrangements(operated("mamba2")[0], 2))
     assert not any("tp" in str(way) for way in arrangements(operated("llama")[0], 8))

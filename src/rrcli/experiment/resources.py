@@ -197,7 +197,7 @@ class Estimate:
         Args:
             room: bytes that may be filled; a batch that is scored is made smaller where it does not fit.
         """
-        for command, (model, trained) in self.trained.items() if arrangement.trains else ():
+        for command, (model, trained) in self.trained.items() if arrangement.trains(self.training.phase) else ():
             shared = self.training.gradient_accumulation * arrangement.batches
             rows = math.ceil(self.training.batch_size / shared)
             use = self.step(command, rows, self.deepest if command == RECURSIVE else 0)

@@ -54,6 +54,13 @@ class Parallel:
         """How many processes there are."""
         return self.fsdp * self.tp * self.replicas
 
+    def trains(self, phase: str) -> bool:
+        """Tell whether a phase can be trained in such parts.
+
+        Under tp each process holds a piece of every matrix, and adapters and optimiser need whole ones or rows of them.
+        """
+        return (phase == "a" or self.tp == 1) and (phase != "c" or self.ep == 1)
+
     def __str__(self) -> str:
         sizes = {item.name: getattr(self, item.name) for item in fields(self)}
         return ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1)

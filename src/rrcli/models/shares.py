@@ -58,15 +58,18 @@ class Arrangement:
         """How many parts the rows of a batch are shared out in."""
         return self.fsdp * self.replicas
 
+    def trains(self, phase: str) -> bool:
+        """Tell whether a phase can be trained so."""
+        return self.mapped == 1 and self._parallel.trains(phase)
+
     @property
-    def trains(self) -> bool:
-        """Whether it can train."""
-        return self.mapped == 1
+    def _parallel(self) -> Parallel:
+        return Parallel(self.fsdp, self.tp, self.ep, self.replicas)
 
     def __str__(self) -> str:
         if self.mapped > 1:
             return "--device-map auto"
-        given = str(Parallel(self.fsdp, self.tp, self.ep, self.replicas))
+        given = str(self._parallel)
         return f"--parallel {given}" if given else "one device"
 
 

@@ -170,14 +170,8 @@ def _check_shares(settings: TrainSettings, processes: Processes) -> None:
         )
     if parallel is None:
         return
-    if settings.phase != "a" and parallel.tp > 1:
-        raise UsageError(
-            f"phase {settings.phase} cannot be trained with --parallel {parallel}: each process would hold a piece of "
-            "every matrix, and adapters and optimiser need whole ones or rows of them",
-            "Take fsdp in place of tp, or --phase a.",
-        )
-    if settings.phase == "c" and parallel.ep > 1:
-        raise UsageError(f"phase c cannot be trained with --parallel {parallel}", "Take fsdp alone, or --phase a or b.")
+    if not parallel.trains(settings.phase):
+        raise UsageError(f"phase {settings.phase} cannot be trained with --parallel {parallel}", "Take fsdp alone.")
     if settings.phase == "c" and settings.histograms:
         raise UsageError("--histograms needs whole weights, each process has a part of them", "Leave it out.")
 
