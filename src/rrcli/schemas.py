@@ -139,6 +139,7 @@ class Shape(TypedDict):
     seed: int
     head_signals: NotRequired[bool]
     commit_margin: NotRequired[float | None]
+    relative_feedback: NotRequired[bool]
 
 
 class ChosenExit(TypedDict):

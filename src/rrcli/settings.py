@@ -11,7 +11,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from enum import Flag, auto
 from typing import Any, TypeVar
 
-from rrcli.recursion.config import LossWeights, RecursionConfig
+from rrcli.recursion.config import LossWeights, RecursionConfig, parse_span
 
 STAGES = ("baseline", "after_surgery", "finetuned_vanilla", "finetuned_recursive", "vanilla_equal_flops")
 
@@ -221,12 +221,30 @@ class SurgerySettings(CommonSettings):
     cell_width: int = option(
         0, "Inner width of the feedback cell; 0 = the model's hidden size.", reaches=SIDECAR, minimum=0
     )
+    relative_feedback: bool = option(
+        RecursionConfig.relative_feedback,
+        "Multiply the feedback, at each position, by the root mean square of the span's input: one --sidecar-lr then "
+        "means the same at every layer.",
+        reaches=SIDECAR,
+    )
     chunk_width: int = option(
         RecursionConfig.chunk_width,
         "Tokens that are drafted and refined together.",
         reaches=SIDECAR,
         minimum=1,
     )
+
+    @property
+    def recursion(self) -> RecursionConfig:
+        """The recursion that these options describe."""
+        return RecursionConfig(
+            max_steps=self.max_steps,
+            span=parse_span(self.span),
+            cell_width=self.cell_width or None,
+            chunk_width=self.chunk_width,
+            seed=self.seed,
+            relative_feedback=self.relative_feedback,
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from families import FAMILIES, MAX_STEPS, attached, build, hooks, tokens, uncached, wake
+from families import FAMILIES, MAX_STEPS, attached, build, cached, far, hooks, limit, tokens, uncached, wake
 from rrcli.errors import RRError, UsageError
 from rrcli.recursion import proof
 from rrcli.recursion.config import RecursionConfig, parse_span
@@ -172,7 +172,11 @@ def _forward_with_final(backbone, extra):
 
 
 def test_the_configuration_reads_back_what_it_wrote():
-    for config in (RecursionConfig(), RecursionConfig(max_steps=4, span=(2, 6), cell_width=8, chunk_width=4, seed=3)):
+    for config in (
+        RecursionConfig(),
+        RecursionConfig(max_steps=4, span=(2, 6), cell_width=8, chunk_width=4, seed=3),
+        RecursionConfig(relative_feedback=True),
+    ):
         assert RecursionConfig.from_dict(config.to_dict()) == config
     with pytest.raises(UsageError, match="max_step'"):
         RecursionConfig.from_dict({"max_step": 2})
@@ -193,3 +197,21 @@ def test_spans_are_read_as_written():
     for text in ("", "2", "2:", ":6", "a:b", "-1:3"):
         with pytest.raises(UsageError, match="span"):
             parse_span(text)
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba2", "qwen3_moe"])
+@torch.no_grad()
+def test_relative_feedback_is_the_feedback_times_the_inputs_root_mean_square(family):
+    model = build(family)
+    plain = uncached(model, tokens())
+    recursion = attach(model, RecursionConfig(max_steps=1, relative_feedback=True))
+    assert torch.equal(uncached(model, tokens()), plain)
+    wake(recursion)
+    inputs: list[torch.Tensor] = []
+    hook = recursion.layers[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    state = recursion.passes(tokens()).states[0]
+    hook.remove()
+    entry, second = inputs
+    scale = entry.pow(2).mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(second, entry + scale * recursion.cell(state, 1))
+    assert far(cached(model, tokens())[0], uncached(model, tokens())) < limit(model, tokens())

@@ -19,7 +19,6 @@ from rrcli.models.costs import OneToken, decode_one
 from rrcli.models.devices import Device
 from rrcli.models.footprint import Use, operate, prompted, scored_batch, training_step
 from rrcli.models.shares import Arrangement, held_by_each
-from rrcli.recursion.config import RecursionConfig, parse_span
 from rrcli.recursion.facts import context_length, vocabulary
 from rrcli.settings import EvalSettings, SurgerySettings, TrainSettings, with_changes
 
@@ -81,9 +80,7 @@ class Estimate:
     ) -> None:
         self.skeleton, self.device, self.efficiency = skeleton, device, efficiency
         self.surgery, self.training, self.evaluation = surgery, training, evaluation
-        self.config = RecursionConfig(
-            surgery.max_steps, parse_span(surgery.span), surgery.cell_width or None, surgery.chunk_width
-        )
+        self.config = surgery.recursion
         self.context, self.rows = context, rows
         self.dtype = str(skeleton.dtype).removeprefix("torch.")
         self.length = min(training.max_length, context_length(skeleton))

@@ -26,6 +26,8 @@ class RecursionConfig:
         head_signals: whether the boundary head also reads how sure a pass is; False for checkpoints that do not say.
         commit_margin: what the boundary head has learned to go on for: a gain of the next pass of more than this, in
             nats. Training notes it; None where there was none, or where the checkpoint does not say.
+        relative_feedback: whether the feedback is a share of the span's input: multiplied, at each position, by the
+            input's root mean square.
 
     Raises:
         UsageError: a value out of range.
@@ -38,6 +40,7 @@ class RecursionConfig:
     seed: int = 0
     head_signals: bool = True
     commit_margin: float | None = None
+    relative_feedback: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_steps <= MAX_STEPS_LIMIT:

@@ -305,9 +305,12 @@ class Recursion(nn.Module):
         # Layers may be on different devices; the sidecar is on that of the span's first layer.
         home = self.head.score.weight.device
         entry = entry.to(home)
+        scale = _root_mean_square(entry) if self.config.relative_feedback else None
         with self._forced(None), upstream.unrecorded():
             for step in range(frame.first, frame.depth + 1):
                 feedback = self.cell(hidden.to(home), step)
+                if scale is not None:
+                    feedback = feedback * scale
                 if frame.record is not None:
                     frame.record.feedback.append(_relative_norm(feedback, entry))
                 hidden = self._run(span, entry + feedback.to(entry.dtype), frame, step)
@@ -381,6 +384,11 @@ def _drawn(config: RecursionConfig, hidden: int) -> tuple[FeedbackCell, Boundary
     generator = torch.Generator().manual_seed(config.seed)
     cell = FeedbackCell(hidden, config.cell_width or hidden, config.max_steps, generator)
     return cell, BoundaryHead(hidden, generator, signals=config.head_signals)
+
+
+def _root_mean_square(hidden: Tensor) -> Tensor:
+    """Return the root mean square of each position, `[batch, position, 1]`, in fp32."""
+    return hidden.float().pow(2).mean(-1, keepdim=True).sqrt()
 
 
 def _relative_norm(feedback: Tensor, entry: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from rrcli.models.loading import load_for
 from rrcli.models.placement import read_placement
 from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import stamps
-from rrcli.recursion.config import RecursionConfig, parse_span
+from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.exits import exit_for
 from rrcli.reporting import Reporter, Silent
 from rrcli.schemas import CheckpointMetrics
@@ -338,8 +338,7 @@ def _fresh_recursion(
         return None
     if manifest is not None:
         raise RRError(f"{source.path} was trained without recursion", f"'{MAKERS['finetuned_recursive']}' adds it.")
-    shape = load(SurgerySettings, directory)
-    return RecursionConfig(shape.max_steps, parse_span(shape.span), shape.cell_width or None, shape.chunk_width)
+    return load(SurgerySettings, directory).recursion
 
 
 def _check_problems(

@@ -20,7 +20,7 @@ from rrcli.models.placement import read_placement
 from rrcli.models.saving import save_folder
 from rrcli.models.source import ModelSource
 from rrcli.models.weights import stamps
-from rrcli.recursion.config import RecursionConfig, parse_span
+from rrcli.recursion.config import RecursionConfig
 from rrcli.reporting import Reporter, Silent
 from rrcli.settings import SurgerySettings, with_changes
 from rrcli.training.launching import launch, launched
@@ -117,7 +117,7 @@ def surgery(
     processes.on_main(lock_and_sweep)
     if folder.exists() and not (overwrite or dry_run):
         raise RRError(f"{folder} exists already", "Use --overwrite to replace it.")
-    config = surgery_config(settings)
+    config = settings.recursion
     base_fingerprint = base.fingerprint()
     hashes = processes.decided(lambda: _hash(weights.files, reporter)) if hash_weights and not dry_run else None
 
@@ -172,17 +172,6 @@ def surgery(
         folder=None if dry_run else folder,
         export=None if dry_run else export,
         copied_files=copied,
-    )
-
-
-def surgery_config(settings: SurgerySettings) -> RecursionConfig:
-    """Return the recursion that the settings describe."""
-    return RecursionConfig(
-        max_steps=settings.max_steps,
-        span=parse_span(settings.span),
-        cell_width=settings.cell_width or None,
-        chunk_width=settings.chunk_width,
-        seed=settings.seed,
     )
 
 
