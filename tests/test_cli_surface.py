@@ -58,7 +58,7 @@ LOADING = MODEL | {"--device", "--dtype", "--parallel", "--device-map", "--max-m
 DATA = {"--data", "--text-field", "--on-bad-row", "--task", "--template-date"}
 LOGS = {"--log-dir", "--output-dir"}
 COMMON = LOADING | DATA | LOGS | {"--seeds", "--equal-flops", "--no-equal-flops"}
-SURGERY = {"--span", "--max-steps", "--cell-width", "--chunk-width"}
+SURGERY = {"--span", "--max-steps", "--cell-width", "--relative-feedback", "--no-relative-feedback", "--chunk-width"}
 TRAIN = (
     {"--phase", "--steps", "--batch-size", "--gradient-accumulation", "--lr", "--sidecar-lr", "--warmup-steps"}
     | {"--packing", "--no-packing", "--chat-template", "--no-chat-template"}
@@ -92,7 +92,7 @@ OWN = {
     | {"--choose-exit", "--no-choose-exit"},
     "costs": LOADING | DATA - {"--task"} | LOGS | {"--rounds"},
     "plan": MODEL
-    | SURGERY
+    | (SURGERY - {"--relative-feedback", "--no-relative-feedback"})
     | {"--data", "--text-field", "--task", "--dtype", "--seed", "--seeds", "--equal-flops", "--no-equal-flops"}
     | {"--gpus", "--device", "--context", "--rows", "--efficiency", "--phase", "--steps", "--batch-size"}
     | {"--train-max-length", "--train-max-steps", "--lora-rank", "--ema", "--gradient-accumulation"}
