@@ -80,6 +80,7 @@ RECIPE = {
     "train.save_interval": "75",
 }
 ALL, MIDDLE, UPPER, LAST = "all", "10:20", "10:30", "20:30"
+RELATIVE = {"surgery.relative_feedback": "1", "train.sidecar_lr": "1e-3"}
 # name -> what differs (the middle is that of the layers). `mode` is that of `rr train`; all others are options.
 RECIPES: dict[str, dict[str, str]] = {
     "vanilla": {"mode": "vanilla"},
@@ -90,13 +91,26 @@ RECIPES: dict[str, dict[str, str]] = {
     "all, no deep supervision": {"surgery.span": ALL, "train.sidecar_lr": "1e-4", "train.masked_weight": "0"},
     "middle": {"surgery.span": MIDDLE},
     "middle, sidecar lr 1e-2": {"surgery.span": MIDDLE, "train.sidecar_lr": "1e-2"},
-    "middle, two passes": {"surgery.span": MIDDLE, "surgery.max_steps": "2"},
+    "middle, two passes, no deep supervision": {
+        "surgery.span": MIDDLE,
+        "surgery.max_steps": "2",
+        "train.masked_weight": "0",
+    },
     "middle, no deep supervision": {"surgery.span": MIDDLE, "train.masked_weight": "0"},
     "middle, LoRA": {"surgery.span": MIDDLE, "train.phase": "b", "train.lr": "2e-3"},
     "last two thirds": {"surgery.span": UPPER},
     "last two thirds, no deep supervision": {"surgery.span": UPPER, "train.masked_weight": "0"},
+    "last two thirds, relative feedback": {"surgery.span": UPPER, **RELATIVE},
+    "last two thirds, relative feedback, no deep supervision": {
+        "surgery.span": UPPER,
+        "train.masked_weight": "0",
+        **RELATIVE,
+    },
+    "all, relative feedback, no deep supervision": {"surgery.span": ALL, "train.masked_weight": "0", **RELATIVE},
     "last two thirds, LoRA": {"surgery.span": UPPER, "train.phase": "b", "train.lr": "2e-3"},
+    "vanilla, LoRA": {"mode": "vanilla", "surgery.span": UPPER, "train.phase": "b", "train.lr": "2e-3"},
     "last third": {"surgery.span": LAST},
+    "last third, no deep supervision": {"surgery.span": LAST, "train.masked_weight": "0"},
 }
 # The options of `rr run` for the main part: what all trainings share, and the recipe (see smollm2_exploration.md).
 # chain_sum has too few test problems that are no near-twins for more than 120 of each of three seeds' own.
@@ -168,7 +182,8 @@ def recipe(name: str, changes: Mapping[str, str], folder: Path, *, model: str, p
     write_problems(folder)
     if not (folder / SETTINGS_FILE).exists():
         rr(folder, "setup", "--model", model, *(word for task in RECIPE_TASKS for word in ("--task", task)))
-    if mode == "recursive" and not (folder / "checkpoints" / "after_surgery").exists():
+    needs_surgery = mode == "recursive" or options.get("train.phase") == "b"
+    if needs_surgery and not (folder / "checkpoints" / "after_surgery").exists():
         rr(folder, "surgery", changes=options)
     rr(folder, "train", "--mode", mode, changes=options)
     found = validated(folder, f"finetuned_{mode}", problems=problems, name=name)

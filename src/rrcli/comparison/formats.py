@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-from rrcli.comparison.results import Cell, MetricRow
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rrcli.comparison.results import Cell, MetricRow
 
 # Widths of a narrow table: of the names of the metrics, and of the widest column of a stage.
 NARROW_LABEL, NARROW_WIDTH = 14, 15
