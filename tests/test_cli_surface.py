@@ -75,6 +75,7 @@ EVAL = (
     | {"--chat-template", "--no-chat-template", "--tensorboard", "--no-tensorboard"}
     | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "generation", "performance")}
 )
+EXPORTING = {"--trust-remote-code", "--no-trust-remote-code", "--seed", "--checkpoint-dir", "--output-dir"}
 COMPARE = {"--primary", "--margin", "--alpha", "--gate", "--gate-significant", "--no-gate-significant"}
 OWN = {
     "setup": COMMON | {"--overwrite"},
@@ -112,6 +113,7 @@ OWN = {
     | EVAL
     | COMPARE
     | {"--rounds", "--dry-run", "--train-max-length", "--eval-max-length", "--train-max-steps", "--train-chunk-width"},
+    "export": EXPORTING | {"--merge", "--overwrite"},
     "status": {"--checkpoint-dir", "--output-dir"},
 }
 SURFACE = {name: options | EVERYWHERE for name, options in OWN.items()}
@@ -134,9 +136,9 @@ def test_the_options_are_these(name: str) -> None:
     assert len(options) == len(set(options))
 
 
-def test_costs_and_compare_take_stages_and_generate_a_prompt_by_position() -> None:
+def test_what_is_given_by_position() -> None:
     arguments = [p.name for c in commands().values() for p in c.params if p.param_type_name == "argument"]
-    assert arguments == ["stages", "stages", "prompt"]
+    assert arguments == ["stages", "stages", "prompt", "name", "folder"]
 
 
 @pytest.mark.parametrize("name", SURFACE)

@@ -42,6 +42,8 @@ LOGS = ("log_dir", "output_dir")
 # How long a process that does not print an error waits for the one that does, in seconds: a launcher ends all processes
 # once one has ended.
 PATIENCE = 5.0
+# Of the commands that hand a model on.
+EXPORTING = ("trust_remote_code", "seed", "checkpoint_dir", "output_dir")
 TEXT = ("data", "text_field", "on_bad_row", "template_date")
 DATA = (*TEXT, "task")
 # The options of `rr run` that decide what an experiment takes.
@@ -292,7 +294,7 @@ class Context:
 
 # -- the commands ------------------------------------------------------------------------------------------------------
 
-EXPERIMENT, LOOK = "Run the experiment", "Look at the results"
+EXPERIMENT, LOOK, SHARE = "Run the experiment", "Look at the results", "Use the model elsewhere"
 
 
 @_command(EXPERIMENT, _flags(CommonSettings, None), writes=True)
@@ -522,6 +524,45 @@ def generate(
         return
     writer.end()
     ui.show_generation(result, trace=trace)
+
+
+@_command(SHARE, _flags(CommonSettings, EXPORTING))
+def export(
+    ctx: Context,
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Stage, name of a run, or folder of a checkpoint.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the LoRA adapters of a model without recursion to its weights.")
+    ] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Make a folder of a model that needs no other, for transformers, lm-eval and peft.
+
+    AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) loads it with its recursion, where rrcli is
+    installed. Weight files are hard links where they can be.
+    """
+    from rrcli.services import export as service
+
+    result = service.export(
+        ctx.load(CommonSettings), name, folder, ctx.directory, _reporter(),
+        overwrite=overwrite, merge=merge, comparison=_comparison_text(ctx),
+    )  # fmt: skip
+    if json:
+        ui.show_json("export", asdict(result))
+    else:
+        ui.show_exported(result)
+
+
+def _comparison_text(ctx: Context) -> str:
+    """Return the comparison of what was measured as Markdown; '' where there is none."""
+    from rrcli.services import compare as comparing
+
+    loaded = replace(ctx.load(settings.CompareSettings), generations=False, report="", gate=())
+    try:
+        return ui.comparison_text(comparing.compare(loaded, [], ctx.directory), "markdown")
+    except RRError:
+        return ""
 
 
 @_command(LOOK, _flags(settings.BoardSettings, ("log_dir",)))

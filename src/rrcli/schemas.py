@@ -317,6 +317,7 @@ class Manifest(TypedDict):
     recursion: Shape | None
     lora: NotRequired[bool]
     exit: NotRequired[ChosenExit]
+    base_class: NotRequired[str]
 
 
 class ExitPoint(TypedDict):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rrcli.services.board import Board, Found
     from rrcli.services.costs import CostsResult
     from rrcli.services.eval import EvalResult
+    from rrcli.services.export import ExportResult
     from rrcli.services.generate import GenerateResult
     from rrcli.services.plan import PlanResult
     from rrcli.services.setup import SetupResult
@@ -379,6 +380,16 @@ def _duration(seconds: float) -> str:
 def show_export(folder: Any) -> None:
     """Say where the folder that stands alone is, and how to load it."""
     out().print(f"Export: [bold]{escape(str(folder))}[/bold] (stock from_pretrained: the base; rrcli.load: recursive)")
+
+
+def show_exported(result: ExportResult) -> None:
+    """Say what a folder that stands alone holds, and how it is loaded."""
+    trust = ", trust_remote_code=True" if result.recursive else ""
+    out().print(f"Export: [bold]{escape(str(result.folder))}[/bold] ({_bytes(result.bytes)})", soft_wrap=True)
+    loaded = f'AutoModelForCausalLM.from_pretrained("{result.folder}"{trust})'
+    out().print(f"In Python: {escape(loaded)}", soft_wrap=True)
+    if result.adapters is not None:
+        out().print(f"Adapters for peft: {escape(str(result.adapters))}", soft_wrap=True)
 
 
 def show_eval(result: EvalResult) -> None:

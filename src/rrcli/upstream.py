@@ -29,6 +29,7 @@ need. It is found by signature, type or trial, never by a version number. What h
     an event file that may fail                   the file of TensorBoard's writer           the command ends with it
     weights that are read in parts                transformers' `DistributedConfig`            RRError
     fused weights that are read in parts          transformers' loader of weights              RRError
+    code that comes with a model's folder         `get_class_from_dynamic_module`            RRError
     a GGUF model that can be saved                `hf_quantizer`, `quantization_config`      transformers' own error
     reading back what was saved                   `_keys_to_ignore_on_save` of a model       RRError if it has any
 
@@ -232,6 +233,27 @@ def can_be_taken_back(cache: Any) -> bool:
 
 def _is_plain(cache: Any) -> bool:
     return isinstance(cache, DynamicCache) and type(cache).__name__ == DynamicCache.__name__
+
+
+def remote_class(reference: str, folder: Any, **hub: Any) -> Any:
+    """Return a model class from the code in a model's folder, as `AutoModelForCausalLM` would load it.
+
+    Args:
+        reference: its name in `auto_map`, such as `modeling_x.XForCausalLM`. hub: where and which, as for
+            `from_pretrained`.
+
+    Raises:
+        RRError: this transformers cannot.
+    """
+    try:
+        load = import_module("transformers.dynamic_module_utils").get_class_from_dynamic_module
+        with_generation = import_module("transformers.models.auto.auto_factory").add_generation_mixin_to_remote_model
+    except (ImportError, AttributeError) as error:
+        raise RRError(
+            f"the class {reference} of {folder} cannot be loaded with this transformers: {error}",
+            "Install a version of transformers that rr was tested with.",
+        ) from error
+    return with_generation(load(reference, folder, **hub))
 
 
 # -- transformers: the layers of a cache -------------------------------------------------------------------------------

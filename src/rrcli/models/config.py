@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rrcli.errors import RRError, first_line
+from rrcli.models.manifest import base_auto_map
 from rrcli.models.source import ModelSource
 
 
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """Load a model's configuration.
+    """Load a model's configuration; that of an export names the class of its base, not the code of the export.
 
     Raises:
         RRError: it cannot be read, or its code would have to be trusted.
@@ -18,9 +19,12 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
 
     quiet()
     try:
-        return AutoConfig.from_pretrained(**source.from_pretrained_arguments(), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(**source.from_pretrained_arguments(), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise unreadable(source, "configuration", error) from error
+    if getattr(config, "auto_map", None):
+        config.auto_map = base_auto_map(config.auto_map, source.manifest)
+    return config
 
 
 def unreadable(source: ModelSource, what: str, error: BaseException) -> RRError:

@@ -9,13 +9,13 @@ from typing import Any
 
 from rrcli.errors import RRError, UsageError, first_line
 from rrcli.files import MANIFEST, SIDECAR, safetensors_header
-from rrcli.models.config import quiet, unreadable
+from rrcli.models.config import load_config, quiet, unreadable
 from rrcli.models.fitting import arrangement, expanded, need, refuse_misfit, surely_fits, where_layers_lie
 from rrcli.models.inspection import inspect_weights
-from rrcli.models.manifest import compare_hashes
+from rrcli.models.manifest import MODELLING_FILE, compare_hashes
 from rrcli.models.placement import Parallel, Placement, read_placement
 from rrcli.models.source import ModelSource, base_of, resolve
-from rrcli.models.weights import weight_files
+from rrcli.models.weights import adapter_folder, weight_files
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.exits import ExitRule
 from rrcli.reporting import Reporter
@@ -76,14 +76,24 @@ def load(
     translate(model)
     carries_tokenizer = source.path.is_dir() and (source.path / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(source if carries_tokenizer else base, trust_remote_code=trust_remote_code)
-    if manifest and manifest["recursion"]:
-        recursion = load_sidecar(model, source.path, RecursionConfig.from_dict(manifest["recursion"]))
+    if manifest:
+        equip(model, source.path, manifest)
+    return model, tokenizer
+
+
+def equip(model: Any, folder: Path, manifest: dict[str, Any]) -> None:
+    """Attach the recursion and the adapters in a folder of rr to its base model, with the exit that was chosen.
+
+    Raises:
+        RRError: a file is missing or broken, or does not fit the model.
+    """
+    if manifest["recursion"]:
+        recursion = load_sidecar(model, folder, RecursionConfig.from_dict(manifest["recursion"]))
         recursion.exit = ExitRule.from_dict(manifest["exit"]) if "exit" in manifest else None
-    if manifest and manifest.get("lora"):
+    if manifest.get("lora"):
         from rrcli.recursion.lora import load_lora
 
-        load_lora(model, source.path).model.eval()
-    return model, tokenizer
+        load_lora(model, adapter_folder(folder)).model.eval()
 
 
 def load_for(
@@ -271,6 +281,10 @@ def _read_weights(source: ModelSource, dtype: Any, trust_remote_code: bool, **op
 
     quiet()
     weight_files(source.path)
+    if (source.path / MODELLING_FILE).is_file():  # an export: its recursion is attached here, not by its own code
+        options["config"] = load_config(source, trust_remote_code=trust_remote_code)
+    if source.manifest:  # its adapters too: transformers looks for some in this folder, which is not there
+        options["adapter_kwargs"] = {"subfolder": "none"}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source.from_pretrained_arguments(),
@@ -289,4 +303,6 @@ def _read_weights(source: ModelSource, dtype: Any, trust_remote_code: bool, **op
             f"{source.path} lacks {len(absent)} tensors, among them {absent[0]}; they would be random",
             "Download or copy the model again.",
         )
+    if source.manifest:
+        vars(model).pop("generate", None)  # which is the code of an export
     return model

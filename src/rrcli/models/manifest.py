@@ -7,11 +7,12 @@ weights    "base": the folder refers to its base model; "own": it has all weight
 recursion  the recursion's configuration, or null
 lora       whether the folder has adapters of peft; false where the key is missing
 exit       the exit rule that was chosen for it (rule, threshold); every pass is run where the key is missing
+base_class in an export of a model that brings its own code: its class, as `auto_map` of its config.json named it
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from rrcli.models.weights import weight_files
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.exits import ExitRule
 from rrcli.schemas import Base, CheckpointMetrics, ChosenExit, ExitChoice, Manifest
+
+# The code in an export that transformers runs, with `trust_remote_code`, to attach the recursion.
+MODELLING_FILE, MODELLING_CLASS = "modeling_rr.py", "RecursiveForCausalLM"
+AUTO_MODEL, AUTO_CLASS = "AutoModelForCausalLM", f"{MODELLING_FILE.removesuffix('.py')}.{MODELLING_CLASS}"
 
 HINT = "Make the folder again with 'rr surgery' or 'rr train', or read it with the version of rr that wrote it."
 
@@ -50,6 +55,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         except UsageError as error:
             raise RRError(f"{path} holds no exit rule: {error}", HINT) from error
     return dict(manifest)
+
+
+def base_auto_map(auto_map: Mapping[str, str], manifest: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return `auto_map` of a configuration without the code of an export: with the class of its base, if that has one.
+
+    So a loader that attaches the recursion itself gets the base model from transformers.
+    """
+    if auto_map.get(AUTO_MODEL) != AUTO_CLASS:
+        return dict(auto_map)
+    own = (manifest or {}).get("base_class")
+    return {name: value for name, value in auto_map.items() if name != AUTO_MODEL} | ({AUTO_MODEL: own} if own else {})
 
 
 def write_exit(folder: Path, choice: ExitChoice | None) -> None:

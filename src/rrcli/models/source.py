@@ -165,6 +165,11 @@ def _cached_snapshot(folder: Path) -> Path:
     return folder / "snapshots" / revision
 
 
+def is_hub_id(recorded: str) -> bool:
+    """Tell whether what a manifest records is an id of the hub, and neither a path nor the embedded model."""
+    return recorded.count("/") == 1 and not recorded.startswith((".", "/", "~"))
+
+
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf")
 

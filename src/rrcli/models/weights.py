@@ -25,6 +25,9 @@ from rrcli.schemas import Stamps, WeightIndex
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Where an export keeps adapters that belong to the passes of a recursion: beside a model's weights, transformers would
+# add them to every pass.
+ADAPTER_FOLDER = "adapter"
 NAMED = "transformers_weights"
 AGAIN = "Download or copy the folder again."
 
@@ -99,7 +102,14 @@ def behaviour_files(source: Path) -> list[Path]:
         return [source.with_name(name) for name in names if source.with_name(name).is_file()]
     index = weight_index(source)
     found = [path for path in source.iterdir() if path == index or _is_read(path.name)]
+    found += [source / ADAPTER_FOLDER / ADAPTER_CONFIG] if (source / MANIFEST).is_file() else []
     return sorted(path for path in [*found, *(source / TEMPLATES).glob("*.jinja")] if path.is_file())
+
+
+def adapter_folder(source: Path) -> Path:
+    """Return where a folder of rr keeps its adapters: itself, or a folder in an export of a recursive model."""
+    inner = source / ADAPTER_FOLDER
+    return inner if (inner / ADAPTER_CONFIG).is_file() else source
 
 
 def refuse_adapter(source: Path) -> None:
@@ -193,7 +203,8 @@ def written_since(recorded: Stamps | None, *sources: Path) -> str:
 
 def _own_weights(source: Path) -> list[Path]:
     """Return the files that hold weights of a source itself; in a folder of rr also its sidecar and adapters."""
-    extra = [source / name for name in (SIDECAR, ADAPTER_WEIGHTS) if (source / MANIFEST).is_file()]
+    names = (SIDECAR, ADAPTER_WEIGHTS, f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}")
+    extra = [source / name for name in names if (source / MANIFEST).is_file()]
     return [*weight_paths(source), *(path for path in extra if path.is_file())]
 
 

@@ -90,6 +90,14 @@ class Lora:
                 setattr(self.model.get_submodule(parent), child, module.base_layer)
         del self.model.peft_config, self.model.__dict__["lora"]
 
+    def merge(self) -> None:
+        """Add the adapters to the weights, which stay, and put the model's own modules back; for those always on."""
+        assert self.always
+        for adapted in self._of_layer.values():
+            for module in adapted:
+                module.merge(safe_merge=True)
+        self.remove()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the adapters' weights under the names that peft gives them in a file."""
         state_dict = upstream.peft_function("get_peft_model_state_dict")

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrcli.errors import CheckFailed, RRError, first_line
+from rrcli.data.tokens import end_tokens
+from rrcli.errors import CheckFailed, RRError, UsageError, first_line
 from rrcli.experiment.identity import surgery_inputs
+from rrcli.experiment.model_card import Card
 from rrcli.experiment.replicates import refuse_one_seed
-from rrcli.experiment.workspace import Workspace
+from rrcli.experiment.workspace import SURGERY_STAGE, Workspace
 from rrcli.files import METRICS_FILE, SCHEMA, publish_folder, sha256, sweep, write_json
 from rrcli.locks import holding, lock
-from rrcli.models.export import check_target, fill
+from rrcli.models.export import Content, check_target, fill
 from rrcli.models.inspection import inspect_weights
 from rrcli.models.loading import load_for, load_tokenizer
+from rrcli.models.manifest import read_manifest
 from rrcli.models.placement import read_placement
 from rrcli.models.saving import save_folder
 from rrcli.models.source import ModelSource
@@ -105,6 +108,11 @@ def surgery(
     if base.manifest and base.manifest["recursion"]:
         raise RRError(f"the base model {base.name} has a recursion already", "Operate on the model it was made from.")
     _check_output(folder, base)
+    if export is not None and base.is_gguf:
+        raise UsageError(
+            f"--export needs a model folder, {base.name} is a GGUF file",
+            f"'rr export {SURGERY_STAGE} DIR' converts it.",
+        )
     if export is not None:
         check_target(export, base, folder, overwrite=overwrite or dry_run)
     targets = [] if dry_run else [folder, *([export] if export is not None else [])]
@@ -148,7 +156,15 @@ def surgery(
             written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
             if export is not None:
                 alone = stack.enter_context(publish_folder(export, overwrite=overwrite))
-                copied = fill(alone, base, weights.files, target)
+                card = Card(
+                    title=export.name,
+                    base=base.name if base.hub else base.path.name,
+                    hub_base=base.name if base.hub else None,
+                    manifest=read_manifest(target),
+                    training={},
+                )
+                ends, hub_base = end_tokens(model, tokenizer), base.name if base.hub else None
+                copied = fill(alone, Content(base.path, base.path, target, ends, card.text(), hub_base))
         return written, copied
 
     written, copied = processes.decided(publish) if not dry_run else (0, 0)
