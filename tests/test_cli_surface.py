@@ -68,11 +68,12 @@ TRAIN = (
     | {"--eval-interval", "--eval-samples", "--save-interval", "--keep", "--load-best", "--no-load-best"}
     | {"--final-weight", "--masked-weight", "--halt-weight", "--ponder-weight", "--stability-weight"}
     | {"--supervised-share", "--commit-margin", "--lora-rank", "--lora-alpha"}
+    | {"--lora-experts", "--no-lora-experts"}
 )
 EVAL = (
     {"--stride", "--max-samples", "--problems", "--max-new-tokens", "--batch-tokens", "--depth", "--exit"}
     | {"--exit-loss", "--num-fewshot", "--stop", "--prompts", "--harness", "--samples", "--temperature"}
-    | {"--chat-template", "--no-chat-template", "--tensorboard", "--no-tensorboard"}
+    | {"--chat-template", "--no-chat-template", "--tensorboard", "--no-tensorboard", "--num-processes"}
     | {f"--{no}skip-{part}" for no in ("", "no-") for part in ("perplexity", "reasoning", "generation", "performance")}
 )
 EXPORTING = {"--trust-remote-code", "--no-trust-remote-code", "--seed", "--checkpoint-dir", "--output-dir"}
@@ -97,6 +98,7 @@ OWN = {
     | {"--data", "--text-field", "--task", "--dtype", "--seed", "--seeds", "--equal-flops", "--no-equal-flops"}
     | {"--gpus", "--device", "--context", "--rows", "--efficiency", "--phase", "--steps", "--batch-size"}
     | {"--train-max-length", "--train-max-steps", "--lora-rank", "--ema", "--gradient-accumulation"}
+    | {"--lora-experts", "--no-lora-experts"}
     | {"--gradient-checkpointing", "--no-gradient-checkpointing", "--packing", "--no-packing", "--task-share"}
     | {"--supervised-share", "--eval-interval", "--eval-samples", "--problems", "--max-samples", "--eval-max-length"}
     | {"--max-new-tokens", "--batch-tokens", "--samples"}
@@ -219,7 +221,7 @@ def test_an_option_of_several_stages_is_alike_in_all_of_them() -> None:
             if name is not None:
                 found.setdefault(name, []).append(item)
     joined = {name: items for name, items in found.items() if len(items) > 1}
-    assert set(joined) == {"chat_template"}
+    assert set(joined) == {"chat_template", "num_processes"}
     for items in joined.values():
         assert len({(item.type, item.default, item.metadata["choices"]) for item in items}) == 1
     assert not found.keys() & {item.name for item in own_fields(CommonSettings)}

@@ -53,6 +53,7 @@ PLANNED = (
     *(
         "train_max_steps",
         "lora_rank",
+        "lora_experts",
         "ema",
         "gradient_accumulation",
         "gradient_checkpointing",
@@ -443,6 +444,8 @@ def _eval_exits(ctx: Context, loaded: settings.EvalSettings, stage: str, model: 
     command = f"rr eval --stage {one.stage}{one.flag}" + (f" --model {model}" if model else "")
     if not loaded.exits:
         chosen = choose_exit(loaded, stage, ctx.directory, _reporter(), model=model)
+        if not speaks():
+            return
         if json:
             ui.show_json("exit", chosen.to_dict())
         else:

@@ -349,6 +349,14 @@ class TrainSettings(CommonSettings):
     lora_alpha: int = option(
         32, "Scale of the adapters: alpha / rank.", reaches=WEIGHTS, only="lora", panel=LORA, minimum=1
     )
+    lora_experts: bool = option(
+        False,
+        "Adapt the experts of a mixture too, with adapters of this rank for each expert; without it they stay as they "
+        "are.",
+        reaches=WEIGHTS,
+        only="lora",
+        panel=LORA,
+    )
     final_weight: float = option(
         LossWeights.final,
         "Weight of final_ce, the cross-entropy of the last pass.",
@@ -580,6 +588,14 @@ class EvalSettings(CommonSettings):
     )
     tensorboard: bool = option(True, "Log the results to TensorBoard.", reaches=NOTHING, panel=PARTS)
     batch_tokens: int = option(8192, "Tokens per batch.", reaches=NUMBERS | EXIT, panel=COMPUTE, minimum=1)
+    num_processes: int = option(
+        1,
+        "Processes that share out documents and problems, one GPU for each, with the whole model in each; the results "
+        "are those of one. torchrun and accelerate launch set it themselves.",
+        reaches=NOTHING,
+        panel=COMPUTE,
+        minimum=1,
+    )
 
 
 @dataclass(frozen=True)

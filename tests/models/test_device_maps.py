@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 from families import build, tokens, wake
+from operating import skeleton_of
 from rrcli.demo.defaults import MODEL_DIR
 from rrcli.errors import RRError, UsageError
-from rrcli.models import fitting
+from rrcli.models import costs, fitting
 from rrcli.models.loading import load
 from rrcli.models.placement import Parallel, Placement, read_placement
+from rrcli.models.shares import Arrangement, held_by_each
 from rrcli.models.source import ModelSource
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
@@ -146,18 +149,32 @@ def test_a_training_that_does_not_fit_is_refused_with_gradients_and_optimiser(tm
     monkeypatch.setattr(fitting, "_total", lambda _: 300_000)
     with pytest.raises(RRError, match="does not fit: a process that has all of it needs at least") as error:
         load(folder, device="cpu", placement=Placement(offload=False), trains=True)
-    assert "their gradients 0.165 MiB, fp32 weights and AdamW's state 0.496 MiB" in error.value.message
-    assert error.value.hint == "What would fit: --parallel fsdp=4, or --phase b."
+    assert re.search(r"its weights take 0.165 MiB in fp32, their gradients \S+ MiB, AdamW's state", error.value.message)
+    assert error.value.hint == "What would fit: --parallel fsdp=16, or --phase b."
     load(folder, device="cpu", placement=Placement(offload=False))  # frozen, it fits
 
 
-def test_what_each_process_needs_is_its_share_the_ends_and_a_layer() -> None:
-    need = fitting.Need(weights=1000, largest=100, whole=50, trained=0)
-    assert need.on_each(None) == 1000
-    assert need.on_each(Parallel(fsdp=4)) == 250 + 50 + 100
-    assert need.on_each(Parallel(fsdp=2, tp=2, replicas=2)) == 250 + 50 + 100
-    trained = fitting.Need(weights=1000, largest=100, whole=50, trained=500)
-    assert trained.on_each(Parallel(fsdp=4)) == 500 * 16 // 4 + 50 + 100
+def test_what_each_process_needs_is_what_rr_plan_says() -> None:
+    config = RecursionConfig(max_steps=2)
+    frozen, trained = (fitting.need(skeleton_of("llama"), config=config, trains=trains) for trains in (False, True))
+    for found in (frozen, trained):
+        held = held_by_each(found.model, found.trained, Arrangement(fsdp=4))
+        weights = held.weights
+        states = weights.sidecar + weights.gradients + weights.optimiser
+        assert found.on_each(Parallel(fsdp=4)) == weights.base + states + held.together
+        assert found.on_each(Parallel(fsdp=4)) < found.on_each(Parallel(fsdp=2)) < 2 * found.on_each(None)
+    assert len(frozen.caches) == 3
+    assert 3 < trained.on_each(None) / frozen.on_each(None) < 4.2
+
+
+def test_a_family_that_cannot_run_on_shapes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> Any:
+        raise ValueError("no values here")
+
+    monkeypatch.setattr(costs, "measure", fail)
+    found = fitting.need(skeleton_of("llama"), config=RecursionConfig())
+    assert "its caches are not known: a 'llama' model cannot be run on shapes alone: no values here" in str(found)
+    assert found.on_each(None) > 0
 
 
 def test_the_size_of_weights_is_known_from_their_headers(tmp_path: Path) -> None:

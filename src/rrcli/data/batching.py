@@ -9,10 +9,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from rrcli.data.dealing import ALONE, Team
 from rrcli.errors import RRError
 from rrcli.recursion.batch import IGNORED, Batch
 from rrcli.recursion.families import input_device
-from rrcli.recursion.parts import agreed, others_wait
+from rrcli.recursion.parts import others_wait
 from rrcli.reporting import Reporter
 
 # The largest batch that pays off on a CPU, in tokens: activations of larger ones no longer fit into its caches.
@@ -85,8 +86,10 @@ def halving(
     return halving(run, batch[:middle], too_large) + halving(run, batch[middle:], too_large)
 
 
-def affordable(model: Any, budget: int, bytes_per_token: int, reporter: Reporter) -> int:
+def affordable(model: Any, budget: int, bytes_per_token: int, reporter: Reporter, *, team: Team = ALONE) -> int:
     """Return a budget of tokens that pays off on a CPU and takes at most half of its available memory.
+
+    A team takes the least budget of its processes, so that all cut the same batches.
 
     On other devices the budget stays: a GPU raises an error when it is out of memory, which can be handled, whereas on
     a CPU the system kills a process that takes too much.
@@ -94,7 +97,7 @@ def affordable(model: Any, budget: int, bytes_per_token: int, reporter: Reporter
     if input_device(model).type != "cpu":
         return budget
     budget = min(budget, CPU_TOKENS)
-    available = agreed(model, psutil.virtual_memory().available)
+    available = min(team.gather(psutil.virtual_memory().available))
     lowered = budget
     while lowered > 1 and lowered * bytes_per_token > available // 2:
         lowered //= 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rrcli.data.dealing import ALONE, Team
 from rrcli.data.prompts import stop_strings
 from rrcli.data.rendering import encode_question, question_text
 from rrcli.data.splits import content_hash
@@ -12,7 +13,7 @@ from rrcli.data.tasks import Problem
 from rrcli.data.tokens import encode_prompt
 from rrcli.errors import CheckFailed, RRError, UsageError
 from rrcli.evaluation import metrics
-from rrcli.evaluation.decoding import decode, room_for
+from rrcli.evaluation.decoding import Decoded, decode, room_for
 from rrcli.evaluation.exit_answers import Answers
 from rrcli.evaluation.held_out import EvalData
 from rrcli.evaluation.judging import judge
@@ -39,12 +40,14 @@ def solve_problems(
     reporter: Reporter,
     log: SampleLog | None = None,
     exit: ExitRule | None = None,
+    team: Team = ALONE,
 ) -> list[dict[str, Any]]:
     """Answer every problem greedily at every depth up to `depth` and let its task score the answer.
 
     Args:
         depth: the last depth that is measured; a model without a recursion has depth 0 alone.
         exit: a rule whose answers are judged too, as if it were one more depth.
+        team: the processes among which the problems are dealt out.
 
     Returns:
         Records with the problem and its prompt, and lists with an entry per depth: `outputs`, `extracted` (what was
@@ -84,6 +87,11 @@ def solve_problems(
         for span, current in rounds:
             skip = min(len(span), max(0, len(entries) - begin))
             begin += len(span)
+
+            def judged(answer: Decoded, first: int = span.start) -> dict[str, Any]:
+                problem = data.problems[first + answer.number]
+                return vars(judge(tasks[problem.task], problem, answer.text))
+
             for batch in decode(
                 model,
                 tokenizer,
@@ -93,22 +101,24 @@ def solve_problems(
                 batch_tokens=settings.batch_tokens,
                 stop=stop,
                 skip=skip,
+                team=team,
+                make=judged,
             ):
                 new = []
                 for answer in batch:
                     number = span.start + answer.number
                     decoded[current][number] = answer.tokens
-                    problem = data.problems[number]
+                    key = data.problems[number].key
                     new.append(
-                        {"number": number, "depth": current, "key": problem.key, "output": answer.text}
-                        | vars(judge(tasks[problem.task], problem, answer.text))
+                        {"number": number, "depth": current, "key": key, "output": answer.text}
+                        | answer.made
                         | {"length": len(answer.tokens), "ended": answer.ended}
                     )
                 log.append("problems", new)
                 entries += new
                 progress.advance(len(new))
         if exit is not None:
-            answers = Answers(model, tokenizer, prompts, settings, stop, reporter, decoded)
+            answers = Answers(model, tokenizer, prompts, settings, stop, reporter, decoded, team)
             with at_depth(model, depth):
                 found = answers.under([exit])[0][len(entries) - (depth + 1) * count :]
             new = []
@@ -238,6 +248,7 @@ def continue_prompts(
     reporter: Reporter,
     log: SampleLog | None = None,
     exit: ExitRule | None = None,
+    team: Team = ALONE,
 ) -> list[dict[str, Any]]:
     """Continue each prompt greedily at a depth, or with an exit rule, without stop strings.
 
@@ -276,6 +287,7 @@ def continue_prompts(
             batch_tokens=settings.batch_tokens,
             skip=len(entries),
             exit=exit,
+            team=team,
         ):
             new = [
                 {

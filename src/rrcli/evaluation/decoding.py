@@ -12,12 +12,16 @@ every token.
 
 Sampling is greedy decoding with noise (`sampling`). Several answers to one prompt share its prefill: it is run once,
 and the rows of its cache are repeated.
+
+Several processes share out the batches. Where each holds a part of the model, all passes run for every token: chunks
+run layers as often as their own tokens need it, and the processes would not be at the same layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -27,6 +31,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from rrcli.data.batching import batches, halving, padded
+from rrcli.data.dealing import ALONE, Team, deal
 from rrcli.data.tokens import CONTEXT_LENGTHS, Detokenizer, end_tokens
 from rrcli.errors import CheckFailed, RRError
 from rrcli.evaluation.generation_settings import without_own_settings
@@ -37,6 +42,7 @@ from rrcli.recursion.engine import at_depth
 from rrcli.recursion.exits import NEVER, ExitRule
 from rrcli.recursion.facts import context_length
 from rrcli.recursion.families import input_device
+from rrcli.recursion.parts import in_step
 from rrcli.recursion.products import through_onednn
 from rrcli.upstream import cache_of, generation_cache_argument, goes_on
 
@@ -73,12 +79,14 @@ class Decoded:
         number: the prompt's place in the list. tokens: the new ids, without the end token.
         text: up to the first stop string.
         ended: True if an end token or a stop string ended it, False if it reached the most new tokens.
+        made: what was made of it, see `decode`.
     """
 
     number: int
     tokens: list[int]
     text: str
     ended: bool
+    made: Any = None
 
 
 def decode(
@@ -93,6 +101,8 @@ def decode(
     skip: int = 0,
     exit: ExitRule | None = None,
     sampling: Sampling | None = None,
+    team: Team = ALONE,
+    make: Callable[[Decoded], Any] | None = None,
 ) -> Iterator[list[Decoded]]:
     """Decode, longest prompts first; yield a list for each batch, in an order that depends on lengths alone.
 
@@ -103,6 +113,8 @@ def decode(
         stop: texts that end an answer. skip: leave out this many of the first answers: they are known already.
         exit: decode with this rule instead of every pass. sampling: draw the tokens instead of taking the most likely
             ones; give equal prompts side by side.
+        team: the processes among which the batches are dealt out, unless they hold parts of the model and decode with
+            an exit. make: called with every text, by the process that decoded it; its result becomes `made`.
 
     Raises:
         RRError: memory runs out for a single prompt. CheckFailed: decoding gave not even one token.
@@ -112,23 +124,33 @@ def decode(
     # A batch whose prompts have one length needs no padding; some stock models do not hide it from their attention.
     unpadded = len(set(map(len, prompts))) > 1 and not takes_padding(model)
     sizes = [len(prompt) + new_tokens for prompt in prompts]
-    for batch in batches(order[skip:], batch_tokens, sizes.__getitem__, unpadded=unpadded):
+    if exit is not None and team.in_step:
+        team = ALONE
+
+    def run(batch: list[int]) -> list[Decoded]:
         with through_onednn(model):
             parts = halving(
                 lambda numbers: _decode_batch(
-                    model, prompts, numbers, ends=ends, depth=depth, new_tokens=new_tokens, exit=exit, sampling=sampling
+                    model, prompts, numbers,
+                    ends=ends, depth=depth, new_tokens=new_tokens, exit=exit, sampling=sampling,
+                    shared=team.in_step and team.shares > 1,
                 ),
                 batch,
                 lambda number: RRError(
                     f"memory runs out for a single prompt of {len(prompts[number])} tokens and {new_tokens} new ones",
                     "Lower --max-new-tokens, or use a smaller --dtype.",
                 ),
-            )
+            )  # fmt: skip
         found = []
         for number, tokens in zip(batch, chain(*parts), strict=True):
             text, stopped = ends.cut(ends.text_after(prompts[number], tokens))
             kept = tokens[:-1] if tokens and tokens[-1] in ends.tokens else tokens
-            found.append(Decoded(number, kept, text, stopped or len(kept) < len(tokens)))
+            one = Decoded(number, kept, text, stopped or len(kept) < len(tokens))
+            found.append(one if make is None else replace(one, made=make(one)))
+        return found
+
+    cut = batches(order[skip:], batch_tokens, sizes.__getitem__, unpadded=unpadded)
+    for _, found in deal(cut, run, team, idle=lambda _: []):
         yield found
 
 
@@ -142,18 +164,29 @@ def _decode_batch(
     new_tokens: int,
     exit: ExitRule | None,
     sampling: Sampling | None,
+    shared: bool,
 ) -> list[list[int]]:
-    """Return the new ids of each of these prompts, the end token included where there is one."""
+    """Return the new ids of each of these prompts, the end token included where there is one.
+
+    Args:
+        shared: whether other processes, which hold parts of the model too, decode prompts of their own; none are given
+            to a process that only keeps up with them.
+    """
+    if not numbers:
+        with at_depth(model, depth), in_step(model):
+            return []
     rows = [prompts[number] for number in numbers]
     ids, mask = padded(rows, input_device(model), left=True)
     options = GREEDY | {
         "eos_token_id": sorted(ends.tokens) or None,
         "pad_token_id": min(ends.tokens, default=0),
     }
+    if shared:  # `generate` would also count those that still work, but for the length of one call alone
+        options["synced_gpus"] = False
     way = _decode_in_calls
-    if exit is not None or (_in_chunks(model, depth) and _chunks_pay(ids, sampling)):
+    if exit is not None or (not shared and _in_chunks(model, depth) and _chunks_pay(ids, sampling)):
         way = partial(_decode_in_chunks, exit=exit or NEVER)
-    with at_depth(model, depth), without_own_settings(model):
+    with at_depth(model, depth), without_own_settings(model), in_step(model) if shared else nullcontext():
         cache = _shared_prefill(model, rows, ids, mask, options=options)
         noise = (
             None

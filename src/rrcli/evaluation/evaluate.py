@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rrcli.data.dealing import ALONE, Team
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation import metrics
 from rrcli.evaluation.answers import continue_prompts, solve_problems
@@ -46,6 +47,7 @@ def evaluate_model(
     settings: EvalSettings | None = None,
     reporter: Reporter | None = None,
     log: SampleLog | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """Measure a model, and return its metrics and the records that they are computed from.
 
@@ -57,6 +59,7 @@ def evaluate_model(
         step: the training step that they are logged at.
         settings: lengths, limits and what to leave out; the defaults of `rr eval` if not given.
         log: where entries are written as they are measured; what it holds already is not measured again.
+        team: the processes among which the work is dealt out; all of them return the same.
 
     Returns:
         `metrics` (name -> value, low, high, n), `by_depth`, `calibration` (of the boundary head, by bins of its
@@ -84,31 +87,37 @@ def evaluate_model(
     try:
         if texts and not settings.skip_perplexity:
             records["documents"], chunks = score_documents(
-                model, tokenizer, texts, depth=depth, settings=settings, reporter=reporter, log=log, exit=rule
-            )
+                model, tokenizer, texts,
+                depth=depth, settings=settings, reporter=reporter, log=log, exit=rule, team=team,
+            )  # fmt: skip
             values |= {name: {"value": value} for name, value in chunks.metrics().items()}
             calibration = table(chunks.reliability)
         if data.problems and not settings.skip_reasoning:
             records["problems"] = solve_problems(
-                model, tokenizer, data, depth=depth, settings=settings, reporter=reporter, log=log, exit=rule
-            )
+                model, tokenizer, data,
+                depth=depth, settings=settings, reporter=reporter, log=log, exit=rule, team=team,
+            )  # fmt: skip
             if settings.samples:
                 sampled = sample_answers(
-                    model, tokenizer, data, depth=depth, settings=settings, reporter=reporter, log=log, exit=rule
-                )
+                    model, tokenizer, data,
+                    depth=depth, settings=settings, reporter=reporter, log=log, exit=rule, team=team,
+                )  # fmt: skip
                 for record, answers in zip(records["problems"], sampled, strict=True):
                     record["sampled"] = answers
         if data.prompts and not settings.skip_generation:
             records["generations"] = continue_prompts(
-                model, tokenizer, data.prompts, depth=depth, settings=settings, reporter=reporter, log=log, exit=rule
-            )
+                model, tokenizer, data.prompts,
+                depth=depth, settings=settings, reporter=reporter, log=log, exit=rule, team=team,
+            )  # fmt: skip
             if metrics_tracker is not None:
                 prompts = [record["prompt"] for record in records["generations"][:PICTURED_PROMPTS]]
                 with at_depth(model, depth):
                     pictured = [(p, generate_traced(model, tokenizer, p, PICTURED_TOKENS)) for p in prompts]
         if data.harness:
             with at_depth(model, depth):
-                scores, records["harness"] = run_harness(model, tokenizer, data.harness, settings, reporter, log)
+                scores, records["harness"] = run_harness(
+                    model, tokenizer, data.harness, settings, reporter, log=log, team=team
+                )
             values |= scores
         if texts and not settings.skip_performance:
             values |= measure_performance(model, tokenizer, texts, depth=depth, reporter=reporter)

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from itertools import repeat
 from typing import Any
 
 import torch
 
 from rrcli.data.batching import affordable, batches, halving, padded
+from rrcli.data.dealing import ALONE, Team, deal
 from rrcli.data.tokens import end_tokens
 from rrcli.errors import RRError
 from rrcli.evaluation.decoding import Ends, decode
@@ -54,6 +54,7 @@ class Answers:
     Args:
         prompts: token ids. stop: texts that end an answer.
         decoded: answers that are known already: depth -> number of the prompt -> new tokens.
+        team: the processes among which batches are dealt out; all of them have the whole tree.
     """
 
     model: Any
@@ -63,6 +64,7 @@ class Answers:
     stop: Sequence[str]
     reporter: Reporter
     decoded: Mapping[int, Mapping[int, Sequence[int]]] = field(default_factory=dict)
+    team: Team = ALONE
     _nodes: dict[tuple[int, tuple[int, ...]], int] = field(default_factory=dict)
     _passes: list[Signals] = field(default_factory=list)
     _guesses: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -102,6 +104,7 @@ class Answers:
             decoded = decode(
                 self.model, self.tokenizer, [self.prompts[number] for number in missing], depth=depth,
                 new_tokens=self.settings.max_new_tokens, batch_tokens=self.settings.batch_tokens, stop=self.stop,
+                team=self.team,
             )  # fmt: skip
             found |= {missing[one.number]: tuple(one.tokens) for batch in decoded for one in batch}
             self._guesses |= found
@@ -170,9 +173,11 @@ class Answers:
             first = padded([(self._ids(rows[0]))], input_device(self.model))
             if (warning := self._readout.choose_way(*first)) is not None:
                 self.reporter.warn(warning)
-            self._budget = affordable(self.model, self.settings.batch_tokens, token_bytes, self.reporter)
-        for batch in batches(rows, self._budget, self._length):
-            for part in halving(partial(self._read_batch), batch, self._too_large):
+            tokens = self.settings.batch_tokens
+            self._budget = affordable(self.model, tokens, token_bytes, self.reporter, team=self.team)
+        cut = batches(rows, self._budget, self._length)
+        for _, parts in deal(cut, lambda batch: halving(self._read_batch, batch, self._too_large), self.team):
+            for part in parts:
                 self._add(part)
 
     def _ids(self, row: tuple[int, tuple[int, ...], tuple[int, ...]]) -> list[int]:

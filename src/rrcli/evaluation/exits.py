@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rrcli.data.batching import affordable, batches, padded
+from rrcli.data.dealing import ALONE, Team, deal
 from rrcli.data.prompts import stop_strings
 from rrcli.data.tokens import scored_after, text_ids
 from rrcli.evaluation import stats
@@ -27,7 +28,7 @@ from rrcli.evaluation.exit_answers import Answers, signals_of, together
 from rrcli.evaluation.exit_costs import ExitCosts
 from rrcli.evaluation.held_out import EvalData
 from rrcli.evaluation.judging import judge
-from rrcli.evaluation.windows import windows_of
+from rrcli.evaluation.windows import Window, windows_of
 from rrcli.recursion.exits import ExitRule, Kind, Signals
 from rrcli.recursion.families import input_device
 from rrcli.recursion.readout import Readout
@@ -116,6 +117,7 @@ class Frontier:
 
     Args:
         costs: None where leaving early saves nothing, or where it cannot be counted.
+        team: the processes among which batches are dealt out; all of them have all that was seen.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Frontier:
         settings: EvalSettings,
         reporter: Reporter,
         costs: ExitCosts | None,
+        team: Team = ALONE,
     ) -> None:
         self.data, self.costs, self.depth = data, costs, model.recursion.depth
         self.tasks = {task.spec: task for task in data.tasks}
@@ -135,10 +138,12 @@ class Frontier:
         self._right: dict[tuple[int, tuple[int, ...]], bool] = {}
         documents = data.texts(tokenizer, settings)
         if documents and not settings.skip_perplexity:
-            self.texts = _read_texts(model, tokenizer, documents, settings=settings, reporter=reporter)
+            self.texts = _read_texts(model, tokenizer, documents, settings=settings, reporter=reporter, team=team)
         if data.problems and not settings.skip_reasoning:
             _, prompts = problem_prompts(model, tokenizer, data, settings=settings, reporter=reporter)
-            self.answers = Answers(model, tokenizer, prompts, settings, stop_strings(settings.stop), reporter)
+            self.answers = Answers(
+                model, tokenizer, prompts, settings, stop_strings(settings.stop), reporter, team=team
+            )
 
     def rules(self) -> list[ExitRule]:
         """Return the rules and thresholds that are compared; those of `contraction` depend on the model."""
@@ -235,7 +240,7 @@ def _shares(passes: Sequence[int], depth: int) -> tuple[float, ...]:
 
 
 def _read_texts(
-    model: Any, tokenizer: Any, documents: Sequence[str], *, settings: EvalSettings, reporter: Reporter
+    model: Any, tokenizer: Any, documents: Sequence[str], *, settings: EvalSettings, reporter: Reporter, team: Team
 ) -> Texts:
     """Score every token of every document with all passes; a row is a window of a document."""
     readout = Readout(model)
@@ -243,21 +248,26 @@ def _read_texts(
     windows = windows_of(model, encoded, settings=settings, reporter=reporter)
     if (warning := readout.choose_way(*padded([windows[0].ids], input_device(model)))) is not None:
         reporter.warn(warning)
-    budget = affordable(model, settings.batch_tokens, readout.bytes_per_token(len(windows[0].ids)), reporter)
+    token_bytes = readout.bytes_per_token(len(windows[0].ids))
+    budget = affordable(model, settings.batch_tokens, token_bytes, reporter, team=team)
+
+    def read(batch: list[Window]) -> tuple[Tensor, list[Signals]]:
+        ids, mask = padded([window.ids for window in batch], input_device(model))
+        scored = torch.zeros_like(mask, dtype=torch.bool)
+        for row, window in enumerate(batch):
+            scored[row, len(window.ids) - len(window.targets) : len(window.ids)] = True
+        targets = torch.tensor([token for window in batch for token in window.targets], device=ids.device)
+        scores = readout.score(ids, mask, scored, targets=targets)
+        places = [(window.document, place) for window in batch for place in range(len(window.targets))]
+        numbers, positions = torch.tensor(places).T
+        return scores.losses.cpu(), signals_of(model.recursion, scores, draws(numbers, positions), targets)
+
     losses, passes, lengths, numbers_of = [], [], [], list[int]()
     with reporter.progress("texts", sum(len(window.targets) for window in windows), "tokens") as progress:
-        for batch in batches(windows, budget, lambda window: len(window.ids)):
-            ids, mask = padded([window.ids for window in batch], input_device(model))
-            scored = torch.zeros_like(mask, dtype=torch.bool)
-            for row, window in enumerate(batch):
-                scored[row, len(window.ids) - len(window.targets) : len(window.ids)] = True
-            targets = torch.tensor([token for window in batch for token in window.targets], device=ids.device)
-            scores = readout.score(ids, mask, scored, targets=targets)
-            places = [(window.document, place) for window in batch for place in range(len(window.targets))]
-            numbers, positions = torch.tensor(places).T
-            passes.append(signals_of(model.recursion, scores, draws(numbers, positions), targets))
-            losses.append(scores.losses.cpu())
+        for batch, (found, seen) in deal(batches(windows, budget, lambda window: len(window.ids)), read, team):
+            losses.append(found)
+            passes.append(seen)
             lengths += [len(window.targets) for window in batch]
             numbers_of += [window.document for window in batch]
-            progress.advance(len(targets))
+            progress.advance(sum(len(window.targets) for window in batch))
     return Texts(torch.cat(losses, 1), together(passes), lengths, numbers_of)

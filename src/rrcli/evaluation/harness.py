@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rrcli.data.dealing import ALONE, Team, deal
 from rrcli.data.rendering import chats
 from rrcli.data.tokens import closes_prompts
 from rrcli.errors import RRError, UsageError, first_line, suggest
@@ -109,9 +110,13 @@ def run_harness(
     tasks: Sequence[HarnessTask],
     settings: EvalSettings,
     reporter: Reporter,
+    *,
     log: SampleLog | None = None,
+    team: Team = ALONE,
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """Run tasks one after the other, and log each as soon as it is complete.
+
+    The tasks are dealt out among the processes of a team; where these hold parts of the model, all run all of them.
 
     Returns:
         The metrics, in lm-eval's own units, and a record for each sample and metric. A metric is named
@@ -131,12 +136,19 @@ def run_harness(
     names = [task.name for task in tasks]
     entries = log.done("harness", lambda place, entry: entry["name"] == names[place] if place < len(names) else False)
     harness = _model(model, tokenizer, settings)
+
+    def run(one: list[HarnessTask]) -> dict[str, Any]:
+        results = _evaluate(harness, one[0], settings, reporter)
+        entry: dict[str, Any] = finite(
+            {"name": one[0].name, "metrics": _metrics(results), "samples": _samples(results)}
+        )
+        return entry
+
     with reporter.progress("harness", len(tasks), "tasks") as progress:
         progress.advance(len(entries))
-        for task in tasks[len(entries) :]:
-            results = _evaluate(harness, task, settings, reporter)
-            entry = {"name": task.name, "metrics": _metrics(results), "samples": _samples(results)}
-            log.append("harness", [finite(entry)])
+        left = [[task] for task in tasks[len(entries) :]]
+        for (task,), entry in deal(left, run, ALONE if team.in_step else team):
+            log.append("harness", [entry])
             entries.append(entry)
             progress.advance(note=task.name)
     metrics = {key: value for entry in entries for key, value in entry["metrics"].items()}

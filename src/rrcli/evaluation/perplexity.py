@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rrcli.data.batching import affordable, batches, halving, padded
+from rrcli.data.dealing import ALONE, Team, deal
 from rrcli.data.splits import content_hash
 from rrcli.data.tokens import scored_after, text_ids
 from rrcli.errors import CheckFailed, RRError
@@ -43,6 +44,7 @@ def score_documents(
     reporter: Reporter,
     log: SampleLog | None = None,
     exit: ExitRule | None = None,
+    team: Team = ALONE,
 ) -> tuple[list[dict[str, Any]], ChunkTotals]:
     """Score every token of every document once, at every depth up to `depth`, and return per-document records.
 
@@ -54,6 +56,7 @@ def score_documents(
     Args:
         depth: the last depth that is scored; a model without a recursion has depth 0 alone.
         exit: a rule that is scored too, as if it were one more depth: each token by the pass with which it leaves.
+        team: the processes among which the batches are dealt out.
 
     Returns:
         Records with `key`, `tokens` (scored ones), `words`, `bytes`, and per depth `nll` (nats) and `correct` (top-1
@@ -84,9 +87,10 @@ def score_documents(
         progress.advance(sum(len(window.targets) for window in windows[:done]))
         budget = 1
         if done < len(windows):
-            budget = _budget(readout, windows, entries, depth=depth, settings=settings, reporter=reporter)
-        for batch in batches(windows[done:], budget, lambda window: len(window.ids)):
-            parts = halving(partial(_score, readout, depth=depth, exit=exit), batch, _too_large)
+            budget = _budget(readout, windows, entries, depth=depth, settings=settings, reporter=reporter, team=team)
+        score = partial(_score, readout, depth=depth, exit=exit)
+        cut = batches(windows[done:], budget, lambda window: len(window.ids))
+        for batch, parts in deal(cut, lambda batch: halving(score, batch, _too_large), team):
             entry = {"batch_tokens": budget, **_joined(parts)}
             for (number, _), nll in zip(entry["windows"], entry["nll"], strict=True):
                 if not all(map(math.isfinite, nll)):
@@ -125,6 +129,7 @@ def _budget(
     depth: int,
     settings: EvalSettings,
     reporter: Reporter,
+    team: Team,
 ) -> int:
     """Check the first batch against the model's plain forward, and return the tokens of a batch that memory allows."""
     first = next(batches(windows, settings.batch_tokens, lambda window: len(window.ids)))
@@ -134,7 +139,7 @@ def _budget(
     if entries:  # other cuts would round otherwise
         return int(entries[0]["batch_tokens"])
     token_bytes = readout.bytes_per_token(len(first[0].ids), depth=depth)
-    return affordable(readout.model, settings.batch_tokens, token_bytes, reporter)
+    return affordable(readout.model, settings.batch_tokens, token_bytes, reporter, team=team)
 
 
 def _score(readout: Readout, batch: list[Window], *, depth: int, exit: ExitRule | None) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from rrcli.data.dealing import ALONE, Team
 from rrcli.data.prompts import stop_strings
 from rrcli.evaluation.answers import problem_prompts
-from rrcli.evaluation.decoding import decode
+from rrcli.evaluation.decoding import Decoded, decode
 from rrcli.evaluation.held_out import EvalData
 from rrcli.evaluation.judging import judge
 from rrcli.evaluation.samples import SampleLog
@@ -34,8 +35,11 @@ def sample_answers(
     reporter: Reporter,
     log: SampleLog | None = None,
     exit: ExitRule | None = None,
+    team: Team = ALONE,
 ) -> list[list[dict[str, Any]]]:
     """Draw `settings.samples` answers to every problem at a depth, or with an exit rule, and judge them.
+
+    The batches are dealt out among the processes of a team.
 
     Returns:
         For each problem, for each answer: `output`, `extracted`, `correct`, `strict`, `length`, `ended`, as in
@@ -69,6 +73,11 @@ def sample_answers(
             keys = [
                 row_key(settings.seed, data.problems[number].key, place % count) for place, number in enumerate(numbers)
             ]
+
+            def judged(answer: Decoded, numbers: list[int] = numbers) -> dict[str, Any]:
+                problem = data.problems[numbers[answer.number]]
+                return vars(judge(tasks[problem.task], problem, answer.text))
+
             for batch in decode(
                 model,
                 tokenizer,
@@ -80,15 +89,17 @@ def sample_answers(
                 skip=skip,
                 exit=exit,
                 sampling=Sampling(settings.temperature, keys),
+                team=team,
+                make=judged,
             ):
                 new = []
                 for answer in batch:
                     number, sample = numbers[answer.number], answer.number % count
-                    problem = data.problems[number]
-                    judged = vars(judge(tasks[problem.task], problem, answer.text))
-                    entry = {"output": answer.text, "length": len(answer.tokens), "ended": answer.ended, **judged}
+                    entry = {"output": answer.text, "length": len(answer.tokens), "ended": answer.ended, **answer.made}
                     found[number][sample] = {name: entry[name] for name in FIELDS}
-                    new.append({"number": number, "sample": sample, "key": problem.key, **found[number][sample]})
+                    new.append(
+                        {"number": number, "sample": sample, "key": data.problems[number].key, **found[number][sample]}
+                    )
                 log.append(PART, new)
                 progress.advance(len(new))
     return found

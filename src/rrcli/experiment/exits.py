@@ -111,10 +111,10 @@ def choose_exit(
     Raises:
         UsageError: settings of a single rule or depth are given too. RRError: the stage has no model with a recursion.
     """
-    parallel = read_placement(settings, directory).parallel
-    if parallel is not None and not launched():
-        return launch(parallel.processes, choose_exit, settings, stage, directory, reporter, model=model)
-    processes = join(settings.device, parallel)
+    placement = read_placement(settings, directory)
+    if placement.processes > 1 and not launched():
+        return launch(placement.processes, choose_exit, settings, stage, directory, reporter, model=model)
+    processes = join(settings.device, placement.parallel)
     reporter = reporter if processes.main else Silent()
     tested = _under_test(held, settings, stage, directory, processes=processes, model=model)
     data = _validation(tested)
@@ -127,7 +127,10 @@ def choose_exit(
             from rrcli.evaluation.exits import Frontier
 
             shown = showable(data, tokenizer, tested.settings)
-            frontier = Frontier(loaded, tokenizer, shown, settings=tested.settings, reporter=reporter, costs=costs)
+            frontier = Frontier(
+                loaded, tokenizer, shown,
+                settings=tested.settings, reporter=reporter, costs=costs, team=processes,
+            )  # fmt: skip
             measured = frontier.measure(frontier.rules(), controls=False)
             choice = choose(measured, tested.settings.exit_loss)
             points = {str(point.rule): point.to_dict() for point in measured}
@@ -155,10 +158,10 @@ def measure_exits(
         UsageError: settings of a single rule or depth are given too. RRError: the stage has no model with a recursion,
             or one whose texts cannot be decoded with an exit rule; nothing on the validation side.
     """
-    parallel = read_placement(settings, directory).parallel
-    if parallel is not None and not launched():
-        return launch(parallel.processes, measure_exits, settings, stage, directory, reporter, model=model)
-    processes = join(settings.device, parallel)
+    placement = read_placement(settings, directory)
+    if placement.processes > 1 and not launched():
+        return launch(placement.processes, measure_exits, settings, stage, directory, reporter, model=model)
+    processes = join(settings.device, placement.parallel)
     reporter = reporter if processes.main else Silent()
     tested = _under_test(held, settings, stage, directory, processes=processes, model=model)
     source, settings = tested.source, tested.settings
@@ -186,7 +189,7 @@ def measure_exits(
     points, counts, rules = {}, {}, None
     for side, found in data.items():
         shown = showable(found, tokenizer, settings)
-        frontier = Frontier(loaded, tokenizer, shown, settings=settings, reporter=reporter, costs=costs)
+        frontier = Frontier(loaded, tokenizer, shown, settings=settings, reporter=reporter, costs=costs, team=processes)
         rules = rules or frontier.rules()
         points[side] = frontier.measure(rules)
         counts[side] = _counts(shown, tokenizer, settings)

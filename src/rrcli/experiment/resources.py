@@ -13,11 +13,10 @@ from functools import cached_property
 from typing import Any
 
 from rrcli.data.batching import CPU_TOKENS
-from rrcli.errors import RRError, first_line
 from rrcli.evaluation.windows import DEFAULT_LENGTH
 from rrcli.models.costs import OneToken, decode_one
 from rrcli.models.devices import Device
-from rrcli.models.footprint import Use, operate, prompted, scored_batch, training_step
+from rrcli.models.footprint import Use, operate, prompted, scored_batch, seen, training_step
 from rrcli.models.shares import Arrangement, held_by_each
 from rrcli.recursion.facts import context_length, vocabulary
 from rrcli.settings import EvalSettings, SurgerySettings, TrainSettings, with_changes
@@ -109,7 +108,14 @@ class Estimate:
             config = self.config if command == RECURSIVE else None
             found[command] = (
                 model,
-                operate(model, recursion=config, phase=self.training.phase, lora=lora, span=self.config.span),
+                operate(
+                    model,
+                    recursion=config,
+                    phase=self.training.phase,
+                    lora=lora,
+                    span=self.config.span,
+                    experts=self.training.lora_experts,
+                ),
             )
             if self.training.gradient_checkpointing:
                 model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -173,16 +179,7 @@ class Estimate:
         Raises:
             RRError: the family cannot run on them.
         """
-        try:
-            found = measure()
-        except RRError:
-            raise
-        except Exception as error:
-            family = self.skeleton.config.model_type
-            raise RRError(
-                f"a '{family}' model cannot be run on shapes alone: {first_line(error)}",
-                "Its memory can be measured alone: 'rr costs', and 'rr train' with few --steps.",
-            ) from error
+        found = seen(self.skeleton, lambda _: measure())
         self.uncounted |= set(getattr(found, "uncounted", ()))
         return found
 
@@ -194,7 +191,7 @@ class Estimate:
         Args:
             room: bytes that may be filled; a batch that is scored is made smaller where it does not fit.
         """
-        for command, (model, trained) in self.trained.items() if arrangement.trains(self.training.phase) else ():
+        for command, (model, trained) in self.trained.items() if self._trains(arrangement) else ():
             shared = self.training.gradient_accumulation * arrangement.batches
             rows = math.ceil(self.training.batch_size / shared)
             use = self.step(command, rows, self.deepest if command == RECURSIVE else 0)
@@ -223,6 +220,9 @@ class Estimate:
             command=GENERATE, arrangement=arrangement, **sizes, activations=self.prompt.activations,
             logits=self.prompt.logits, caches=math.ceil(caches / arrangement.mapped), rows=self.rows,
         )  # fmt: skip
+
+    def _trains(self, arrangement: Arrangement) -> bool:
+        return arrangement.trains(self.training.phase, experts=self.training.lora_experts)
 
     def _of_chunks(self) -> int:
         """Return the bytes of chunked decoding's own: logits of a chunk, its states, and copies of recurrent states."""

@@ -1,14 +1,15 @@
 """What devices can do: published figures of common ones by name, and what this machine does by measurement.
 
 Figures are those of the makers' data sheets: dense products (no sparsity) with fp32 sums, in bfloat16 and in fp32. A
-link is what a device sends to its neighbours in one direction. Memory is what a program can have, in GiB.
+link is what a device sends to its neighbours in one direction: half of what a data sheet gives for both. Memory is
+what a program can have, in GiB: torch's `total_memory`, a little less than what is built in.
 
     name      bf16    fp32   memory  memory  link  source
             TFLOPS  TFLOPS     GB/s     GiB  GB/s
     a100       312    19.5     2039    79.3   300  NVIDIA A100 80GB SXM data sheet (NVLink 3: 600 GB/s both ways)
     h100       989      67     3350    79.6   450  NVIDIA H100 SXM data sheet (NVLink 4: 900 GB/s both ways)
     h200       989      67     4800   140.4   450  NVIDIA H200 SXM data sheet
-    b200      2250      75     8000   179.0   900  NVIDIA HGX B200 data sheet (NVLink 5: 1.8 TB/s both ways)
+    b200      2250      80     8000   179.0   900  NVIDIA Blackwell technical brief, HGX (NVLink 5: 1.8 TB/s both)
     l40s       362    91.6      864    44.6    32  NVIDIA L40S data sheet (PCIe 4 x16)
     rtx4090    165    82.6     1008    23.6    32  NVIDIA Ada architecture white paper, appendix A (PCIe 4 x16)
     mi300x    1307     163     5300   191.5   448  AMD Instinct MI300X data sheet (7 links, 128 GB/s both ways each)

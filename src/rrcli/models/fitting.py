@@ -1,15 +1,14 @@
 """Whether a model fits into the memory that there is, found out before a byte of its weights is read.
 
 The size of the weights comes from the headers of their files, so the question costs nothing where the answer is yes.
-Only where they do not fit, the model's skeleton is built: it tells the largest layer, which has to fit alone onto the
-device that computes, and what training and caches take.
+Only where they do not fit, the model's skeleton is built: `footprint` and `shares` tell from it the largest layer,
+which has to fit alone onto the device that computes, and what training and caches take.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rrcli.errors import RRError, UsageError, suggest
@@ -20,8 +19,6 @@ from rrcli.recursion.config import RecursionConfig
 
 # The share of a device's free memory that weights may take where no --max-memory says it; the rest is for activations.
 WEIGHTS_SHARE = 0.9
-# Bytes that training keeps of each weight in training: fp32 weight, gradient, and the two moments of AdamW.
-MASTER, GRADIENT, MOMENTS = 4, 4, 8
 # Tokens whose caches are named in a refusal.
 CACHED_TOKENS = 4096
 GIB = 2**30
@@ -52,6 +49,7 @@ def budgets(placement: Placement, device: str) -> dict[str | int, int]:
     from accelerate.utils import get_max_memory
 
     there = dict(get_max_memory())
+    there["cpu"] //= placement.copies
     kind, _, index = device.partition(":")
     if kind == "cpu":
         there = {"cpu": there["cpu"]}
@@ -119,67 +117,67 @@ def expanded(device_map: Mapping[str, Any], model: Any) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Need:
-    """What a model needs in memory, in bytes.
+    """What a model needs in memory; see `footprint` and `shares`.
 
     Attributes:
-        weights: all weights. largest: those of the largest part that runs at a time (a layer, the embedding, the head).
-        whole: those that every process holds whole where the others are in parts: embedding, head and final norm.
-        trained: the number of base weights that train.
-        caches: what the caches of all passes hold for `CACHED_TOKENS` tokens, by depth; empty where it is not known.
+        model: its skeleton, with its recursion. trained: the tensors that train.
+        caches: what the caches of all passes hold for `CACHED_TOKENS` tokens, in bytes, by depth. unknown: why they are
+            not known, or ''.
     """
 
-    weights: int
-    largest: int
-    whole: int
-    trained: int = 0
+    model: Any
+    trained: Sequence[Any]
     caches: tuple[int, ...] = ()
-
-    @property
-    def training(self) -> int:
-        """What training keeps beyond the weights as they are loaded: fp32 copies, gradients, AdamW's moments."""
-        return self.trained * (MASTER + GRADIENT + MOMENTS)
+    unknown: str = ""
 
     def on_each(self, parallel: Parallel | None) -> int:
-        """Return the least that each process needs: its share, the parts that are whole, and the largest at work."""
-        if parallel is None:
-            return self.weights + self.training
-        shared = self.weights if not self.trained else 0
-        share = math.ceil((shared + self.training) / (parallel.fsdp * parallel.tp))
-        return share + self.whole + self.largest
+        """Return the least that the fullest process needs, in bytes: without activations and caches."""
+        from rrcli.models.shares import Arrangement, held_by_each
+
+        held = held_by_each(self.model, self.trained, Arrangement(**asdict(parallel or Parallel())))
+        weights = held.weights
+        kept = weights.base + weights.sidecar + weights.adapters + weights.gradients + weights.optimiser
+        return kept + held.together
+
+    @property
+    def largest(self) -> int:
+        """The bytes of the largest part that runs at a time."""
+        from rrcli.models.shares import largest_part
+
+        return largest_part(self.model)
 
     def __str__(self) -> str:
-        parts = [f"its weights take {gib(self.weights)}"]
+        from rrcli.models.footprint import weights_of
+
+        weights = weights_of(self.model, self.trained)
+        parts = [f"its weights take {gib(weights.base)}{' in fp32' if self.trained else ''}"]
         if self.trained:
-            parts += [f"their gradients {gib(self.trained * GRADIENT)}"]
-            parts += [f"fp32 weights and AdamW's state {gib(self.trained * (MASTER + MOMENTS))}"]
+            parts += [f"their gradients {gib(weights.gradients)}", f"AdamW's state {gib(weights.optimiser)}"]
         if self.caches:
             sizes = ", ".join(gib(size) for size in self.caches)
             depths = ", ".join(str(depth) for depth in range(len(self.caches)))
             parts.append(f"the caches of {CACHED_TOKENS:,} tokens {sizes} at depth {depths}")
-        return ", ".join(parts)
+        return ", ".join([*parts, self.unknown] if self.unknown else parts)
 
 
-def need(model: Any, *, trained: bool = False, config: RecursionConfig | None = None) -> Need:
-    """Return what a model needs, read from its skeleton.
+def need(model: Any, *, config: RecursionConfig, trains: bool = False) -> Need:
+    """Return what a model needs, from its skeleton, which is given a recursion and is to be used for nothing else.
 
     Args:
-        trained: whether its weights train (phase c). config: the recursion whose caches are counted; None for none.
+        trains: whether all of its weights train (phase c).
     """
-    from rrcli.recursion.families import find_layout
+    from rrcli.models.costs import measure
+    from rrcli.models.footprint import operate, seen
 
-    sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    layout = find_layout(model)[0]
-    layers = [_bytes_of(layer, sizes) for layer in model.get_submodule(layout.layers)]
-    ends = {module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None}
-    return Need(
-        weights=sum(sizes.values()),
-        largest=max([*layers, *(_bytes_of(module, sizes) for module in ends)]),
-        whole=sum(sizes.values()) - sum(layers),
-        trained=sum(p.numel() for p in model.parameters()) if trained else 0,
-        caches=_caches(model, config),
-    )
+    trained = operate(model, recursion=config, phase="c" if trains else "")
+    try:
+        costs = seen(model, measure)
+    except RRError as error:
+        return Need(model, trained, unknown=f"its caches are not known: {error.message}")
+    pairs = zip(costs.cache_bytes_per_token, costs.cache_bytes_constant, strict=True)
+    return Need(model, trained, tuple(growing * CACHED_TOKENS + constant for growing, constant in pairs))
 
 
 def surely_fits(base: ModelSource, placement: Placement, device: str, *, dtype: Any, trains: bool) -> bool:
@@ -197,15 +195,22 @@ def surely_fits(base: ModelSource, placement: Placement, device: str, *, dtype: 
     return size * per_byte <= _total(device) // 2
 
 
-def refuse_misfit(base: ModelSource, found: Need, placement: Placement, device: str) -> None:
+def refuse_misfit(
+    base: ModelSource, skeleton: Callable[[], Any], placement: Placement, device: str, *, config: RecursionConfig,
+    trains: bool,
+) -> None:  # fmt: skip
     """Refuse to load what cannot fit, with the numbers, and say what would fit.
 
     In training and in parts, the device's whole memory is what counts: what other programs use now may be free later.
     In one process that only reads weights, layers may lie on disk; the largest part has to fit where it computes.
 
+    Args:
+        skeleton: makes the model's skeleton. config: of its recursion. trains: whether all of its weights train.
+
     Raises:
         RRError: it cannot fit.
     """
+    found = need(skeleton(), config=config, trains=trains)
     room = budgets(placement, device)
     main = _main(device, room)
     name = f"cuda:{main}" if isinstance(main, int) else "the CPU" if main == "cpu" else main
@@ -218,11 +223,11 @@ def refuse_misfit(base: ModelSource, found: Need, placement: Placement, device: 
         what = f"its largest part takes {gib(least)}, weights may take {gib(there)} on {name}"
     if least <= there:
         return
-    frozen = replace(found, trained=0)
     total = _total(device)
     shares = next((n for n in (2, 4, 8, 16, 32, 64, 128) if found.on_each(Parallel(fsdp=n)) <= total), None)
     fits = [f"--parallel fsdp={shares}"] if shares and device != "mps" and shares > placement.processes else []
-    fits += ["--phase b"] if found.trained and frozen.on_each(placement.parallel) <= total else []
+    if trains and need(skeleton(), config=config).on_each(placement.parallel) <= total:
+        fits.append("--phase b")
     hint = f"What would fit: {', or '.join(fits)}." if fits else "Take a device with more memory, or a smaller --dtype."
     raise RRError(f"{base.name} does not fit: {what} ({found})", hint)
 
@@ -285,24 +290,3 @@ def _total(device: str) -> int:
     if device.startswith("cuda"):
         return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
     return int(psutil.virtual_memory().total)
-
-
-def _bytes_of(module: Any, sizes: Mapping[int, int]) -> int:
-    return sum(sizes[id(parameter)] for parameter in module.parameters())
-
-
-def _caches(model: Any, config: RecursionConfig | None) -> tuple[int, ...]:
-    """Return the bytes of the caches by depth; nothing where the family cannot be measured on shapes alone."""
-    from rrcli.models.costs import measure
-    from rrcli.recursion.engine import attach
-
-    if config is None:
-        return ()
-    try:
-        recursion = attach(model, config)
-        costs = measure(model)
-        recursion.detach()
-    except Exception:
-        return ()
-    pairs = zip(costs.cache_bytes_per_token, costs.cache_bytes_constant, strict=True)
-    return tuple(growing * CACHED_TOKENS + constant for growing, constant in pairs)

@@ -16,15 +16,16 @@ installed, its reference in torch is what is counted, as it is what would run.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rrcli.errors import RRError, first_line
 from rrcli.models import ledger as accounts
 from rrcli.models.costs import held_bytes
 from rrcli.models.ledger import accounted
@@ -36,6 +37,8 @@ from rrcli.recursion.facts import vocabulary
 from rrcli.recursion.lora import add_lora
 from rrcli.recursion.readout import Readout
 from rrcli.upstream import cache_of
+
+Found = TypeVar("Found")
 
 # What AdamW keeps of a weight, in bytes, and of each tensor: its step.
 OF_WEIGHT, OF_TENSOR = 8, 4
@@ -78,6 +81,23 @@ class Use:
     uncounted: tuple[str, ...] = ()
 
 
+def seen(model: Any, measure: Callable[[Any], Found]) -> Found:
+    """Return what is measured on the shapes of a skeleton.
+
+    Raises:
+        RRError: the family cannot run on them.
+    """
+    try:
+        return measure(model)
+    except RRError:
+        raise
+    except Exception as error:  # of any kind: it is the family's own code that runs without values
+        raise RRError(
+            f"a '{model.config.model_type}' model cannot be run on shapes alone: {first_line(error)}",
+            "Its memory can be measured alone: 'rr costs', and 'rr train' with few --steps.",
+        ) from error
+
+
 def operate(
     model: Any,
     *,
@@ -85,19 +105,21 @@ def operate(
     phase: str = "",
     lora: tuple[int, int] | None = None,
     span: Sequence[int] | None = None,
+    experts: bool = False,
 ) -> list[Tensor]:
     """Give a skeleton a recursion, adapters and what a phase trains, and return what trains: tied weights once.
 
     Args:
         recursion: None for vanilla training and the baseline. phase: of a training; '' for a model that is only run.
         lora: rank and alpha, in phase b. span: the layers that are adapted without a recursion; None means all.
+        experts: whether experts are adapted too.
     """
     if recursion is not None:
         attach(model, recursion).to("meta")
     model.requires_grad_(phase == "c")
     if phase == "b":
         rank, alpha = lora or (16, 32)
-        add_lora(model, rank, alpha, span=span)
+        add_lora(model, rank, alpha, span=span, experts=experts)
         model.to("meta")  # adapters of weights that are nowhere are given real ones
         for parameter in model.lora.parameters():
             parameter.requires_grad_(True)

@@ -10,7 +10,7 @@ from typing import Any
 from rrcli.errors import RRError, UsageError, first_line
 from rrcli.files import MANIFEST, SIDECAR, safetensors_header
 from rrcli.models.config import load_config, quiet, unreadable
-from rrcli.models.fitting import arrangement, expanded, need, refuse_misfit, surely_fits, where_layers_lie
+from rrcli.models.fitting import arrangement, expanded, refuse_misfit, surely_fits, where_layers_lie
 from rrcli.models.inspection import inspect_weights
 from rrcli.models.manifest import MODELLING_FILE, compare_hashes
 from rrcli.models.placement import Parallel, Placement, read_placement
@@ -69,9 +69,11 @@ def load(
     placement = placement or Placement()
     number_format = pick_dtype(dtype, device)
     if not surely_fits(base, placement, device, dtype=number_format, trains=trains):
-        shapes = _skeleton(base, number_format, trust_remote_code)
         config = RecursionConfig.from_dict(manifest["recursion"]) if manifest and manifest["recursion"] else None
-        refuse_misfit(base, need(shapes, trained=trains, config=config or RecursionConfig()), placement, device)
+        refuse_misfit(
+            base, lambda: _skeleton(base, number_format, trust_remote_code), placement, device,
+            config=config or RecursionConfig(), trains=trains,
+        )  # fmt: skip
     model = _placed(base, placement, device, dtype=number_format, trust_remote_code=trust_remote_code, trains=trains)
     translate(model)
     carries_tokenizer = source.path.is_dir() and (source.path / "tokenizer_config.json").exists()
@@ -218,7 +220,7 @@ def _placed(
     """Read the weights of a model to where they are to lie, and return it in evaluation mode."""
     import torch
 
-    if placement.parallel is not None:
+    if placement.parallel is not None and (placement.parallel.cuts or trains):
         return _in_parts(source, placement.parallel, dtype, trust_remote_code=trust_remote_code, trains=trains)
     options = arrangement(source, placement, device, dtype=dtype)
     if isinstance(placement.device_map, dict):

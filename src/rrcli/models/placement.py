@@ -54,12 +54,19 @@ class Parallel:
         """How many processes there are."""
         return self.fsdp * self.tp * self.replicas
 
-    def trains(self, phase: str) -> bool:
-        """Tell whether a phase can be trained in such parts.
+    @property
+    def cuts(self) -> bool:
+        """Whether a process holds less than the whole model."""
+        return self.fsdp * self.tp * self.ep > 1
+
+    def trains(self, phase: str, *, experts: bool = False) -> bool:
+        """Tell whether a phase can be trained in such parts, in phase b with adapters on experts or without.
 
         Under tp each process holds a piece of every matrix, and adapters and optimiser need whole ones or rows of them.
+        Adapters on experts are added to whole weights of experts.
         """
-        return (phase == "a" or self.tp == 1) and (phase != "c" or self.ep == 1)
+        whole_experts = not self.cuts or phase != "b" or not experts
+        return (phase == "a" or self.tp == 1) and (phase != "c" or self.ep == 1) and whole_experts
 
     def __str__(self) -> str:
         sizes = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -75,17 +82,19 @@ class Placement:
         device_map: auto (on the device if they fit there), balanced (spread evenly over all GPUs), or module -> device.
         max_memory: device -> the most bytes of it that weights may take; what is free, for those that are not named.
         offload: whether weights may lie where they are not computed with; not where something trains.
+        copies: how many processes have all of it where none has a part.
     """
 
     parallel: Parallel | None = None
     device_map: str | dict[str, str | int] = AUTO
     max_memory: dict[str, int] = field(default_factory=dict)
     offload: bool = True
+    copies: int = 1
 
     @property
     def processes(self) -> int:
         """How many processes load the model."""
-        return 1 if self.parallel is None else self.parallel.processes
+        return self.copies if self.parallel is None else self.parallel.processes
 
 
 def read_placement(settings: CommonSettings, directory: Path) -> Placement:
@@ -98,7 +107,13 @@ def read_placement(settings: CommonSettings, directory: Path) -> Placement:
         UsageError: an option cannot be understood, or two contradict each other.
     """
     parallel = _parallel(settings.parallel) if settings.parallel else None
-    placement = Placement(parallel, _device_map(settings.device_map, directory), _max_memory(settings.max_memory))
+    count: int = getattr(settings, "num_processes", 1)
+    placement = Placement(
+        parallel,
+        _device_map(settings.device_map, directory),
+        _max_memory(settings.max_memory),
+        copies=count if parallel is None else 1,
+    )
     if parallel is not None:
         for given, name in ((settings.device_map != AUTO, "--device-map"), (placement.max_memory, "--max-memory")):
             if given:
@@ -106,7 +121,6 @@ def read_placement(settings: CommonSettings, directory: Path) -> Placement:
                     f"--parallel and {name} contradict each other",
                     "--parallel is for several processes, --device-map and --max-memory are for one.",
                 )
-        count = getattr(settings, "num_processes", 1)
         if count not in (1, parallel.processes):
             raise UsageError(
                 f"--parallel {parallel} needs {parallel.processes} processes, --num-processes is {count}",

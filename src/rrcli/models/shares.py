@@ -58,9 +58,9 @@ class Arrangement:
         """How many parts the rows of a batch are shared out in."""
         return self.fsdp * self.replicas
 
-    def trains(self, phase: str) -> bool:
-        """Tell whether a phase can be trained so."""
-        return self.mapped == 1 and self._parallel.trains(phase)
+    def trains(self, phase: str, *, experts: bool = False) -> bool:
+        """Tell whether a phase can be trained so, in phase b with adapters on experts or without."""
+        return self.mapped == 1 and self._parallel.trains(phase, experts=experts)
 
     @property
     def _parallel(self) -> Parallel:
@@ -153,6 +153,13 @@ def _fullest(model: Any, count: int) -> int:
     while _devices_for(parts, least) > count:
         least = math.ceil(least * 1.02)
     return least
+
+
+def largest_part(model: Any) -> int:
+    """Return the bytes of the largest part that runs at a time: a layer, the embedding or the head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    parts = [*_layers(model), *(module for module in ends if module is not None)]
+    return max(sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts)
 
 
 def _devices_for(parts: Sequence[int], room: int) -> int:

@@ -7,8 +7,8 @@ They are off unless a pass switches them on, one layer at a time. Activation che
 the backward pass, long after that pass, so the switch is part of the function that is checkpointed.
 
 Some layers get no adapter, since `peft` cannot adapt them: those whose weight a fused kernel reads (Mamba's
-projections), and the experts of a mixture with their shared experts (fused into one parameter; in such a model the
-attention layers have adapters).
+projections), and a mixture's shared experts where the experts are one parameter for all of a layer. These experts
+themselves are adapted where that is asked for, by peft's `target_parameters`: every expert has adapters of its own.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Lora:
         from peft.tuners.lora import LoraLayer
 
         self.model, self.config, self.always = model, config, always
+        _refuse_experts_elsewhere(model, config)
         try:
             inject_adapter_in_model(config, model, NAME)
         except (ValueError, NotImplementedError, TypeError) as error:
@@ -84,10 +85,12 @@ class Lora:
 
     def remove(self) -> None:
         """Put the model's own modules back."""
+        adapters = {one for adapted in self._of_layer.values() for one in adapted}
         for name, module in list(self.model.named_modules()):
-            if module in {one for adapted in self._of_layer.values() for one in adapted}:
-                parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, module.base_layer)
+            parent, _, child = name.rpartition(".")
+            # Of one around another, as a parameter and another one of the same module have, the outer one goes.
+            if module in adapters and self.model.get_submodule(parent) not in adapters:
+                setattr(self.model.get_submodule(parent), child, module.get_base_layer())
         del self.model.peft_config, self.model.__dict__["lora"]
 
     def merge(self) -> None:
@@ -152,7 +155,31 @@ def _bring_back(module: Any) -> None:
         module.reset_lora_parameters(NAME, True)
 
 
-def add_lora(model: Any, rank: int, alpha: int, seed: int = 0, span: Sequence[int] | None = None) -> Lora:
+def _refuse_experts_elsewhere(model: Any, config: Any) -> None:
+    """Refuse adapters on experts whose weights accelerate keeps elsewhere: peft adds to them before they are brought.
+
+    Raises:
+        RRError: such weights.
+    """
+    for name in getattr(config, "target_parameters", None) or ():
+        module = model.get_submodule(name.rpartition(".")[0])
+        weight = getattr(module, name.rpartition(".")[2], None)
+        if weight is not None and weight.is_meta and upstream.computing_device(model) is not None:
+            raise RRError(
+                "adapters on experts cannot be used where experts lie in other memory than the device's",
+                "Take a device with more memory, or merge the adapters into the base with peft's merge_and_unload().",
+            )
+
+
+def add_lora(
+    model: Any,
+    rank: int,
+    alpha: int,
+    seed: int = 0,
+    span: Sequence[int] | None = None,
+    *,
+    experts: bool = False,
+) -> Lora:
     """Add fresh adapters (B is zero, so nothing changes) to the linear layers of a span of decoder layers.
 
     The model's own weights are frozen. With a recursion attached the adapters belong to its passes >= 1.
@@ -161,6 +188,7 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int = 0, span: Sequence[in
         rank, alpha: an adapter adds `alpha / rank · B · A`, with rank rows in A.
         seed: draws A.
         span: the layers `[start, end)`; None means those of the recursion, or all where there is none.
+        experts: adapt the experts of a mixture too, rank for each of them.
 
     Raises:
         RRError: there is no layer that `peft` can adapt, or there are adapters already.
@@ -182,7 +210,10 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int = 0, span: Sequence[in
         linear = {name: module for name, module in layer.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
         found |= {name.rpartition(".")[2]: module for name, module in linear.items()}
     targets = {name: module for name, module in found.items() if name not in left_out}
-    if not targets:
+    of_experts = _experts(model, layers, range(start, end)) if experts else []
+    if experts and not of_experts:
+        raise RRError(f"'{family}' models have no experts that peft can adapt", "Leave --lora-experts out.")
+    if not targets and not of_experts:
         raise RRError(
             f"LoRA cannot be added to '{family}' models: peft can adapt none of their linear layers",
             "Use --phase a or --phase c.",
@@ -191,6 +222,7 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int = 0, span: Sequence[in
         r=rank,
         lora_alpha=alpha,
         target_modules=sorted(targets),
+        target_parameters=of_experts or None,
         layers_to_transform=list(range(start, end)),
         layers_pattern=layers.rpartition(".")[2],
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets.values()),
@@ -199,6 +231,16 @@ def add_lora(model: Any, rank: int, alpha: int, seed: int = 0, span: Sequence[in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Lora(model, config, always=recursion is None)
+
+
+def _experts(model: Any, layers: str, span: range) -> list[str]:
+    """Return the names of the weights that hold all experts of a layer, `[expert, ...]`, of the layers of a span."""
+    return [
+        name
+        for index in span
+        for name, weight in model.get_submodule(f"{layers}.{index}").named_parameters(f"{layers}.{index}")
+        if ".experts." in name and weight.dim() == 3
+    ]
 
 
 def load_lora(model: Any, folder: Path) -> Lora:

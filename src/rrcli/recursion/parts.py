@@ -1,7 +1,7 @@
 """Models in parts: each process holds a part of the weights, and all run the same forwards at the same time.
 
-So no process may decide for itself what it runs. What depends on its own memory is agreed upon, and a process that runs
-out of memory ends the command, as the others are waiting for it in the middle of a layer.
+So no process may decide for itself what it runs. A process that runs out of memory ends the command, as the others are
+waiting for it in the middle of a layer.
 """
 
 from __future__ import annotations
@@ -36,11 +36,6 @@ def others_wait() -> bool:
     return bool(_waiting)
 
 
-def agreed(model: Any, value: int) -> int:
-    """Return the least value of all processes for a model in parts, and the value itself for any other."""
-    return -most(model, -value)
-
-
 def most(model: Any, value: int) -> int:
     """Return the greatest value of all processes for a model in parts, and the value itself for any other."""
     if not in_parts(model):
@@ -48,6 +43,31 @@ def most(model: Any, value: int) -> int:
     found = torch.tensor(value, dtype=torch.int64, device=next(model.parameters()).device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return int(found)
+
+
+@contextmanager
+def in_step(model: Any) -> Iterator[None]:
+    """While it is entered, processes with parts of a model may call it a different number of times.
+
+    Before each call they count those that are still inside. One that has left first runs along, with calls on a single
+    token, until the last has left. Each call has to run the same layers: no drafts, no exits.
+    """
+    device = next(model.parameters()).device
+
+    def inside(one: int) -> bool:
+        count = torch.tensor(one, device=device)
+        dist.all_reduce(count)
+        return int(count) > 0
+
+    # Before the hooks with which FSDP puts weights together.
+    hook = model.register_forward_pre_hook(lambda *_: (inside(1), None)[1], prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+    while inside(0):
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.exits import exit_for
 from rrcli.reporting import Reporter, Silent
 from rrcli.schemas import CheckpointMetrics
-from rrcli.settings import CompareSettings, EvalSettings, SurgerySettings
+from rrcli.settings import CompareSettings, EvalSettings, Reach, SurgerySettings
 from rrcli.tracker import EVALUATION, SUMMARY, MetricsTracker
 from rrcli.training.launching import launch, launched
 from rrcli.training.processes import Processes, join
@@ -79,10 +79,11 @@ def evaluate(
         RRError: the stage's model is missing, or cannot be measured. UsageError: the claims of `rr.toml`, which are
             recorded before a fine-tuned stage is measured, cannot be read.
     """
-    parallel = read_placement(settings, directory).parallel
-    if parallel is not None and not launched():
+    placement = read_placement(settings, directory)
+    parallel = placement.parallel
+    if placement.processes > 1 and not launched():
         return launch(
-            parallel.processes,
+            placement.processes,
             evaluate, settings, stage, directory, reporter, model=model, use_recursive=use_recursive,
         )  # fmt: skip
     processes = join(settings.device, parallel)
@@ -149,7 +150,7 @@ def evaluate(
     shape = recursion.config.to_dict() if recursion is not None else None
     is_baseline = _is_baseline(loaded, source, workspace)
     device, dtype = str(input_device(loaded)), str(loaded.dtype).removeprefix("torch.")
-    options = {name: value for name, value in asdict(measuring).items() if name not in ("samples", "temperature")}
+    options = {item.name: getattr(measuring, item.name) for item in fields(measuring) if _reaches_entries(item)}
     beside = (options | {"seeds": ()}, shape, device, dtype, *([written] if written else []))
     key = combine(inputs, *beside)
     # What was measured with the first seeds alone is what a measurement with all of them begins with; and what was
@@ -172,6 +173,7 @@ def evaluate(
         measured = evaluate_model(
             loaded, tokenizer, data, tracker, step,
             stage=stage, settings=replace(measuring, skip_performance=True), reporter=reporter, log=log,
+            team=processes,
         )  # fmt: skip
         if performance is not None:
             measured["metrics"] |= performance.metrics()
@@ -181,7 +183,8 @@ def evaluate(
                 tracker.log_scalar(f"evaluation/{stage}/{name}", entry["value"], step)
             _log_summary(tracker, measured, step)
         about = {"family": loaded.config.model_type, "parameters": sum(p.numel() for p in loaded.parameters())}
-        if measured["records"].get("generations"):
+        # The main process alone, unless the others hold parts of the model that it needs.
+        if measured["records"].get("generations") and (processes.main or processes.in_step):
             baseline = (loaded, tokenizer) if is_baseline else None
             del loaded, recursion  # so that only one model is in memory if the baseline is another one
             baseline = baseline or load_for(
@@ -225,6 +228,14 @@ def evaluate(
         log.end()
     processes.leave()
     return EvalResult(stage, results, file, preserved)
+
+
+def _reaches_entries(option: Field[Any]) -> bool:
+    """Tell whether an option changes what an evaluation logs: not how many processes share the work, for example.
+
+    Sampled answers come on top of what is logged without them.
+    """
+    return option.metadata["reaches"] is not Reach.NOTHING and option.metadata["only"] != "sampled"
 
 
 def _log(file: Path, key: str, extends: Sequence[str], processes: Processes) -> SampleLog:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrcli.data.tokens import end_tokens
-from rrcli.errors import CheckFailed, RRError, UsageError, first_line
+from rrcli.errors import CheckFailed, RRError, UsageError
 from rrcli.experiment.identity import surgery_inputs
 from rrcli.experiment.model_card import Card
 from rrcli.experiment.replicates import refuse_one_seed
@@ -218,9 +218,10 @@ def _operate(model: Any, tokenizer: Any, config: RecursionConfig, reporter: Repo
 
 def _costs(model: Any, reporter: Reporter) -> Costs | None:
     from rrcli.models.costs import measure
+    from rrcli.models.footprint import seen
 
     try:
-        return measure(model)
-    except Exception as error:
-        reporter.warn(f"the costs per token could not be measured for '{model.config.model_type}': {first_line(error)}")
+        return seen(model, measure)
+    except RRError as error:
+        reporter.warn(f"the costs per token could not be measured: {error.message}")
         return None

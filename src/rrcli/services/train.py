@@ -99,8 +99,8 @@ def train(
             data, a loss that is not finite. Interrupted: stopped by the user after saving.
     """
     training = prepare_training(settings, mode, directory, match_flops=match_flops)
-    parallel = read_placement(settings, directory).parallel
-    count = settings.num_processes if parallel is None else parallel.processes
+    placement = read_placement(settings, directory)
+    parallel, count = placement.parallel, placement.processes
     if count > 1 and not launched():
         _check_shares(settings, Processes(settings.device, 0, count, parallel))
         return launch(
@@ -172,6 +172,11 @@ def _check_shares(settings: TrainSettings, processes: Processes) -> None:
         return
     if not parallel.trains(settings.phase):
         raise UsageError(f"phase {settings.phase} cannot be trained with --parallel {parallel}", "Take fsdp alone.")
+    if not parallel.trains(settings.phase, experts=settings.lora_experts):
+        raise UsageError(
+            f"--lora-experts needs whole experts, with --parallel {parallel} each process has a part of them",
+            "Leave --lora-experts out, or take replicas alone.",
+        )
     if settings.phase == "c" and settings.histograms:
         raise UsageError("--histograms needs whole weights, each process has a part of them", "Leave it out.")
 
@@ -232,7 +237,10 @@ def _load_model(training: TrainingRun, processes: Processes) -> tuple[Any, Any]:
     if settings.phase == "b" and not resumed:
         from rrcli.recursion.lora import add_lora
 
-        add_lora(model, settings.lora_rank, settings.lora_alpha, settings.seed, training.span)
+        add_lora(
+            model, settings.lora_rank, settings.lora_alpha, settings.seed, training.span,
+            experts=settings.lora_experts,
+        )  # fmt: skip
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if settings.compile:

@@ -91,7 +91,7 @@ def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **option
         raise died
     if died is not None:
         raise RRError(
-            f"{died}".capitalize(),
+            f"{str(died)[:1].upper()}{str(died)[1:]}",
             "SIGKILL often means that memory ran out: try fewer processes. The same command goes on.",
         )
     return next(value for rank, value in found if rank == 0)

@@ -63,6 +63,11 @@ class Processes:
         return 1 if self.parallel is None else self.parallel.tp
 
     @property
+    def in_step(self) -> bool:
+        """Whether each holds a part of the model, so that all have to run as many forwards as each other."""
+        return self.parallel is not None and self.parallel.cuts
+
+    @property
     def shares(self) -> int:
         """How many shares a batch is cut into."""
         return self.count // self.tensor

@@ -329,7 +329,7 @@ class Trainer:
     def _evaluate(self, done: int) -> bool:
         """Measure the weights that would be saved; return whether they are the best so far.
 
-        Every process does the same work, so that none waits for the others; the numbers of the main one count.
+        The processes share out the work.
         """
         settings = self.settings
         assert self.evaluation is not None
@@ -339,7 +339,14 @@ class Trainer:
         )  # fmt: skip
         with self.optimizer.published(), together(self.model) if settings.phase == "c" else nullcontext():
             found = evaluate_model(
-                self.model, self.tokenizer, self.evaluation, self.tracker, done, stage=INTERVAL_TAG, settings=limits
+                self.model,
+                self.tokenizer,
+                self.evaluation,
+                self.tracker,
+                done,
+                stage=INTERVAL_TAG,
+                settings=limits,
+                team=self.processes,
             )
         perplexity = self.processes.from_main(found["metrics"].get("perplexity", {}).get("value", math.inf))
         if not perplexity < self.state.best.get("perplexity", math.inf):
