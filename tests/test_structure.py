@@ -31,7 +31,7 @@ FLOORS = (
     {"training", "comparison"},
     {"experiment"},
     {"services"},
-    {"ui", "notebook"},
+    {"ui", "notebook", "lm_eval"},
     {"cli"},
     {"__main__"},
 )

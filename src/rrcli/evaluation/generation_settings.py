@@ -41,11 +41,15 @@ def without_own_settings(model: Any, *, choosing: bool = False) -> Iterator[None
     Args:
         choosing: follow also what the model says about how tokens are chosen.
     """
+    with patched(model, generation_config=followed_settings(model, choosing=choosing)):
+        yield
+
+
+def followed_settings(model: Any, *, choosing: bool = False) -> GenerationConfig:
+    """Return what `without_own_settings` leaves of the model's own settings."""
     own = model.generation_config
     names = (*ENDS, *SAMPLING, *CHOOSING) if choosing else ENDS
-    kept = {name: value for name in names if (value := getattr(own, name, None)) is not None}
-    with patched(model, generation_config=GenerationConfig(**kept)):
-        yield
+    return GenerationConfig(**{name: value for name in names if (value := getattr(own, name, None)) is not None})
 
 
 def unfollowed_settings(model: Any) -> str:

@@ -6,7 +6,6 @@ gives for the same model. Loads lm-eval and torch only when it runs.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,6 @@ from rrcli.evaluation import distributions
 from rrcli.evaluation.samples import SampleLog
 from rrcli.evaluation.stats import CONFIDENCE, LEAST_UNITS
 from rrcli.files import finite
-from rrcli.recursion.facts import refuse_unknown_tokens, vocabulary
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings
 
@@ -135,7 +133,10 @@ def run_harness(
         )
     names = [task.name for task in tasks]
     entries = log.done("harness", lambda place, entry: entry["name"] == names[place] if place < len(names) else False)
-    harness = _model(model, tokenizer, settings)
+    from rrcli.evaluation.harness_model import HarnessModel
+
+    rows = max(1, settings.batch_tokens // TOKENS_PER_ROW)  # the argument of `simple_evaluate` is ignored
+    harness = HarnessModel(model, tokenizer, batch_size=rows)
 
     def run(one: list[HarnessTask]) -> dict[str, Any]:
         results = _evaluate(harness, one[0], settings, reporter)
@@ -171,61 +172,6 @@ def _load(manager: Any, name: str) -> Any:
             "Its data comes from the Hugging Face hub or from the files that its .yaml names: check the connection, "
             "HF_HUB_OFFLINE and the paths.",
         ) from error
-
-
-def _model(model: Any, tokenizer: Any, settings: EvalSettings) -> Any:
-    """Return lm-eval's view of the model: the same object, left as it is."""
-    from lm_eval.models.huggingface import HFLM
-
-    from rrcli.recursion.abilities import takes_padding
-
-    class Harness(HFLM):  # type: ignore[misc]  # lm-eval has no types
-        """HFLM without progress bars, and with one start token before rolling windows, where it would put two."""
-
-        add_bos_token: bool
-        batch_size_per_gpu: int
-
-        def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-            ids: list[int] = super().tok_encode(string, *args, **kwargs)
-            refuse_unknown_tokens(vocabulary(self.model), self.tokenizer, ids, f"the request {string[:40]!r}")
-            return ids
-
-        def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
-            for string in strings:
-                self.tok_encode(string)
-            return super().tok_batch_encode(strings, *args, **kwargs)
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            before = self.batch_size_per_gpu
-            if not takes_padding(model):  # lm-eval pads on the left
-                self.batch_size_per_gpu = 1
-            try:
-                return super().generate_until(requests, disable_tqdm=True)
-            finally:
-                self.batch_size_per_gpu = before
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            before, self.add_bos_token = self.add_bos_token, False
-            try:
-                return super().loglikelihood_rolling(requests, disable_tqdm=True)
-            finally:
-                self.add_bos_token = before
-
-    # HFLM ties the weights of its model: a head that was trained separately from the embedding would be lost.
-    model.tie_weights = lambda *_, **__: None
-    try:
-        return Harness(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),  # it sets a padding token on it
-            backend="causal",
-            batch_size=max(1, settings.batch_tokens // TOKENS_PER_ROW),  # the argument of `simple_evaluate` is ignored
-            softmax_dtype="float32",  # in bfloat16 different sums would round to the same value
-        )
-    finally:
-        del model.tie_weights
 
 
 def _evaluate(harness: Any, task: HarnessTask, settings: EvalSettings, reporter: Reporter) -> Any:

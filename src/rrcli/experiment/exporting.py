@@ -54,13 +54,32 @@ def found(workspace: Workspace, name: str) -> Iterator[Made]:
     Raises:
         UsageError: nothing has that name, or rr did not make it. RRError: the stage was not made yet.
     """
-    with reading(lambda: _source(workspace, name)) as source:
+    with reading(lambda: source_named(workspace, name)) as source:
         if source.manifest is None:
             raise UsageError(
                 f"{name} is a model that rr did not change: there is nothing to export",
                 f"Name a stage ({', '.join(STAGES[1:])}), a run or a checkpoint.",
             )
         yield Made(name, source, base_of(source, workspace.directory))
+
+
+def source_named(workspace: Workspace, name: str) -> ModelSource:
+    """Find a model by the name of a stage or a run, or as `--model` names one.
+
+    Raises:
+        UsageError: nothing has that name. RRError: the stage was not made yet.
+    """
+    if name in STAGES:
+        return workspace.stage_model(name)
+    run = workspace.directory / workspace.settings.checkpoint_dir / name
+    if "/" not in name and run.is_dir() and checkpoints(run):
+        return workspace.resolve(str(run))
+    try:
+        return workspace.resolve(name)
+    except UsageError as error:
+        raise UsageError(
+            f"'{name}' is neither a stage nor a run nor a folder", f"Stages: {', '.join(STAGES[1:])}."
+        ) from error
 
 
 def export_to(
@@ -149,20 +168,6 @@ def _write_weights(place: Path, made: Made, settings: CommonSettings, directory:
     if made.base.is_gguf:
         forget_quantisation(model)
     model.save_pretrained(place)
-
-
-def _source(workspace: Workspace, name: str) -> ModelSource:
-    if name in STAGES:
-        return workspace.stage_model(name)
-    run = workspace.directory / workspace.settings.checkpoint_dir / name
-    if "/" not in name and run.is_dir() and checkpoints(run):
-        return workspace.resolve(str(run))
-    try:
-        return workspace.resolve(name)
-    except UsageError as error:
-        raise UsageError(
-            f"'{name}' is neither a stage nor a run nor a folder", f"Stages: {', '.join(STAGES[1:])}."
-        ) from error
 
 
 def _ends(made: Made, *, trust_remote_code: bool) -> list[int]:
