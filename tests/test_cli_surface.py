@@ -116,6 +116,7 @@ OWN = {
     | COMPARE
     | {"--rounds", "--dry-run", "--train-max-length", "--eval-max-length", "--train-max-steps", "--train-chunk-width"},
     "export": EXPORTING | {"--merge", "--overwrite"},
+    "serve": EXPORTING - {"--output-dir"} | {"--device", "--dtype", "--port"},
     "status": {"--checkpoint-dir", "--output-dir"},
 }
 SURFACE = {name: options | EVERYWHERE for name, options in OWN.items()}
@@ -140,7 +141,7 @@ def test_the_options_are_these(name: str) -> None:
 
 def test_what_is_given_by_position() -> None:
     arguments = [p.name for c in commands().values() for p in c.params if p.param_type_name == "argument"]
-    assert arguments == ["stages", "stages", "prompt", "name", "folder"]
+    assert arguments == ["stages", "stages", "prompt", "name", "folder", "name"]
 
 
 @pytest.mark.parametrize("name", SURFACE)

@@ -557,6 +557,25 @@ def export(
         ui.show_exported(result)
 
 
+@_command(SHARE, _flags(settings.ServeSettings, ("device", "dtype", *EXPORTING[:-1])))
+def serve(
+    ctx: Context,
+    name: Annotated[
+        str, typer.Argument(metavar="RUN", help="Stage, name of a run, folder of a checkpoint, or export.")
+    ],
+    json: Json = False,
+) -> None:
+    """Serve a model on this machine with transformers' own server, in the form of OpenAI's API.
+
+    It listens on 127.0.0.1 and answers one request at a time, without continuous batching, which would leave the
+    recursion out. Ctrl-C ends it.
+    """
+    from rrcli.services import serve as service
+
+    started = (lambda served: ui.show_json("serve", vars(served))) if json else ui.show_served
+    service.serve(ctx.load(settings.ServeSettings), name, ctx.directory, _reporter(), started=started)
+
+
 def _comparison_text(ctx: Context) -> str:
     """Return the comparison of what was measured as Markdown; '' where there is none."""
     from rrcli.services import compare as comparing

@@ -759,6 +759,17 @@ class BoardSettings(CommonSettings):
     open: bool = option(False, "Also open the address in a browser.", reaches=NOTHING)
 
 
+@dataclass(frozen=True)
+class ServeSettings(CommonSettings):
+    """Section `[serve]`."""
+
+    SECTION = "serve"
+
+    port: int = option(
+        8000, "Port to listen on; the next free one if it is taken.", reaches=NOTHING, minimum=0, maximum=65535
+    )
+
+
 SECTIONS: tuple[type[CommonSettings], ...] = (
     CommonSettings,
     SurgerySettings,
@@ -769,6 +780,7 @@ SECTIONS: tuple[type[CommonSettings], ...] = (
     GenerateSettings,
     CompareSettings,
     BoardSettings,
+    ServeSettings,
 )
 
 # The commands that `rr run` performs after `rr setup`.

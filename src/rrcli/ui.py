@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rrcli.services.export import ExportResult
     from rrcli.services.generate import GenerateResult
     from rrcli.services.plan import PlanResult
+    from rrcli.services.serve import Served
     from rrcli.services.setup import SetupResult
     from rrcli.services.status import Status
     from rrcli.services.surgery import SurgeryResult
@@ -390,6 +391,15 @@ def show_exported(result: ExportResult) -> None:
     out().print(f"In Python: {escape(loaded)}", soft_wrap=True)
     if result.adapters is not None:
         out().print(f"Adapters for peft: {escape(str(result.adapters))}", soft_wrap=True)
+
+
+def show_served(served: Served) -> None:
+    """Print the address of the server, and how to ask it."""
+    what = f"{escape(served.model)} on {served.device} in {served.dtype}"
+    out().print(f"Serving {what}: [bold]{served.url}[/bold]   (Ctrl-C stops it)", soft_wrap=True)
+    out().print(escape(served.curl), soft_wrap=True)
+    if not served.listed:
+        out().print("This version of transformers does not list the model in /v1/models; name it as above.")
 
 
 def show_eval(result: EvalResult) -> None:

@@ -30,6 +30,7 @@ need. It is found by signature, type or trial, never by a version number. What h
     weights that are read in parts                transformers' `DistributedConfig`            RRError
     fused weights that are read in parts          transformers' loader of weights              RRError
     code that comes with a model's folder         `get_class_from_dynamic_module`            RRError
+    a server that has one model alone             `ModelManager` of `transformers serve`     RRError
     a GGUF model that can be saved                `hf_quantizer`, `quantization_config`      transformers' own error
     reading back what was saved                   `_keys_to_ignore_on_save` of a model       RRError if it has any
 
@@ -254,6 +255,34 @@ def remote_class(reference: str, folder: Any, **hub: Any) -> Any:
             "Install a version of transformers that rr was tested with.",
         ) from error
     return with_generation(load(reference, folder, **hub))
+
+
+def serve_one_model() -> None:
+    """Run the command line of transformers, whose server then loads the model that it was started with, and no other.
+
+    It has an endpoint that loads whatever a request names, with the trust in code that was meant for the first one.
+
+    Raises:
+        RRError: this transformers has no such server.
+    """
+    try:
+        manager = import_module("transformers.cli.serving.model_manager").ModelManager
+        main = import_module("transformers.cli.transformers").main
+        load, canonical = manager.load_model_and_processor, manager.process_model_name
+    except (ImportError, AttributeError) as error:
+        raise RRError(
+            f"the server of this transformers cannot be kept to one model: {error}",
+            "Install a version of transformers that rr was tested with.",
+        ) from error
+
+    @functools.wraps(load)
+    def load_own(self: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name != canonical(self.force_model) or kwargs.get("gguf_file") is not None:
+            raise ValueError(f"this server has the model {self.force_model} alone")
+        return load(self, name, *args, **kwargs)
+
+    manager.load_model_and_processor = load_own
+    main()
 
 
 # -- transformers: the layers of a cache -------------------------------------------------------------------------------

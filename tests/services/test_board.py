@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from rrcli.errors import RRError
+from rrcli.experiment.local_servers import PORTS_TO_TRY
 from rrcli.reporting import Silent
 from rrcli.services import board as service
 from rrcli.settings import BoardSettings
@@ -68,7 +69,7 @@ def test_a_busy_port_moves_to_the_next_and_ctrl_c_stops_cleanly(logged: Path, ta
     process = start(logged, "--json", "--port", str(taken))
     said = json.loads(process.stdout.readline())
     port = int(said["url"].rpartition(":")[2])
-    assert taken < port < taken + service.PORTS_TO_TRY
+    assert taken < port < taken + PORTS_TO_TRY
     assert said["schema"] == "rr.board/1"
     assert said["tunnel"].startswith(f"ssh -L {port}:localhost:{port} ")
     with urllib.request.urlopen(said["url"]) as page:
@@ -204,7 +205,7 @@ def test_no_free_port_at_the_end_of_the_range(logged: Path, monkeypatch: pytest.
     def refuse(*_: object) -> None:
         raise OSError(98, "Address already in use")
 
-    monkeypatch.setattr(service.socket.socket, "bind", refuse)
+    monkeypatch.setattr(socket.socket, "bind", refuse)
     with pytest.raises(RRError, match="no free port from 65530 to 65535"):
         service.board(BoardSettings(port=65530), logged, Silent(), started=lambda _: None)
 

@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rrcli.errors import RRError
+from rrcli.experiment.local_servers import LOOPBACK, START_SECONDS, answer, ended, free_port, serving, watched
 from rrcli.experiment.workspace import Workspace
 from rrcli.reporting import Reporter
 from rrcli.settings import BoardSettings
 
-PORTS_TO_TRY = 20
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # So many answers in a row, a second apart, have to equal the one before them.
 EQUAL_ANSWERS = 2
-START_SECONDS = 120
-# How many of TensorBoard's last lines an error shows.
-LAST_LINES = 5
 # Plugins whose tags `--check` asks for; all of them answer run -> tag -> description under `tags`.
 PLUGINS = ("scalars", "text", "images", "histograms")
-# TensorBoard, which ends when its standard input is closed. That happens whenever the process that started it ends, in
-# whatever way. (A signal at the end of the parent exists on Linux only.)
-WATCHED = """
-import os, signal, sys, threading
-def watch():
-    while os.read(0, 4096):  # sys.stdin would be locked at the end of the process, which aborts it
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-threading.Thread(target=watch, daemon=True).start()
-from tensorboard.main import run_main
-run_main()
-"""
+NAME = "TensorBoard"
+WATCHED = watched("from tensorboard.main import run_main\nrun_main()")
 
 
 @dataclass(frozen=True)
@@ -69,7 +50,7 @@ def board(settings: BoardSettings, directory: Path, reporter: Reporter, *, start
         RRError: there are no logs, no free port, or TensorBoard ends with an error.
     """
     logs = _logs(settings, directory)
-    port = _free_port(settings.host, settings.port)
+    port = free_port(settings.host, settings.port)
     if settings.port not in (0, port):
         reporter.warn(f"port {settings.port} is taken, using {port}")
     if settings.host not in LOOPBACK:
@@ -86,7 +67,7 @@ def board(settings: BoardSettings, directory: Path, reporter: Reporter, *, start
             code = process.wait()
         except KeyboardInterrupt:  # the usual way to end it
             return
-        raise _ended(process, code)
+        raise ended(process, code, NAME)
 
 
 def check(settings: BoardSettings, directory: Path) -> Found:
@@ -97,7 +78,7 @@ def check(settings: BoardSettings, directory: Path) -> Found:
     """
     logs = _logs(settings, directory)
     expected = {str(file.parent.relative_to(logs)) for file in _event_files(logs)}
-    with _serving(settings, logs, _free_port(settings.host, 0)) as (process, address):
+    with _serving(settings, logs, free_port(settings.host, 0)) as (process, address):
         before, equal, end = None, 0, time.monotonic() + START_SECONDS
         while time.monotonic() < end and process.poll() is None:
             tags = {plugin: _get(address, f"data/plugin/{plugin}/tags") for plugin in PLUGINS}
@@ -110,7 +91,7 @@ def check(settings: BoardSettings, directory: Path) -> Found:
             before = runs
             time.sleep(1)
         if process.poll() is not None:
-            raise _ended(process, process.returncode)
+            raise ended(process, process.returncode, NAME)
     missing = ", ".join(sorted(expected - (before or {}).keys()))
     raise RRError(f"TensorBoard does not show {missing or 'a stable state'} after {START_SECONDS} s")
 
@@ -132,64 +113,18 @@ def _logs(settings: BoardSettings, directory: Path) -> Path:
 @contextmanager
 def _serving(settings: BoardSettings, logs: Path, port: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Start TensorBoard, wait until it answers, and stop it at the end."""
-    import tempfile
-
     command = [sys.executable, "-c", WATCHED, "--logdir", str(logs), "--host", settings.host, "--port", str(port)]
     # Without its data server TensorBoard would follow only the newest event file of each run.
     command += ["--reload_interval", str(settings.reload_interval), "--reload_multifile=true"]
     shown = "localhost" if settings.host in LOOPBACK or settings.host in ("0.0.0.0", "::") else settings.host
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
-    with tempfile.TemporaryFile() as errors:  # a pipe that nobody reads becomes full and blocks
-        # In its own session Ctrl-C does not reach it; this process stops it.
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True
-        )
-        process.stderr = errors
-        try:
-            _wait_for(process, address)
-            yield process, address
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _wait_for(process: subprocess.Popen[bytes], address: str) -> None:
-    end = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < end:
-        try:
-            _get(address, "data/environment")
-            return
-        except RRError:
-            time.sleep(0.1)
-    if process.poll() is not None:
-        raise _ended(process, process.returncode)
-    raise RRError(f"TensorBoard does not answer on {address} after {START_SECONDS} s")
+    with serving(command, address, name=NAME, ready="data/environment") as process:
+        yield process, address
 
 
 def _get(address: str, path: str) -> Any:
-    """Return the JSON that TensorBoard answers; the proxies of the environment are not used.
-
-    Raises:
-        RRError: no answer.
-    """
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"{address}/{path}", timeout=10) as answer:
-            return json.load(answer)
-    except (OSError, urllib.error.URLError, ValueError) as error:
-        raise RRError(f"TensorBoard does not answer on {address}/{path}: {error}") from error
-
-
-def _ended(process: subprocess.Popen[bytes], code: int) -> RRError:
-    errors: IO[bytes] = process.stderr  # type: ignore[assignment]
-    errors.seek(0)
-    lines = [line for line in errors.read().decode(errors="replace").splitlines() if line.strip()]
-    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return RRError("\n".join([f"TensorBoard {how}", *lines[-LAST_LINES:]]))
+    """Return the JSON that TensorBoard answers."""
+    return answer(address, path, NAME)
 
 
 def _open(address: str, reporter: Reporter) -> None:
@@ -197,24 +132,6 @@ def _open(address: str, reporter: Reporter) -> None:
 
     if not webbrowser.open(address):
         reporter.warn(f"no browser could be opened here; open {address} yourself")
-
-
-def _free_port(host: str, first: int) -> int:
-    """Return the first port from `first` on that can be listened on; any free one for 0."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    last = min(first + PORTS_TO_TRY, 65536) - 1
-    for port in range(first, last + 1):
-        try:
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, port))
-                return int(probe.getsockname()[1])
-        except OSError as error:
-            if error.errno == errno.EACCES:
-                raise RRError(f"port {port} needs root privileges", "Name one from 1024 on with --port.") from error
-            if error.errno != errno.EADDRINUSE:
-                raise RRError(f"cannot listen on {host}: {error.strerror}", "Use --host 127.0.0.1.") from error
-    raise RRError(f"no free port from {first} to {last}", "Name another with --port.")
 
 
 def _user_at_host() -> str:
