@@ -114,7 +114,16 @@ OWN = {
     | TRAIN
     | EVAL
     | COMPARE
-    | {"--rounds", "--dry-run", "--train-max-length", "--eval-max-length", "--train-max-steps", "--train-chunk-width"},
+    | {
+        "--rounds",
+        "--dry-run",
+        "--slurm",
+        "--launcher",
+        "--train-max-length",
+        "--eval-max-length",
+        "--train-max-steps",
+        "--train-chunk-width",
+    },
     "export": EXPORTING | {"--merge", "--overwrite"},
     "serve": EXPORTING - {"--output-dir"} | {"--device", "--dtype", "--port"},
     "status": {"--checkpoint-dir", "--output-dir"},

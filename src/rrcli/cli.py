@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
 import signal
 import threading
 import time
@@ -286,6 +287,19 @@ class Context:
             for section in flag.sections if value not in (None, []) else ():
                 self.given.setdefault(section, {})[flag.item.name] = tuple(value) if isinstance(value, list) else value
                 self.names.setdefault(section, {})[flag.item.name] = settings.flag_name(flag.name)
+
+    def arguments(self) -> list[str]:
+        """Return the options that were given, as they are written on the command line."""
+        found: dict[str, list[str]] = {}
+        for section, options in self.given.items():
+            for key, value in options.items():
+                flag = self.names[section][key]
+                if isinstance(value, bool):
+                    found[flag] = [flag if value else f"--no-{flag[2:]}"]
+                else:
+                    values = value if isinstance(value, tuple) else (value,)
+                    found[flag] = [f"{flag}={one}" for one in values]
+        return [word for words in found.values() for word in words]
 
     def load(self, cls: type[settings.S], *, use_file: bool = True) -> settings.S:
         """Return the settings of a command from rr.toml, the environment and the command line."""
@@ -645,7 +659,26 @@ def plan(
 @_command(EXPERIMENT, _run_flags(), writes=True)
 def run(
     ctx: Context,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, or the script of --slurm, and do nothing.")
+    ] = False,
+    slurm: Annotated[
+        str,
+        typer.Option(
+            "--slurm",
+            help="Do it in a job of SLURM: nodes=2,gpus=8,time=4h,partition=gpu and further options of sbatch. The "
+            "processes on all machines share the work, as --parallel says. The job goes on when it is queued again.",
+            rich_help_panel=settings.COMPUTE,
+        ),
+    ] = "",
+    launcher: Annotated[
+        str,
+        typer.Option(
+            "--launcher",
+            help="Program that starts each training and evaluation, such as 'torchrun --nproc-per-node 8 -m rrcli'.",
+            rich_help_panel=settings.COMPUTE,
+        ),
+    ] = "",
     json: Json = False,
 ) -> None:
     """Run the whole experiment: every stage that is missing or out of date, their costs, then the comparison.
@@ -664,6 +697,9 @@ def run(
     refuse_phase_a(ctx.load(settings.TrainSettings))
     read_declaration(ctx.load(settings.CompareSettings))
     form = _form(ctx.load(settings.CompareSettings), json)
+    if slurm:
+        _in_a_job(ctx, slurm, dry_run=dry_run, json=json)
+        return
     if dry_run:
         steps = plan(ctx.directory, ctx.load, new_options=bool(ctx.given))
         if json:
@@ -672,8 +708,9 @@ def run(
             ui.show_plan(steps)
         return
     service.run(
-        ctx.directory, ctx.load, _reporter(), perform=lambda step: _perform(step, ctx), new_options=bool(ctx.given)
-    )
+        ctx.directory, ctx.load, _reporter(),
+        perform=lambda step: _perform(step, ctx, launcher), new_options=bool(ctx.given),
+    )  # fmt: skip
     loaded = ctx.load(settings.CompareSettings)
     result = comparing.compare(loaded, [], ctx.directory)
     _show_comparison(result, loaded, ctx.directory, form)
@@ -743,8 +780,34 @@ def _show_comparison(result: Any, chosen: settings.CompareSettings, directory: P
     require_gates(result.gates)
 
 
-def _perform(step: Any, ctx: Context) -> None:
-    """Do one step of `rr run`."""
+def _in_a_job(ctx: Context, slurm: str, *, dry_run: bool, json: bool) -> None:
+    """Submit `rr run` with the options of this call as a job of SLURM, or print its script."""
+    from rrcli.models.placement import read_placement
+    from rrcli.training.slurm import read_job, submit
+
+    job = read_job(slurm)
+    parallel = read_placement(ctx.load(settings.EvalSettings), ctx.directory).parallel
+    if parallel is not None and parallel.processes != job.count:
+        raise UsageError(
+            f"--parallel {parallel} needs {parallel.processes} processes, --slurm has {job.count}",
+            "There is one for each GPU of each node.",
+        )
+    script = job.script(ctx.arguments(), ctx.directory)
+    number = "" if dry_run else submit(script, ctx.directory)
+    log = str(ctx.directory / f"slurm-{number}.out") if number else ""
+    if json:
+        ui.show_json("job", {"job": number, "log": log, "script": script})
+    elif dry_run:
+        typer.echo(script, nl=False)
+    else:
+        ui.show_next(f"Job {number}:", log, "rr status")
+
+
+def _perform(step: Any, ctx: Context, launcher: str = "") -> None:
+    """Do one step of `rr run`; trainings, evaluations and surgery by a launcher, if there is one."""
+    if launcher and step.kind in ("surgery", "train", "exit", "eval"):
+        _perform_elsewhere(step, ctx, launcher)
+        return
     from rrcli.experiment.exits import choose_exit
     from rrcli.experiment.replicates import EQUAL_FLOPS_STAGE, RECURSIVE_STAGE, TRAINED
     from rrcli.services import costs as costing
@@ -776,6 +839,19 @@ def _perform(step: Any, ctx: Context) -> None:
         changes = {"seed": step.replicate.seed, "skip_performance": True}
         measuring = settings.with_changes(ctx.load(settings.EvalSettings), **changes)
         evaluating.evaluate(measuring, step.replicate.stage, directory, reporter)
+
+
+def _perform_elsewhere(step: Any, ctx: Context, launcher: str) -> None:
+    from rrcli.experiment.planning import DONE, status_of
+    from rrcli.training.launching import launch_elsewhere
+
+    more = {"surgery": ["--overwrite"], "eval": ["--skip-performance"]}.get(step.kind, [])
+    more += ["--restart"] * (step.kind == "train" and step.status == "stale")
+    arguments = [*shlex.split(step.command)[1:], *more, "--dir", str(ctx.directory)]
+    code = launch_elsewhere(launcher, arguments, ctx.directory)
+    # Launchers have exit codes of their own: what counts is the result.
+    if code and status_of(step.kind, step.replicate, ctx.directory, ctx.load).status != DONE:
+        raise RRError(f"'{step.command}' ended with exit code {code}", "What was wrong stands above.")
 
 
 def _standard_input() -> str:

@@ -7,14 +7,18 @@ returned.
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
-from rrcli.errors import Interrupted, RRError
+from rrcli.errors import Interrupted, RRError, UsageError
 
 # The environment variable with the path of a file through which the processes of one launch find each other. It is not
 # a port: one that was free when it was chosen may be taken by another program before it is used, and a process that
@@ -95,6 +99,44 @@ def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **option
             "SIGKILL often means that memory ran out: try fewer processes. The same command goes on.",
         )
     return next(value for rank, value in found if rank == 0)
+
+
+def launch_elsewhere(launcher: str, arguments: Sequence[str], directory: Path) -> int:
+    """Run a command of rr by somebody else's launcher, and return its exit code.
+
+    What it prints goes to stderr. SIGTERM and Ctrl-C are passed on to it, and waited for: a training saves its step.
+
+    Args:
+        launcher: what stands before the command, such as `torchrun --nproc-per-node 8 -m rrcli`.
+
+    Raises:
+        UsageError: there is no such program. Interrupted: it was stopped.
+    """
+    words = shlex.split(launcher)
+    if not words or shutil.which(words[0]) is None:
+        raise UsageError(f"--launcher is '{launcher}', which is no program here", "Try torchrun ... -m rrcli.")
+    signals: list[int] = []
+    started: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        signals.append(number)
+        for process in started:
+            process.send_signal(number)
+
+    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        # In a process group of its own, so that a terminal's Ctrl-C reaches it through this process alone.
+        process = subprocess.Popen([*words, *arguments], cwd=directory, start_new_session=True, stdout=2)
+        started.append(process)
+        for number in signals:  # that came before it was there
+            process.send_signal(number)
+        code = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if signals:
+        raise Interrupted("by the user", "The same command goes on from what it has finished.")
+    return code
 
 
 def _work(
