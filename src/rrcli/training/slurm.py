@@ -54,6 +54,16 @@ class Job:
         """How many processes work together."""
         return self.nodes * self.on_each
 
+    @property
+    def launcher(self) -> str:
+        """What starts a command of rr on all machines, as text of a shell with variables of the script."""
+        python = shlex.quote(sys.executable)
+        return (
+            f"srun --kill-on-bad-exit=1 {python} -m torch.distributed.run --nnodes={self.nodes} "
+            f"--nproc-per-node={self.on_each} --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID "
+            "--rdzv-endpoint=$first:$port -m rrcli"
+        )
+
     def script(self, arguments: Sequence[str], directory: Path) -> str:
         """Return the script of a job that performs `rr run`.
 
@@ -74,9 +84,6 @@ class Job:
         }
         head = "".join(f"#SBATCH --{name}={shlex.quote(str(value))}\n" for name, value in about.items())
         python = shlex.quote(sys.executable)
-        launcher = f"srun --kill-on-bad-exit=1 {python} -m torch.distributed.run --nnodes={self.nodes}"
-        launcher += f" --nproc-per-node={self.on_each} --rdzv-backend=c10d --rdzv-id=$SLURM_JOB_ID"
-        launcher += " --rdzv-endpoint=$first:$((20000 + SLURM_JOB_ID % 10000)) -m rrcli"
         # srun does not take it from sbatch.
         cores = "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK\n" if "cpus-per-task" in about else ""
         command = shlex.join(["run", *arguments, "--dir", str(directory)])
@@ -84,8 +91,9 @@ class Job:
 {head}#SBATCH --requeue
 
 {cores}first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 10000))
 {python} -m rrcli {command} --launcher \\
-  "{launcher}" &
+  "{self.launcher}" &
 run=$!
 trap 'kill -TERM "$run"' TERM
 wait "$run"
