@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import rrcli
-from rrcli.data.problem_files import FileTask, open_task, read_problems, trained_questions
+from rrcli.data.problem_files import FileTask, open_task, trained_questions
 from rrcli.data.splits import side_of
 from rrcli.data.tasks import Problem, Task
 from rrcli.data.training_data import TrainingData
@@ -42,7 +42,7 @@ def write(path: Path, count: int = 200, start: int = 0) -> Path:
 def test_answers_are_numbers_or_texts(tmp_path, answer, expected, solution):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"question": " q\u2028 ", "answer": answer, "more": [1]}) + "\r\n\n")
-    [problem], _ = read_problems(path, "a.jsonl")
+    [problem] = FileTask("a.jsonl", tmp_path).all
     assert (problem.question, problem.answer, problem.solution) == ("q", expected, solution)
     assert problem.target == (solution or expected)
 
@@ -70,7 +70,7 @@ def test_a_line_that_is_no_problem_is_named(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": 1}\n\n' + line + b'\n{"question": "r", "answer": 1}\n')
     with pytest.raises(RRError, match=message) as caught:
-        read_problems(path, "a.jsonl")
+        FileTask("a.jsonl", tmp_path)
     assert str(path) in caught.value.message
     assert caught.value.hint
 
@@ -100,9 +100,9 @@ def test_a_task_that_means_nothing_is_a_usage_error(tmp_path, spec, message):
 def test_a_question_that_repeats_is_one_problem(tmp_path):
     lines = [json.dumps({"question": q, "answer": n}) for n, q in enumerate(["q", "r", " q", "q"])]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    problems, repeated = read_problems(tmp_path / "a.jsonl", "a.jsonl")
-    assert [(problem.question, problem.answer) for problem in problems] == [("q", "0"), ("r", "1")]
-    assert repeated == 2
+    task = FileTask("a.jsonl", tmp_path)
+    assert [(problem.question, problem.answer) for problem in task.all] == [("q", "0"), ("r", "1")]
+    assert task.repeated == 2
     settings = EvalSettings(task=("a.jsonl:held_out=all",))
     data = held_out_data(settings, tmp_path, 9)
     assert len(data.problems) == 2
@@ -152,7 +152,7 @@ def test_a_test_set_is_evaluated_whole_and_never_trained_on(tmp_path):
         for batch in [training.batch(step)]
         for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
     }
-    everything = {p.question for p in read_problems(tmp_path / "train.jsonl", "")[0]}
+    everything = {p.question for p in FileTask("train.jsonl", tmp_path).all}
     expected = {question for question in everything - tested if side_of(question) == "train"}
     assert {question.removeprefix(tokenizer.bos_token or "") for question in seen} == expected
     trained = trained_questions(specs, tmp_path)

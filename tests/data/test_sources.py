@@ -199,7 +199,7 @@ def test_parquet_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         column = pyarrow.array(texts, pyarrow.string()).cast(kind)
         parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{name}.parquet", row_group_size=7)
         assert list(read_documents(f"{name}.parquet", tmp_path)) == texts
-    monkeypatch.setattr("rrcli.data.readers.PARQUET_ROWS", 3)
+    monkeypatch.setattr("rrcli.data.rows.PARQUET_ROWS", 3)
     assert list(read_documents("plain.parquet", tmp_path)) == texts
 
 

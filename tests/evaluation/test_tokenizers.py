@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from made_tokenizers import chain, like_llama_2, with_special_tokens
-from rrcli.data.tasks import tagged
+from rrcli.data.final_answers import tagged
 from rrcli.data.tokens import encode_prompt, text_ids
 from rrcli.evaluation.decoding import Decoded, decode
 from rrcli.evaluation.perplexity import score_documents

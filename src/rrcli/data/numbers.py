@@ -9,7 +9,7 @@ Forms: `-5`, `−5` (any minus sign or dash), `+5`, `1,234.50`, `.5`, `1/2`, `1 
 
 Why not a library: math-verify 0.9 was tried. It reads `1,2,3` as 1.2 or 3, does not read `−4` and `1e6`, takes 12 ms
 for an answer, and ends long computations (`9^9^9`) by the clock, with a signal. lm-eval's `minerva_math` uses it for
-algebra (`--harness minerva_math`).
+algebra (`--harness minerva_math`). Where formulas are expected, `grade=math` asks it (see `math_answers`).
 """
 
 from __future__ import annotations
@@ -88,14 +88,20 @@ def boxed(text: str) -> str | None:
 
 def plain(text: str) -> str:
     """Return a text with one kind of minus sign and of digits, and without LaTeX that only sets it."""
-    if not text.isascii():
-        text = _SUPERSCRIPT.sub(lambda found: "^" + unicodedata.normalize("NFKC", found.group()), text)
-        text = "".join(map(_plain_character, text))
+    text = one_kind(text)
     if "\\" in text or "{,}" in text:
         for written, meant in _LATEX:
             text = text.replace(written, meant)
         text = _FRACTION.sub(lambda f: f" {f[1] or f[3]}/{f[2] or f[4]} ", text)
     return text
+
+
+def one_kind(text: str) -> str:
+    """Return a text with one kind of minus sign and of digits."""
+    if text.isascii():
+        return text
+    text = _SUPERSCRIPT.sub(lambda found: "^" + unicodedata.normalize("NFKC", found.group()), text)
+    return "".join(map(_plain_character, text))
 
 
 def unwrapped(text: str) -> str:

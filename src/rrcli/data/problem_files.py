@@ -1,9 +1,17 @@
-"""Reasoning problems from a file: JSON lines with a `question` and an `answer`.
+"""Reasoning problems from a file, or from a data set of the hub: `FILE.jsonl`, `.csv`, `.parquet`, or `hf://NAME`.
 
-Such a task is written `FILE.jsonl` and is split like all data: `splits.side_of` decides which questions are evaluated,
-which are for validation, and which are trained on and used as solved examples. A test set is written
-`FILE.jsonl:held_out=all`: all of it is evaluated, and none of its questions is trained on, even if another file of the
-same settings asks it too. Its solved examples come from `examples=OTHER.jsonl`.
+What a task may say beside that, such as the fields of question and answer, stands in `problem_rows`.
+
+A file is split like all data: `splits.side_of` decides which questions are evaluated, which are for validation, and
+which are trained on and used as solved examples. A test set is written `FILE:held_out=all`: all of it is evaluated, and
+none of its questions is trained on, even if another task of the same settings asks it too. Its solved examples come
+from `examples=OTHER`.
+
+A data set that has splits of its own keeps them: what is in `test` is evaluated, and what is in `train` is trained on.
+Without a validation split, the problems of `train` that the rule puts on the validation side are that; without a test
+split, the validation split is tested. What stands in two splits, near-twins included, counts for the later one of
+train, validation and test. A data set with a single split is split like a file, but one that is called `test` is a test
+set.
 
 An answer is a number or a text. If the text ends in `#### 42`, as in GSM8K, the answer is 42, and the whole text is the
 solution that training and solved examples show.
@@ -11,59 +19,80 @@ solution that training and solved examples show.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from decimal import Decimal
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from random import Random
-from typing import Any
 
-from rrcli.data.lines import file_lines, json_objects
+from rrcli.data.graders import Grader, grader_file, make_grader
+from rrcli.data.hub import hub_name, hub_splits
 from rrcli.data.novelty import Questions
-from rrcli.data.numbers import number, plain, unwrapped
+from rrcli.data.problem_rows import ProblemSource, is_file_task, problem_source, problems_in
+from rrcli.data.rows import TABLES, file_rows, hub_rows, listed
 from rrcli.data.splits import SIDE_NAMES, Side, side_of
-from rrcli.data.tasks import Problem, Task, parse_spec, tagged
-from rrcli.errors import RRError, UsageError, suggest
+from rrcli.data.tasks import Problem, Task
+from rrcli.errors import RRError, UsageError
+from rrcli.files import combine
 
-SUFFIX = ".jsonl"
-OPTIONS = ("held_out", "examples")
-MARK = "####"
 # The sides that no training sees.
 KEPT: tuple[Side, ...] = ("validation", "test")
-LINE_HINT = 'Write {"question": "...", "answer": "..."} on each line.'
+# The sides, from the lightest: what stands on two of them counts for the later one.
+SIDES: tuple[Side, ...] = ("train", "validation", "test")
+# Stands for the side of a file, or of a data set with a single split, whose problems the rule puts on the sides.
+ALL = "all"
+# What the splits of data sets are called: as the library `datasets` recognises files.
+SPLIT_NAMES: dict[Side, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 
 class FileTask:
-    """The problems of one file.
+    """The problems of one file or data set.
 
     Attributes:
-        all: its distinct problems. repeated: how many lines were left out because they ask one of them again.
-        whole: whether it is a test set. others: the problems of the file that solved examples come from.
+        all: its distinct problems. repeated: how many rows were left out because they ask one of them again.
+        twins: how many problems were left out because a split of more weight has a near-twin of them.
+        whole: whether it is a test set. own_splits: whether it has splits of its own.
+        trains: whether it is one that has problems to train on.
+        others: the problems of the file that solved examples come from.
 
     Raises:
-        UsageError: the file does not exist, or an option is unknown. RRError: a line is not a problem.
+        UsageError: the file does not exist, or an option is unknown. RRError: a row is not a problem.
     """
 
     def __init__(self, spec: str, directory: Path) -> None:
-        self.spec = spec.strip()
-        name, options = parse_spec(self.spec)
-        self.name = Path(name).name
-        self.path = task_file(self.spec, directory)
-        for key in options:
-            if key not in OPTIONS:
-                raise UsageError(f"task '{self.name}' has no option '{key}'", suggest(key, OPTIONS))
-        if options.get("held_out", "all") != "all":
-            raise UsageError(
-                f"held_out is '{options['held_out']}' in '{spec}'",
-                "Write held_out=all to evaluate all of the file, or leave it out to evaluate a tenth.",
-            )
-        self.whole = "held_out" in options
-        self.all, self.repeated = read_problems(self.path, self.spec)
-        self._sides: dict[Side, list[Problem]] = {"train": [], "validation": [], "test": []}
-        for problem in self.all:
-            self._sides["test" if self.whole else side_of(problem.question)].append(problem)
-        other = options.get("examples")
-        self.others = read_problems(task_file(str(other), directory), self.spec)[0] if other else None
+        self.source = problem_source(spec)
+        self.spec, self.name = self.source.spec, self.source.label
+        self.grader = make_grader(self.source.options.get("grade", ""), directory)
+        splits = _splits(self.source, directory)
+        read = {side: _read(self.source, directory, self.grader, split) for side, split in splits.items()}
+        self.whole = "held_out" in self.source.options or splits.keys() == {"test"}
+        self.trains = not self.whole and not splits.keys().isdisjoint({"train", ALL})
+        self.own_splits = not self.whole and ALL not in splits
+        self.twins = 0
+        self._sides: dict[Side, list[Problem]]
+        if self.own_splits:
+            self._sides, self.twins = _apart({_side(name): problems for name, problems in read.items()})
+        else:
+            self._sides = {side: [] for side in SIDES}
+            for problem in _distinct(chain(*read.values())):
+                self._sides["test" if self.whole else side_of(problem.question)].append(problem)
+        self.all = _distinct(chain(*(self._sides[side] for side in SIDES)))
+        self.repeated = sum(map(len, read.values())) - len(self.all) - self.twins
+        other = self.source.options.get("examples")
+        self.others = FileTask(other, directory).all if other else None
+
+    @property
+    def notice(self) -> str:
+        """Say how many rows were left out, or '' if none was."""
+        said = [f"{self.repeated:,} repeated questions"] if self.repeated else []
+        said += [f"{self.twins:,} near-twins of problems on a later side"] if self.twins else []
+        return f"{self.spec}: {' and '.join(said)} were left out" if said else ""
 
     def on(self, side: Side) -> list[Problem]:
         """Return the problems of one side of the split, in the file's order; of a test set all are on the test side."""
@@ -81,10 +110,11 @@ class FileTask:
         if not found:
             whole = f"{self.spec}:held_out=all"
             raise UsageError(
-                f"none of the {len(self.all)} problems of {self.path} is on the {SIDE_NAMES[side]} side of the split",
+                f"none of the {len(self.all)} problems of {self.source.place} is on the {SIDE_NAMES[side]} side of the "
+                "split",
                 f"Give more problems (about 50 or more), or evaluate all of them with --task {whole}."
                 if side != "train"
-                else "Name a file for solved examples: --task FILE.jsonl:held_out=all,examples=OTHER.jsonl.",
+                else f"Name a file for solved examples: --task {self.source.place}:held_out=all,examples=OTHER.",
             )
         return Random(0).sample(found, len(found))[:count]
 
@@ -111,20 +141,16 @@ class FileTask:
             yield random.choice(found)
 
     def score(self, answer: str, problem: Problem) -> float:
-        """Return 1 for the expected answer, else 0.
-
-        Numbers and lists of numbers are compared by their values, words without regard to case and white space.
-        """
-        return float(_value(answer) == _value(problem.answer))
+        """Return how right an answer is as a whole, in [0, 1], as the task's grader judges it."""
+        return self.grader.score(answer, problem)
 
     def extract(self, output: str) -> str:
-        """Return the part of an output that is the answer: after `####`, or between answer tags, or all of it."""
-        return tagged(output.rpartition(MARK)[2])
+        """Return the part of an output that is the answer."""
+        return self.grader.extract(output)
 
-
-def is_file_task(spec: str) -> bool:
-    """Tell whether a task names a file of problems rather than a generator."""
-    return parse_spec(spec)[0].endswith(SUFFIX)
+    def final(self, answer: str, problem: Problem) -> str | None:
+        """Return the final answer in a longer text, or None where there is none."""
+        return self.grader.final(answer, problem)
 
 
 def task_file(spec: str, directory: Path) -> Path:
@@ -133,20 +159,40 @@ def task_file(spec: str, directory: Path) -> Path:
     Raises:
         UsageError: it does not exist.
     """
-    path = (directory / parse_spec(spec)[0]).expanduser()
+    path = (directory / problem_source(spec).place).expanduser()
     if not path.is_file():
-        raise UsageError(f"the task file {path} does not exist", f"Name a {SUFFIX} file, or a reasoning-gym generator.")
+        known = f"a {', '.join(TABLES)} file, hf://NAME for a data set of the hub, or a reasoning-gym generator"
+        raise UsageError(f"the task file {path} does not exist", f"Name {known}.")
     return path
 
 
+def task_fingerprints(spec: str, directory: Path, *, grading: bool) -> list[str]:
+    """Return hashes of what a task reads: of a file the bytes, of a data set the problems.
+
+    Args:
+        grading: whether answers are graded, so that a grader of the user's own counts.
+    """
+    source = problem_source(spec)
+    if source.on_hub:
+        task = open_file_task(spec, directory)
+        problems = [[p.question, p.answer, p.target] for side in SIDES for p in task.on(side)]
+        found = [combine(problems, [len(task.on(side)) for side in SIDES])]
+    else:
+        found = [hashlib.sha256(task_file(spec, directory).read_bytes()).hexdigest()]
+    if other := source.options.get("examples"):
+        found += task_fingerprints(other, directory, grading=False)
+    own = grader_file(source.options.get("grade", ""), directory) if grading else None
+    return found + ([hashlib.sha256(own.read_bytes()).hexdigest()] if own else [])
+
+
 def open_task(spec: str, directory: Path) -> Task | FileTask:
-    """Return the task that `spec` names: a file of problems, or a generator."""
-    return FileTask(spec, directory) if is_file_task(spec) else Task(spec)
+    """Return the task that `spec` names: a file or a data set of problems, or a generator."""
+    return open_file_task(spec, directory) if is_file_task(spec) else Task(spec)
 
 
-def evaluated_whole(tasks: Sequence[Task | FileTask]) -> Questions:
-    """Return the questions of test sets: no training may see them, in addition to what the split holds out."""
-    return Questions(p.question for task in tasks if isinstance(task, FileTask) and task.whole for p in task.all)
+def open_file_task(spec: str, directory: Path) -> FileTask:
+    """Return the task of a file or a data set, which is read once while its files stay the same."""
+    return _opened(spec.strip(), directory.resolve(), _stamps(problem_source(spec), directory))
 
 
 def held_out_questions(tasks: Sequence[Task | FileTask]) -> Questions:
@@ -161,54 +207,119 @@ def trained_questions(specs: Sequence[str], directory: Path) -> Questions:
     Raises:
         RRError: a file is no longer there, or cannot be read.
     """
-    tasks = [FileTask(spec, directory) for spec in specs if is_file_task(spec)]
-    tested = evaluated_whole(tasks)
-    seen = (p.question for task in tasks if not task.whole for p in task.on("train"))
-    return Questions(question for question in seen if question not in tested)
+    tasks = [open_file_task(spec, directory) for spec in specs if is_file_task(spec)]
+    kept = held_out_questions(tasks)
+    seen = (p.question for task in tasks for p in task.on("train"))
+    return Questions(question for question in seen if question not in kept)
 
 
-def read_problems(path: Path, task: str) -> tuple[list[Problem], int]:
-    """Return every distinct problem of a file, in its order, and how many lines ask one of them again.
+def trained_against_the_rule(specs: Sequence[str], directory: Path) -> Questions:
+    """Return the questions of training splits that the rule alone would keep for validation or test.
 
-    A problem is one question: of lines that ask the same, word for word, the first one counts.
+    Nothing that asks them is evaluated: no text and no problem of a generator.
+    """
+    tasks = [open_file_task(spec, directory) for spec in specs if is_file_task(spec) and problem_source(spec).on_hub]
+    own = (p.question for task in tasks if task.own_splits for p in task.on("train"))
+    kept = held_out_questions(tasks)
+    return Questions(question for question in own if side_of(question) != "train" and question not in kept)
+
+
+def _apart(read: Mapping[Side, Iterable[Problem]]) -> tuple[dict[Side, list[Problem]], int]:
+    """Return the problems of each side, and how many were left out as near-twins of problems on a later side."""
+    sides = {side: _distinct(read.get(side, ())) for side in SIDES}
+    if not sides["validation"]:
+        trained = sides["train"]
+        sides["validation"] = [p for p in trained if side_of(p.question) == "validation"]
+        sides["train"] = [p for p in trained if side_of(p.question) != "validation"]
+    later, twins = list[Problem](), 0
+    for side in reversed(SIDES):
+        same, kept = {problem.question for problem in later}, Questions(problem.question for problem in later)
+        twins += sum(p.question in kept and p.question not in same for p in sides[side])
+        sides[side] = [problem for problem in sides[side] if problem.question not in kept]
+        later += sides[side]
+    return sides, twins
+
+
+def _splits(source: ProblemSource, directory: Path) -> dict[str, str]:
+    """Return side -> split of a data set with splits of its own; else ALL -> its single split. A file's is ''.
 
     Raises:
-        RRError: the file is not UTF-8 or empty, or a line is not a problem; names the line.
+        UsageError: there is no such file; a split is named that there is not; none is for training or for test.
     """
-    problems: dict[str, Problem] = {}
-    lines = 0
-    for place, value in json_objects(file_lines(path), str(path)):
-        question = value.get("question")
-        if not isinstance(question, str) or not question.strip():
-            raise RRError(f"{place}: no 'question'", LINE_HINT)
-        question = question.strip()
-        answer, solution = _answer(value.get("answer"), place)
-        problems.setdefault(question, Problem(task, question, answer, {}, solution))
-        lines += 1
+    if not source.on_hub:
+        task_file(source.spec, directory)
+        return {ALL: ""}
+    hub = hub_name(source.place)
+    named = {name: source.options[name] for name in SIDES if name in source.options}
+    if hub.split and named:
+        raise UsageError(f"'{source.spec}' names a split, and then splits for the sides", "Leave one of them out.")
+    there = [hub.split] if hub.split else hub_splits(hub, directory)
+    for name in named.values():
+        if name not in there:
+            raise UsageError(f"{source.place} has no split '{name}'", f"It has {listed(there)}.")
+    found: dict[str, str] = {}
+    side: str
+    for side, names in SPLIT_NAMES.items():
+        free = [name for name in names if name in there and name not in named.values()]
+        if free:
+            found[side] = free[0]
+    if "test" not in found | named and "validation" in found:
+        found["test"] = found.pop("validation")
+    found.update({str(name): split for name, split in named.items()})
+    if (found.keys() & {"train", "test"} and len(found) > 1) or found.keys() == {"test"}:
+        return found
+    if len(there) == 1 or found.keys() == {"train"}:
+        return {ALL: found.get("train", there[0])}
+    hint = f"Name them: --task {source.place}:train=NAME,test=NAME."
+    raise UsageError(f"{source.place} has the splits {listed(there)}", hint)
+
+
+def _read(source: ProblemSource, directory: Path, grader: Grader, split: str) -> list[Problem]:
+    """Return the problem of each row, also of those that ask the same.
+
+    Raises:
+        RRError: there is none, or a row is not a problem; names its place.
+    """
+    if source.on_hub:
+        hub = dataclasses.replace(hub_name(source.place), split=split)
+        name = f"{source.place} ({split})"
+        rows = hub_rows(hub, directory, streaming=False)
+    else:
+        path = task_file(source.spec, directory)
+        name, rows = str(path), file_rows(path)
+    problems = list(problems_in(rows, source, grader))
     if not problems:
-        raise RRError(f"{path} is empty", LINE_HINT)
-    return list(problems.values()), lines - len(problems)
+        raise RRError(f"{name} is empty", "It needs at least one problem.")
+    return problems
 
 
-def _answer(value: Any, place: str) -> tuple[str, str]:
-    """Return (answer, solution); the solution is empty where it is the answer itself."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return format(Decimal(repr(value)), "f"), ""
-    if isinstance(value, str) and value.strip():
-        solution = value.strip()
-        answer = solution.rpartition(MARK)[2].strip()
-        if answer:
-            return answer, solution if MARK in solution else ""
-        raise RRError(f"{place}: no answer after '{MARK}'", LINE_HINT)
-    raise RRError(f"{place}: no 'answer' that is a text or a number", LINE_HINT)
+def _distinct(problems: Iterable[Problem]) -> list[Problem]:
+    """Return the problems, of those that ask the same, word for word, the first one."""
+    found: dict[str, Problem] = {}
+    for problem in problems:
+        found.setdefault(problem.question, problem)
+    return list(found.values())
 
 
-def _value(answer: str) -> object:
-    """Return what two answers are compared by: a number, the numbers of a list, or words."""
-    if (value := number(answer)) is not None:
-        return value
-    text = unwrapped(plain(answer))
-    parts = [number(part) for part in text.strip("[](){} ").split(",")]
-    if len(parts) > 1 and None not in parts:
-        return parts
-    return " ".join(text.casefold().split())
+def _stamps(source: ProblemSource, directory: Path) -> tuple[object, ...]:
+    """Return what changes when a task's local files are written again; of the hub, nothing does in one process."""
+    place = source.place
+    if source.on_hub:
+        hub = hub_name(place)
+        folder = directory / hub.name
+        files = sorted(file for file in folder.rglob("*") if file.is_file()) if hub.is_folder else []
+    else:
+        files = [task_file(source.spec, directory)]
+    found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    other = source.options.get("examples")
+    return (*found, *(_stamps(problem_source(other), directory) if other else ()))
+
+
+@functools.lru_cache(maxsize=16)
+def _opened(spec: str, directory: Path, stamps: tuple[object, ...]) -> FileTask:
+    """Return a task, which is read again only if its files have changed: a command asks for it several times."""
+    return FileTask(spec, directory)
+
+
+def _side(name: str) -> Side:
+    return next(side for side in SIDES if side == name)

@@ -7,8 +7,8 @@ A source is one of
 - a `.jsonl`, `.csv` (with a header) or `.parquet` file, with the text in the field or column `--text-field`, or with
   conversations (see `conversations`) where it has no such field;
 - a folder of such files;
-- `hf://NAME[:CONFIG[:SPLIT]]`: a data set of the hub (NAME is owner/name, or a local folder that begins with `/` or
-  `.`), streamed by the extra `datasets`; the split is `train` unless named;
+- `hf://NAME[@REVISION][:CONFIG[:SPLIT]]`: a data set of the hub (see `hub`), streamed by the extra `datasets`; the
+  split is `train` unless named;
 - `-`: standard input, read once; JSON lines if its first line is a JSON object, else text.
 
 Files are read piece by piece, so they may be larger than memory. A row that cannot be read is an error that names the
@@ -26,16 +26,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rrcli.data import readers
 from rrcli.data.conversations import Document, identity
+from rrcli.data.hub import FORM, HUB, hub_name
 from rrcli.data.lines import OnBadRow, decoded_lines, file_lines, refuse
 from rrcli.data.openings import split
+from rrcli.data.readers import documents, paragraphs
+from rrcli.data.rows import TABLES, file_rows, hub_rows, is_json_object, json_rows
 from rrcli.data.splits import Side
 from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 from rrcli.files import combine
 
-SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+SUFFIXES = (".txt", *TABLES)
 STDIN = "-"
 TEXT_FIELD = "text"
 
@@ -99,8 +101,8 @@ def read_split(
     notes = notes if notes is not None else Notes()
     seen: set[bytes] = set()
     bad = notes.leave_out if on_bad_row == "skip" else refuse
-    for name, documents in _files(spec, directory, text_field, bad):
-        stripped = (d.strip() if isinstance(d, str) else d for d in documents)
+    for name, found in _files(spec, directory, text_field, bad):
+        stripped = (d.strip() if isinstance(d, str) else d for d in found)
         for document, side in split(stripped, directory, name, notes.common):
             digest = hashlib.blake2b(identity(document).encode(), digest_size=16).digest()
             if document and digest not in seen:
@@ -118,7 +120,7 @@ def read_split(
 
 def fingerprint(spec: str, directory: Path, text_field: str = TEXT_FIELD) -> str:
     """Return a hash of the bytes of a source's files or of standard input; of a data set of the hub, of its name."""
-    if spec.startswith(readers.HUB):
+    if spec.startswith(HUB):
         return combine(spec, text_field)
     if spec == STDIN:
         return combine(hashlib.sha256(_stdin()).hexdigest(), text_field)
@@ -154,9 +156,7 @@ def source_files(spec: str, directory: Path) -> list[Path]:
         if not files:
             raise UsageError(f"the folder {path} holds no {' or '.join(SUFFIXES)} file")
         return files
-    known = (
-        f"{', '.join(SUFFIXES)} files, a folder of them, {readers.HUB}NAME[:CONFIG[:SPLIT]] for the hub, - for stdin"
-    )
+    known = f"{', '.join(SUFFIXES)} files, a folder of them, {FORM} for the hub, - for stdin"
     if not path.exists():
         raise UsageError(f"the data {path} does not exist", f"Known: {known}.")
     if path.suffix not in SUFFIXES:
@@ -166,30 +166,19 @@ def source_files(spec: str, directory: Path) -> list[Path]:
 
 def _files(spec: str, directory: Path, field: str, bad: OnBadRow) -> Iterator[tuple[str, Iterator[Document]]]:
     """Yield the name and the documents of each file of a source."""
-    if spec.startswith(readers.HUB):
-        yield spec, readers.hub_rows(spec, directory, field, bad)
+    if spec.startswith(HUB):
+        yield spec, documents(hub_rows(hub_name(spec), directory, streaming=True), field, bad)
     elif spec == STDIN:
         name, lines = "standard input", functools.partial(io.BytesIO, _stdin())
         first = next((line for line in lines() if line.strip()), b"")
-        if readers.is_json_object(first):
-            yield name, readers.json_lines(decoded_lines(lines(), name, bad), name, field, bad)
+        if is_json_object(first):
+            yield name, documents(json_rows(lambda bad: decoded_lines(lines(), name, bad), name), field, bad)
         else:
-            yield name, readers.paragraphs(decoded_lines(lines(), name), name, field)
+            yield name, paragraphs(decoded_lines(lines(), name))
     else:
         for path in source_files(spec, directory):
-            yield path.name, _documents(path, field, bad)
-
-
-def _documents(path: Path, field: str, bad: OnBadRow) -> Iterator[Document]:
-    match path.suffix:
-        case ".parquet":
-            return readers.parquet_rows(path, field, bad)
-        case ".jsonl":
-            return readers.json_lines(file_lines(path, bad), str(path), field, bad)
-        case ".csv":  # after a line that is not UTF-8 it is not known where the next record begins
-            return readers.csv_rows(file_lines(path), str(path), field, bad)
-        case _:
-            return readers.paragraphs(file_lines(path), str(path), field)
+            read = paragraphs(file_lines(path)) if path.suffix == ".txt" else documents(file_rows(path), field, bad)
+            yield path.name, read
 
 
 @functools.cache

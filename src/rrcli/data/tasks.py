@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from rrcli.data.final_answers import final_answer, tagged
+from rrcli.data.numbers import number
 from rrcli.data.splits import SIDE_NAMES, Side, content_hash, side_of
 from rrcli.errors import UsageError, suggest
 
@@ -151,6 +153,10 @@ class Task:
         """Return the part of an output that is the answer: the text between answer tags, or all of it."""
         return tagged(output)
 
+    def final(self, answer: str, problem: Problem) -> str | None:
+        """Return the final answer in a longer text, or None where there is none."""
+        return final_answer(answer, is_number=number(problem.answer) is not None)
+
     def _entries(self, seed: int, limit: int) -> Iterator[dict[str, Any]]:
         dataset = self._create(seed=seed, size=limit)
         return (dataset[index] for index in range(limit))
@@ -188,13 +194,6 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         except (ValueError, SyntaxError):
             options[key.strip()] = value.strip()
     return name.strip(), options
-
-
-def tagged(output: str) -> str:
-    """Return the text between `<answer>` tags, or the whole output, without white space around it."""
-    _, begin, rest = output.partition("<answer>")
-    inside, end, _ = rest.partition("</answer>")
-    return (inside if begin and end else output).strip()
 
 
 def _generators() -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from rrcli.data.conversations import Document, Form, asked, identity, noting_forms
 from rrcli.data.document_store import DocumentStore
-from rrcli.data.problem_files import FileTask, evaluated_whole, held_out_questions, is_file_task, open_task
+from rrcli.data.problem_files import FileTask, held_out_questions, open_task
+from rrcli.data.problem_rows import is_file_task
 from rrcli.data.rendering import Example, example_of, solved_problem
 from rrcli.data.sources import Notes, fingerprint, read_split
 from rrcli.data.splits import side_of
@@ -46,6 +47,7 @@ class TrainingData:
     Problems are spread evenly and make up `task_share` of the sequence; documents come in epochs, each in a new order.
 
     Attributes:
+        kept: the questions that are kept for validation and test; none of them is trained on.
         drawn: how many examples were made so far.
         cut: how many of them were longer than `max_length` and were cut.
         skipped: how many documents or problems were replaced by others, because nothing to learn would have been left
@@ -65,8 +67,8 @@ class TrainingData:
         self.settings, self.tokenizer, self.vocabulary = settings, tokenizer, vocabulary
         share = settings.task_share
         tasks = [open_task(spec, directory) for spec in task_specs(settings) if share > 0 or is_file_task(spec)]
-        self.evaluated = evaluated_whole(tasks)
-        self.tasks = [task for task in tasks if share > 0 and not (isinstance(task, FileTask) and task.whole)]
+        self.kept = held_out_questions(tasks)
+        self.tasks = [task for task in tasks if share > 0 and (isinstance(task, Task) or task.trains)]
         if share > 0 and not self.tasks:
             raise UsageError(
                 "every task is evaluated whole (held_out=all): there is no problem to train on",
@@ -74,8 +76,7 @@ class TrainingData:
             )
         notes = Notes()
         read = read_split(settings.data, directory, settings.text_field, notes, on_bad_row=settings.on_bad_row)
-        asked_elsewhere = held_out_questions(tasks)
-        kept = (d for d, side in read if side == "train" and not asked_elsewhere.asked_in(asked(d)))
+        kept = (d for d, side in read if side == "train" and not self.kept.asked_in(asked(d)))
         forms: dict[Form, Document] = {}
         self.documents = DocumentStore(noting_forms(kept, forms), directory)
         for document in forms.values() if settings.on_bad_row == "error" else ():
@@ -169,11 +170,11 @@ class TrainingData:
         Raises:
             UsageError: the task has none. RRError: one is kept for evaluation.
         """
-        found = 0
+        found, own_splits = 0, isinstance(task, FileTask) and task.own_splits
         for problem in task.stream(training_seed(self.settings.seed, number), limit=4096, side="train"):
-            if problem.question in self.evaluated:
+            if problem.question in self.kept:
                 continue
-            if not self._may_train(problem.question):
+            if not own_splits and side_of(problem.question) != "train":
                 raise RRError(
                     f"a problem of task '{task.spec}' that is kept for evaluation turned up in training: "
                     f"{problem.question[:80]!r}",
@@ -185,10 +186,6 @@ class TrainingData:
                 return
         if not found:
             raise UsageError(f"task '{task.spec}' has no problems with a text answer to train on", "Leave it out.")
-
-    def _may_train(self, question: str) -> bool:
-        """Return whether training may use this question: no evaluation asks it."""
-        return side_of(question) == "train" and question not in self.evaluated
 
 
 def training_seed(seed: int, number: int) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rrcli.data.conversations import Document, asked
 from rrcli.data.document_store import DocumentStore
 from rrcli.data.novelty import Questions, novelty
-from rrcli.data.problem_files import FileTask, open_task
+from rrcli.data.problem_files import FileTask, open_task, trained_against_the_rule
 from rrcli.data.rendering import text_of
 from rrcli.data.sources import Notes, read_split
 from rrcli.data.splits import SIDE_NAMES, Side
@@ -116,8 +116,12 @@ def held_out_data(
         said.append(sentence)
     drawn = {task.spec for task in tasks if not isinstance(task, FileTask)}
     made = Questions(problem.question for own in sets for problem in own if problem.task in drawn)
-    quoted: set[str] = set()
-    documents: Sequence[Document] = DocumentStore(_of_side(read, side, made, quoted), directory)
+    trained = trained_against_the_rule(task_specs(settings), directory)
+    quoted = {novelty(p.question) for own in sets for p in own if p.task in drawn and p.question in trained}
+    asking: list[Document] = []
+    documents: Sequence[Document] = DocumentStore(
+        _of_side(read, side, made=made, quoted=quoted, trained=trained, asking=asking), directory
+    )
     if not documents and side == "test":
         raise RRError(
             f"no document of {settings.data} is on the test side of the split (a tenth)",
@@ -127,13 +131,15 @@ def held_out_data(
     if 0 < max_samples < held_out:
         documents = Random(0).sample(documents, max_samples)
     said.insert(0, notes.notice(settings.data))
+    if asking:
+        said.append(f"{len(asking):,} texts of {settings.data} are left out, because training asks their questions")
     if side == "validation" and not documents:
         lacking.append(settings.data)
     if quoted:
         kept = [[p for p in own if p.task not in drawn or novelty(p.question) not in quoted] for own in sets]
         gone, sets = sum(map(len, sets)) - sum(map(len, kept)), kept
         said.append(
-            f"{gone:,} problems of generators are left out, because training texts of {settings.data} hold them"
+            f"{gone:,} problems of generators are left out, because training texts or training splits hold them"
         )
     if lacking:
         said.append(f"nothing to validate with in: {', '.join(lacking)}")
@@ -152,17 +158,29 @@ def held_out_data(
 
 
 def _of_side(
-    read: Iterable[tuple[Document, Side]], side: Side, questions: Questions, quoted: set[str]
+    read: Iterable[tuple[Document, Side]],
+    side: Side,
+    *,
+    made: Questions,
+    quoted: set[str],
+    trained: Questions,
+    asking: list[Document],
 ) -> Iterator[Document]:
-    """Yield the documents of one side; add to `quoted` the novelty keys of questions that training texts hold.
+    """Yield the documents of one side, but for those that ask a question of a training split.
 
     A question that is a text of its own is on the same side as that text. Inside of a longer one, the text decides.
+
+    Args:
+        made: the questions of generators. quoted: gets the novelty keys of those that training texts hold.
+        trained: the questions of training splits. asking: gets the documents that ask one of them.
     """
     for document, on in read:
-        if on == side:
+        if on == side and len(trained) and any(text in trained for text in asked(document)):
+            asking.append(document)
+        elif on == side:
             yield document
-        elif on == "train" and len(questions):
-            quoted.update(key for text in asked(document) for key in questions.quoted_in(text))
+        elif on == "train" and len(made):
+            quoted.update(key for text in asked(document) for key in made.quoted_in(text))
 
 
 def problems_of(task: Task | FileTask, count: int, seeds: Sequence[int], side: Side) -> tuple[list[list[Problem]], str]:
@@ -174,8 +192,7 @@ def problems_of(task: Task | FileTask, count: int, seeds: Sequence[int], side: S
         UsageError: two seeds would have the same problems of a generator.
     """
     if isinstance(task, FileTask):
-        said = f"{task.spec}: {task.repeated:,} repeated questions were left out" if task.repeated else ""
-        return [task.problems(count, seeds[0], side=side), *([] for _ in seeds[1:])], said
+        return [task.problems(count, seeds[0], side=side), *([] for _ in seeds[1:])], task.notice
     drawn = [task.draw(count, seed, side=side) for seed in seeds]
     owners = [owner for _, owner in drawn]
     told = [

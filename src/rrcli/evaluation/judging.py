@@ -1,7 +1,7 @@
 """Judges answers: strictly (the answer and nothing else) and flexibly (the final answer in a longer text).
 
 The part of an output that is the answer is what stands after `####` or between <answer> tags, if there is one of these;
-else all of it.
+else all of it. A task may have a grader that looks for it in another way (see `rrcli.data.graders`).
 
 - *Strict*: that part is right as a whole.
 - *Flexible*: it is right, or else its final answer is. That is the content of the last `\\boxed{}`; without one, what
@@ -14,15 +14,11 @@ docs/evaluation.md for where they do not.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from rrcli.data.numbers import boxed, first_number, last_number, number, plain, unwrapped
+from rrcli.data.numbers import number
 from rrcli.data.problem_files import FileTask
 from rrcli.data.tasks import Problem, Task
-
-_PHRASE = re.compile(r"\banswer(?:\s+is\b|\s*:)\s*:?\s*", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 
 
 @dataclass(frozen=True)
@@ -47,29 +43,10 @@ def judge(task: Task | FileTask, problem: Problem, output: str) -> Judgement:
     score = _score(task, problem, answer)
     if score >= 1:
         return Judgement(answer, True, True, score)
-    final = final_answer(answer, is_number=number(problem.answer) is not None)
+    final = task.final(answer, problem)
     if final is not None and (flexible := _score(task, problem, final)) >= 1:
         return Judgement(final, False, True, flexible)
     return Judgement(answer, False, False, score)
-
-
-def final_answer(answer: str, *, is_number: bool) -> str | None:
-    """Return the final answer in a longer text, or None where there is none.
-
-    Args:
-        is_number: whether a number is expected.
-    """
-    content = boxed(answer)
-    if content is not None:
-        return last_number(content) if is_number else content.strip()
-    phrases = list(_PHRASE.finditer(answer))
-    if phrases:
-        rest = answer[phrases[-1].end() :].partition("\n")[0]
-        if not is_number:
-            return unwrapped(_SENTENCE_END.split(rest, maxsplit=1)[0])
-        if any(character.isdigit() for character in plain(rest)):
-            return first_number(rest)
-    return last_number(answer) if is_number else None
 
 
 def _score(task: Task | FileTask, problem: Problem, answer: str) -> float:

@@ -347,9 +347,9 @@ def by_depth(records: Records, depths: int | None = None) -> dict[str, list[dict
 
 
 def task_labels(specs: Iterable[str]) -> dict[str, str]:
-    """Return a short name for each task: its generator or file, or the whole spec where one occurs twice."""
+    """Return a short name for each task: its generator, file or data set, or the whole spec where one occurs twice."""
     specs = list(dict.fromkeys(specs))
-    names = [spec.partition(":")[0].rpartition("/")[2] for spec in specs]
+    names = [spec.removeprefix("hf://").partition(":")[0].partition("@")[0].rpartition("/")[2] for spec in specs]
     return {spec: name if names.count(name) == 1 else spec for spec, name in zip(specs, names, strict=True)}
 
 

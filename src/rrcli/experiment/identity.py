@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rrcli import __version__
-from rrcli.data.problem_files import is_file_task, task_file
+from rrcli.data.problem_files import task_fingerprints
+from rrcli.data.problem_rows import is_file_task
 from rrcli.data.prompts import prompts_file
 from rrcli.data.splits import SPLIT_RULE
 from rrcli.data.training_data import source_fingerprint, task_specs
@@ -163,11 +165,13 @@ def data_identity(settings: CommonSettings, directory: Path) -> str:
 
     The rule of the split belongs to them, and the day that a chat template writes, where there is one.
     """
-    files = [task_file(spec, directory) for spec in task_specs(settings) if is_file_task(spec)]
+    files: list[Path] = []
     if isinstance(settings, EvalSettings):
         files += [prompts_file(settings.prompts, directory)] if settings.prompts else []
         files += harness_files(settings.harness, directory)
-    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    grading = isinstance(settings, EvalSettings)
+    tasks = [task_fingerprints(s, directory, grading=grading) for s in task_specs(settings) if is_file_task(s)]
+    hashes = [*chain(*tasks), *(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)]
     day = template_date(settings, directory)
     more = [part for part in (hashes, day) if part]
     return combine(SPLIT_RULE, source_fingerprint(settings, directory), task_specs(settings), *more)

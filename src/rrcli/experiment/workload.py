@@ -71,7 +71,8 @@ def workload(
         validation_problems=training.eval_samples * tasks,
         notices=("the data is not read: every example is taken to be as long as it may be",),
     )
-    if tokenizer is None or training.data == "-" or training.data.startswith("hf://"):
+    far = [training.data, *task_specs(training), *task_specs(evaluation)]
+    if tokenizer is None or training.data == "-" or any(spec.startswith("hf://") for spec in far):
         return assumed
     try:
         return _counted(assumed, with_changes(training, max_length=width), evaluation, directory, model, tokenizer)

@@ -368,7 +368,8 @@ def _check_problems(
             task.examples(settings.num_fewshot)
         if isinstance(task, FileTask):
             count = sum(problem.task == task.spec for problem in data.problems)
-            rest = "" if task.whole else "; the rest is for training (FILE.jsonl:held_out=all evaluates all of it)"
+            rest = "; the rest is for training (FILE:held_out=all evaluates all of it)"
+            rest = "" if task.whole else "; it has splits of its own" if task.own_splits else rest
             reporter.note(f"{task.spec}: {count} of its {len(task.all)} problems are evaluated{rest}")
     seen = trained_questions(training.get("tasks", ()), directory) if training else Questions()
     for task in data.tasks:

@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 
 from rrcli.configuration import SETTINGS_FILE, load, read_file, write_file
-from rrcli.data.problem_files import is_file_task, open_task
+from rrcli.data.problem_files import open_task
+from rrcli.data.problem_rows import is_file_task
 from rrcli.data.sources import refuse_stdin
 from rrcli.data.training_data import task_specs
 from rrcli.demo import defaults

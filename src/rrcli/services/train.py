@@ -308,7 +308,7 @@ def _tell_about(data: TrainingData, evaluation: EvalData | None, reporter: Repor
         reporter.note(notice)
     for task in data.tasks:
         if isinstance(task, FileTask):
-            used = sum(problem.question not in data.evaluated for problem in task.on("train"))
+            used = sum(problem.question not in data.kept for problem in task.on("train"))
             reporter.note(f"{task.spec}: {used} of its {len(task.all)} problems are trained on, the rest is evaluated")
 
 

@@ -9,14 +9,12 @@ error in it stops the training after the step was saved, so that nothing is lost
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rrcli.errors import UsageError
+from rrcli.plugins import load_function
 
 
 @dataclass(frozen=True)
@@ -42,23 +40,4 @@ def load_callback(spec: str, directory: Path) -> Callable[[StepContext], object]
     Raises:
         UsageError: no such module or function, or an error while importing it.
     """
-    if not spec:
-        return None
-    module_name, _, function_name = spec.partition(":")
-    if not module_name or not function_name:
-        raise UsageError(f"--callback is '{spec}'", "Write it as MODULE:FUNCTION, for example my_metrics:log.")
-    place = str(directory.resolve())
-    sys.path.insert(0, place)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UsageError(
-            f"--callback '{spec}': the module cannot be imported: {type(error).__name__}: {error}",
-            f"It is looked up in {place} and where Python finds its modules.",
-        ) from error
-    finally:
-        sys.path.remove(place)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UsageError(f"--callback '{spec}': {module_name} has no function '{function_name}'")
-    return function
+    return load_function(spec, directory, "--callback") if spec else None
