@@ -131,7 +131,7 @@ class CommonSettings:
     task: tuple[str, ...] = option(
         (),
         "Reasoning task: NAME[:key=value,...] of reasoning-gym, a .jsonl, .csv or .parquet file, or hf://NAME[:CONFIG] "
-        "for a dataset of the hub. FILE:question=FIELD,answer=FIELD,solution=FIELD,choices=FIELD names fields; "
+        "for a dataset of the hub. Options follow after a colon: question, answer, solution and choices name fields; "
         "grade=exact, number, math, choice, regex:PATTERN or MODULE:FUNCTION says how answers are judged (code of your "
         "own is imported and run). One tenth of a file is evaluated, one twentieth is for validation, the rest is "
         "trained on; held_out=all evaluates all of it; a dataset's own splits are kept. Repeat for several tasks. "
