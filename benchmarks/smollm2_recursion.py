@@ -102,6 +102,7 @@ RECIPES: dict[str, dict[str, str]] = {
     "middle, LoRA": {"surgery.span": MIDDLE, "train.phase": "b", "train.lr": "2e-3"},
     "last two thirds": {"surgery.span": UPPER},
     "last two thirds, no deep supervision": {"surgery.span": UPPER, **UNSUPERVISED},
+    "last two thirds, deep supervision 0.1": {"surgery.span": UPPER, "train.masked_weight": "0.1"},
     "last two thirds, relative feedback": {"surgery.span": UPPER, **RELATIVE},
     "last two thirds, relative feedback, no deep supervision": {
         "surgery.span": UPPER,
