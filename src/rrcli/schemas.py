@@ -154,6 +154,7 @@ class MeasuredModel(TypedDict):
 
     tokenizer: str
     source: NotRequired[str]
+    commit: NotRequired[str]
     fingerprint: NotRequired[str]
     family: NotRequired[str]
     parameters: NotRequired[Count]
@@ -306,6 +307,7 @@ class Base(TypedDict):
     source: str
     fingerprint: str
     sha256: NotRequired[dict[str, str]]
+    commit: NotRequired[str]
 
 
 class Manifest(TypedDict):

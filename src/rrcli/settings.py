@@ -101,7 +101,7 @@ class CommonSettings:
 
     model: str = option(
         "default",
-        "Base model: 'default' (embedded), a hub id, a folder or a .gguf file.",
+        "Base model: 'default' (embedded), a hub id (also NAME@REVISION), a folder or a .gguf file.",
         reaches=CONTENT,
         panel=MODEL,
         aliases=("--model-path", "--model-name"),

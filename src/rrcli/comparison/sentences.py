@@ -88,7 +88,7 @@ def _measured_differently(
     found = [f"data ({sources[0]} and {sources[1]})"] if sources[0] != sources[1] else []
     sampled = all(run.get("settings", {}).get("samples") for run in (a, b))
     measuring = (*MEASURING_SETTINGS, *(("samples", "temperature") if sampled else ()))
-    for place, names in (("provenance", PROVENANCE), ("settings", measuring)):
+    for place, names in (("provenance", PROVENANCE), ("settings", measuring), ("model", ("commit",))):
         for name in names:
             before, after = (r.get(place, {}).get(name) for r in (a, b))
             if name == "seed" and (own_data or own_seed):

@@ -42,6 +42,12 @@ class Made:
         return found
 
     @property
+    def hub_base(self) -> str | None:
+        """The id of its base on the hub, if it has one."""
+        recorded: str = self.manifest["base"]["source"]
+        return recorded.partition("@")[0] if is_hub_id(recorded) else None
+
+    @property
     def complete(self) -> bool:
         """Whether it is an export already."""
         return self.source is self.base and (self.source.path / CARD).is_file()
@@ -105,9 +111,8 @@ def export_to(
         _refuse_merge(made)
     ends = _ends(made, trust_remote_code=settings.trust_remote_code)
     text = card(made, title, comparison, merged=merge).text()
-    recorded = made.manifest["base"]["source"]
     base = made.base.path
-    content = Content(base, base, made.source.path, ends, text, recorded if is_hub_id(recorded) else None, merge)
+    content = Content(base, base, made.source.path, ends, text, made.hub_base, merge)
     if not merge and not made.base.is_gguf:
         return fill(folder, content)
     with TemporaryDirectory(prefix=".rr-export-", dir=folder.parent, ignore_cleanup_errors=True) as name:
@@ -120,12 +125,13 @@ def card(made: Made, title: str, comparison: str = "", *, merged: bool = False) 
     """Return the model card of what is exported."""
     metrics = made.source.path / METRICS_FILE
     training = read_json(metrics, "rr train", CheckpointMetrics).get("training", {}) if metrics.is_file() else {}
-    recorded = made.manifest["base"]["source"]
-    hub = recorded if is_hub_id(recorded) else None
+    about = made.manifest["base"]
+    commit = f" at commit {about['commit']}" if "commit" in about else ""
     return Card(
         title=title,
-        base=recorded if hub else Path(recorded).name,
-        hub_base=hub,
+        base=made.hub_base or Path(about["source"]).name,
+        hub_base=made.hub_base,
+        revision=commit,
         manifest=made.manifest,
         training=dict(training),
         comparison=comparison,

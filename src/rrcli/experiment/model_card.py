@@ -33,7 +33,8 @@ class Card:
     """What a card tells.
 
     Attributes:
-        title: the model's name. base: that of its base, and `hub_base`, its id on the hub, if it has one.
+        title: the model's name. base: that of its base; hub_base: its id on the hub, if it has one; revision: which of
+            its commits, as words, or ''.
         manifest: that of the folder that is exported. training: what its `metrics.json` says of the training, if there
             was one. comparison: `rr compare` as Markdown, or ''. merged: whether adapters were added to the weights.
     """
@@ -45,6 +46,7 @@ class Card:
     training: dict[str, Any]
     comparison: str = ""
     merged: bool = False
+    revision: str = ""
 
     def text(self) -> str:
         """Return the card as Markdown with its metadata in front."""
@@ -75,18 +77,18 @@ class Card:
         return "\n".join(["---", *lines, "---"])
 
     def _what(self) -> str:
+        base, made = f"`{self.base}`{self.revision}", f"by [rr](https://pypi.org/project/rrcli/) {__version__}"
         if self._recursion is None:
             how = "with LoRA adapters" if self.manifest.get("lora") else "with all its weights"
             how = "with LoRA adapters that were added to its weights" if self.merged else how
-            return f"`{self.base}`, fine-tuned {how} by [rr](https://pypi.org/project/rrcli/) {__version__}."
+            return f"{base}, fine-tuned {how} {made}."
         passes, span = self._recursion["max_steps"], self._recursion["span"]
         layers = f"the decoder layers {span[0]} to {span[1] - 1}" if span else "all its decoder layers"
         exits = ExitRule.from_dict(self.manifest["exit"]) if "exit" in self.manifest else None
         leaves = f" A token leaves as soon as the rule `{exits}` holds." if exits else ""
         return (
-            f"`{self.base}` with a recursion: it runs {layers} up to {passes} more times before it commits to a token. "
-            f"Each run reads what the one before it has produced.{leaves} Made by "
-            f"[rr](https://pypi.org/project/rrcli/) {__version__}."
+            f"{base} with a recursion: it runs {layers} up to {passes} more times before it commits to a token. Each "
+            f"run reads what the one before it has produced.{leaves} Made {made}."
         )
 
     def _use(self) -> list[str]:

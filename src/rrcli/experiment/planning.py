@@ -39,12 +39,14 @@ from rrcli.experiment.replicates import (
     refuse_one_seed,
     replicates,
 )
+from rrcli.experiment.revisions import moved
 from rrcli.experiment.workspace import SURGERY_STAGE, Workspace, check_passes, maker, used_checkpoint
 from rrcli.files import checkpoints, step_of
 from rrcli.models.source import base_of
 from rrcli.settings import CommonSettings, EvalSettings, S, SurgerySettings, TrainSettings, with_changes
 
 DONE = "done"
+CHANGED = "its inputs changed"
 IMPOSSIBLE = "impossible"
 
 
@@ -199,6 +201,13 @@ def _after(step: Step, one: Replicate | None) -> str:
 
 def status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> Step:
     """Return one step with its status; what it is made from must exist."""
+    step = _status_of(kind, one, directory, load)
+    if step.detail == CHANGED and (said := moved(Workspace(directory, load(CommonSettings)))):
+        return replace(step, detail=said)
+    return step
+
+
+def _status_of(kind: str, one: Replicate | None, directory: Path, load: Load) -> Step:
     if kind == "costs":
         return _status_of_costs(Workspace(directory, load(EvalSettings)), load(EvalSettings))
     if one is None:
@@ -251,7 +260,7 @@ def _status_of_exit(one: Replicate, workspace: Workspace, settings: EvalSettings
     if choice is None:
         return Step("exit", one, "missing")
     if choice["inputs"] != exit_inputs(settings, workspace.directory):
-        return Step("exit", one, "stale", "its inputs changed")
+        return Step("exit", one, "stale", CHANGED)
     if choice["chosen"] != (source.manifest or {}).get("exit"):
         return Step("exit", one, "stale", "the checkpoint has another exit")
     return Step("exit", one, DONE, choice["why"] and f"no exit: {choice['why']}")
@@ -270,7 +279,7 @@ def _status(kind: str, one: Replicate | None, result: Path, expected: str, *mode
     if recorded is None:
         return Step(kind, one, "missing")
     if recorded != expected:
-        return Step(kind, one, "stale", "its inputs changed")
+        return Step(kind, one, "stale", CHANGED)
     if again := rewritten(result, *models):
         return Step(kind, one, "stale", f"{Path(again).name} was written again")
     return Step(kind, one, DONE)

@@ -2,7 +2,8 @@
 
 key        value
 schema     the version of this table
-base       source (path, hub id or `default`), fingerprint; sha256 (file -> digest) where `rr surgery --hash` wrote it
+base       source (path, hub id or `default`), fingerprint; sha256 (file -> digest) where `rr surgery --hash` wrote it;
+           commit where it is from the hub: the one that was taken, wherever its branch moves to
 weights    "base": the folder refers to its base model; "own": it has all weights itself
 recursion  the recursion's configuration, or null
 lora       whether the folder has adapters of peft; false where the key is missing

@@ -51,7 +51,7 @@ def save_folder(
         save_file({name: t.contiguous() for name, t in sidecar.items()}, folder / SIDECAR)
     lora = getattr(model, "lora", None)
     if lora is not None:
-        lora.save(folder, base.name if base.hub else str(base.path))
+        lora.save(folder, base.hub_id or str(base.path), base.commit or None)
     if own_weights:
         forget_quantisation(model)
         with saves_as_one(model):
@@ -63,7 +63,7 @@ def save_folder(
     about = {"source": base.recorded(directory), "fingerprint": base_fingerprint}
     manifest = {
         "schema": SCHEMA,
-        "base": about | ({"sha256": hashes} if hashes else {}),
+        "base": about | ({"sha256": hashes} if hashes else {}) | ({"commit": base.commit} if base.commit else {}),
         "weights": "own" if own_weights else "base",
         "recursion": recursion.config.to_dict() if recursion is not None else None,
         "lora": lora is not None,

@@ -6,7 +6,7 @@ A folder that rr wrote has a `recursion.json`, which names the base model or say
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,16 @@ class ModelSource:
     def is_gguf(self) -> bool:
         """Whether it is a single GGUF file."""
         return self.path.suffix == ".gguf"
+
+    @property
+    def hub_id(self) -> str | None:
+        """Its id on the hub, without a revision; None if it is not from there."""
+        return self.name.partition("@")[0] if self.hub else None
+
+    @property
+    def commit(self) -> str:
+        """The hash of the hub's commit that its files are of; '' if it is not from there."""
+        return self.path.name if self.hub and self.path.parent.name == "snapshots" else ""
 
     @property
     def manifest(self) -> dict[str, Any] | None:
@@ -68,6 +78,9 @@ class ModelSource:
 def resolve(name: str, directory: Path) -> ModelSource:
     """Find a model by `default`, path or hub id, and check that its files are complete. Hub models are downloaded.
 
+    Args:
+        name: a hub id may name a branch, a tag or a commit: `org/name@revision`.
+
     Raises:
         UsageError: nothing has that name. RRError: no config, no weights, truncated weights, or no connection.
     """
@@ -77,9 +90,12 @@ def resolve(name: str, directory: Path) -> ModelSource:
     path = path if path.is_absolute() else directory / path
     hub = not path.exists()
     if hub:
-        if _looks_like_path(name):
+        hub_id, at, revision = name.partition("@")
+        if _looks_like_path(hub_id):
             raise UsageError(f"the model {path} does not exist", "Name a folder, a .gguf file or a hub id.")
-        path = _download(name)
+        if at and not revision:
+            raise UsageError(f"the model {name} names no revision", "Write org/name@branch, @tag or @commit.")
+        path = _download(hub_id, revision or None)
     elif not (path / "config.json").exists() and (path / "snapshots").is_dir():
         path = _cached_snapshot(path)
     if path.is_file():
@@ -109,7 +125,12 @@ def base_of(source: ModelSource, directory: Path) -> ModelSource:
     if manifest is None or manifest["weights"] == "own":
         return source
     recorded = manifest["base"]
-    base = resolve(recorded["source"], _start_of(recorded["source"], source, directory))
+    if commit := recorded.get("commit"):
+        # That commit, wherever its branch has moved to since.
+        at_commit = resolve(f"{recorded['source'].partition('@')[0]}@{commit}", directory)
+        base = replace(at_commit, name=recorded["source"])
+    else:
+        base = resolve(recorded["source"], _start_of(recorded["source"], source, directory))
     found = base.fingerprint()
     if found != recorded["fingerprint"] != fingerprint_0_1(base.path):
         raise RRError(
@@ -167,20 +188,24 @@ def _cached_snapshot(folder: Path) -> Path:
 
 def is_hub_id(recorded: str) -> bool:
     """Tell whether what a manifest records is an id of the hub, and neither a path nor the embedded model."""
-    return recorded.count("/") == 1 and not recorded.startswith((".", "/", "~"))
+    return recorded.partition("@")[0].count("/") == 1 and not recorded.startswith((".", "/", "~"))
 
 
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf")
 
 
-def _download(name: str) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 
     patterns = [f"*{suffix}" for suffix in (*SUFFIXES, ".safetensors")]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except RevisionNotFoundError as error:
+        raise UsageError(
+            f"the model '{name}' has no revision '{revision}'", "Name a branch, a tag or a commit, or leave it out."
+        ) from error
     except HFValidationError as error:
         raise UsageError(
             f"'{name}' is neither a folder nor a .gguf file nor a hub id", "Check its spelling."

@@ -110,16 +110,16 @@ class Lora:
         weights = state_dict(self.model, state_dict=own, adapter_name=NAME, save_embedding_layers=False)
         return {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}
 
-    def save(self, folder: Path, base: str) -> None:
+    def save(self, folder: Path, base: str, revision: str | None = None) -> None:
         """Write what `PeftModel.from_pretrained(base, folder)` reads.
 
         Args:
-            base: path or hub id of the base model, noted for `AutoPeftModelForCausalLM`.
+            base: path or hub id of the base model, noted for `AutoPeftModelForCausalLM`, and its revision on the hub.
         """
         from safetensors.torch import save_file
 
         save_file(self.state_dict(), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        self.config.base_model_name_or_path = base
+        self.config.base_model_name_or_path, self.config.revision = base, revision
         self.config.save_pretrained(folder)
         # peft keeps the targets in a set: sort them, so that equal adapters make equal files.
         path = folder / ADAPTER_CONFIG

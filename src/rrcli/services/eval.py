@@ -28,6 +28,7 @@ from rrcli.experiment.identity import data_identity, eval_inputs, model_fingerpr
 from rrcli.experiment.planning import chooses_exit
 from rrcli.experiment.provenance import provenance
 from rrcli.experiment.replicates import TRAINED, evaluated_seeds
+from rrcli.experiment.revisions import moved
 from rrcli.experiment.template_date import fix_date
 from rrcli.experiment.under_test import put_under_test
 from rrcli.experiment.workspace import MAKERS, SURGERY_STAGE, Workspace
@@ -96,6 +97,8 @@ def evaluate(
     if stage in TRAINED:
         declared = read_declaration(load(CompareSettings, directory)).texts
         processes.on_main(lambda: declarations.record(workspace, declared))
+    if stage == "baseline" and model is None and (said := moved(workspace)):
+        reporter.warn(said)
     fingerprint = source.fingerprint()
     settings = tested.settings
     made_from = (model_fingerprint(source, directory), data_identity(settings, directory))
@@ -203,6 +206,7 @@ def evaluate(
             "inputs": inputs,
             "model": {
                 "source": source.recorded(directory),
+                **({"commit": commit} if (commit := base_of(source, directory).commit) else {}),
                 "fingerprint": fingerprint,
                 **about,
                 "tokenizer": combine(sorted(tokenizer.get_vocab().items())),

@@ -159,12 +159,12 @@ def surgery(
                 card = Card(
                     title=export.name,
                     base=base.name if base.hub else base.path.name,
-                    hub_base=base.name if base.hub else None,
+                    hub_base=base.hub_id,
                     manifest=read_manifest(target),
                     training={},
                 )
-                ends, hub_base = end_tokens(model, tokenizer), base.name if base.hub else None
-                copied = fill(alone, Content(base.path, base.path, target, ends, card.text(), hub_base))
+                ends = end_tokens(model, tokenizer)
+                copied = fill(alone, Content(base.path, base.path, target, ends, card.text(), base.hub_id))
         return written, copied
 
     written, copied = processes.decided(publish) if not dry_run else (0, 0)

@@ -23,8 +23,10 @@ from rrcli.data.training_data import TrainingData, task_specs
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.held_out import EvalData, held_out_data, showable
 from rrcli.experiment.identity import recorded_inputs, rewritten
+from rrcli.experiment.revisions import moved
 from rrcli.experiment.template_date import fix_date
 from rrcli.experiment.training_run import TrainingRun, prepare_training
+from rrcli.experiment.workspace import Workspace
 from rrcli.files import (
     checkpoints,
     make_folder,
@@ -99,6 +101,8 @@ def train(
             data, a loss that is not finite. Interrupted: stopped by the user after saving.
     """
     training = prepare_training(settings, mode, directory, match_flops=match_flops)
+    if mode == "vanilla" and not launched() and (said := moved(Workspace(directory, settings))):
+        reporter.warn(said)
     placement = read_placement(settings, directory)
     parallel, count = placement.parallel, placement.processes
     if count > 1 and not launched():
