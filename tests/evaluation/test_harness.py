@@ -198,12 +198,12 @@ def test_an_interrupted_run_goes_on_after_its_complete_tasks(folder, tmp_path, m
     settings = EvalSettings(max_samples=5)
     whole = run_harness(model, tokenizer, load_tasks(names), settings, Silent())
     with SampleLog(tmp_path / "log.jsonl", "key") as log:
-        run_harness(model, tokenizer, load_tasks(names)[:1], settings, Silent(), log)
+        run_harness(model, tokenizer, load_tasks(names)[:1], settings, Silent(), log=log)
     asked = []
     plain = model.generate
     monkeypatch.setattr(model, "generate", lambda *a, **o: asked.append(1) or plain(*a, **o))
     with SampleLog(tmp_path / "log.jsonl", "key") as log:
-        assert run_harness(model, tokenizer, load_tasks(names), settings, Silent(), log) == whole
+        assert run_harness(model, tokenizer, load_tasks(names), settings, Silent(), log=log) == whole
         assert [entry["name"] for entry in log.done("harness", lambda *_: True)] == [names[0]]
     assert asked
 
