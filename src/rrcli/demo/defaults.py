@@ -37,7 +37,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_length": 128,
         "packing": True,
         "task_share": 0.8,
-        "masked_weight": 0.1,
         "supervised_share": 1.0,
         "eval_interval": 400,
         "eval_samples": 16,

@@ -93,7 +93,7 @@ class LossWeights:
     """
 
     final: float = 1.0
-    masked: float = 0.5
+    masked: float = 0.1
     halt: float = 0.05
     ponder: float = 0.01
     stability: float = 0.01
