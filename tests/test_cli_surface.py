@@ -125,6 +125,7 @@ OWN = {
         "--train-chunk-width",
     },
     "export": EXPORTING | {"--merge", "--overwrite"},
+    "push": EXPORTING | {"--merge", "--overwrite", "--public"},
     "serve": EXPORTING - {"--output-dir"} | {"--device", "--dtype", "--port"},
     "status": {"--checkpoint-dir", "--output-dir"},
 }
@@ -150,7 +151,7 @@ def test_the_options_are_these(name: str) -> None:
 
 def test_what_is_given_by_position() -> None:
     arguments = [p.name for c in commands().values() for p in c.params if p.param_type_name == "argument"]
-    assert arguments == ["stages", "stages", "prompt", "name", "folder", "name"]
+    assert arguments == ["stages", "stages", "prompt", "name", "folder", "name", "name", "repo"]
 
 
 @pytest.mark.parametrize("name", SURFACE)

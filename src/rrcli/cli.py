@@ -113,6 +113,12 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists already.", rich_help_panel=FILES)]
+Merge = Annotated[
+    bool, typer.Option("--merge", help="Add the LoRA adapters of a model without recursion to its weights.")
+]
+Exportable = Annotated[
+    str, typer.Argument(metavar="RUN", help="Stage, name of a run, folder of a checkpoint, or export.")
+]
 Stage = Annotated[str, typer.Option("--stage", help=STAGE_HELP)]
 
 
@@ -546,11 +552,9 @@ def generate(
 @_command(SHARE, _flags(CommonSettings, EXPORTING))
 def export(
     ctx: Context,
-    name: Annotated[str, typer.Argument(metavar="RUN", help="Stage, name of a run, or folder of a checkpoint.")],
+    name: Exportable,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder.")],
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Add the LoRA adapters of a model without recursion to its weights.")
-    ] = False,
+    merge: Merge = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -588,6 +592,36 @@ def serve(
 
     started = (lambda served: ui.show_json("serve", vars(served))) if json else ui.show_served
     service.serve(ctx.load(settings.ServeSettings), name, ctx.directory, _reporter(), started=started)
+
+
+@_command(SHARE, _flags(CommonSettings, EXPORTING))
+def push(
+    ctx: Context,
+    name: Annotated[
+        str, typer.Argument(metavar="RUN", help="Stage, name of a run, folder of a checkpoint, or export.")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Repository of the hub: OWNER/NAME.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see a repository that is made here.")] = False,
+    merge: Merge = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Upload also where something else lies.", rich_help_panel=FILES)
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Upload a model to the Hugging Face hub, as rr export makes it, in one commit.
+
+    A new repository is private unless --public is given. 'hf auth login' logs in.
+    """
+    from rrcli.services import push as service
+
+    result = service.push(
+        ctx.load(CommonSettings), name, repo, ctx.directory, _reporter(),
+        public=public, overwrite=overwrite, merge=merge, comparison=_comparison_text(ctx),
+    )  # fmt: skip
+    if json:
+        ui.show_json("push", asdict(result))
+    else:
+        ui.show_pushed(result)
 
 
 def _comparison_text(ctx: Context) -> str:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rrcli.services.export import ExportResult
     from rrcli.services.generate import GenerateResult
     from rrcli.services.plan import PlanResult
+    from rrcli.services.push import PushResult
     from rrcli.services.serve import Served
     from rrcli.services.setup import SetupResult
     from rrcli.services.status import Status
@@ -391,6 +392,13 @@ def show_exported(result: ExportResult) -> None:
     out().print(f"In Python: {escape(loaded)}", soft_wrap=True)
     if result.adapters is not None:
         out().print(f"Adapters for peft: {escape(str(result.adapters))}", soft_wrap=True)
+
+
+def show_pushed(result: PushResult) -> None:
+    """Say where a model was uploaded to, and who can see it."""
+    seen = {None: "as before", True: "private", False: "public"}[result.private]
+    what = f"{result.files} files, {_bytes(result.bytes)}, commit {result.commit[:7]}, {seen}"
+    out().print(f"Pushed: [bold]{escape(result.url)}[/bold] ({what})", soft_wrap=True)
 
 
 def show_served(served: Served) -> None:
