@@ -57,7 +57,7 @@ MODEL = {"--model", "--model-path", "--model-name", "--trust-remote-code", "--no
 LOADING = MODEL | {"--device", "--dtype", "--parallel", "--device-map", "--max-memory", "--seed", "--checkpoint-dir"}
 DATA = {"--data", "--text-field", "--on-bad-row", "--task", "--template-date"}
 LOGS = {"--log-dir", "--output-dir"}
-COMMON = LOADING | DATA | LOGS | {"--seeds", "--equal-flops", "--no-equal-flops"}
+COMMON = LOADING | DATA | LOGS | {"--tracker", "--seeds", "--equal-flops", "--no-equal-flops"}
 SURGERY = {"--span", "--max-steps", "--cell-width", "--relative-feedback", "--no-relative-feedback", "--chunk-width"}
 TRAIN = (
     {"--phase", "--steps", "--batch-size", "--gradient-accumulation", "--lr", "--sidecar-lr", "--warmup-steps"}
@@ -84,15 +84,15 @@ OWN = {
     "train": LOADING
     | DATA
     | TRAIN
-    | {"--log-dir", "--mode", "--restart", "--match-flops", "--run-name", "--max-length", "--max-steps"}
+    | {"--log-dir", "--tracker", "--mode", "--restart", "--match-flops", "--run-name", "--max-length", "--max-steps"}
     | {"--chunk-width"},
     "eval": LOADING
     | DATA
     | LOGS
     | EVAL
-    | {"--stage", "--use-recursive", "--no-use-recursive", "--max-length", "--exits", "--no-exits"}
+    | {"--tracker", "--stage", "--use-recursive", "--no-use-recursive", "--max-length", "--exits", "--no-exits"}
     | {"--choose-exit", "--no-choose-exit"},
-    "costs": LOADING | DATA - {"--task"} | LOGS | {"--rounds"},
+    "costs": LOADING | DATA - {"--task"} | LOGS | {"--rounds", "--tracker"},
     "plan": MODEL
     | (SURGERY - {"--relative-feedback", "--no-relative-feedback"})
     | {"--data", "--text-field", "--task", "--dtype", "--seed", "--seeds", "--equal-flops", "--no-equal-flops"}

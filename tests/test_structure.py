@@ -24,7 +24,7 @@ FLOORS = (
     {"errors", "allocator", "schemas"},
     {"upstream"},
     {"recursion"},
-    {"settings", "reporting", "files", "demo"},
+    {"settings", "reporting", "files", "demo", "other_trackers"},
     {"tracker", "configuration", "locks", "plugins"},
     {"data", "models"},
     {"evaluation"},

@@ -376,7 +376,7 @@ def surgery(
         ui.show_next("Sidecar:", result.folder, "rr eval --stage after_surgery")
 
 
-@_command(EXPERIMENT, _flags(settings.TrainSettings, (*LOADING, *DATA, "log_dir")), writes=True)
+@_command(EXPERIMENT, _flags(settings.TrainSettings, (*LOADING, *DATA, "log_dir", "tracker")), writes=True)
 def train(
     ctx: Context,
     mode: Annotated[str, typer.Option("--mode", help="Training mode: recursive or vanilla.")] = "recursive",
@@ -412,7 +412,7 @@ def train(
     ui.show_next("Checkpoint:", result.checkpoint, command)
 
 
-@_command(EXPERIMENT, _flags(settings.EvalSettings, (*LOADING, *DATA, *LOGS)), writes=True)
+@_command(EXPERIMENT, _flags(settings.EvalSettings, (*LOADING, *DATA, *LOGS, "tracker")), writes=True)
 def eval(
     ctx: Context,
     stage: Stage = "baseline",
@@ -482,7 +482,7 @@ def _eval_exits(ctx: Context, loaded: settings.EvalSettings, stage: str, model: 
     ui.show_next("Exits:", result.file, command)
 
 
-@_command(EXPERIMENT, _flags(settings.CostsSettings, (*LOADING, *TEXT, *LOGS)), writes=True)
+@_command(EXPERIMENT, _flags(settings.CostsSettings, (*LOADING, *TEXT, *LOGS, "tracker")), writes=True)
 def costs(
     ctx: Context,
     stages: Annotated[

@@ -200,6 +200,13 @@ class CommonSettings:
         "checkpoints", "Folder for the results of surgery and for training checkpoints.", reaches=NOTHING, panel=FILES
     )
     output_dir: str = option("eval_results", "Folder for evaluation results.", reaches=NOTHING, panel=FILES)
+    tracker: tuple[str, ...] = option(
+        (),
+        "Tracker that gets the scalars of TensorBoard too, under the same tags: wandb, trackio, mlflow, swanlab, "
+        "comet_ml, clearml, aim or dvclive. Its package has to be installed. Repeat for several.",
+        reaches=NOTHING,
+        panel=TRACKING,
+    )
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

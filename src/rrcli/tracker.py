@@ -1,16 +1,17 @@
-"""`MetricsTracker`: the one writer of TensorBoard events."""
+"""`MetricsTracker`: the one writer of TensorBoard events, which also tells other trackers."""
 
 from __future__ import annotations
 
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rrcli.errors import first_line
 from rrcli.files import METRICS_FILE, finite, make_folder, read_json, write_json
+from rrcli.other_trackers import OtherTracker
 from rrcli.schemas import CheckpointMetrics
 
 # TensorBoard's CUSTOM SCALARS tab: category -> chart -> regular expressions of the tags that it draws. Every run writes
@@ -74,6 +75,7 @@ class MetricsTracker:
         purge_step: when a run is resumed, the step from which TensorBoard drops what an earlier process logged.
         part: the part of the run that is logged, for example EVALUATION. It has event files of its own: if the tracker
             is left without an error, they replace those that logged the same part before; else they are removed.
+        others: trackers that get the same scalars and hyper-parameters (see `other_trackers`).
         warn: is told what cannot be written.
 
     Raises:
@@ -86,11 +88,12 @@ class MetricsTracker:
         purge_step: int | None = None,
         *,
         part: str = "",
+        others: Sequence[OtherTracker] = (),
         warn: Callable[[str], object] = warnings.warn,
     ) -> None:
         self._last: dict[str, dict[str, Any]] = {}
         self._writer: Any = _Nowhere()
-        self._part, self._warn = part, warn
+        self._part, self._others, self._warn = part, others, warn
         self._earlier: set[Path] = set()
         self._error: Exception | None = None
         self._told = False
@@ -119,6 +122,8 @@ class MetricsTracker:
         """Log a number, for example `log_scalar("train/loss/total", 2.3, 100)`. NaN becomes null in `metrics.json`."""
         value = float(value)
         self._writer.add_scalar(tag, value, step)
+        for other in self._others:
+            other.log(tag, value, step)
         self._last[tag] = {"value": value if math.isfinite(value) else None, "step": step}
         self._tell()
 
@@ -162,6 +167,8 @@ class MetricsTracker:
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
         if not isinstance(self._writer, _Nowhere):
             add_hparams(self._writer, plain, dict.fromkeys(metrics, 0.0))
+        for other in self._others:
+            other.configure(plain)
 
     def flush(self) -> None:
         """Write everything that is buffered to disk."""
@@ -169,9 +176,11 @@ class MetricsTracker:
         self._tell()
 
     def close(self) -> None:
-        """Flush and close the event file."""
+        """Flush and close the event file, and end the runs of other trackers."""
         self._writer.close()
         self._tell()
+        for other in self._others:
+            other.close()
 
     def __enter__(self) -> MetricsTracker:
         return self

@@ -20,6 +20,7 @@ from rrcli.experiment.template_date import fix_date, with_template_date
 from rrcli.experiment.workspace import Workspace, check_stage
 from rrcli.files import SCHEMA, back_up, finite, write_json
 from rrcli.locks import holding, lock, reading
+from rrcli.other_trackers import check_trackers, start_trackers
 from rrcli.reporting import Reporter
 from rrcli.settings import CostsSettings, EvalSettings
 from rrcli.tracker import COSTS, SUMMARY, MetricsTracker
@@ -56,6 +57,7 @@ def costs(
         RRError: a stage has no model, or cannot be measured.
     """
     refuse_stdin(evaluation.data, "costs")
+    check_trackers(settings.tracker)
     if evaluation.parallel:
         raise UsageError(
             f"costs are measured in one process for each stage, --parallel is {evaluation.parallel}",
@@ -110,7 +112,7 @@ def costs(
     back_up(file)
     write_json(file, finite(published))
     if evaluation.tensorboard:
-        _log(found, workspace, reporter)
+        _log(found, workspace, settings.tracker, reporter=reporter)
     return CostsResult(published, file)
 
 
@@ -132,11 +134,19 @@ def _load() -> float | None:
         return None
 
 
-def _log(found: dict[str, Measured], workspace: Workspace, reporter: Reporter) -> None:
+def _log(found: dict[str, Measured], workspace: Workspace, trackers: Sequence[str], *, reporter: Reporter) -> None:
     """Log the costs of each stage into its run, and those that all stages share into the common tags."""
     for stage, one in found.items():
         logs = workspace.log_folder(workspace.replicate(stage).name)
-        with MetricsTracker(logs, part=COSTS, warn=reporter.warn) as tracker:
+        others = start_trackers(
+            trackers,
+            project=workspace.directory.resolve().name,
+            run=f"{logs.name} costs",
+            folder=logs,
+            hold=True,
+            warn=reporter.warn,
+        )
+        with MetricsTracker(logs, part=COSTS, others=others, warn=reporter.warn) as tracker:
             for name, entry in one.performance.metrics().items():
                 tracker.log_scalar(f"costs/{stage}/{name}", entry["value"], 0)
                 if name in SUMMARY:

@@ -38,6 +38,7 @@ from rrcli.models.loading import load_for
 from rrcli.models.placement import read_placement
 from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import stamps
+from rrcli.other_trackers import check_trackers, start_trackers
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.exits import exit_for
 from rrcli.reporting import Reporter, Silent
@@ -80,6 +81,7 @@ def evaluate(
         RRError: the stage's model is missing, or cannot be measured. UsageError: the claims of `rr.toml`, which are
             recorded before a fine-tuned stage is measured, cannot be read.
     """
+    check_trackers(settings.tracker)
     placement = read_placement(settings, directory)
     parallel = placement.parallel
     if placement.processes > 1 and not launched():
@@ -168,7 +170,15 @@ def evaluate(
     logs = workspace.log_folder(replicate.name)
     tracker = None
     if settings.tensorboard:
-        tracker = MetricsTracker(logs if processes.main else None, part=EVALUATION, warn=reporter.warn)
+        others = start_trackers(
+            settings.tracker if processes.main else (),
+            project=directory.resolve().name,
+            run=f"{replicate.name} evaluation",
+            folder=logs,
+            hold=True,
+            warn=reporter.warn,
+        )
+        tracker = MetricsTracker(logs if processes.main else None, part=EVALUATION, others=others, warn=reporter.warn)
     log_file = file.with_name(f"{replicate.name}_samples.jsonl")
     with _log(log_file, key, extends, processes) as log, tracker or nullcontext():
         if log.found:

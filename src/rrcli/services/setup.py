@@ -30,6 +30,7 @@ from rrcli.files import back_up, make_folder, write_text
 from rrcli.locks import holding, lock
 from rrcli.models.config import load_config
 from rrcli.models.loading import load_tokenizer, pick_device
+from rrcli.other_trackers import check_trackers
 from rrcli.reporting import Reporter
 from rrcli.settings import CommonSettings, EvalSettings
 
@@ -76,6 +77,7 @@ def setup(
         overwrite: write a new `rr.toml` instead of keeping the values of an existing one.
     """
     refuse_stdin(settings.data, "setup")
+    check_trackers(settings.tracker)
     refuse_one_seed(settings, "rr.toml is for all of them")
     held.enter_context(lock(directory / SETTINGS_FILE, str(directory / SETTINGS_FILE)))
     workspace = Workspace(directory, settings)

@@ -38,6 +38,7 @@ from rrcli.models.loading import load_for
 from rrcli.models.placement import read_placement
 from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import stamps
+from rrcli.other_trackers import check_trackers, start_trackers
 from rrcli.reporting import Reporter, Silent
 from rrcli.settings import TrainSettings, with_changes
 from rrcli.training.launching import launch, launched
@@ -100,6 +101,7 @@ def train(
         UsageError: settings that contradict each other. RRError: no surgery yet, checkpoints of other settings, broken
             data, a loss that is not finite. Interrupted: stopped by the user after saving.
     """
+    check_trackers(settings.tracker)
     training = prepare_training(settings, mode, directory, match_flops=match_flops)
     if mode == "vanilla" and not launched() and (said := moved(Workspace(directory, settings))):
         reporter.warn(said)
@@ -337,7 +339,15 @@ def _run(
     saved = _checkpoints_of(training)
     logs = training.logs if processes.main else None
     purge_step = training.first_step + 1
-    with MetricsTracker(logs, purge_step, warn=reporter.warn) as tracker, stop_signals() as stopped:
+    others = start_trackers(
+        training.settings.tracker if processes.main else (),
+        project=training.directory.resolve().name,
+        run=training.name,
+        folder=training.logs,
+        hold=False,
+        warn=reporter.warn,
+    )
+    with MetricsTracker(logs, purge_step, others=others, warn=reporter.warn) as tracker, stop_signals() as stopped:
         trainer = Trainer(
             training.settings,
             model,
