@@ -79,9 +79,16 @@ def train(
     return checkpoint
 
 
-def exported(directory: Path, name: str = "finetuned_recursive", target: str = "out", **options: Any) -> ExportResult:
+def exported(
+    directory: Path,
+    name: str = "finetuned_recursive",
+    target: str = "out",
+    *,
+    trust: bool = False,
+    **options: Any,
+) -> ExportResult:
     """Export a run of a working directory."""
-    return export(CommonSettings(), name, Path(target), directory, Silent(), **options)
+    return export(CommonSettings(trust_remote_code=trust), name, Path(target), directory, Silent(), **options)
 
 
 def own_tokens(folder: Path, prompts: tuple[str, ...] = PROMPTS, new_tokens: int = NEW_TOKENS) -> list[list[int]]:

@@ -578,9 +578,7 @@ def export(
 @_command(SHARE, _flags(settings.ServeSettings, ("device", "dtype", *EXPORTING[:-1])))
 def serve(
     ctx: Context,
-    name: Annotated[
-        str, typer.Argument(metavar="RUN", help="Stage, name of a run, folder of a checkpoint, or export.")
-    ],
+    name: Exportable,
     json: Json = False,
 ) -> None:
     """Serve a model on this machine with transformers' own server, in the form of OpenAI's API.
@@ -597,9 +595,7 @@ def serve(
 @_command(SHARE, _flags(CommonSettings, EXPORTING))
 def push(
     ctx: Context,
-    name: Annotated[
-        str, typer.Argument(metavar="RUN", help="Stage, name of a run, folder of a checkpoint, or export.")
-    ],
+    name: Exportable,
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Repository of the hub: OWNER/NAME.")],
     public: Annotated[bool, typer.Option("--public", help="Let everybody see a repository that is made here.")] = False,
     merge: Merge = False,

