@@ -259,6 +259,15 @@ def test_a_card_tells_what_was_trained(tmp_path: Path) -> None:
         assert word in text
 
 
+def test_a_checkpoint_is_not_an_export_that_may_be_replaced(tmp_path: Path) -> None:
+    base = base_model(tmp_path / "base", "llama")
+    train(tmp_path, base)
+    other = train(tmp_path, base, run="other")
+    with pytest.raises(RRError, match="is not an export"):
+        exported(tmp_path, target="checkpoints/other/step-000002", overwrite=True)
+    assert (other / "recursion.safetensors").is_file()
+
+
 def test_what_rr_did_not_make_is_refused(tmp_path: Path) -> None:
     base_model(tmp_path / "base", "llama")
     with pytest.raises(UsageError, match="nothing to export"):

@@ -93,7 +93,9 @@ def check_target(target: Path, base: ModelSource, made: Path, *, overwrite: bool
         return
     if not overwrite:
         raise RRError(f"{target} exists already", "Use --overwrite to replace it.")
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+    # A checkpoint has a manifest too, and no card.
+    export = all((target / name).is_file() for name in (MANIFEST, CARD))
+    if target.is_dir() and any(target.iterdir()) and not export:
         raise RRError(f"{target} is not an export of rr and is not replaced", "Choose another folder.")
 
 
