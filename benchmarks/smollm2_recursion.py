@@ -8,12 +8,11 @@ or another `--model`.
 
 `--recipes` trains with the small budget of `RECIPES`, one after another and with a seed that is not reported, and
 measures each on the validation side; with `--warm`, those that go on from a vanilla training. Writes `DIR/recipes.md`
-or `DIR/warm_recipes.md`. What it led to is CHOSEN, and
-`smollm2_exploration.md`.
+or `DIR/warm_recipes.md`. What it led to is CHOSEN, and `smollm2_exploration.md`.
 
-Without it, `DIR/experiment` is made by `rr run` with CHOSEN: vanilla and recursive training on the same tokens, and
-vanilla at equal FLOPs, with three seeds; beside it what `recursion_gain.py` measures of the first seed alone. Writes
-`DIR/smollm2_recursion.md` and, with matplotlib, pictures.
+Without it, `DIR/experiment` is made by `rr run` with CHOSEN, from the vanilla training that warm recipes start from:
+vanilla and recursive training on the same tokens, and vanilla at equal FLOPs, with three seeds; beside it what
+`recursion_gain.py` measures of the first seed alone. Writes `DIR/smollm2_recursion.md` and, with matplotlib, pictures.
 
 What is done is not done again, so both go on where they were stopped. `--shrunken` does a little of everything, in
 minutes, to see that it works: its numbers mean nothing.
@@ -136,9 +135,13 @@ WARM_RECIPES: dict[str, dict[str, str]] = {
 # chain_sum has too few test problems that are no near-twins for more than 120 of each of three seeds' own.
 CHOSEN = (
     *("--dtype", "bfloat16", "--no-chat-template", "--packing", "--train-max-length", "128", "--task-share", "0.9375"),
-    *("--batch-size", "16", "--keep", "1", "--save-interval", "25", "--eval-interval", "100", "--eval-samples", "40"),
-    *("--lr", "5e-4", "--steps", "400", "--span", "10:30", "--max-steps", "1", "--sidecar-lr", "3e-3"),
+    *("--batch-size", "16", "--keep", "1", "--save-interval", "50", "--eval-interval", "100", "--eval-samples", "40"),
+    *("--lr", "5e-4", "--steps", "200", "--span", "10:30", "--max-steps", "1", "--sidecar-lr", "3e-3"),
+    *("--masked-weight", "0"),
     *("--seeds", "0,1,2", "--problems", "120", "--max-samples", "100", "--max-new-tokens", "12", "--skip-generation"),
+    *("--primary", "reasoning_accuracy: finetuned_recursive > finetuned_vanilla"),
+    *("--primary", "reasoning_accuracy: finetuned_recursive > vanilla_equal_flops"),
+    *("--primary", "perplexity: finetuned_recursive < finetuned_vanilla + 1 %"),
 )
 SHRUNKEN = (
     *("--seeds", "0,1", "--steps", "2", "--problems", "8", "--max-samples", "8", "--eval-samples", "4"),
@@ -293,6 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
         problems = 4 if options.shrunken else RECIPE_PROBLEMS
         try_recipes(output, options.only, model=model, problems=problems, warm=options.warm)
     else:
+        model = options.model or warm_model(output, model=model)
         experiment(output, given, model=model, shrunken=options.shrunken)
 
 
