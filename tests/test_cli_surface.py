@@ -54,7 +54,16 @@ def plain(text: str) -> str:
 
 EVERYWHERE = {"--dir", "--debug", "--json"}
 MODEL = {"--model", "--model-path", "--model-name", "--trust-remote-code", "--no-trust-remote-code"}
-LOADING = MODEL | {"--device", "--dtype", "--parallel", "--device-map", "--max-memory", "--seed", "--checkpoint-dir"}
+LOADING = MODEL | {
+    "--device",
+    "--dtype",
+    "--quantize",
+    "--parallel",
+    "--device-map",
+    "--max-memory",
+    "--seed",
+    "--checkpoint-dir",
+}
 DATA = {"--data", "--text-field", "--on-bad-row", "--task", "--template-date"}
 LOGS = {"--log-dir", "--output-dir"}
 COMMON = LOADING | DATA | LOGS | {"--tracker", "--seeds", "--equal-flops", "--no-equal-flops"}

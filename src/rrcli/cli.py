@@ -37,7 +37,7 @@ PANELS = (
 # Switch -> whether it is on by default. `--help` shows the half of a switch that changes its default.
 SWITCHES = {item.name: item.default for cls in settings.SECTIONS for item in fields(cls) if item.type == "bool"}
 # Groups of common options, for the commands that do not read all of them.
-PLACEMENT = ("device", "dtype", "parallel", "device_map", "max_memory")
+PLACEMENT = ("device", "dtype", "quantize", "parallel", "device_map", "max_memory")
 LOADING = ("model", *PLACEMENT, "trust_remote_code", "seed", "checkpoint_dir")
 LOGS = ("log_dir", "output_dir")
 # How long a process that does not print an error waits for the one that does, in seconds: a launcher ends all processes

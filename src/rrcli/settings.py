@@ -83,7 +83,7 @@ def option(
 
     Args:
         reaches: which results it changes. only: what that is limited to: the training "recursive" or "lora" (phase b),
-            or the evaluation "sampled" (with sampled answers).
+            the evaluation "sampled" (with sampled answers), or a base that is "quantised" while it is read.
         in_run: its name in `rr run`, which has the options of several commands; "" = its own name, None = `rr run` does
             not offer it. One option of `rr run` sets all options that have its name.
         panel: where `--help` shows it. aliases: further names on the command line, which `--help` does not show.
@@ -146,6 +146,15 @@ class CommonSettings:
         reaches=WEIGHTS | NUMBERS | EXIT,
         panel=COMPUTE,
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantize: str = option(
+        "none",
+        "Quantise the frozen base while it is read, by bitsandbytes: 4bit (NF4), 8bit, or none. A checkpoint that is "
+        "quantised already needs no option.",
+        reaches=WEIGHTS | NUMBERS | EXIT,
+        only="quantised",
+        panel=COMPUTE,
+        choices=("none", "4bit", "8bit"),
     )
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.", reaches=NOTHING, panel=MODEL)
     parallel: str = option(
@@ -822,6 +831,7 @@ def reaching(settings: CommonSettings, what: Reach, kinds: Collection[str] = ())
     Args:
         kinds: what kind of training or evaluation it is, see `option`: for example "recursive" and "lora".
     """
+    kinds = {*kinds, *(["quantised"] if settings.quantize != "none" else [])}
     items = dict.fromkeys((*own_fields(type(settings)), *fields(CommonSettings)))
     found = [item for item in items if what in item.metadata["reaches"] and item.metadata["only"] in ("", *kinds)]
     return {item.name: getattr(settings, item.name) for item in found}

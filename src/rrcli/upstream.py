@@ -32,6 +32,7 @@ need. It is found by signature, type or trial, never by a version number. What h
     code that comes with a model's folder         `get_class_from_dynamic_module`            RRError
     a server that has one model alone             `ModelManager` of `transformers serve`     RRError
     a GGUF model that can be saved                `hf_quantizer`, `quantization_config`      transformers' own error
+    gradients through 4 bits on a CPU             a switch of bitsandbytes' `Linear4bit`     rr train refuses
     reading back what was saved                   `_keys_to_ignore_on_save` of a model       RRError if it has any
 
 The versions that this was tested with are in pyproject.toml; `untested` compares them with what is installed.
@@ -411,6 +412,17 @@ def forget_quantisation(model: Any) -> None:
         model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def without_inference_kernels(model: Any) -> None:
+    """Let bitsandbytes leave 4-bit weights as they are on a CPU.
+
+    In evaluation it packs them for a kernel that has no gradients, and goes on using that in training: the gradients of
+    what lies before such a layer would silently be lost.
+    """
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False
 
 
 def unsaved_tensors(model: Any) -> tuple[str, ...]:

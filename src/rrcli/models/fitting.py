@@ -14,6 +14,7 @@ from typing import Any
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.models.inspection import BITS, inspect_weights
 from rrcli.models.placement import BALANCED, Parallel, Placement
+from rrcli.models.quantisation import NONE, quantised_bytes
 from rrcli.models.source import ModelSource
 from rrcli.recursion.config import RecursionConfig
 
@@ -24,15 +25,17 @@ CACHED_TOKENS = 4096
 GIB = 2**30
 
 
-def weight_bytes(source: ModelSource, dtype: Any) -> int | None:
+def weight_bytes(source: ModelSource, dtype: Any, quantize: str = NONE) -> int | None:
     """Return what the weights of a source take in memory, in bytes; None for GGUF, whose weights grow when read.
 
     Args:
-        dtype: a dtype of torch, or "auto": as stored.
+        dtype: a dtype of torch, or "auto": as stored. quantize: in how many bits they are held.
     """
     if source.is_gguf:
         return None
     weights = inspect_weights(source.path)
+    if quantize != NONE:
+        return quantised_bytes(source, quantize, 2 if dtype == "auto" else dtype.itemsize)
     if dtype == "auto" or BITS.get(weights.dtype, 8) <= 8:
         return weights.size
     return weights.size * dtype.itemsize * 8 // BITS[weights.dtype]
@@ -73,7 +76,7 @@ def arrangement(base: ModelSource, placement: Placement, device: str, *, dtype: 
     """
     if isinstance(placement.device_map, dict):
         return {"device_map": {module: _key(str(where)) for module, where in placement.device_map.items()}}
-    room, size = budgets(placement, device), weight_bytes(base, dtype)
+    room, size = budgets(placement, device), weight_bytes(base, dtype, placement.quantize)
     spread = placement.device_map == BALANCED and len([key for key in room if isinstance(key, int)]) > 1
     if size is None or (size <= room[_main(device, room)] and not spread):
         return {}
@@ -186,7 +189,7 @@ def surely_fits(base: ModelSource, placement: Placement, device: str, *, dtype: 
     Args:
         trains: whether all weights train.
     """
-    size = weight_bytes(base, dtype)
+    size = weight_bytes(base, dtype, placement.quantize)
     if size is None:
         return True
     per_byte = 8 if trains else 1  # of a weight of two bytes: fp32 copy, gradient, moments

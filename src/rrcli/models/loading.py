@@ -14,6 +14,7 @@ from rrcli.models.fitting import arrangement, expanded, refuse_misfit, surely_fi
 from rrcli.models.inspection import inspect_weights
 from rrcli.models.manifest import MODELLING_FILE, compare_hashes
 from rrcli.models.placement import Parallel, Placement, read_placement
+from rrcli.models.quantisation import NONE, stored_format
 from rrcli.models.source import ModelSource, base_of, resolve
 from rrcli.models.weights import adapter_folder, weight_files
 from rrcli.recursion.config import RecursionConfig
@@ -113,7 +114,7 @@ def load_for(
         placement=read_placement(settings, directory),
         trains=isinstance(settings, TrainSettings) and settings.phase == "c",
     )
-    if reporter is not None and hasattr(model, "hf_device_map"):
+    if reporter is not None and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         from rrcli.recursion.families import find_layout
 
         lie = where_layers_lie(model, find_layout(model)[0].layers)
@@ -220,6 +221,10 @@ def _placed(
     """Read the weights of a model to where they are to lie, and return it in evaluation mode."""
     import torch
 
+    quantised = stored_format(source)
+    if placement.quantize != NONE or quantised:
+        _check_quantised(source, placement, quantised, trains=trains)
+        return _quantised(source, placement, device, dtype=dtype, trust_remote_code=trust_remote_code)
     if placement.parallel is not None and (placement.parallel.cuts or trains):
         return _in_parts(source, placement.parallel, dtype, trust_remote_code=trust_remote_code, trains=trains)
     options = arrangement(source, placement, device, dtype=dtype)
@@ -233,6 +238,43 @@ def _placed(
     model = _read_weights(source, dtype, trust_remote_code, **options, offload_folder=folder.name).eval()
     model.__dict__["offload_folder"] = folder  # which is removed with the model
     return model
+
+
+def _check_quantised(source: ModelSource, placement: Placement, stored: str, *, trains: bool) -> None:
+    """Refuse what cannot be done with a quantised base, before anything is read.
+
+    Raises:
+        UsageError: its weights are to be trained, or cut, or quantised once more.
+    """
+    if placement.quantize != NONE and (stored or source.is_gguf):
+        raise UsageError(
+            f"{source.path} is quantised already ({stored or 'gguf'}), --quantize {placement.quantize} cannot be added",
+            "Leave --quantize out.",
+        )
+    what = f"{source.path} is quantised ({stored})" if stored else f"--quantize {placement.quantize} holds few bits"
+    if trains:
+        raise UsageError(f"{what}: such weights cannot be trained", "Take --phase b or --phase a.")
+    if placement.parallel is not None and placement.parallel.cuts:
+        raise UsageError(f"{what}: such weights cannot be cut among processes", "Take --num-processes.")
+
+
+def _quantised(source: ModelSource, placement: Placement, device: str, *, dtype: Any, trust_remote_code: bool) -> Any:
+    """Read a quantised base, or quantise it while it is read.
+
+    Raises:
+        UsageError: bitsandbytes is not installed. RRError: what the format needs is not there.
+    """
+    from rrcli.models.quantisation import configuration
+    from rrcli.upstream import without_inference_kernels
+
+    options = arrangement(source, placement, device, dtype=dtype) or {"device_map": {"": device}}
+    if isinstance(placement.device_map, dict):
+        options["device_map"] = expanded(options["device_map"], _skeleton(source, dtype, trust_remote_code))
+    if placement.quantize != NONE:
+        options["quantization_config"] = configuration(placement.quantize, dtype)
+    model = _read_weights(source, dtype, trust_remote_code, **options)
+    without_inference_kernels(model)
+    return model.eval()
 
 
 def _in_parts(source: ModelSource, parallel: Parallel, dtype: Any, *, trust_remote_code: bool, trains: bool) -> Any:

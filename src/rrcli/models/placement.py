@@ -83,6 +83,7 @@ class Placement:
         max_memory: device -> the most bytes of it that weights may take; what is free, for those that are not named.
         offload: whether weights may lie where they are not computed with; not where something trains.
         copies: how many processes have all of it where none has a part.
+        quantize: in how many bits they are held: none (as they are), 4bit or 8bit.
     """
 
     parallel: Parallel | None = None
@@ -90,6 +91,7 @@ class Placement:
     max_memory: dict[str, int] = field(default_factory=dict)
     offload: bool = True
     copies: int = 1
+    quantize: str = "none"
 
     @property
     def processes(self) -> int:
@@ -113,6 +115,7 @@ def read_placement(settings: CommonSettings, directory: Path) -> Placement:
         _device_map(settings.device_map, directory),
         _max_memory(settings.max_memory),
         copies=count if parallel is None else 1,
+        quantize=settings.quantize,
     )
     if parallel is not None:
         for given, name in ((settings.device_map != AUTO, "--device-map"), (placement.max_memory, "--max-memory")):
@@ -126,6 +129,11 @@ def read_placement(settings: CommonSettings, directory: Path) -> Placement:
                 f"--parallel {parallel} needs {parallel.processes} processes, --num-processes is {count}",
                 "Leave --num-processes out.",
             )
+    if placement.quantize != "none" and parallel is not None and parallel.cuts:
+        raise UsageError(
+            f"--parallel {parallel} and --quantize {placement.quantize} contradict each other",
+            "A quantised weight cannot be cut: take --num-processes, or leave one of them out.",
+        )
     trains = isinstance(settings, TrainSettings)
     if trains and placement.device_map != AUTO:
         raise UsageError(

@@ -36,6 +36,7 @@ from rrcli.files import (
 from rrcli.locks import holding, lock
 from rrcli.models.loading import load_for
 from rrcli.models.placement import read_placement
+from rrcli.models.quantisation import check_gradients, is_quantised
 from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import stamps
 from rrcli.other_trackers import check_trackers, start_trackers
@@ -235,6 +236,8 @@ def _load_model(training: TrainingRun, processes: Processes) -> tuple[Any, Any]:
     changes = {"device": processes.device, "parallel": str(processes.parallel or "")}
     model, tokenizer = load_for(with_changes(settings, **changes), source, training.directory)
     fix_date(tokenizer, settings.template_date)
+    if is_quantised(model):
+        check_gradients(model)
     if "float16" in str(model.dtype).split("."):
         raise UsageError("float16 cannot be trained: its small gradients become zero", "Use --dtype bfloat16.")
     if training.mode == "recursive" and not resumed and model.recursion.config.seed != settings.seed:
