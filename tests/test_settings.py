@@ -264,7 +264,11 @@ INPUTS = {
 
 
 # What an option may be limited to, and the settings with which each of these counts.
-ONLY = {TrainSettings: ("", "recursive", "lora"), EvalSettings: ("", "sampled")}
+ONLY: dict[type[CommonSettings], tuple[str, ...]] = {
+    CommonSettings: ("", "quantised"),
+    TrainSettings: ("", "recursive", "lora"),
+    EvalSettings: ("", "sampled"),
+}
 KINDS: dict[type[CommonSettings], tuple[dict[str, Any], ...]] = {
     TrainSettings: ({"phase": "b"}, {"phase": "c"}),
     EvalSettings: ({"samples": 2},),
@@ -283,7 +287,7 @@ def test_an_option_changes_the_inputs_of_what_it_reaches_and_of_nothing_else(
     value = other_value(cls, item)
     for fixed in KINDS.get(cls, ({},)):
         before, phase = cls(**fixed), fixed.get("phase")
-        kinds = ("", "recursive", "sampled", *(["lora"] if phase == "b" else []))
+        kinds = ("", "recursive", "sampled", "quantised", *(["lora"] if phase == "b" else []))
         recursive = item.metadata["only"] in kinds
         vanilla = recursive and item.metadata["only"] != "recursive" and (item.name, phase) != ("phase", "c")
         reached = [what in item.metadata["reaches"] and kind for kind in (recursive, vanilla)]

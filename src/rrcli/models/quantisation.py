@@ -92,8 +92,9 @@ def check_gradients(model: Any) -> None:
         if output.requires_grad:
             (output if layer.bias is None else output - layer.bias).sum().backward()
     layer.train(before)
-    found = None if rows.grad is None else float((rows.grad * rows).sum())
-    bias = 0.0 if layer.bias is None else float(layer.bias.sum()) * len(rows)
+    output = output.detach()
+    found = None if rows.grad is None else float((rows.grad * rows.detach()).sum())
+    bias = 0.0 if layer.bias is None else float(layer.bias.detach().sum()) * len(rows)
     expected, scale = float(output.sum()) - bias, float(output.abs().sum())
     if found is None or not abs(found - expected) <= TOLERANCE * scale:
         raise RRError(
