@@ -43,19 +43,21 @@ def train(
     run: str = "finetuned_recursive",
     recursive: bool = True,
     lora: bool = False,
+    experts: bool = False,
     change: Callable[[Any], None] | None = None,
     exit: ExitRule | None = None,
 ) -> Path:
     """Write a checkpoint as a training does, with random weights in the recursion and the adapters.
 
     Args:
+        experts: whether the experts have adapters too.
         change: changes the base's own weights, which are then the checkpoint's own (phase c).
     """
     model, tokenizer = rrcli.load(base)
     if recursive:
         wake(rrcli.attach(model, rrcli.RecursionConfig(max_steps=2, chunk_width=4)), std=0.05)
     if lora:
-        adapters = add_lora(model, rank=4, alpha=8)
+        adapters = add_lora(model, rank=4, alpha=8, experts=experts)
         with torch.no_grad():
             for parameter in adapters.parameters():
                 parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(3))

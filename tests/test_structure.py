@@ -47,6 +47,7 @@ TORCH_FREE = (
     *("evaluation/distributions", "evaluation/paired", "evaluation/seeds", "experiment/declarations"),
     *("evaluation/stats", "evaluation/metrics", "evaluation/judging", "evaluation/samples"),
     "evaluation/tracing",
+    *("experiment/revisions", "experiment/model_card", "experiment/local_servers"),
     *("comparison", "experiment/planning", "experiment/workspace", "experiment/identity"),
 )
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 import rrcli
 from exports import NEW_TOKENS, PROMPTS, base_model, exported, generated, own_tokens, train
 from families import wake
+from rrcli import upstream
 from rrcli.errors import RRError, UsageError
 from rrcli.files import publish_folder, write_json
 from rrcli.models.saving import save_folder
@@ -139,10 +140,11 @@ def test_generate_keeps_its_arguments(tmp_path: Path) -> None:
     assert model.generate(**one, **options, stopping_criteria=[SeenTwice()]).shape[1] == one["input_ids"].shape[1] + 3
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_vanilla_adapters_need_no_code_of_rr(tmp_path: Path, merge: bool) -> None:
-    base = base_model(tmp_path / "base", "llama")
-    checkpoint = train(tmp_path, base, run="finetuned_vanilla", recursive=False, lora=True)
+@pytest.mark.parametrize(("family", "merge"), [("llama", False), ("llama", True), ("qwen3_moe", True)])
+def test_vanilla_adapters_need_no_code_of_rr(tmp_path: Path, family: str, merge: bool) -> None:
+    base = base_model(tmp_path / "base", family)
+    experts = family == "qwen3_moe"
+    checkpoint = train(tmp_path, base, run="finetuned_vanilla", recursive=False, lora=True, experts=experts)
     result = exported(tmp_path, "finetuned_vanilla", merge=merge)
     assert not list(result.folder.rglob("*.py"))
     model, tokenizer = loaded(result.folder, trust_remote_code=False)
@@ -239,6 +241,19 @@ def test_a_gguf_base_is_written_as_safetensors(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").stat().st_nlink == 1
     model, tokenizer = loaded(folder, dtype=torch.float32)
     assert generated(model, tokenizer) == own_tokens(checkpoint)
+
+
+def test_a_transformers_that_was_changed_is_an_error_and_not_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(name: str) -> Any:
+        raise ImportError(f"no module {name}")
+
+    monkeypatch.setattr(upstream, "import_module", gone)
+    with pytest.raises(RRError, match="cannot be loaded with this transformers"):
+        upstream.remote_class("modeling_x.X", tmp_path)
+    with pytest.raises(RRError, match="cannot be kept to one model"):
+        upstream.serve_one_model()
 
 
 def test_a_broken_sidecar_is_an_error(tmp_path: Path) -> None:

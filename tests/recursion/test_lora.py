@@ -151,6 +151,16 @@ def test_a_failing_layer_leaves_the_adapters_as_they_were():
     assert torch.equal(uncached(model, ids), uncached(build("llama"), ids))
 
 
+def test_detaching_takes_the_adapters_of_experts_off():
+    model = build("qwen3_moe")
+    recursion = attach(model)
+    before = model.state_dict().keys()
+    add_lora(model, rank=2, alpha=4, experts=True)
+    assert model.state_dict().keys() != before
+    recursion.detach()
+    assert model.state_dict().keys() == before
+
+
 @some_families
 @torch.no_grad()
 def test_detaching_takes_the_adapters_off(family):

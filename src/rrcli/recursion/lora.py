@@ -86,11 +86,15 @@ class Lora:
     def remove(self) -> None:
         """Put the model's own modules back."""
         adapters = {one for adapted in self._of_layer.values() for one in adapted}
-        for name, module in list(self.model.named_modules()):
-            parent, _, child = name.rpartition(".")
-            # Of one around another, as a parameter and another one of the same module have, the outer one goes.
-            if module in adapters and self.model.get_submodule(parent) not in adapters:
-                setattr(self.model.get_submodule(parent), child, module.get_base_layer())
+        # Of one around another, as a parameter and another one of the same module have, the outer one goes. All are
+        # found before any goes: then the inner one's name is that of a part of the model's own module.
+        outer = [
+            (self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module)
+            for name, module in self.model.named_modules()
+            if module in adapters and self.model.get_submodule(name.rpartition(".")[0]) not in adapters
+        ]
+        for parent, child, module in outer:
+            setattr(parent, child, module.get_base_layer())
         del self.model.peft_config, self.model.__dict__["lora"]
 
     def merge(self) -> None:
