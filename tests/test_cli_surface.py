@@ -64,7 +64,7 @@ LOADING = MODEL | {
     "--seed",
     "--checkpoint-dir",
 }
-DATA = {"--data", "--text-field", "--on-bad-row", "--task", "--template-date"}
+DATA = {"--data", "--eval-data", "--text-field", "--on-bad-row", "--task", "--template-date"}
 LOGS = {"--log-dir", "--output-dir"}
 COMMON = LOADING | DATA | LOGS | {"--tracker", "--seeds", "--equal-flops", "--no-equal-flops"}
 SURGERY = {"--span", "--max-steps", "--cell-width", "--relative-feedback", "--no-relative-feedback", "--chunk-width"}
@@ -104,7 +104,17 @@ OWN = {
     "costs": LOADING | DATA - {"--task"} | LOGS | {"--rounds", "--tracker"},
     "plan": MODEL
     | (SURGERY - {"--relative-feedback", "--no-relative-feedback"})
-    | {"--data", "--text-field", "--task", "--dtype", "--seed", "--seeds", "--equal-flops", "--no-equal-flops"}
+    | {
+        "--data",
+        "--eval-data",
+        "--text-field",
+        "--task",
+        "--dtype",
+        "--seed",
+        "--seeds",
+        "--equal-flops",
+        "--no-equal-flops",
+    }
     | {"--gpus", "--device", "--context", "--rows", "--efficiency", "--phase", "--steps", "--batch-size"}
     | {"--train-max-length", "--train-max-steps", "--lora-rank", "--ema", "--gradient-accumulation"}
     | {"--lora-experts", "--no-lora-experts"}

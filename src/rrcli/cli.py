@@ -45,11 +45,11 @@ LOGS = ("log_dir", "output_dir")
 PATIENCE = 5.0
 # Of the commands that hand a model on.
 EXPORTING = ("trust_remote_code", "seed", "checkpoint_dir", "output_dir")
-TEXT = ("data", "text_field", "on_bad_row", "template_date")
+TEXT = ("data", "eval_data", "text_field", "on_bad_row", "template_date")
 DATA = (*TEXT, "task")
 # The options of `rr run` that decide what an experiment takes.
 PLANNED = (
-    *("model", "data", "text_field", "task", "dtype", "trust_remote_code", "seed", "seeds", "equal_flops"),
+    *("model", "data", "eval_data", "text_field", "task", "dtype", "trust_remote_code", "seed", "seeds", "equal_flops"),
     *("span", "max_steps", "cell_width", "chunk_width", "phase", "steps", "batch_size", "train_max_length"),
     *(
         "train_max_steps",

@@ -111,7 +111,15 @@ class CommonSettings:
         "Text: 'default' (embedded), a .txt, .jsonl, .csv or .parquet file, a folder of these, "
         "hf://NAME[:CONFIG[:SPLIT]] for a dataset of the hub, or - for standard input. A row may also hold a prompt "
         "and a completion, or messages: then only the completion, or what the assistant says, is learned. One tenth "
-        "is for evaluation, one twentieth for validation during training.",
+        "is for evaluation, one twentieth for validation during training. Several: a.jsonl=0.7,hf://x=0.3, with their "
+        "shares of the texts that training shows.",
+        reaches=CONTENT,
+        panel=MODEL,
+    )
+    eval_data: str = option(
+        "",
+        "Text to evaluate on instead of a tenth of --data, in the same forms: all of it is evaluated, and nothing that "
+        "is in it is trained on.",
         reaches=CONTENT,
         panel=MODEL,
     )

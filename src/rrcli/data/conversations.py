@@ -76,13 +76,15 @@ def conversation(row: dict[str, Any], kind: str, place: str) -> Document:
     return found
 
 
-def noting_forms(documents: Iterable[Document], forms: dict[Form, Document]) -> Iterator[Document]:
-    """Yield the documents, and put the first conversation of each form into `forms`, up to MOST_FORMS."""
-    for document in documents:
+def noting_forms(
+    documents: Iterable[tuple[Document, int]], forms: dict[Form, Document]
+) -> Iterator[tuple[Document, int]]:
+    """Yield (document, number), and put the first conversation of each form into `forms`, up to MOST_FORMS."""
+    for document, number in documents:
         if isinstance(document, dict) and not isinstance(document.get("prompt"), str) and len(forms) < MOST_FORMS:
             turns = tuple((m["role"], *sorted(m)) for m in messages_of(document)[0])
             forms.setdefault((*turns, (TOOLS,) * (TOOLS in document)), document)
-        yield document
+        yield document, number
 
 
 def messages_of(document: dict[str, Any]) -> tuple[list[Message], int]:

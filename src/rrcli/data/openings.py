@@ -19,7 +19,6 @@ from pathlib import Path
 
 from rrcli.data.conversations import Document, asked, identity
 from rrcli.data.document_store import DocumentStore
-from rrcli.data.splits import Side, side_of
 
 # A question is common if so many conversations of its file ask it, and more than one in so many.
 COMMON_ROWS = 10
@@ -28,10 +27,10 @@ COMMON_ONE_IN = 20
 SHOWN = 60
 
 
-def split(
+def decided(
     documents: Iterable[Document], directory: Path, name: str, said: list[str]
-) -> Iterator[tuple[Document, Side]]:
-    """Yield each document of a file with the side of the split that it is on, in the file's order.
+) -> Iterator[tuple[Document, str]]:
+    """Yield each document of a file with the text that decides on which side of the split it is, in the file's order.
 
     Plain texts are streamed. From the first conversation on, all documents are kept until the last one is read (see
     `DocumentStore`), because their questions have to be counted first.
@@ -46,12 +45,12 @@ def split(
     rest = iter(documents)
     for document in rest:
         if isinstance(document, str):
-            yield document, side_of(document)
+            yield document, document
             continue
         counts: Counter[bytes] = Counter()
         kept = DocumentStore(_counted(chain([document], rest), counts), directory)
         for later in kept:
-            yield later, side_of(_deciding(later, counts))
+            yield later, _deciding(later, counts)
         if sentence := _sentence(kept, counts, name):
             said.append(sentence)
 

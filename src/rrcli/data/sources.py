@@ -29,10 +29,10 @@ from pathlib import Path
 from rrcli.data.conversations import Document, identity
 from rrcli.data.hub import FORM, HUB, hub_name
 from rrcli.data.lines import OnBadRow, decoded_lines, file_lines, refuse
-from rrcli.data.openings import split
+from rrcli.data.openings import decided
 from rrcli.data.readers import documents, paragraphs
 from rrcli.data.rows import TABLES, file_rows, hub_rows, is_json_object, json_rows
-from rrcli.data.splits import Side
+from rrcli.data.splits import Side, side_of
 from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
 from rrcli.files import combine
@@ -85,7 +85,21 @@ def read_documents(
 def read_split(
     spec: str, directory: Path, text_field: str = TEXT_FIELD, notes: Notes | None = None, *, on_bad_row: str = "error"
 ) -> Iterator[tuple[Document, Side]]:
-    """Yield every document of a source once, in order, with the side of the split that it is on.
+    """Yield every document of a source once, in order, with the side of the split that it is on; see `read_decided`."""
+    for document, deciding in read_decided(spec, directory, text_field, notes, on_bad_row=on_bad_row):
+        yield document, side_of(deciding)
+
+
+def read_decided(
+    spec: str,
+    directory: Path,
+    text_field: str = TEXT_FIELD,
+    notes: Notes | None = None,
+    *,
+    on_bad_row: str = "error",
+    seen: set[bytes] | None = None,
+) -> Iterator[tuple[Document, str]]:
+    """Yield every document of a source once, in order, with the text that decides on which side of the split it is.
 
     Texts come without surrounding white space. Repeats are recognised by hashes, which take about 100 bytes of memory
     for each document while the source is read.
@@ -93,28 +107,32 @@ def read_split(
     Args:
         directory: where relative paths start. notes: counts what is left out.
         on_bad_row: 'error', or 'skip' to leave out rows that cannot be read.
+        seen: the hashes of documents of other sources, which are repeats here; gets those of this one.
 
     Raises:
         UsageError: the source does not exist, is of an unknown kind, or needs an extra that is not installed.
         RRError: it is empty, or a part of it cannot be read; names the file and the line or row.
     """
     notes = notes if notes is not None else Notes()
-    seen: set[bytes] = set()
+    seen = seen if seen is not None else set()
+    empty = True
     bad = notes.leave_out if on_bad_row == "skip" else refuse
     for name, found in _files(spec, directory, text_field, bad):
         stripped = (d.strip() if isinstance(d, str) else d for d in found)
-        for document, side in split(stripped, directory, name, notes.common):
+        for document, deciding in decided(stripped, directory, name, notes.common):
             digest = hashlib.blake2b(identity(document).encode(), digest_size=16).digest()
             if document and digest not in seen:
                 seen.add(digest)
-                yield document, side
+                empty = False
+                yield document, deciding
             elif document:
+                empty = False
                 notes.repeated += 1
             else:
                 notes.empty += 1
-    if not seen and notes.bad:
+    if empty and notes.bad:
         raise RRError(f"no row of the data {spec} can be read (the first: {notes.first_bad})", "Correct the data.")
-    if not seen:
+    if empty:
         raise RRError(f"the data {spec} is empty", "It needs at least one document.")
 
 
@@ -127,19 +145,6 @@ def fingerprint(spec: str, directory: Path, text_field: str = TEXT_FIELD) -> str
     stats = [(file, file.stat()) for file in source_files(spec, directory)]
     fields = [text_field] if any(file.suffix != ".txt" for file, _ in stats) else []
     return combine([_sha256(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats], *fields)
-
-
-def refuse_stdin(spec: str, command: str) -> None:
-    """Raise an error if a source is standard input; for commands that read it in more than one process.
-
-    Raises:
-        UsageError: the source is standard input.
-    """
-    if spec == STDIN:
-        raise UsageError(
-            f"--data - is standard input, which 'rr {command}' cannot read again for every stage",
-            "Write it to a file first: --data text.jsonl.",
-        )
 
 
 def source_files(spec: str, directory: Path) -> list[Path]:

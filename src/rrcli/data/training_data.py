@@ -12,11 +12,10 @@ from random import Random
 from typing import Any
 
 from rrcli.data.conversations import Document, Form, asked, identity, noting_forms
-from rrcli.data.document_store import DocumentStore
+from rrcli.data.corpus import Corpus, Mixture, corpus_fingerprint
 from rrcli.data.problem_files import FileTask, held_out_questions, open_task
 from rrcli.data.problem_rows import is_file_task
 from rrcli.data.rendering import Example, example_of, solved_problem
-from rrcli.data.sources import Notes, fingerprint, read_split
 from rrcli.data.splits import side_of
 from rrcli.data.tasks import TRAINING_SEEDS, Task
 from rrcli.demo import defaults
@@ -32,7 +31,7 @@ CANDIDATES = 64
 
 def source_fingerprint(settings: CommonSettings, directory: Path) -> str:
     """Return a hash of the text source and of the task names: "the same data" for `rr run`."""
-    return combine(task_specs(settings), fingerprint(settings.data, directory, settings.text_field))
+    return combine(task_specs(settings), *corpus_fingerprint(settings, directory))
 
 
 def task_specs(settings: CommonSettings) -> tuple[str, ...]:
@@ -74,14 +73,17 @@ class TrainingData:
                 "every task is evaluated whole (held_out=all): there is no problem to train on",
                 "Add a task to train on, or train on text alone with --task-share 0.",
             )
-        notes = Notes()
-        read = read_split(settings.data, directory, settings.text_field, notes, on_bad_row=settings.on_bad_row)
-        kept = (d for d, side in read if side == "train" and not self.kept.asked_in(asked(d)))
+        self.corpus = Corpus(settings, directory)
+        kept = (
+            (document, number)
+            for document, side, number in self.corpus.read()
+            if side == "train" and not self.kept.asked_in(asked(document))
+        )
         forms: dict[Form, Document] = {}
-        self.documents = DocumentStore(noting_forms(kept, forms), directory)
+        self.documents = Mixture(noting_forms(kept, forms), self.corpus.sources, directory)
         for document in forms.values() if settings.on_bad_row == "error" else ():
             example_of(tokenizer, document, settings)  # what the chat template refuses is found before the first step
-        self.notice = notes.notice(settings.data)
+        self.notice = self.corpus.notice
         if not self.documents and share < 1:
             raise RRError(
                 f"no document of {settings.data} is on the training side of the split",
@@ -172,7 +174,7 @@ class TrainingData:
         """
         found, own_splits = 0, isinstance(task, FileTask) and task.own_splits
         for problem in task.stream(training_seed(self.settings.seed, number), limit=4096, side="train"):
-            if problem.question in self.kept:
+            if problem.question in self.kept or self.corpus.tests(problem.question):
                 continue
             if not own_splits and side_of(problem.question) != "train":
                 raise RRError(

@@ -10,11 +10,11 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from rrcli.data.conversations import Document, asked
+from rrcli.data.corpus import Corpus
 from rrcli.data.document_store import DocumentStore
 from rrcli.data.novelty import Questions, novelty
 from rrcli.data.problem_files import FileTask, open_task, trained_against_the_rule
 from rrcli.data.rendering import text_of
-from rrcli.data.sources import Notes, read_split
 from rrcli.data.splits import SIDE_NAMES, Side
 from rrcli.data.tasks import Problem, Task
 from rrcli.data.training_data import task_specs
@@ -100,8 +100,8 @@ def held_out_data(
         RRError: no document of the source is on the test side.
         UsageError: a task has too few problems; for example, fewer than all these seeds need.
     """
-    notes = Notes()
-    read = read_split(settings.data, directory, settings.text_field, notes, on_bad_row=settings.on_bad_row)
+    corpus = Corpus(settings, directory)
+    read = ((document, on) for document, on, _ in corpus.read())
     tasks = tuple(open_task(spec, directory) for spec in task_specs(settings)) if reasoning else ()
     lacking: list[str] = []
     if side == "validation":
@@ -130,7 +130,7 @@ def held_out_data(
     held_out = len(documents)
     if 0 < max_samples < held_out:
         documents = Random(0).sample(documents, max_samples)
-    said.insert(0, notes.notice(settings.data))
+    said.insert(0, corpus.notice)
     if asking:
         said.append(f"{len(asking):,} texts of {settings.data} are left out, because training asks their questions")
     if side == "validation" and not documents:
@@ -150,7 +150,7 @@ def held_out_data(
         tuple(chain(*sets)),
         tuple(map(len, sets)),
         PROMPTS,
-        settings.data,
+        settings.eval_data if settings.eval_data and side == "test" else settings.data,
         notice=notice,
         held_out=held_out,
         side=side,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rrcli.configuration import SETTINGS_FILE
-from rrcli.data.sources import refuse_stdin
+from rrcli.data.corpus import refuse_stdin
 from rrcli.errors import RRError, UsageError
 from rrcli.experiment.identity import (
     best_checkpoint,
@@ -106,7 +106,7 @@ def plan(directory: Path, load: Load, *, new_options: bool = False) -> list[Step
         UsageError: settings that contradict each other.
     """
     settings = load(CommonSettings)
-    refuse_stdin(settings.data, "run")
+    refuse_stdin(settings, "run")
     refuse_one_seed(settings, "a plan is for all of them")
     steps: dict[Task, Step] = {}
     check_passes(load(TrainSettings), load(SurgerySettings).max_steps)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rrcli.data.corpus import reads_stdin
 from rrcli.data.tokens import text_ids
 from rrcli.data.training_data import TrainingData, task_specs
 from rrcli.errors import RRError
@@ -71,8 +72,8 @@ def workload(
         validation_problems=training.eval_samples * tasks,
         notices=("the data is not read: every example is taken to be as long as it may be",),
     )
-    far = [training.data, *task_specs(training), *task_specs(evaluation)]
-    if tokenizer is None or training.data == "-" or any(spec.startswith("hf://") for spec in far):
+    read = [training.data, training.eval_data, *task_specs(training), *task_specs(evaluation)]
+    if tokenizer is None or reads_stdin(training) or any("hf://" in spec for spec in read):
         return assumed
     try:
         return _counted(assumed, with_changes(training, max_length=width), evaluation, directory, model, tokenizer)

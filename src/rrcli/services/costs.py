@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrcli.data.sources import refuse_stdin
+from rrcli.data.corpus import refuse_stdin
 from rrcli.errors import UsageError
 from rrcli.evaluation.held_out import held_out_data
 from rrcli.experiment.identity import costs_inputs, model_fingerprint
@@ -56,7 +56,7 @@ def costs(
         UsageError: an unknown stage, one that is named twice, or text from standard input.
         RRError: a stage has no model, or cannot be measured.
     """
-    refuse_stdin(evaluation.data, "costs")
+    refuse_stdin(evaluation, "costs")
     check_trackers(settings.tracker)
     if evaluation.parallel:
         raise UsageError(

@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 
 from rrcli.configuration import SETTINGS_FILE, load, read_file, write_file
+from rrcli.data.corpus import refuse_stdin
 from rrcli.data.problem_files import open_task
 from rrcli.data.problem_rows import is_file_task
-from rrcli.data.sources import refuse_stdin
 from rrcli.data.training_data import task_specs
 from rrcli.demo import defaults
 from rrcli.errors import RRError, UsageError
@@ -76,7 +76,7 @@ def setup(
         given: section -> option -> value, as given on the command line; they are written into `rr.toml`.
         overwrite: write a new `rr.toml` instead of keeping the values of an existing one.
     """
-    refuse_stdin(settings.data, "setup")
+    refuse_stdin(settings, "setup")
     check_trackers(settings.tracker)
     refuse_one_seed(settings, "rr.toml is for all of them")
     held.enter_context(lock(directory / SETTINGS_FILE, str(directory / SETTINGS_FILE)))

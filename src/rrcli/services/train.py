@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rrcli.data.corpus import reads_stdin
 from rrcli.data.problem_files import FileTask
 from rrcli.data.splits import SPLIT_RULE
 from rrcli.data.tokens import end_notice
@@ -168,7 +169,7 @@ def _check_shares(settings: TrainSettings, processes: Processes) -> None:
             trained in such parts.
     """
     shares, parallel = processes.shares, processes.parallel
-    if processes.count > 1 and settings.data == "-":
+    if processes.count > 1 and reads_stdin(settings):
         raise UsageError("standard input cannot be read by several processes", "Save the data, and name the file.")
     if settings.batch_size % shares:
         raise UsageError(
