@@ -46,7 +46,7 @@ def documents(rows: Rows, field: str, bad: OnBadRow = refuse) -> Iterator[Docume
             if kind in ("", TEXT):
                 document: Document = _text_or_null(row[field], field, place) if table else _text(row, field, place)
             else:
-                document = conversation(row, kind, place)
+                document = conversation(_without_nulls(row) if table else row, kind, place)
         except RRError as error:
             bad(error)
         else:
@@ -67,6 +67,16 @@ def _kind_of_table(rows: Rows, field: str) -> str:
         if field in rows.types:
             raise RRError(f"{rows.name}: column '{field}' holds {rows.types[field]}, not text", _other(rows.texts))
     return kind
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value of a table without the keys that hold nothing.
+
+    In a column of objects every object has the keys of all of them; a chat template would write those of other rows.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _text(row: dict[str, Any], field: str, place: str) -> str:

@@ -13,6 +13,7 @@ Each learned part is tokenised separately from its prompt, because a model that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from rrcli.data.conversations import ASSISTANT, TOOLS, Document, messages_of
@@ -152,7 +153,8 @@ def _plain(messages: Messages, tools: Any = None, first: int = 0) -> list[Segmen
 def _turns(tokenizer: Any, messages: Messages, tools: Any, first: int) -> list[Segment]:
     """Return a conversation through the chat template, cut where turns of the assistant begin and end.
 
-    A turn is what the template writes after the prompt for an answer, including the mark of its end.
+    A turn is what the template writes after the prompt for an answer, including the mark of its end. What follows the
+    last turn of the assistant is left out: nothing is learned there.
 
     Args:
         first: the number of the first message that may be learned.
@@ -188,7 +190,7 @@ def _marked(tokenizer: Any, messages: Messages, tools: Any, first: int) -> Examp
             list(messages), tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
     except Exception as error:
-        raise _refused(messages, error) from error
+        raise _refused(tokenizer, messages, error) from error
     prompt = _through_template(tokenizer, messages[:first], answer=True, tools=tools) if first else ""
     given = len(text_ids(tokenizer, prompt))
     return list(found["input_ids"]), [bool(own) and n >= given for n, own in enumerate(found["assistant_masks"])]
@@ -199,14 +201,17 @@ def _through_template(tokenizer: Any, messages: Messages, *, answer: bool = Fals
     try:
         return str(tokenizer.apply_chat_template(list(messages), **options))
     except Exception as error:  # templates may raise anything: jinja's errors, TypeErrors, their own
-        raise _refused(messages, error) from error
+        raise _refused(tokenizer, messages, error) from error
 
 
-def _refused(messages: Messages, error: Exception) -> RRError:
-    return RRError(
-        f"the chat template refuses the conversation '{_begin(messages)}': {error}",
-        "Correct it, leave it out with --on-bad-row skip, or the template with --no-chat-template.",
-    )
+def _refused(tokenizer: Any, messages: Messages, error: Exception) -> RRError:
+    message = f"the chat template refuses the conversation '{_begin(messages)}': {error}"
+    hint = "Correct it, leave it out with --on-bad-row skip, or the template with --no-chat-template."
+    if messages[0]["role"] in ("system", "developer") and len(messages) > 1:
+        with suppress(Exception):  # whatever this template raises
+            tokenizer.apply_chat_template(list(messages[1:]), tokenize=False)
+            hint = "It has no system role: put those words before the user's first ones. " + hint
+    return RRError(message, hint)
 
 
 def _begin(messages: Messages) -> str:
