@@ -13,6 +13,7 @@ import torch
 
 from families import build, tokens, wake
 from operating import skeleton_of
+from rrcli.data.batching import CPU_TOKENS, affordable
 from rrcli.demo.defaults import MODEL_DIR
 from rrcli.errors import RRError, UsageError
 from rrcli.models import costs, fitting
@@ -25,6 +26,7 @@ from rrcli.recursion.engine import attach
 from rrcli.recursion.families import find_layout, input_device
 from rrcli.recursion.lora import add_lora
 from rrcli.recursion.readout import Readout
+from rrcli.reporting import Silent
 from rrcli.settings import EvalSettings, TrainSettings
 
 FAMILIES = ["llama", "qwen3_moe", "kimi_linear"]
@@ -78,6 +80,11 @@ def test_logits_scores_and_texts_equal_those_of_the_model_in_memory(pair: tuple[
     assert torch.equal(*logits)
     assert torch.equal(*texts)
     assert torch.allclose(*losses, atol=1e-5)
+
+
+def test_a_batch_is_as_large_as_was_asked_for_where_each_one_reads_the_layers(pair: tuple[Any, Any]) -> None:
+    plain, spread = (affordable(model, 8192, 100, Silent()) for model in pair)
+    assert (plain, spread) == (CPU_TOKENS, 8192)
 
 
 def test_the_caches_of_the_passes_are_the_same(pair: tuple[Any, Any]) -> None:

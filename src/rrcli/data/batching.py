@@ -12,7 +12,7 @@ from torch import Tensor
 from rrcli.data.dealing import ALONE, Team
 from rrcli.errors import RRError
 from rrcli.recursion.batch import IGNORED, Batch
-from rrcli.recursion.families import input_device
+from rrcli.recursion.families import input_device, is_spread
 from rrcli.recursion.parts import others_wait
 from rrcli.reporting import Reporter
 
@@ -89,6 +89,8 @@ def halving(
 def affordable(model: Any, budget: int, bytes_per_token: int, reporter: Reporter, *, team: Team = ALONE) -> int:
     """Return a budget of tokens that pays off on a CPU and takes at most half of its available memory.
 
+    Where layers lie on disk, reading them takes longest, once for each batch: then a larger batch always pays.
+
     A team takes the least budget of its processes, so that all cut the same batches.
 
     On other devices the budget stays: a GPU raises an error when it is out of memory, which can be handled, whereas on
@@ -96,7 +98,8 @@ def affordable(model: Any, budget: int, bytes_per_token: int, reporter: Reporter
     """
     if input_device(model).type != "cpu":
         return budget
-    budget = min(budget, CPU_TOKENS)
+    if not is_spread(model):
+        budget = min(budget, CPU_TOKENS)
     available = min(team.gather(psutil.virtual_memory().available))
     lowered = budget
     while lowered > 1 and lowered * bytes_per_token > available // 2:

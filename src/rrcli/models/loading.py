@@ -114,9 +114,9 @@ def load_for(
         placement=read_placement(settings, directory),
         trains=isinstance(settings, TrainSettings) and settings.phase == "c",
     )
-    if reporter is not None and len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        from rrcli.recursion.families import find_layout
+    from rrcli.recursion.families import find_layout, is_spread
 
+    if reporter is not None and is_spread(model):
         lie = where_layers_lie(model, find_layout(model)[0].layers)
         reporter.note(f"the weights do not lie on one device: {lie}")
     return model, tokenizer

@@ -144,6 +144,12 @@ def home_of(module: nn.Module) -> torch.device:
     return torch.device("cpu" if home is None else home)
 
 
+def is_spread(model: nn.Module) -> bool:
+    """Tell whether a model's layers lie in several places, or on disk, and are brought to where they run each time."""
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    return len(places) > 1 or "disk" in places
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Return the device that a model's tokens have to be on: where its embedding computes."""
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
