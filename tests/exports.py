@@ -72,6 +72,7 @@ def train(
             base=source, directory=directory, base_fingerprint=source.fingerprint(), own_weights=change is not None,
         )  # fmt: skip
         training = {"mode": "recursive" if recursive else "vanilla", "run": run, "phase": "c", "tasks": ["chain_sum"]}
+        training["text"] = "/home/me/stories.jsonl"
         spent = {"tokens": 12345, "seconds": 7200.0, "flops": 1.5e12, "steps": 2}
         write_json(target / METRICS_FILE, {"schema": 1, "step": 2, "steps": 2, "training": training | spent})
     if exit is not None:

@@ -205,6 +205,7 @@ class Training(TypedDict):
     chat_template: NotRequired[bool]
     split: NotRequired[str]
     tasks: NotRequired[list[str]]
+    text: NotRequired[str]
 
 
 class CalibrationBin(TypedDict):

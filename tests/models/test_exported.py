@@ -270,7 +270,15 @@ def test_a_card_tells_what_was_trained(tmp_path: Path) -> None:
     front, _, text = card.removeprefix("---\n").partition("\n---\n")
     metadata = dict(line.split(": ", 1) for line in front.splitlines())
     assert json.loads(metadata["tags"]) == ["rrcli", "recursion", "custom_code"]
-    for word in ("12,345", "1.5e+12", "`chain_sum`", "`probability:0.2`", "| a table |", "trust_remote_code=True"):
+    for word in (
+        "12,345",
+        "1.5e+12",
+        "`chain_sum`",
+        "`stories.jsonl`",
+        "`probability:0.2`",
+        "| a table |",
+        "trust_remote_code=True",
+    ):
         assert word in text
 
 
@@ -287,7 +295,10 @@ def test_what_rr_did_not_make_is_refused(tmp_path: Path) -> None:
     base_model(tmp_path / "base", "llama")
     with pytest.raises(UsageError, match="nothing to export"):
         exported(tmp_path, "base")
-    with pytest.raises(UsageError, match="neither a stage nor a run nor a folder"):
+    with pytest.raises(UsageError, match="nowhere does not exist"):
         exported(tmp_path, "./nowhere")
+    with pytest.raises(UsageError, match="neither a stage nor a run nor a folder") as caught:
+        exported(tmp_path, "finetuned_recursve")
+    assert "'finetuned_recursive'" in caught.value.hint
     with pytest.raises(RRError, match="has no model yet"):
         exported(tmp_path, "finetuned_recursive")

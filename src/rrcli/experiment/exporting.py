@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
-from rrcli.errors import RRError, UsageError
+from rrcli.errors import RRError, UsageError, suggest
 from rrcli.experiment.model_card import Card
 from rrcli.experiment.workspace import Workspace
 from rrcli.files import METRICS_FILE, checkpoints, read_json
@@ -77,15 +77,15 @@ def source_named(workspace: Workspace, name: str) -> ModelSource:
     """
     if name in STAGES:
         return workspace.stage_model(name)
-    run = workspace.directory / workspace.settings.checkpoint_dir / name
-    if "/" not in name and run.is_dir() and checkpoints(run):
-        return workspace.resolve(str(run))
-    try:
+    runs = workspace.directory / workspace.settings.checkpoint_dir
+    if "/" not in name and checkpoints(runs / name):
+        return workspace.resolve(str(runs / name))
+    if "/" in name or name == "default" or (workspace.directory / name).exists():
         return workspace.resolve(name)
-    except UsageError as error:
-        raise UsageError(
-            f"'{name}' is neither a stage nor a run nor a folder", f"Stages: {', '.join(STAGES[1:])}."
-        ) from error
+    made = [run.name for run in sorted(runs.glob("[!.]*")) if checkpoints(run)]
+    raise UsageError(
+        f"'{name}' is neither a stage nor a run nor a folder", suggest(name, dict.fromkeys([*STAGES, *made]))
+    )
 
 
 def export_to(

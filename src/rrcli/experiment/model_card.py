@@ -119,7 +119,10 @@ class Card:
             "FLOPs": f"{about['flops']:.3g}",
             "Hours": f"{about['seconds'] / 3600:.2g}",
             "Reasoning tasks": ", ".join(f"`{_file_name(task)}`" for task in about.get("tasks", [])) or "none",
+            "Text": ", ".join(f"`{_file_name(text)}`" for text in about.get("text", "").split(",") if text) or "none",
         }
+        if "text" not in about:  # an older version did not record it
+            del rows["Text"]
         return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
     def _limits(self) -> list[str]:
@@ -137,5 +140,6 @@ class Card:
 
 
 def _file_name(task: str) -> str:
-    """Return how a card names a task: a file without its folder, which says nothing elsewhere."""
-    return task.replace("`", "'").rpartition("/")[2] if not task.startswith("hf://") else task.replace("`", "'")
+    """Return how a card names a task or a text: a file without its folder, which says nothing elsewhere."""
+    name = task.strip().replace("`", "'").replace("|", "/")
+    return name if name.startswith("hf://") else name.rpartition("/")[2]

@@ -406,6 +406,7 @@ def _checkpoints_of(training: TrainingRun) -> Checkpoints:
             "chat_template": settings.chat_template,
             "split": SPLIT_RULE,
             "tasks": list(task_specs(settings)) if settings.task_share > 0 else [],
+            "text": settings.data if settings.task_share < 1 else "",
         },
         made_by=training.made_by,
     )
