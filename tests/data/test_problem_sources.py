@@ -234,6 +234,9 @@ def test_nothing_is_evaluated_that_a_training_split_asks(tmp_path: Path) -> None
     assert len(data.problems) == 20
     assert set(data.documents) == {text for text in others if side_of(text) == "test"}
     assert "3 texts of texts.jsonl are left out, because training asks their questions" in data.notice
+    # Of text of one's own nothing is trained on, so all of it stays.
+    own = held_out_data(EvalSettings(data="default", eval_data="texts.jsonl", task=("hf://./set",)), tmp_path, 50)
+    assert set(own.documents) == {*others, *against[:3]}
 
 
 def test_the_identity_covers_rows_splits_fields_and_the_users_grader(tmp_path: Path) -> None:

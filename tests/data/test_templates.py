@@ -147,8 +147,8 @@ def test_a_template_without_a_system_role_refuses_one_as_in_trl(tokenizer: Any, 
 
 def test_a_table_adds_nothing_to_calls(tokenizer: Any, tmp_path: Path) -> None:
     """In a column of calls each has the arguments of all; as in trl, those that hold nothing are left out."""
-    talks = [[ASK, call("find", what="cat"), FOUND, SAY], [ASK, call("go", to="the park", fast=True), FOUND, SAY]]
-    rows = [{"messages": talk, "tools": TOOLS} for talk in talks]
+    talks = [[ASK, call("find", what="cat"), FOUND, SAY], [ASK, call("go", to="the park"), FOUND, SAY]]
+    rows = [{"messages": talk, "tools": json.dumps(TOOLS)} for talk in talks]  # pyarrow may order keys in another way
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tokenizer.chat_template = unmarked(CHATML)

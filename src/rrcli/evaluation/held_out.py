@@ -118,6 +118,8 @@ def held_out_data(
     made = Questions(problem.question for own in sets for problem in own if problem.task in drawn)
     trained = trained_against_the_rule(task_specs(settings), directory)
     quoted = {novelty(p.question) for own in sets for p in own if p.task in drawn and p.question in trained}
+    if settings.eval_data and side == "test":
+        trained = Questions()  # training leaves out what is in it
     asking: list[Document] = []
     documents: Sequence[Document] = DocumentStore(
         _of_side(read, side, made=made, quoted=quoted, trained=trained, asking=asking), directory
