@@ -14,7 +14,7 @@ from typing import Any
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.models.inspection import BITS, inspect_weights
 from rrcli.models.placement import BALANCED, Parallel, Placement
-from rrcli.models.quantisation import NONE, quantised_bytes
+from rrcli.models.quantisation import NONE, quantised_bytes, stored_format
 from rrcli.models.source import ModelSource
 from rrcli.recursion.config import RecursionConfig
 
@@ -36,7 +36,7 @@ def weight_bytes(source: ModelSource, dtype: Any, quantize: str = NONE) -> int |
     weights = inspect_weights(source.path)
     if quantize != NONE:
         return quantised_bytes(source, quantize, 2 if dtype == "auto" else dtype.itemsize)
-    if dtype == "auto" or BITS.get(weights.dtype, 8) <= 8:
+    if dtype == "auto" or BITS.get(weights.dtype, 8) <= 8 or stored_format(source):
         return weights.size
     return weights.size * dtype.itemsize * 8 // BITS[weights.dtype]
 

@@ -104,12 +104,15 @@ def check_gradients(model: Any) -> None:
 
 
 def _layers(model: Any) -> list[Any]:
-    """Return the quantised layers: linear ones whose weight is no tensor of floats, or that hold no weight at all."""
+    """Return the quantised layers: with inputs, but no linear layers of torch, or with a weight that is no floats."""
+    import torch
+
+    def plain(layer: Any) -> bool:
+        weight = layer.weight if type(layer) is torch.nn.Linear else None
+        return weight is not None and type(weight.data) is torch.Tensor and weight.dtype.itemsize > 1
+
     return [
         module
         for module in model.modules()
-        if hasattr(module, "in_features")
-        and not hasattr(module, "base_layer")
-        and (getattr(module, "weight", None) is None or type(module).__name__ != "Linear")
-        and type(module).__module__ != "torch.nn.modules.linear"
+        if hasattr(module, "in_features") and not hasattr(module, "base_layer") and not plain(module)
     ]
