@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_remote_code import write
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, TextIteratorStreamer
 
 import rrcli
 from exports import NEW_TOKENS, PROMPTS, base_model, exported, generated, own_tokens, train
@@ -107,6 +107,8 @@ def test_generate_keeps_its_arguments(tmp_path: Path) -> None:
     common = {**ids, "max_new_tokens": NEW_TOKENS, "do_sample": False}
     stock = reference.generate(**common)
     assert torch.equal(model.generate(**common), stock)
+    config = GenerationConfig(max_new_tokens=2, do_sample=False)
+    assert torch.equal(model.generate(ids["input_ids"], config, attention_mask=ids["attention_mask"]), stock[:, :-10])
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     one = tokenizer(PROMPTS[0], return_tensors="pt")
@@ -119,6 +121,9 @@ def test_generate_keeps_its_arguments(tmp_path: Path) -> None:
     stopped = model.generate(**one, **options, **asked)
     assert torch.equal(stopped, reference.generate(**one, **options, **asked))
     assert stopped.shape[1] < one["input_ids"].shape[1] + NEW_TOKENS
+    mine = rrcli.StopStrings(tokenizer, [stop], one["input_ids"].shape[1])
+    assert torch.equal(model.generate(**one, **options, stopping_criteria=[mine]), stopped)
+    assert "rr_obstacles" not in vars(model), "something was not decoded in chunks"
     model.generation_config.stop_strings = [stop]
     assert torch.equal(model.generate(**one, **options, tokenizer=tokenizer), stopped)
     with pytest.raises(ValueError, match="need a tokenizer"):
@@ -262,6 +267,10 @@ def test_a_broken_sidecar_is_an_error(tmp_path: Path) -> None:
     (folder / "recursion.safetensors").write_bytes(b"")
     with pytest.raises(RRError, match=r"recursion\.safetensors"):
         loaded(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    for _ in range(2):  # it does not go on as the base after that
+        with pytest.raises(RRError, match=r"recursion\.safetensors"):
+            model.generate(torch.tensor([[5, 9, 3]]), max_new_tokens=1)
 
 
 def test_a_card_tells_what_was_trained(tmp_path: Path) -> None:

@@ -366,6 +366,8 @@ class StopStrings(StoppingCriteria):
         ends: the tokens that end a text, besides the tokenizer's own; they give no text.
     """
 
+    looks_at_tokens_alone = True  # so that an export decodes in chunks with it
+
     def __init__(self, tokenizer: Any, stop: Sequence[str], start: int, *, ends: Iterable[int] = ()) -> None:
         self.ends, self.start = Ends(tokenizer, set(ends), stop), start
 

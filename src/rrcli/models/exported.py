@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -101,24 +102,26 @@ def generation(code: str) -> Callable[..., Any]:
         recursion = getattr(model, "recursion", None)
         if recursion is None or recursion.depth == 0 or options.get("custom_generate") is not None:
             return stock(model, *args, **options)
+        options |= zip(list(signature(stock).parameters)[1:], args, strict=False)
         if obstacle := _obstacle(model, options):
             if obstacle not in vars(model).setdefault("rr_obstacles", set()):
                 vars(model)["rr_obstacles"].add(obstacle)
                 log.warning("every pass is run for every token: %s", obstacle)
-            return stock(model, *args, **options)
+            return stock(model, **options)
         decoding = ChunkedDecoding(streamer=options.pop("streamer", None))
         with _stop_strings_as_criteria(model, options):
-            return stock(model, *args, **options, custom_generate=decoding)
+            return stock(model, **options | {"custom_generate": decoding})
 
     return generate
 
 
 def _equip(model: Any, place: Path, manifest: dict[str, Any], depth: int | None) -> None:
     """Attach what a folder holds to a model that was loaded from it; adapters that transformers has added stay."""
+    if manifest["recursion"] is not None:
+        equip(model, place, manifest)
     vars(model)[EQUIPPED] = True
     if manifest["recursion"] is None:
         return
-    equip(model, place, manifest)
     if depth is not None:
         if notice := model.recursion.allow(depth):
             log.warning("%s", notice)
@@ -150,7 +153,11 @@ def _obstacle(model: Any, options: dict[str, Any]) -> str:
     if asked:
         return f"{asked[0]} is asked for"
     criteria = options.get("stopping_criteria") or []
-    unknown = [type(one).__name__ for one in criteria if not isinstance(one, PLAIN_CRITERIA)]
+    unknown = [
+        type(one).__name__
+        for one in criteria
+        if not isinstance(one, PLAIN_CRITERIA) and not getattr(one, "looks_at_tokens_alone", False)
+    ]
     return f"a draft cannot be tried on stopping criteria of class {unknown[0]}" if unknown else ""
 
 
