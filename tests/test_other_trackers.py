@@ -130,6 +130,18 @@ def test_the_steps_of_an_evaluation_come_in_order(tmp_path: Path, fake: type[Fak
     ]
 
 
+def test_what_a_tracker_prints_at_the_end_of_the_process_is_no_result(
+    tmp_path: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[Any] = []
+    monkeypatch.setattr("atexit.register", ends.append)
+    start_trackers(["wandb"], project="p", run="r", folder=tmp_path, hold=True, warn=pytest.fail)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # and back, after the test
+    [end] = ends
+    end()
+    assert sys.stdout is sys.stderr
+
+
 @pytest.mark.parametrize("where", ["start", "configure", "log", "finish"])
 def test_a_tracker_that_fails_is_warned_about_once_and_costs_nothing(
     tmp_path: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch, where: str

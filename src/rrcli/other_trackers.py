@@ -10,6 +10,7 @@ evaluation, which has depths for steps too, in the order of their steps at its e
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.util
 import sys
@@ -136,6 +137,7 @@ def start_trackers(
             warn(failure(name, error))
         else:
             started.append(OtherTracker(name, tracker, hold=hold, warn=warn))
+    atexit.register(_end_quietly)  # functions that are registered later are called earlier: before the trackers' own
     return started
 
 
@@ -149,6 +151,12 @@ def quiet() -> Iterator[None]:
     """Send what a tracker prints to standard error: standard output belongs to results."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+def _end_quietly() -> None:
+    """Send what trackers print at the end of the process to standard error too."""
+    sys.stdout.flush()
+    sys.stdout = sys.stderr
 
 
 def _installed(module: str) -> bool:
