@@ -116,8 +116,8 @@ def test_a_seed_more_that_is_interrupted_at_every_step_ends_as_if_it_had_been_th
 ) -> None:
     perform, made, said = cli._perform, list[str](), ""
 
-    def one_step(step: Any, context: Any) -> None:
-        perform(step, context)
+    def one_step(step: Any, *context: Any) -> None:
+        perform(step, *context)
         if step.kind != "setup":
             made.append(step.command)
             raise KeyboardInterrupt

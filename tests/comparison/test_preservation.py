@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,7 @@ def test_empty_answers_are_an_error_not_a_score(tmp_path: Path, monkeypatch: pyt
 
     def silent(*args: Any, **kwargs: Any) -> Any:
         for batch in real(*args, **kwargs):
-            yield [type(answer)(answer.number, [], " ", True) for answer in batch]
+            yield [replace(answer, tokens=[], text=" ", ended=True) for answer in batch]
 
     monkeypatch.setattr(answers, "decode", silent)
     done = rr("eval", "--skip-perplexity", "--skip-generation", folder=tmp_path, **SMALL)
