@@ -57,10 +57,19 @@ def test_exact(tmp_path: Path, answer: str, output: str, expected: tuple[bool, b
         (42, "42 apples", FLEXIBLE),
         (42, "41", WRONG),
         (3, "1,2,3", WRONG),
+        (2, "2x", WRONG),
+        (2, "The answer is 2x.", WRONG),
+        (5, "5km", FLEXIBLE),
+        ("5km", "5", STRICT),
     ],
 )
 def test_number(tmp_path: Path, answer: Any, output: str, expected: tuple[bool, bool]) -> None:
     assert verdict(tmp_path, "number", answer, output) == expected
+
+
+def test_a_term_is_no_number_that_could_be_expected(tmp_path: Path) -> None:
+    with pytest.raises(RRError, match="the answer '2x' is not one number"):
+        verdict(tmp_path, "number", "2x", "2")
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ def test_what_is_not_one_number_is_none(text: str) -> None:
         ("x2 = 7", "7"), ("(7)", "7"), ("It costs 50% more", "50%"), ("1e6 of them", "1e6"), ("I have 2, so 3", "3"),
         ("in a1 and b2", None), ("from 10:3", None), ("it is 1,2", None), ("[1, 2, 3]", None), ("2, 3", None),
         ("10^2", None), ("in 2024-08", None), ("v1.2.3", None), ("10 - 4", None), ("nothing", None),
-        ("is (1; 2)", None),
+        ("is (1; 2)", None), ("so 2x", None), ("2x = 7", "7"), (r"$2\pi$", None), ("it is 3i", None), ("10k", None),
+        ("the 3rd", "3"), ("5m2 of it", "5"), (r"5\text{ cm}", "5"), ("7KM", "7"), ("30%more", "30%"), ("2 x", "2"),
     ],
 )  # fmt: skip
 def test_the_last_number_of_a_text_is_never_a_part_of_something_else(text: str, last: str | None) -> None:

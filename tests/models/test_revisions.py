@@ -89,6 +89,20 @@ def test_what_was_made_stays_with_its_commit_when_the_branch_moves(repository: P
     assert (surgery["status"], surgery["detail"]) == ("stale", said)
 
 
+def test_a_record_that_cannot_be_read_is_an_error_and_not_no_record(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "eval_results").mkdir()
+    broken = tmp_path / "eval_results" / "baseline_results.json"
+    broken.write_text("{")
+    with pytest.raises(
+        RRError, match="the commit of org/tiny with which this experiment began cannot be read"
+    ) as error:
+        moved(workspace(tmp_path))
+    assert error.value.hint == f"Remove {broken} to take today's, or name the commit: --model {NAME}@COMMIT."
+    assert moved(workspace(tmp_path, f"{NAME}@{OLD}")) == "", "a commit does not move"
+    broken.unlink()
+    assert moved(workspace(tmp_path)) == ""
+
+
 def test_results_hold_the_commit_and_a_comparison_of_two_is_warned_about(repository: Path, tmp_path: Path) -> None:
     quick = ("--skip-reasoning", "--skip-generation", "--skip-performance", "--max-samples", "1", "--no-tensorboard")
     for name in (NAME, f"{NAME}@dev"):

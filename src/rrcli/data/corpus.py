@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rrcli.data.conversations import Document
-from rrcli.data.document_store import DocumentStore
+from rrcli.data.document_store import Documents, DocumentStore
 from rrcli.data.novelty import novelty
 from rrcli.data.sources import STDIN, Notes, fingerprint, read_decided
 from rrcli.data.splits import Side, side_of
@@ -142,7 +142,7 @@ class Corpus:
         )
 
 
-class Mixture(Sequence[Document]):
+class Mixture(Documents):
     """The documents of several sources, and the order in which training shows them.
 
     Place n of the order belongs to a source by the weights alone, as evenly as can be: after n places, every source had
@@ -173,15 +173,11 @@ class Mixture(Sequence[Document]):
     def __len__(self) -> int:
         return sum(map(len, self._stores))
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def at(self, index: int) -> Document:
+        """Return the document at a place: those of the first source come first."""
         for store in self._stores:
             if index < len(store):
-                return store[index]
+                return store.at(index)
             index -= len(store)
         raise IndexError(index)
 

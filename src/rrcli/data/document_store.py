@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -19,7 +20,23 @@ from rrcli.files import unwritable
 MEMORY_BYTES = 2**24
 
 
-class DocumentStore(Sequence[Document]):
+class Documents(Sequence[Document]):
+    """A sequence of documents of which a class says how many there are (`__len__`), and which one has a place (`at`)."""
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the document at a place, counted from the end if it is negative, or a list of those in a slice."""
+        if isinstance(index, slice):
+            return [self.at(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.at(index % len(self))
+
+    @abstractmethod
+    def at(self, index: int) -> Document:
+        """Return the document at a place from 0 to the length."""
+
+
+class DocumentStore(Documents):
     """A sequence of documents that takes eight bytes of memory for each, and eight more once they are shuffled.
 
     More than MEMORY_BYTES of documents are kept in a temporary file. It has no name, so it disappears with the process,
@@ -43,14 +60,11 @@ class DocumentStore(Sequence[Document]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
+    def at(self, index: int) -> Document:
+        """Return the document at a place."""
         self._file.seek(self._ends[index])
-        return json.loads(self._file.read(self._ends[index + 1] - self._ends[index]))
+        document: Document = json.loads(self._file.read(self._ends[index + 1] - self._ends[index]))
+        return document
 
     def in_order(self, place: int, seed: int) -> Document:
         """Return the document at `place`, counted from 0, of an endless sequence of epochs.
@@ -58,8 +72,7 @@ class DocumentStore(Sequence[Document]):
         Each epoch shows every document once, in an order that follows from the seed and its own number.
         """
         epoch, number = divmod(place, len(self))
-        document: Document = self[self._order(seed, epoch)[number]]
-        return document
+        return self.at(self._order(seed, epoch)[number])
 
     def _write(self, data: bytes, directory: Path) -> None:
         try:

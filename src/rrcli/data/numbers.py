@@ -6,6 +6,8 @@ Forms: `-5`, `−5` (any minus sign or dash), `+5`, `1,234.50`, `.5`, `1/2`, `1 
 - A comma belongs to a number only in thousands: `1,234`, not `1,2` and not `0,5`, which may be lists.
 - A currency and a percent sign are units: they do not change the number, so `50 %` is 50.
 - `007` is a row of digits, not a number; nor are `10:3`, `10-4`, `10^2` or `1.2.3`.
+- In a longer text a unit may follow a number: any word after a space (`42 apples`), and what `UNITS` holds without one
+  (`5km`, `3rd`). Other letters make a term of it: no number is taken out of `2x`, `3i`, `2\\pi` and `10k`.
 
 Why not a library: math-verify 0.9 was tried. It reads `1,2,3` as 1.2 or 3, does not read `−4` and `1e6`, takes 12 ms
 for an answer, and ends long computations (`9^9^9`) by the clock, with a signal. lm-eval's `minerva_math` uses it for
@@ -24,6 +26,16 @@ MAX_DIGITS, MAX_EXPONENT = 400, 999
 # A longer text is not taken out of its wrappers: it is no short answer.
 MAX_WRAPPED = 1000
 
+# What may stand directly after a number: units whose symbols nobody takes for a variable, words, and endings.
+_WORDS = """
+    nm um mm cm dm m km in ft yd mi mg g kg t lb lbs oz ml cl dl l L ms s sec secs min mins h hr hrs yr yrs wk wks
+    am pm mph kmh kph Hz kHz MHz GHz W kW MW kWh V mV mA mAh J kJ cal kcal C F Pa kPa hPa bit bits kB MB GB TB
+    kbps Mbps Gbps usd eur gbp deg pct percent st nd rd th cents cent dollars dollar euros euro pounds pound
+    degrees seconds minutes hours hour days day weeks week months month years year times inches inch feet foot
+    miles mile meters meter metres metre grams gram liters liter litres litre points pts people
+"""
+UNITS = frozenset(_WORDS.split())
+
 _CURRENCY = r"[$€£¥₹]"
 _WHOLE = r"(?:[1-9]\d{0,2}(?:,\d{3})+|0|[1-9]\d*)"
 _NUMBER = re.compile(
@@ -41,6 +53,8 @@ _BRACKETS = re.compile(r"[\[({]([^\[\](){}]{1,200})[\])}]")
 _CELL = re.compile(rf"\s*[-+]?\s?{_CURRENCY}?[\d.]+(?:e[-+]?\d+)?\s*", re.IGNORECASE)
 # Stands in for a list of numbers: the digits of a ratio, which are no number either.
 _RATIO = " 0:0 "
+# The letters right after a number, with the power of a unit (`m2`); a command of LaTeX is one of its letters.
+_AFTER = re.compile(r"(?:\\(?!text|mathrm|mathbf|mbox|circ|quad|qquad|rm\b)[A-Za-z]+|[^\W\d_]+)[23]?(?!\w)")
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]{1,60})\}\s*\{([^{}]{1,60})\}|(\d)\s*(\d))")
 _SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
 _LATEX = (
@@ -125,7 +139,15 @@ def _expressions(text: str) -> list[str]:
     if _is_list(text.strip().removesuffix(".")):
         return []
     text = _BRACKETS.sub(lambda found: _RATIO if _is_list(found[1]) else found.group(), text)
-    return [match.group().strip() for match in _EXPRESSION.finditer(text)]
+    return [match.group().strip() + _variable(text, match.end()) for match in _EXPRESSION.finditer(text)]
+
+
+def _variable(text: str, end: int) -> str:
+    """Return what stands directly after a number and makes another thing of it (the x of `2x`), or ''."""
+    found = _AFTER.match(text, end) if text[end - 1].isdigit() else None
+    word = found.group().rstrip("23") if found else ""
+    is_unit = word in UNITS or (len(word) > 1 and word.lower() in UNITS)
+    return "" if found is None or is_unit else found.group()
 
 
 def _is_list(text: str) -> bool:

@@ -20,15 +20,15 @@ def moved(workspace: Workspace) -> str:
     """Say from where to where the base model's branch has moved since surgery, or the first baseline; '' if it has not.
 
     Raises:
-        RRError: the base model cannot be found.
+        RRError: the base model cannot be found, or what has recorded its commit cannot be read.
     """
     base = workspace.base()
-    if not base.commit:
+    name, _, revision = base.name.partition("@")
+    if not base.commit or revision == base.commit:
         return ""
     recorded = _recorded(workspace, base.name)
     if recorded in ("", base.commit):
         return ""
-    name, _, revision = base.name.partition("@")
     return (
         f"{revision or 'the main branch'} of {name} has moved from {recorded[:SHOWN]} to {base.commit[:SHOWN]} since "
         f"this experiment began; --model {name}@{recorded} stays with what it began with"
@@ -36,13 +36,23 @@ def moved(workspace: Workspace) -> str:
 
 
 def _recorded(workspace: Workspace, name: str) -> str:
-    """Return the commit of the model of this name that the experiment has recorded; '' if none."""
+    """Return the commit of the model of this name that the experiment has recorded; '' if none.
+
+    Raises:
+        RRError: the record cannot be read, so that nobody knows.
+    """
+    manifest, results = workspace.surgery_folder / MANIFEST, workspace.results_file("baseline")
+    file = manifest if manifest.is_file() else results
+    if not file.is_file():
+        return ""
     try:
-        if (workspace.surgery_folder / MANIFEST).is_file():
+        if file == manifest:
             base = read_manifest(workspace.surgery_folder)["base"]
             return str(base.get("commit", "")) if base["source"] == name else ""
-        file = workspace.results_file("baseline")
-        model: MeasuredModel | dict[str, str] = read_json(file, "rr eval", Results)["model"] if file.is_file() else {}
-    except RRError:
-        return ""
+        model: MeasuredModel = read_json(results, "rr eval", Results)["model"]
+    except RRError as error:
+        raise RRError(
+            f"the commit of {name} with which this experiment began cannot be read: {error.message}",
+            f"Remove {file} to take today's, or name the commit: --model {name.partition('@')[0]}@COMMIT.",
+        ) from error
     return str(model.get("commit", "")) if model.get("source") == name else ""
