@@ -11,7 +11,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from rrcli.cli import app
+from rrcli.cli.commands import app
 
 RR = Path(sys.executable).with_name("rr")
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from comparing import stage_results
 from rrcli import __version__
-from rrcli.cli import app
+from rrcli.cli.commands import app
 from rrcli.demo import defaults
 from rrcli.errors import RRError
 from rrcli.experiment.planning import Step

@@ -10,15 +10,17 @@ from rich.console import Console
 
 from commands import rr_process
 from comparing import stage_results
-from rrcli import ui
 from rrcli.evaluation.metrics import from_records
 from rrcli.evaluation.tracing import Piece
 from rrcli.files import write_json
 from rrcli.services.eval import EvalResult
+from rrcli.ui import console
+from rrcli.ui.console import PieceWriter, visible
+from rrcli.ui.results import show_eval
 
 
 def test_control_characters_are_shown_as_escapes() -> None:
-    assert ui.visible("a\tb\nc\rd\x1b[31m\x07\x7f\x9b\0é↓") == "a\tb\nc\\rd\\x1b[31m\\x07\\x7f\\x9b\\x00é↓"
+    assert visible("a\tb\nc\rd\x1b[31m\x07\x7f\x9b\0é↓") == "a\tb\nc\\rd\\x1b[31m\\x07\\x7f\\x9b\\x00é↓"
 
 
 class Screen(io.StringIO):
@@ -28,8 +30,8 @@ class Screen(io.StringIO):
 
 def test_a_terminal_gets_no_control_characters_and_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Screen()
-    monkeypatch.setattr(ui, "out", lambda: Console(file=screen, force_terminal=True, color_system=None, width=80))
-    writer = ui.PieceWriter("[bold]p\r :smile:", trace=False)
+    monkeypatch.setattr(console, "out", lambda: Console(file=screen, force_terminal=True, color_system=None, width=80))
+    writer = PieceWriter("[bold]p\r :smile:", trace=False)
     writer(Piece(" \x1b[2J[/bold]"))
     writer.end()
     assert screen.getvalue() == "[bold]p\\r :smile: \\x1b[2J[/bold]\n"
@@ -42,14 +44,14 @@ def test_a_file_gets_every_byte(
     if forced:
         monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(open(1, "wb", closefd=False), encoding="latin-1"))  # noqa: SIM115
-    writer = ui.PieceWriter("all:\t1\r\n\udcff↓", trace=False)
+    writer = PieceWriter("all:\t1\r\n\udcff↓", trace=False)
     writer(Piece("\r\n\ta\x1b\n"))
     writer.end()
     assert capfdbinary.readouterr().out == b"all:\t1\r\n\xff" + "↓\r\n\ta\x1b\n\n".encode()
 
 
 def test_an_empty_continuation_leaves_the_prompt(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    ui.PieceWriter("all:", trace=False).end()
+    PieceWriter("all:", trace=False).end()
     assert capfdbinary.readouterr().out == b"all:\n"
 
 
@@ -57,7 +59,7 @@ def test_names_of_tasks_keep_their_brackets(capsys: pytest.CaptureFixture[str]) 
     tasks = ["sums:operators=['+','-'],x=[red]:smile:", "sums"]
     problems = [{"key": task, "task": task, "correct": [1], "strict": [1]} for task in tasks]
     results = {"metrics": from_records({"problems": problems}), "by_depth": {}}
-    ui.show_eval(EvalResult("baseline", results, Path("x.json")))
+    show_eval(EvalResult("baseline", results, Path("x.json")))
     assert tasks[0] in capsys.readouterr().out
 
 

@@ -3,9 +3,9 @@
 import os
 import sys
 
-from rrcli import ui
 from rrcli.allocator import keep_freed_memory
-from rrcli.cli import app
+from rrcli.cli.commands import app
+from rrcli.ui.console import never_fail_to_write
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     keep_freed_memory()
     # Libraries' own bars (the GGUF reader draws one) would tear ours.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    ui.never_fail_to_write()
+    never_fail_to_write()
     try:
         app()
     except SystemExit as end:

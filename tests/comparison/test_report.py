@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from browser import browser, errors, requests, screen
 from comparing import four_stages, publish, results, stage_results
-from rrcli.cli import app
+from rrcli.cli.commands import app
 from rrcli.comparison.charts import SERIES, against, smoothed
 from rrcli.comparison.curves import read_curves
 from rrcli.comparison.frontier import lines_of

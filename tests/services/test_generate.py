@@ -13,15 +13,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import rrcli
-from rrcli import ui
-from rrcli.cli import app
+from rrcli.cli.commands import app
 from rrcli.errors import RRError, UsageError
 from rrcli.evaluation.tracing import Piece
 from rrcli.reporting import Silent
 from rrcli.services.generate import generate
 from rrcli.services.surgery import surgery
 from rrcli.settings import GenerateSettings, SurgerySettings
-from rrcli.ui import TerminalReporter
+from rrcli.ui import console
+from rrcli.ui.console import PieceWriter, TerminalReporter
 
 PROMPT = "Once upon a time"
 
@@ -168,8 +168,8 @@ def test_piped_text_is_plain_and_json_has_every_piece(workspace: Path) -> None:
 
 def test_a_trace_colours_passes_and_underlines_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(ui, "out", lambda: Console(file=screen, force_terminal=True, color_system="standard"))
-    write = ui.PieceWriter("p", trace=True)
+    monkeypatch.setattr(console, "out", lambda: Console(file=screen, force_terminal=True, color_system="standard"))
+    write = PieceWriter("p", trace=True)
     for piece in (Piece(" a"), Piece(" b", 1), Piece(" c", 2, changed=True)):
         write(piece)
     assert screen.getvalue() == "\x1b[2mp\x1b[0m a\x1b[36m b\x1b[0m\x1b[4;35m c\x1b[0m"

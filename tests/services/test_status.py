@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from comparing import publish, results
-from rrcli import configuration, settings, ui
+from rrcli import configuration, settings
 from rrcli.errors import RRError
 from rrcli.files import MANIFEST, METRICS_FILE, write_json
 from rrcli.services.status import Status, status
+from rrcli.ui import results as shown
 
 
 def looked(folder: Path, **flags: Any) -> Status:
@@ -86,8 +87,8 @@ def test_seeds_share_a_line_that_says_which_of_them_are_missing(
         "seed 1 stale: after surgery",
     ]
     file = io.StringIO()
-    monkeypatch.setattr(ui, "out", lambda: Console(file=file, width=80))
-    ui.show_status(found)
+    monkeypatch.setattr(shown, "out", lambda: Console(file=file, width=80))
+    shown.show_status(found)
     table = [line for line in file.getvalue().splitlines() if line.strip().startswith(settings.STAGES)]
     assert [line.split()[0].rstrip(":") for line in table[:5]] == list(settings.STAGES)
     assert "…" not in file.getvalue()
@@ -111,8 +112,8 @@ def test_the_table_fits_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for run in ("finetuned_vanilla", "finetuned_recursive"):
         checkpoint(tmp_path / "checkpoints" / run, 10_000, 20_000)
     file = io.StringIO()
-    monkeypatch.setattr(ui, "out", lambda: Console(file=file, width=80))
-    ui.show_status(looked(tmp_path))
+    monkeypatch.setattr(shown, "out", lambda: Console(file=file, width=80))
+    shown.show_status(looked(tmp_path))
     lines = file.getvalue().splitlines()
     table = [line for line in lines if line.startswith(" ") and line.strip().startswith(settings.STAGES)]
     assert len(table) == len(settings.STAGES)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import rrcli
 from operating import logits, operate, sidecar, skeleton_of, written
-from rrcli.cli import app
+from rrcli.cli.commands import app
 from rrcli.demo import defaults
 from rrcli.errors import CheckFailed, RRError
 from rrcli.models import verification
