@@ -460,13 +460,19 @@ class ParallelPlan:
 
 
 def parallel_plan(model: Any) -> ParallelPlan:
-    """Return how transformers would cut a model among processes; an empty plan where it does not say."""
+    """Return how transformers would cut a model among processes; an empty plan where it does not say.
+
+    Embedding and head are left out: `distributed_config` keeps them whole in every process.
+    """
     prefix = getattr(model, "base_model_prefix", "")
+    whole = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = {name for name, module in model.named_modules() if module in whole}
     plans = []
     for own, of_config in (("_tp_plan", "base_model_tp_plan"), ("_ep_plan", "base_model_ep_plan")):
         found = dict(getattr(model, own, None) or {})
         base = getattr(model.config, of_config, None) or {}
-        plans.append({f"{prefix}.{name}": rule for name, rule in base.items()} | found)
+        found = {f"{prefix}.{name}": rule for name, rule in base.items()} | found
+        plans.append({name: rule for name, rule in found.items() if name not in ends})
     return ParallelPlan(*plans)
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import rrcli
+from families import build
 from operating import skeleton_of
 from rrcli.errors import UsageError
 from rrcli.models import devices, footprint
-from rrcli.models.shares import Arrangement, Machine, Work, arrangements, held_by_each, reading
+from rrcli.models.loading import load
+from rrcli.models.placement import Parallel, Placement, read_placement
+from rrcli.models.shares import Arrangement, Machine, Work, arrangements, held_by_each, obstacle, reading
+from rrcli.settings import EvalSettings
 
 CONFIG = rrcli.RecursionConfig(max_steps=2)
 
@@ -38,9 +44,7 @@ def test_tensor_parallelism_cuts_what_the_plan_names() -> None:
     layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)  # type: ignore[attr-defined]
     whole = footprint.weights_of(model).base
     found = held_by_each(model, trained, Arrangement(tp=2))
-    end = model.lm_head.weight.numel()  # type: ignore[attr-defined]
-    # Whether the embedding and the head are cut too is for the version of transformers to say.
-    assert whole - found.weights.base in {2 * (layers + ends * end) for ends in range(3)}
+    assert whole - found.weights.base == 2 * layers  # embedding and head are whole in every process
     assert found.together == 0
 
 
@@ -80,6 +84,29 @@ def test_which_arrangements_there_are() -> None:
     # No plan, and heads that eight devices cannot share.
     assert not any("tp" in str(way) for way in arrangements(operated("mamba2")[0], 2))
     assert not any("tp" in str(way) for way in arrangements(operated("llama")[0], 8))
+
+
+@pytest.mark.parametrize(
+    ("family", "parts", "reason", "instead"),
+    [
+        ("llama", Parallel(fsdp=2, ep=2), "transformers has no sharing of experts for 'llama' models", "fsdp=2"),
+        ("llama", Parallel(tp=2, ep=2), "transformers has no sharing of experts for 'llama' models", "tp=2"),
+        ("falcon_h1", Parallel(tp=2), "transformers has no tensor parallelism for 'falcon_h1' models", "fsdp=2"),
+        ("qwen3_moe", Parallel(fsdp=2, tp=4, ep=4), "num_key_value_heads, 2, is no multiple of tp=4", "fsdp=8"),
+        ("qwen3_moe", Parallel(fsdp=8, ep=8), "model's experts, 4, is no multiple of ep=8", "fsdp=8"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_with_what_can(
+    family: str, parts: Parallel, reason: str, instead: str, tmp_path: Path
+) -> None:
+    build(family).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=reason) as error:  # before a process looks for the others
+        load(tmp_path, device="cpu", placement=Placement(parts))
+    assert error.value.message.startswith(f"--parallel {parts} cannot be used")
+    assert error.value.hint == f"Take --parallel {instead}."
+    model = skeleton_of(family)
+    assert obstacle(model, parts) is not None
+    assert obstacle(model, read_placement(EvalSettings(parallel=instead), tmp_path).parallel or parts) is None
 
 
 def test_a_token_reads_the_experts_it_is_routed_to() -> None:

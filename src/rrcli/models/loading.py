@@ -281,9 +281,10 @@ def _in_parts(source: ModelSource, parallel: Parallel, dtype: Any, *, trust_remo
     """Read this process's part of the weights.
 
     Raises:
-        UsageError: a GGUF file. RRError: the family cannot be cut as it is asked for.
+        UsageError: a GGUF file, or a family that cannot be cut as it is asked for.
     """
     from rrcli import upstream
+    from rrcli.models.shares import obstacle
     from rrcli.recursion import parts
     from rrcli.recursion.families import find_layout
 
@@ -292,6 +293,9 @@ def _in_parts(source: ModelSource, parallel: Parallel, dtype: Any, *, trust_remo
             f"{source.path} is a GGUF file, which cannot be read in parts", "Take a folder of safetensors."
         )
     shapes = _skeleton(source, dtype, trust_remote_code)
+    if (found := obstacle(shapes, parallel)) is not None:
+        reason, instead = found
+        raise UsageError(f"--parallel {parallel} cannot be used: {reason}", f"Take --parallel {instead}.")
     layers = find_layout(shapes)[0].layers
     whole = [
         name

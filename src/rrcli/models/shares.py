@@ -60,33 +60,58 @@ class Arrangement:
 
     def trains(self, phase: str, *, experts: bool = False) -> bool:
         """Tell whether a phase can be trained so, in phase b with adapters on experts or without."""
-        return self.mapped == 1 and self._parallel.trains(phase, experts=experts)
+        return self.mapped == 1 and self.parallel.trains(phase, experts=experts)
 
     @property
-    def _parallel(self) -> Parallel:
+    def parallel(self) -> Parallel:
+        """The same as an option, without `mapped`."""
         return Parallel(self.fsdp, self.tp, self.ep, self.replicas)
 
     def __str__(self) -> str:
         if self.mapped > 1:
             return "--device-map auto"
-        given = str(self._parallel)
+        given = str(self.parallel)
         return f"--parallel {given}" if given else "one device"
 
 
 def arrangements(model: Any, count: int) -> list[Arrangement]:
     """Return how a model can be laid over so many devices, those first that send least between them."""
-    found = [Arrangement()]
     if count == 1:
-        return found
-    plan = parallel_plan(model)
-    config = text_config(model.config)
-    heads = [getattr(config, name, None) or count for name in ("num_attention_heads", "num_key_value_heads")]
-    matrices = bool(plan.tensor) and not any(number % count for number in heads)
-    experts = bool(plan.experts) and not any(p.shape[0] % count for _, p in _experts(model))
-    found += [Arrangement(replicas=count), Arrangement(fsdp=count)]
-    found += [Arrangement(fsdp=count, ep=count)] * experts
-    found += [Arrangement(tp=count)] * matrices + [Arrangement(tp=count, ep=count)] * (matrices and experts)
-    return [*found, Arrangement(mapped=count)]
+        return [Arrangement()]
+    found = [
+        *(Arrangement(), Arrangement(replicas=count), Arrangement(fsdp=count), Arrangement(fsdp=count, ep=count)),
+        *(Arrangement(tp=count), Arrangement(tp=count, ep=count), Arrangement(mapped=count)),
+    ]
+    return [one for one in found if obstacle(model, one.parallel) is None]
+
+
+def obstacle(model: Any, parallel: Parallel) -> tuple[str, Parallel] | None:
+    """Return why a model cannot be cut into such parts, and parts for as many processes that it can be cut into; None
+    where it can be.
+
+    Args:
+        model: the model, or its skeleton.
+    """
+    plan, family = parallel_plan(model), model.config.model_type
+    if parallel.tp > 1:
+        instead = replace(parallel, fsdp=parallel.fsdp * parallel.tp, tp=1, ep=1)
+        if not plan.tensor:
+            return f"transformers has no tensor parallelism for '{family}' models", instead
+        config = text_config(model.config)
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            if (heads := getattr(config, name, None) or 0) % parallel.tp:
+                return f"the model's {name}, {heads}, is no multiple of tp={parallel.tp}", instead
+    if parallel.ep > 1:
+        instead = replace(parallel, ep=1)
+        if not plan.experts:
+            return f"transformers has no sharing of experts for '{family}' models", instead
+        for _, weight in _experts(model):
+            if weight.shape[0] % parallel.ep:
+                return (
+                    f"the number of the model's experts, {weight.shape[0]}, is no multiple of ep={parallel.ep}",
+                    instead,
+                )
+    return None
 
 
 @dataclass(frozen=True)
