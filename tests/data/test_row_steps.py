@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from rrcli.data.tasks import Task
@@ -70,3 +73,10 @@ def test_only_the_whole_row_is_right():
 def test_options_that_make_no_problem_are_refused(options):
     with pytest.raises(UsageError, match="refused its options"):
         Task(f"row_steps:{options}")
+
+
+def test_asking_for_them_loads_no_more_than_they_need():
+    ask = "Task('row_add').problems(1, 0, side='test')"
+    code = f"import sys; from rrcli.data.tasks import Task; {ask}; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert not {"reasoning_gym", "sympy", "matplotlib"} & set(found.stdout.split())

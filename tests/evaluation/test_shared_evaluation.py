@@ -106,6 +106,9 @@ def test_two_processes_publish_what_one_does(way: str, measured: Path) -> None:
     assert {json.loads(line).get("part") for line in log(measured, way)[1:]} == {
         "documents", "problems", "sampled", "generations", "end"
     }  # fmt: skip
+    assert len(list((measured / f"logs-{way}").rglob("events.*"))) == len(
+        list((measured / "logs-one").rglob("events.*"))
+    )
 
 
 def test_each_of_them_scores_half_of_the_batches(measured: Path) -> None:

@@ -21,7 +21,7 @@ MEMORY_BYTES = 2**24
 
 
 class Documents(Sequence[Document]):
-    """A sequence of documents of which a class says how many there are (`__len__`), and which one has a place (`at`)."""
+    """A sequence of documents: a class says how many there are (`__len__`), and which one has a place (`at`)."""
 
     def __getitem__(self, index: Any) -> Any:
         """Return the document at a place, counted from the end if it is negative, or a list of those in a slice."""

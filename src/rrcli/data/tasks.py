@@ -74,10 +74,8 @@ class Task:
     def __init__(self, spec: str) -> None:
         self.spec = spec.strip()
         self.name, options = parse_spec(self.spec)
-        datasets = _generators()
-        if self.name not in datasets:
-            raise UsageError(f"unknown task '{self.name}' in '{spec}'", suggest(self.name, datasets))
-        fields = {field.name: field for field in dataclasses.fields(datasets[self.name][1])}
+        self._dataset, self._config = _generator(self.name)
+        fields = {field.name: field for field in dataclasses.fields(self._config)}
         for key in options:
             if key not in fields or key in ("seed", "size"):
                 known = [name for name in fields if name not in ("seed", "size")]
@@ -168,10 +166,11 @@ class Task:
         return Problem(self.spec, entry["question"], entry["answer"], entry)
 
     def _create(self, seed: int, size: int) -> Any:
-        from reasoning_gym.factory import create_dataset
-
         try:
-            return create_dataset(self.name, seed=seed, size=size, **self.options)
+            config = self._config(seed=seed, size=size, **self.options)
+            if hasattr(config, "validate"):  # two of reasoning-gym's have none
+                config.validate()
+            return self._dataset(config)
         except (AssertionError, TypeError, ValueError) as error:
             raise UsageError(f"task '{self.spec}' refused its options: {error}") from error
 
@@ -196,14 +195,22 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), options
 
 
-def _generators() -> dict[str, Any]:
-    """Return reasoning-gym's registry with our own task in it: name -> (dataset class, configuration class)."""
+def _generator(name: str) -> tuple[Any, Any]:
+    """Return the class of a generator, of ours or of reasoning-gym, and that of its configuration.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    from rrcli.demo.row_steps import GENERATORS, RowConfig
+
+    if name in GENERATORS:
+        return GENERATORS[name], RowConfig
     import reasoning_gym  # noqa: F401  registers the generators
     from reasoning_gym.factory import DATASETS
 
-    from rrcli.demo import row_steps  # noqa: F401  registers itself
-
-    return dict(DATASETS)
+    if name not in DATASETS:
+        raise UsageError(f"unknown task '{name}'", suggest(name, [*GENERATORS, *DATASETS]))
+    return DATASETS[name]
 
 
 def prompt_of(question: str) -> str:
