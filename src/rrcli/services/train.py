@@ -109,8 +109,9 @@ def train(
         reporter.warn(said)
     placement = read_placement(settings, directory)
     parallel, count = placement.parallel, placement.processes
+    # Before processes are started or wait for each other: one that has refused would leave the others connecting.
+    _check_shares(settings, Processes(settings.device, 0, count, parallel))
     if count > 1 and not launched():
-        _check_shares(settings, Processes(settings.device, 0, count, parallel))
         return launch(
             count,
             train, settings, mode, directory, reporter, restart=restart, match_flops=match_flops,
