@@ -62,6 +62,10 @@ CONFIG: dict[str, Any] = {
     "pad_token_id": 163839,
 }
 
+# What has numbers for `kimi_from_disk.py`. As attention and experts add nothing, what the model says can be computed
+# without its layers; and yet tokens are spread over all experts.
+VALUED = re.compile(r"norm\.weight$|embed_tokens|lm_head|moe\.gate\.weight$")
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -128,8 +132,12 @@ def _mlp(prefix: str, names: tuple[str, str, str], hidden: int, inner: int) -> S
     return {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any], shards: int = SHARDS) -> int:
-    """Write the folder with weights that are holes, and a tiny tokenizer; return the bytes of its tensors."""
+def write_checkpoint(folder: Path, config: dict[str, Any], shards: int = SHARDS, *, values: bool = False) -> int:
+    """Write the folder with weights that are holes, and a tiny tokenizer; return the bytes of its tensors.
+
+    Args:
+        values: give numbers to embedding, head, norms and routers.
+    """
     from rrcli.demo import defaults
 
     folder.mkdir(parents=True)
@@ -157,9 +165,24 @@ def write_checkpoint(folder: Path, config: dict[str, Any], shards: int = SHARDS)
         with file.open("wb") as sparse:
             sparse.write(struct.pack("<Q", len(text)) + text)
             sparse.truncate(8 + len(text) + offset)
+            for name in filter(VALUED.search, group if values else ()):
+                sparse.seek(8 + len(text) + header[name]["data_offsets"][0])
+                sparse.write(some_numbers(name, shapes[name]))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
+
+
+def some_numbers(name: str, shape: tuple[int, ...]) -> bytes:
+    """Return ones for a norm, else small random numbers that its name decides, in bfloat16."""
+    import torch
+
+    if len(shape) == 1:
+        found = torch.ones(shape, dtype=torch.bfloat16)
+    else:
+        found = torch.empty(shape, dtype=torch.bfloat16)
+        found.normal_(0, 0.02, generator=torch.Generator().manual_seed(len(name)))
+    return found.view(torch.int16).numpy().tobytes()
 
 
 def check(folder: Path) -> None:

@@ -29,6 +29,7 @@ need. It is found by signature, type or trial, never by a version number. What h
     an event file that may fail                   the file of TensorBoard's writer           the command ends with it
     weights that are read in parts                transformers' `DistributedConfig`            RRError
     fused weights that are read in parts          transformers' loader of weights              RRError
+    weights on disk that are not copied there     the same; `weights_map` of accelerate        they are copied to disk
     code that comes with a model's folder         `get_class_from_dynamic_module`            RRError
     a server that has one model alone             `ModelManager` of `transformers serve`     RRError
     a GGUF model that can be saved                `hf_quantizer`, `quantization_config`      transformers' own error
@@ -41,11 +42,14 @@ The versions that this was tested with are in pyproject.toml; `untested` compare
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import math
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -58,11 +62,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from rrcli.allocator import return_freed_memory
 from rrcli.errors import RRError
 
 # The class of what sees every operator that torch runs.
 DispatchMode = TorchDispatchMode
 
+# Of weights on disk, so many bytes are brought before freed memory is given back to the system.
+TRIMMED_AFTER = 2**26
 # Packages whose internals are used here; in pyproject.toml their tested ranges have an upper end.
 WATCHED = ("transformers", "peft", "accelerate", "torch", "tensorboard")
 
@@ -667,6 +674,158 @@ def _makes(rule: Any, name: str) -> bool:
         if longest in name:
             return True
     return False
+
+
+@contextmanager
+def left_in_files() -> Iterator[None]:
+    """While it is entered, weights that are to lie on disk stay in the model's own files, and are read when they run.
+
+    Without it, transformers reads each of them while it loads. What it makes of several tensors (experts, which most
+    mixtures have one by one in their files) it writes to the disk in the format that it computes in: a second copy of
+    nearly the whole model. Here its own rules are applied each time such a weight is brought to where it runs. All
+    other weights are pages of the files, which take no memory of the process.
+
+    Two kinds are still written: those of a rule that makes several of one, and those that have a format of their own.
+
+    Raises:
+        RRError: that has no room on the disk. Nothing was read then.
+    """
+    try:
+        loader, modeling, big = (
+            import_module(name)
+            for name in ("transformers.core_model_loading", "transformers.modeling_utils", "accelerate.big_modeling")
+        )
+        real, kept = modeling.convert_and_load_state_dict_in_model, big.OffloadedWeightsLoader
+        rename, order, place = loader.rename_source_key, loader.dot_natural_key, loader.get_device
+        kinds = (loader.WeightRenaming, loader.WeightConverter)
+        makes = functools.partial(_made, stacking=loader.MergeModulelist, joining=loader.Concatenate)
+    except (ImportError, AttributeError):
+        yield
+        return
+    made: dict[str, Callable[[], Tensor]] = {}
+
+    def load(**given: Any) -> Any:
+        model, config, index = given["model"], given["load_config"], given["disk_offload_index"]
+        if index is None or config.hf_quantizer is not None:
+            return real(**given)
+        tensors, buffers = model.state_dict(), {name for name, _ in model.named_buffers()}
+        rules = [[rule for rule in config.weight_mapping or () if isinstance(rule, kind)] for kind in kinds]
+        of_pattern = {pattern: rule for rule in rules[1] for pattern in rule.source_patterns}
+        sources: dict[str, list[tuple[str, str | None]]] = {}
+        for key in sorted(given["state_dict"], key=order):
+            name, pattern = rename(key, *rules, model.base_model_prefix, tensors)
+            if name in tensors and name not in buffers:
+                sources.setdefault(name, []).append((key, pattern))
+        state, left, written = dict(given["state_dict"]), set(), 0
+        for name, found in sources.items():
+            if place(config.device_map, name) != "disk":
+                continue
+            rule, slices = of_pattern.get(found[0][1] or ""), [state[key] for key, _ in found]
+            if rule is not None and len(rule.target_patterns) == 1 and not _named_in(config.dtype_plan, name):
+                parts = tuple((key, pattern, part) for (key, pattern), part in zip(found, slices, strict=True))
+                made[name] = functools.partial(makes, rule, name, parts, model=model, like=tensors[name])
+            elif rule is None and name in index and len(found) == 1:
+                made[name] = functools.partial(_part, slices[0], tensors[name].dtype)
+            else:
+                written += sum(math.prod(part.get_shape()) for part in slices) * tensors[name].element_size()
+                continue
+            left.add(name)
+            for key, _ in found:
+                del state[key]
+        _refuse_full_disk(config.disk_offload_folder, written)
+        info, index = real(**{**given, "state_dict": state})
+        info.missing_keys.difference_update(left)
+        return info, index
+
+    class Made(kept):  # type: ignore[misc, valid-type]
+        """Weights on disk, which are pages of the files, or made of several tensors when they are asked for."""
+
+        brought = 0
+
+        def __getitem__(self, name: str) -> Any:
+            found = made[name]() if name in made else super().__getitem__(name)
+            # malloc keeps what activations have freed between objects that stay, some more of it for every layer.
+            self.brought += getattr(found, "nbytes", 0)
+            if self.brought >= TRIMMED_AFTER:
+                return_freed_memory()
+                self.brought = 0
+            return found
+
+    with patched(modeling, convert_and_load_state_dict_in_model=load), patched(big, OffloadedWeightsLoader=Made):
+        yield
+
+
+def _named_in(plan: Mapping[str, Any] | None, name: str) -> bool:
+    """Tell whether a weight has a number format of its own, by transformers' patterns."""
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in plan or ())
+
+
+def _part(part: Any, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor in a file, whose pages are read when they are used; a copy only if it has another format."""
+    tensor: Tensor = part[...]
+    return tensor.to(dtype=dtype)
+
+
+def _made(
+    rule: Any,
+    name: str,
+    parts: Sequence[tuple[str, str, Any]],
+    *,
+    model: Any,
+    like: Tensor,
+    stacking: type[Any],
+    joining: type[Any],
+) -> Tensor:
+    """Make one weight of several tensors in files by a rule of transformers, in the shape and the format of `like`.
+
+    Where tensors are stacked first and joined along other axes then, this is done expert by expert, so that the weight
+    and one expert are all that is held.
+
+    Args:
+        parts: key in the file, pattern of the rule, and the tensor, of which nothing has been read so far.
+
+    Raises:
+        RRError: another shape comes out.
+    """
+    rule = copy.deepcopy(rule)
+
+    def apply(some: Iterable[tuple[str, str, Any]], dtype: torch.dtype | None) -> Tensor:
+        for key, pattern, tensor in some:
+            rule.add_tensor(name, key, pattern, functools.partial(_part, tensor, dtype))
+        [value] = rule.convert(name, model=model, config=model.config).values()
+        result: Tensor = value[0] if isinstance(value, list) else value
+        return result
+
+    first, *rest = rule.operations
+    by_pattern = [[part for part in parts if part[1] == pattern] for pattern in dict.fromkeys(p for _, p, _ in parts)]
+    one_by_one = isinstance(first, stacking) and first.dim == 0
+    one_by_one = one_by_one and all(isinstance(step, joining) and step.dim > 0 for step in rest)
+    if one_by_one and {len(of) for of in by_pattern} == {like.shape[0]}:
+        found = torch.empty(like.shape, dtype=like.dtype)
+        for place, some in enumerate(zip(*by_pattern, strict=True)):
+            found[place] = apply(some, None)[0]
+    else:
+        found = apply(parts, like.dtype)
+    if found.shape != like.shape:
+        raise RRError(
+            f"{name} has the shape {tuple(found.shape)} in the files, not {tuple(like.shape)}", "Download it again."
+        )
+    return found
+
+
+def _refuse_full_disk(folder: str | None, size: int) -> None:
+    """Refuse to write so many bytes into a folder that has no room for them.
+
+    Raises:
+        RRError: there is no room.
+    """
+    free = shutil.disk_usage(folder or ".").free
+    if size > free:
+        raise RRError(
+            f"{size / 2**30:.1f} GiB of weights must be written to {folder}, as the model computes with other shapes "
+            f"or formats than its files have; {free / 2**30:.1f} GiB are free there",
+            "Run rr in a folder on a larger disk, or take more --max-memory.",
+        )
 
 
 def fill_buffers(model: Any, config: Any, *, trust_remote_code: bool) -> None:

@@ -13,10 +13,12 @@ import torch
 
 from families import build, tokens, wake
 from operating import skeleton_of
+from rrcli import upstream
 from rrcli.data.batching import CPU_TOKENS, affordable
 from rrcli.demo.defaults import MODEL_DIR
 from rrcli.errors import RRError, UsageError
-from rrcli.models import costs, fitting
+from rrcli.files import safetensors_header
+from rrcli.models import costs, fitting, verification
 from rrcli.models.loading import load
 from rrcli.models.placement import Parallel, Placement, read_placement
 from rrcli.models.shares import Arrangement, held_by_each
@@ -128,14 +130,71 @@ def test_a_file_may_say_where_each_module_lies(tmp_path: Path) -> None:
         assert torch.equal(model(tokens()).logits, load(folder, device="cpu")[0](tokens()).logits)
 
 
-def test_what_was_written_for_the_disk_is_removed_with_the_model(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "kimi_linear"])
+def test_experts_that_lie_one_by_one_in_the_files_are_joined_when_they_run(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    little = Placement(max_memory={"cpu": 40_000})
-    model = load(saved("qwen3_moe", tmp_path / "base"), device="cpu", placement=little)[0]
-    [folder] = tmp_path.glob(".rr-offload-*")
-    assert list(folder.iterdir())  # experts that were joined
+    folder = saved(family, tmp_path / "base")
+    for file in folder.glob("*.safetensors"):
+        assert any(".experts.0." in name for name in safetensors_header(file))
+    applied: list[str] = []
+    real = upstream._made
+    monkeypatch.setattr(
+        upstream, "_made", lambda rule, name, *a, **b: applied.append(name) or real(rule, name, *a, **b)
+    )
+    model = load(folder, device="cpu", placement=Placement(max_memory={"cpu": 60_000}))[0]
+    assert not applied
+    [written] = tmp_path.glob(".rr-offload-*")
+    assert not list(written.iterdir())  # no second copy
+    with torch.no_grad():
+        model(tokens())
+    offloaded = [name for name in applied if "experts" in name]
+    assert offloaded
+    assert len(applied) == len(set(applied))
     model.offload_folder.cleanup()
-    assert not folder.exists()
+    assert not written.exists()
+
+
+def test_what_has_to_be_written_to_the_disk_is_refused_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(upstream, "_named_in", lambda *_: True)  # as if all had a number format of their own
+    folder = saved("qwen3_moe", tmp_path / "base")
+    little = Placement(max_memory={"cpu": 40_000})
+    model = load(folder, device="cpu", placement=little)[0]
+    [written] = tmp_path.glob(".rr-offload-*")
+    size = sum(file.stat().st_size for file in written.iterdir())
+    assert size > 0
+    with torch.no_grad():
+        assert torch.equal(model(tokens()).logits, load(folder, device="cpu")[0](tokens()).logits)
+    usage = shutil._ntuple_diskusage(10**9, 10**9, size // 2)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(RRError, match=r"GiB of weights must be written to .*rr-offload-.* 0.0 GiB are free") as error:
+        load(folder, device="cpu", placement=little)
+    assert "larger disk" in error.value.hint
+
+
+def test_layers_on_disk_are_read_as_rarely_as_can_be(tmp_path: Path) -> None:
+    """Counted are the runs of a layer, each of which reads it: once for each pass of a batch, and few to check."""
+    folder, counts = saved("llama", tmp_path / "base"), []
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    for placement in (Placement(), Placement(max_memory={"cpu": LITTLE})):
+        model, tokenizer = load(folder, device="cpu", placement=placement)
+        runs: list[int] = []
+        model.model.layers[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        before = verification.reference(model, tokenizer)
+        attach(model, RecursionConfig(max_steps=2))
+        assert verification.verify(model, tokenizer, before, reporter=Silent()) == [0, 1, 2]
+        ends, readout = [len(runs)], Readout(model)
+        readout.choose_way(ids, mask, depth=2)
+        ends.append(len(runs))
+        readout.score(ids, mask, mask.bool(), targets=ids.flatten(), depth=2)
+        ends.append(len(runs))
+        counts.append(ends)
+    assert counts == [[70, 79, 82], [21, 22, 25]]
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as standard
 from typing import Any
 
 from rrcli.errors import RRError, first_line
@@ -43,3 +44,5 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    # It says that weights are on the meta device; rr says where they lie.
+    standard.getLogger("accelerate.big_modeling").setLevel(standard.ERROR)

@@ -10,7 +10,7 @@ from typing import Any
 from rrcli.errors import RRError, UsageError, first_line
 from rrcli.files import MANIFEST, SIDECAR, safetensors_header
 from rrcli.models.config import load_config, quiet, unreadable
-from rrcli.models.fitting import arrangement, expanded, refuse_misfit, surely_fits, where_layers_lie
+from rrcli.models.fitting import arrangement, expanded, gib, refuse_misfit, surely_fits, where_layers_lie
 from rrcli.models.inspection import inspect_weights
 from rrcli.models.manifest import MODELLING_FILE, compare_hashes
 from rrcli.models.placement import Parallel, Placement, read_placement
@@ -118,7 +118,9 @@ def load_for(
 
     if reporter is not None and is_spread(model):
         lie = where_layers_lie(model, find_layout(model)[0].layers)
-        reporter.note(f"the weights do not lie on one device: {lie}")
+        away = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.is_meta)
+        brought = f"; each batch and each new token brings {gib(away)} of them to where they run" if away else ""
+        reporter.note(f"the weights do not lie on one device: {lie}{brought}")
     return model, tokenizer
 
 
@@ -221,6 +223,8 @@ def _placed(
     """Read the weights of a model to where they are to lie, and return it in evaluation mode."""
     import torch
 
+    from rrcli.upstream import left_in_files
+
     quantised = stored_format(source)
     if placement.quantize != NONE or quantised:
         _check_quantised(source, placement, quantised, trains=trains)
@@ -232,10 +236,11 @@ def _placed(
         options["device_map"] = expanded(options["device_map"], _skeleton(source, dtype, trust_remote_code))
     if not options:
         return _read_weights(source, dtype, trust_remote_code).to(torch.device(device)).eval()
-    # What transformers changes while it reads (experts that are joined) is written here; all else stays in the model's
-    # own files. Not among the system's temporary files, which often lie in memory.
+    # The few weights that can't be read from the model's own files each time are written here. Not among the system's
+    # temporary files, which often lie in memory.
     folder = tempfile.TemporaryDirectory(prefix=".rr-offload-", dir=Path.cwd(), ignore_cleanup_errors=True)
-    model = _read_weights(source, dtype, trust_remote_code, **options, offload_folder=folder.name).eval()
+    with left_in_files():
+        model = _read_weights(source, dtype, trust_remote_code, **options, offload_folder=folder.name).eval()
     model.__dict__["offload_folder"] = folder  # which is removed with the model
     return model
 

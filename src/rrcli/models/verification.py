@@ -9,12 +9,14 @@ from torch import Tensor
 
 from rrcli.errors import CheckFailed
 from rrcli.recursion.facts import vocabulary
-from rrcli.recursion.families import input_device
+from rrcli.recursion.families import input_device, is_spread
 from rrcli.recursion.probing import decoded_logits
 from rrcli.reporting import Reporter
 
 PROBES = ("The quick brown fox jumps over the lazy dog.", "Question: 2 + 3 =\nAnswer:")
 DECODE_STEPS = 3
+# Where layers lie on disk, each forward reads all of them: then one probe and one decoded token are compared.
+SPREAD_PROBES, SPREAD_STEPS = 1, 1
 # The tokens of a probe that the tokenizer cannot make.
 STAND_IN_TOKENS = 10
 
@@ -27,8 +29,9 @@ def reference(model: Any, tokenizer: Any) -> list[Logits]:
     Raises:
         CheckFailed: logits are not finite.
     """
-    found = [_logits(model, ids) for ids in _probes(model, tokenizer)]
-    for probe, logits in zip(PROBES, found, strict=True):
+    probes = _probes(model, tokenizer)
+    found = [_logits(model, ids) for _, ids in probes]
+    for (probe, _), logits in zip(probes, found, strict=True):
         if not all(bool(torch.isfinite(values).all()) for values in logits.values()):
             raise CheckFailed(f"the base model gives logits that are not finite for {probe!r}", "Check its weights.")
     return found
@@ -43,8 +46,8 @@ def verify(model: Any, tokenizer: Any, before: list[Logits], *, reporter: Report
     recursion = model.recursion
     depths = list(range(recursion.config.max_steps + 1))
     probes = _probes(model, tokenizer)
-    with reporter.progress("verify", len(PROBES) * len(depths), "probes") as progress:
-        for probe, ids, stock in zip(PROBES, probes, before, strict=True):
+    with reporter.progress("verify", len(probes) * len(depths), "probes") as progress:
+        for (probe, ids), stock in zip(probes, before, strict=True):
             for depth in depths:
                 with recursion.at_depth(depth):
                     found = _logits(model, ids)
@@ -60,22 +63,22 @@ def verify(model: Any, tokenizer: Any, before: list[Logits], *, reporter: Report
     return depths
 
 
-def _probes(model: Any, tokenizer: Any) -> list[Tensor]:
-    """Return the probes as token ids, each `[1, position]`.
+def _probes(model: Any, tokenizer: Any) -> list[tuple[str, Tensor]]:
+    """Return the probes with their token ids, each `[1, position]`.
 
     A tokenizer without a token for English letters makes few tokens of a probe, and some have more tokens than the
     model: tokens from all over the embedding then stand for it.
     """
     size = vocabulary(model)
     found = []
-    for number, probe in enumerate(PROBES):
+    for number, probe in enumerate(PROBES[:SPREAD_PROBES] if is_spread(model) else PROBES):
         try:
             ids = tokenizer(probe)["input_ids"]
         except Exception:  # some refuse words that they have no token for
             ids = []
         if len(ids) <= DECODE_STEPS or max(ids) >= size:
             ids = [(place * 37 + 11 + number) % size for place in range(STAND_IN_TOKENS)]
-        found.append(torch.tensor([ids], device=input_device(model)))
+        found.append((probe, torch.tensor([ids], device=input_device(model))))
     return found
 
 
@@ -87,5 +90,5 @@ def _logits(model: Any, ids: Tensor) -> Logits:
     """
     return {
         "uncached": model(input_ids=ids, use_cache=False).logits,
-        "cached": decoded_logits(model, ids, DECODE_STEPS),
+        "cached": decoded_logits(model, ids, SPREAD_STEPS if is_spread(model) else DECODE_STEPS),
     }

@@ -14,7 +14,7 @@ Text is scored in one of three ways: the first of them that agrees with the mode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from rrcli.recursion import tiles
 from rrcli.recursion.boundary_head import Top
 from rrcli.recursion.engine import Passes, at_depth
 from rrcli.recursion.facts import text_config
-from rrcli.recursion.families import find_layout
+from rrcli.recursion.families import find_layout, is_spread
 from rrcli.recursion.parts import most
 from rrcli.recursion.products import through_onednn
 from rrcli.recursion.signals import joined_tops, top_from, top_of
@@ -203,6 +203,8 @@ class Readout:
         """Choose the first way that agrees with the model's plain forward on a batch, at every depth, up to rounding.
 
         Of a large batch, its first rows and positions are compared: enough to tell a head that is not what it seems.
+        Where layers lie on disk, so that each forward reads all of them, one plain forward at depth 0 is all that is
+        run, and only the head is compared, on what the backbone returned in it.
 
         Args:
             input_ids, attention_mask: `[batch, position]`.
@@ -217,8 +219,10 @@ class Readout:
         height, width = CHECKED
         ids, mask = input_ids[:height, :width], attention_mask[:height, :width]
         first = self.way
-        while self.way != "plain" and not self._agrees(ids, mask, depth):
-            self.way = WAYS[WAYS.index(self.way) + 1]
+        spread = is_spread(self.model)
+        with self._one_forward(ids, mask) if spread else nullcontext():
+            while self.way != "plain" and not self._agrees(ids, mask, 0 if spread else depth):
+                self.way = WAYS[WAYS.index(self.way) + 1]
         if self.way == first:
             return None
         slower = "the head on whole rows" if self.way == "rows" else "its plain forward, in more time and memory"
@@ -281,6 +285,21 @@ class Readout:
     def _plain_logits(self, ids: Tensor, mask: Tensor, depth: int) -> Tensor:
         with at_depth(self.model, depth):
             return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    @contextmanager
+    def _one_forward(self, ids: Tensor, mask: Tensor) -> Iterator[None]:
+        """Run the plain forward at depth 0, once; while it is entered, hidden states and plain logits are its own."""
+        seen: list[Any] = []
+        hook = self.backbone.register_forward_hook(
+            lambda *run: seen.append(getattr(run[-1], "last_hidden_state", None))
+        )
+        try:
+            logits = self._plain_logits(ids, mask, 0)
+        finally:
+            hook.remove()
+        passes = Passes([], seen[-1:], torch.zeros(()))
+        with patched(self, passes=lambda *_, **__: passes, _plain_logits=lambda *_: logits):
+            yield
 
     @contextmanager
     def _backbone_returning(self, hidden: Tensor) -> Iterator[None]:
