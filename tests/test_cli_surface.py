@@ -110,6 +110,7 @@ OWN = {
         "--text-field",
         "--task",
         "--dtype",
+        "--quantize",
         "--seed",
         "--seeds",
         "--equal-flops",

@@ -206,6 +206,7 @@ class Training(TypedDict):
     split: NotRequired[str]
     tasks: NotRequired[list[str]]
     text: NotRequired[str]
+    quantize: NotRequired[str]
 
 
 class CalibrationBin(TypedDict):

@@ -34,6 +34,8 @@ need. It is found by signature, type or trial, never by a version number. What h
     a server that has one model alone             `ModelManager` of `transformers serve`     RRError
     a GGUF model that can be saved                `hf_quantizer`, `quantization_config`      transformers' own error
     gradients through 4 bits on a CPU             a switch of bitsandbytes' `Linear4bit`     rr train refuses
+    which matrices bitsandbytes quantises         `get_keys_to_not_convert` of transformers  rr plan does not work
+    weights of compressed-tensors as floats       `ct_decompress_hook` and the compressor    unpacked when first used
     reading back what was saved                   `_keys_to_ignore_on_save` of a model       RRError if it has any
 
 The versions that this was tested with are in pyproject.toml; `untested` compares them with what is installed.
@@ -287,10 +289,30 @@ def serve_one_model() -> None:
     def load_own(self: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         if name != canonical(self.force_model) or kwargs.get("gguf_file") is not None:
             raise ValueError(f"this server has the model {self.force_model} alone")
-        return load(self, name, *args, **kwargs)
+        found = load(self, name, *args, **kwargs)
+        for part in found if isinstance(found, tuple) else (found,):
+            without_inference_kernels(part) if isinstance(part, torch.nn.Module) else None
+        return found
 
     manager.load_model_and_processor = load_own
+    if hasattr(manager, "get_quantization_config"):
+        manager.get_quantization_config = _quantised_as_in_training(manager.get_quantization_config)
     main()
+
+
+def _quantised_as_in_training(own: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return how the server quantises, but with scales as they are, and products as in a training."""
+
+    @functools.wraps(own)
+    def configured(self: Any) -> Any:
+        found = own(self)
+        if getattr(found, "load_in_4bit", False):
+            named = getattr(torch, str(getattr(self, "dtype", "auto")).removeprefix("torch."), None)
+            found.bnb_4bit_use_double_quant = False
+            found.bnb_4bit_compute_dtype = named if isinstance(named, torch.dtype) else torch.bfloat16
+        return found
+
+    return configured
 
 
 # -- transformers: the layers of a cache -------------------------------------------------------------------------------
@@ -430,6 +452,31 @@ def without_inference_kernels(model: Any) -> None:
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             module.support_avx512bf16_for_cpu = False
+
+
+def quantised_matrices(model: Any) -> list[str]:
+    """Return the names of the linear layers that transformers has bitsandbytes quantise."""
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = [*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    linear = [name for name, part in model.named_modules() if type(part) is torch.nn.Linear or isinstance(part, Conv1D)]
+    return [name for name in linear if should_convert_module(name, kept)]
+
+
+def unpack_compressed(model: Any) -> None:
+    """Make floats of weights that compressed-tensors has packed, which it would do in the first forward pass.
+
+    Before that, the layers are of another kind than after it, and cannot be run alone. Some formats are unpacked in
+    bfloat16, whatever the model computes in.
+    """
+    if getattr(model, "ct_decompress_hook", None) is None:
+        return
+    model.hf_quantizer.compressor.decompress_model(model)
+    for module in model.modules():
+        if getattr(module, "quantization_scheme", None) is not None and module.weight.dtype != model.dtype:
+            module.weight.data = module.weight.data.to(model.dtype)
 
 
 def unsaved_tensors(model: Any) -> tuple[str, ...]:

@@ -5,31 +5,48 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from families import build, tokens, wake
 from rrcli.demo.defaults import MODEL_DIR
 from rrcli.errors import RRError, UsageError
+from rrcli.files import checkpoints
 from rrcli.models import quantisation
+from rrcli.models.few_bits import hold
 from rrcli.models.fitting import weight_bytes
+from rrcli.models.footprint import operate, scored_batch, training_step, weights_of
 from rrcli.models.loading import load
 from rrcli.models.placement import Placement, read_placement
 from rrcli.models.quantisation import check_gradients, is_quantised, stored_format
+from rrcli.models.skeleton import skeleton as skeleton_of_source
 from rrcli.models.source import ModelSource
 from rrcli.recursion.config import RecursionConfig
 from rrcli.recursion.engine import attach
+from rrcli.recursion.flops import counted_flops
 from rrcli.recursion.lora import add_lora
 from rrcli.reporting import Silent
 from rrcli.services import train as service
 from rrcli.services.eval import evaluate
+from rrcli.services.export import export
+from rrcli.services.plan import plan
 from rrcli.services.surgery import surgery
-from rrcli.settings import EvalSettings, SurgerySettings, TrainSettings, with_changes
+from rrcli.settings import (
+    CommonSettings,
+    EvalSettings,
+    PlanSettings,
+    SurgerySettings,
+    TrainSettings,
+    with_changes,
+)
 
 installed = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 BITS = ["4bit", "8bit"]
@@ -54,6 +71,19 @@ def read(folder: Path, bits: str) -> Any:
     return load(folder / "base", device="cpu", placement=Placement(quantize=bits))[0]
 
 
+def skeleton(folder: Path, bits: str) -> Any:
+    source = ModelSource("base", folder / "base")
+    return hold(skeleton_of_source(CommonSettings(dtype="float32"), source, "F32"), source, bits)
+
+
+def held(model: Any) -> int:
+    """Return the bytes of a model that bitsandbytes has quantised, with the scales that are no parameters."""
+    scales = [getattr(module.weight, "SCB", None) for module in model.modules() if hasattr(module, "in_features")]
+    states = [getattr(module.weight, "quant_state", None) for module in model.modules() if hasattr(module, "weight")]
+    scales += [tensor for state in states if state is not None for tensor in (state.absmax, state.code)]
+    return int(model.get_memory_footprint() + sum(t.numel() * t.element_size() for t in scales if t is not None))
+
+
 def with_plain_weights(model: Any) -> Any:
     """Return a copy in which every quantised layer is an ordinary one that computes the same."""
     twin = copy.deepcopy(model)
@@ -72,11 +102,12 @@ def with_plain_weights(model: Any) -> Any:
 def test_a_quantised_base_is_small_and_what_it_takes_is_known_before(bits: str, folder: Path) -> None:
     model = read(folder, bits)
     assert is_quantised(model)
-    there = model.get_memory_footprint()
     whole = load(folder / "base", device="cpu")[0]
-    assert there < 0.75 * whole.get_memory_footprint()
+    assert held(model) < 0.75 * whole.get_memory_footprint()
     assert not is_quantised(whole)
-    assert weight_bytes(ModelSource("base", folder / "base"), torch.float32, bits) == pytest.approx(there, rel=0.05)
+    source = ModelSource("base", folder / "base")
+    predicted = weight_bytes(source, torch.float32, bits, skeleton=lambda: skeleton(folder, bits))
+    assert predicted == pytest.approx(held(model), rel=1e-3)
 
 
 @installed
@@ -111,23 +142,125 @@ def test_a_kernel_without_gradients_is_found_before_training(folder: Path) -> No
 
 
 @installed
-def test_an_experiment_runs_on_four_bits(folder: Path) -> None:
+@pytest.mark.parametrize("bits", BITS)
+def test_flops_are_those_of_weights_that_are_not_quantised(bits: str, folder: Path) -> None:
+    found = []
+    for model in (read(folder, bits), load(folder / "base", device="cpu")[0]):
+        model.requires_grad_(False)
+        attach(model, RecursionConfig(max_steps=1))
+        with counted_flops() as counter:
+            model(tokens(2, 16), use_cache=False).logits.sum().backward()
+        found.append(counter.checked())
+    assert found[0] == found[1]
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    """The checkpoint of phase b on a base of four bits, and beside it that of phase a."""
     made = surgery(SurgerySettings(model="base", device="cpu", quantize="4bit"), folder, Silent())
     assert made.verified_depths == [0, 1, 2]
     for phase in "ab":
-        run = with_changes(TRAIN, phase=phase, run_name=phase)
+        run = with_changes(TRAIN, phase=phase, run_name=phase, eval_interval=0)
         assert service.train(run, "recursive", folder, Silent()).steps == 1
+    return folder / "checkpoints" / "b"
+
+
+@installed
+def test_an_experiment_runs_on_four_bits(folder: Path, trained: Path) -> None:
     measuring = EvalSettings(
         model="base", device="cpu", quantize="4bit", problems=1, max_samples=1, max_new_tokens=2, skip_performance=True,
         skip_generation=True,
     )  # fmt: skip
-    trained = str(folder / "checkpoints" / "b")
-    results = evaluate(measuring, "finetuned_recursive", folder, Silent(), model=trained).results
+    results = evaluate(measuring, "finetuned_recursive", folder, Silent(), model=str(trained)).results
     assert results["settings"]["quantize"] == "4bit"
+    assert results["training"]["quantize"] == "4bit"
     assert len(results["by_depth"]["perplexity"]) == 3
     with pytest.raises(UsageError, match=r"--quantize 4bit holds few bits: such weights cannot be trained") as error:
         service.train(with_changes(TRAIN, phase="c"), "vanilla", folder, Silent())
     assert error.value.hint == "Take --phase b or --phase a."
+
+
+@installed
+def test_an_export_says_how_it_is_quantised_and_then_writes_the_same_tokens(folder: Path, trained: Path) -> None:
+    done = export(CommonSettings(), str(trained), Path("export"), folder, Silent())
+    page = (done.folder / "README.md").read_text()
+    given = re.search(r"quantization_config=(BitsAndBytesConfig\(.*?\))\)", page)
+    assert given is not None
+    own = load(checkpoints(trained)[-1], device="cpu", directory=folder, placement=Placement(quantize="4bit"))[0]
+    stock = AutoModelForCausalLM.from_pretrained(
+        done.folder, trust_remote_code=True, dtype=torch.float32,
+        quantization_config=eval(given[1].replace("bfloat16", "float32"), {"BitsAndBytesConfig": BitsAndBytesConfig}),
+    )  # fmt: skip
+    for model in (own, stock):
+        wake(model.recursion)
+    ids = tokens(1, 6)
+    written = [model.generate(ids, max_new_tokens=12, do_sample=False).tolist() for model in (own, stock)]
+    assert written[0] == written[1]
+    with torch.no_grad():
+        assert torch.equal(own(ids).logits, stock(ids).logits)
+
+
+@installed
+def test_adapters_of_a_quantised_base_are_not_added_to_whole_weights(folder: Path, trained: Path) -> None:
+    run = with_changes(TRAIN, phase="b", run_name="vanilla", eval_interval=0)
+    service.train(run, "vanilla", folder, Silent())
+    with pytest.raises(UsageError, match=r"were trained on weights in 4bit, and would be added to whole ones"):
+        export(CommonSettings(), "vanilla", Path("merged"), folder, Silent(), merge=True)
+
+
+def test_the_server_quantises_as_a_training_does() -> None:
+    from rrcli.upstream import _quantised_as_in_training
+
+    stock = SimpleNamespace(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    found = _quantised_as_in_training(lambda _: stock)(SimpleNamespace(dtype=torch.float32))
+    assert (found.bnb_4bit_use_double_quant, found.bnb_4bit_compute_dtype) == (False, torch.float32)
+    assert _quantised_as_in_training(lambda _: None)(SimpleNamespace(dtype="auto")) is None
+
+
+# -- rr plan -----------------------------------------------------------------------------------------------------------
+
+
+def planned(folder: Path, *, gpus: str = "2x80", **changes: Any) -> Any:
+    shared = {"model": "base", "quantize": "4bit"} | changes
+
+    def read_settings(cls: type[Any]) -> Any:
+        small = {"batch_size": 2, "max_length": 32, "context": 32, "batch_tokens": 64, "problems": 1, "max_samples": 1}
+        return with_changes(cls(), **{name: value for name, value in (small | shared).items() if hasattr(cls, name)})
+
+    settings = with_changes(read_settings(PlanSettings), gpus=gpus)
+    return plan(settings, read_settings, folder, Silent(), hardware="", given={})
+
+
+def test_a_plan_counts_what_a_quantised_base_takes_and_never_cuts_it(folder: Path) -> None:
+    found = {bits: planned(folder, phase="b", quantize=bits, dtype="float32") for bits in ("none", *BITS)}
+    assert [one.model["quantised"] for one in found.values()] == ["none", *BITS]
+    assert found["4bit"].model["weight_bytes"] == weights_of(skeleton(folder, "4bit")).base
+    sizes = [one.model["weight_bytes"] for one in found.values()]
+    assert sizes[1] < sizes[2] < 0.7 * sizes[0]
+    ways = {bits: {str(memory.arrangement) for memory in one.memory} for bits, one in found.items()}
+    assert ways["4bit"] == ways["8bit"] == {"one device", "--parallel replicas=2", "--device-map auto"}
+    assert "--parallel fsdp=2" in ways["none"]
+
+
+def test_a_plan_refuses_the_phase_that_training_refuses(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"--quantize 4bit holds few bits: such weights cannot be trained") as error:
+        planned(folder, phase="c")
+    assert error.value.hint == "Take --phase b or --phase a."
+
+
+def test_what_is_unpacked_for_a_moment_is_in_a_plan(folder: Path) -> None:
+    """One matrix at a time; the FLOPs stay the same."""
+    steps, scored = {}, {}
+    for bits in ("none", *BITS):
+        model = skeleton(folder, bits)
+        trained = operate(model, recursion=RecursionConfig(max_steps=1), phase="b")
+        steps[bits] = training_step(model, trained, rows=1, length=4, depth=1, share=0.5, device="cpu", autocast=False)
+        scored[bits] = scored_batch(model, rows=1, length=4, depth=1, device="cpu")
+    assert len({step.flops for step in steps.values()}) == 1
+    assert not any(step.uncounted for step in steps.values())
+    largest = 4 * 128 * 192
+    for bits in BITS:
+        assert largest / 2 < scored[bits].activations - scored["none"].activations < 2 * largest
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------
@@ -146,8 +279,9 @@ def test_a_stored_format_whose_kernels_are_missing_is_refused_with_the_reason(fo
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 64}
     (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
     assert stored_format(ModelSource("gptq", tmp_path / "gptq")) == "gptq"
-    with pytest.raises(RRError, match=r"(?i)cannot read the weights of .*gptq"):
+    with pytest.raises(RRError, match=r"(?i)cannot read the weights of .*gptq") as error:
         load(tmp_path / "gptq", device="cpu")
+    assert error.value.hint.startswith("They are quantised (gptq): install what the message names")
     with pytest.raises(UsageError, match=r"is quantised already \(gptq\)"):
         load(tmp_path / "gptq", device="cpu", placement=Placement(quantize="4bit"))
     with pytest.raises(UsageError, match=r"is quantised \(gptq\): such weights cannot be trained"):

@@ -29,8 +29,18 @@ TEXT = ("data", "eval_data", "text_field", "on_bad_row", "template_date")
 DATA = (*TEXT, "task")
 # The options of `rr run` that decide what an experiment takes.
 PLANNED = (
-    *("model", "data", "eval_data", "text_field", "task", "dtype", "trust_remote_code", "seed", "seeds", "equal_flops"),
-    *("span", "max_steps", "cell_width", "chunk_width", "phase", "steps", "batch_size", "train_max_length"),
+    *("model", "data", "eval_data", "text_field", "task", "dtype", "quantize", "trust_remote_code", "seed", "seeds"),
+    *(
+        "equal_flops",
+        "span",
+        "max_steps",
+        "cell_width",
+        "chunk_width",
+        "phase",
+        "steps",
+        "batch_size",
+        "train_max_length",
+    ),
     *(
         "train_max_steps",
         "lora_rank",

@@ -42,6 +42,13 @@ class Made:
         return found
 
     @property
+    def training(self) -> dict[str, Any]:
+        """What is known of how it was trained; empty where it was not."""
+        metrics = self.source.path / METRICS_FILE
+        found = read_json(metrics, "rr train", CheckpointMetrics).get("training", {}) if metrics.is_file() else {}
+        return dict(found)
+
+    @property
     def hub_base(self) -> str | None:
         """The id of its base on the hub, if it has one."""
         recorded: str = self.manifest["base"]["source"]
@@ -123,8 +130,6 @@ def export_to(
 
 def card(made: Made, title: str, comparison: str = "", *, merged: bool = False) -> Card:
     """Return the model card of what is exported."""
-    metrics = made.source.path / METRICS_FILE
-    training = read_json(metrics, "rr train", CheckpointMetrics).get("training", {}) if metrics.is_file() else {}
     about = made.manifest["base"]
     commit = f" at commit {about['commit']}" if "commit" in about else ""
     return Card(
@@ -133,7 +138,7 @@ def card(made: Made, title: str, comparison: str = "", *, merged: bool = False) 
         hub_base=made.hub_base,
         revision=commit,
         manifest=made.manifest,
-        training=dict(training),
+        training=made.training,
         comparison=comparison,
         merged=merged,
     )
@@ -146,6 +151,11 @@ def _refuse_merge(made: Made) -> None:
         raise UsageError(
             f"the LoRA adapters of {made.name} cannot be merged: they are on in the passes of its recursion alone",
             "Leave --merge out: the export keeps them beside its weights.",
+        )
+    if held := made.training.get("quantize"):
+        raise UsageError(
+            f"the LoRA adapters of {made.name} were trained on weights in {held}, and would be added to whole ones",
+            "Leave --merge out: the export keeps them beside its weights, and its page says how to load it.",
         )
     if not made.base.is_gguf and "quantization_config" in read_json(made.base.path / "config.json", "its author", dict):
         raise UsageError(f"the weights of {made.name} are quantised: adapters cannot be added", "Leave --merge out.")

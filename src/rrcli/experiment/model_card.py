@@ -15,13 +15,18 @@ from rrcli.recursion.exits import ExitRule
 
 # Where a recursion and adapters are; see `models/export`.
 LOADING = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer{imported}
 
-model = AutoModelForCausalLM.from_pretrained({name}{trust})
+model = AutoModelForCausalLM.from_pretrained({name}{trust}{bits})
 tokenizer = AutoTokenizer.from_pretrained({name})
 ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 ```"""
+# How weights are quantised as in the training; see `models/quantisation.configuration`.
+BITS = {
+    "4bit": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"',
+    "8bit": "load_in_8bit=True",
+}
 HARNESS = """```bash
 lm_eval --model hf --model_args pretrained={name}{trust} --tasks TASK
 transformers serve {name}{flag}
@@ -93,15 +98,20 @@ class Card:
 
     def _use(self) -> list[str]:
         name = json.dumps(self.title)
+        held = self.training.get("quantize", "")
+        given = {
+            "imported": ", BitsAndBytesConfig" if held else "",
+            "bits": f", quantization_config=BitsAndBytesConfig({BITS[held]})" if held else "",
+        }
         if self._recursion is None:
             return [
-                LOADING.format(name=name, trust=""),
+                LOADING.format(name=name, trust="", **given),
                 HARNESS.format(name=self.title, trust="", flag=""),
             ]
         return [
             "The recursion is the package rrcli (`pip install rrcli`); this folder holds a line that imports it, which "
             "`trust_remote_code` allows. `model.recursion.depth` says how many passes follow the first one.",
-            LOADING.format(name=name, trust=", trust_remote_code=True"),
+            LOADING.format(name=name, trust=", trust_remote_code=True", **given),
             HARNESS.format(name=self.title, trust=",trust_remote_code=True", flag=" --trust-remote-code"),
         ]
 
@@ -127,6 +137,11 @@ class Card:
 
     def _limits(self) -> list[str]:
         limits = ["What was measured was decoded greedily, without the sampling of `generation_config.json`."]
+        if held := self.training.get("quantize"):
+            limits.append(
+                f"It was trained on weights in {held} (bitsandbytes). The folder holds them whole: without the "
+                "`quantization_config` above it is a slightly different model."
+            )
         if self._recursion is None:
             return limits
         limits += [

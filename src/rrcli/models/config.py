@@ -7,6 +7,7 @@ from typing import Any
 
 from rrcli.errors import RRError, first_line
 from rrcli.models.manifest import base_auto_map
+from rrcli.models.quantisation import stored_format
 from rrcli.models.source import ModelSource
 
 
@@ -35,6 +36,11 @@ def unreadable(source: ModelSource, what: str, error: BaseException) -> RRError:
     hint = ""
     if "trust_remote_code" in str(error):
         hint = "This model brings its own code; read it, then pass --trust-remote-code."
+    elif what == "weights" and (name := stored_format(source)):
+        hint = (
+            f"They are quantised ({name}): install what the message names, take a device that this format has kernels "
+            "for, or the model before it was quantised, with --quantize."
+        )
     return RRError(f"cannot read the {what} of {source.path}: {first_line(error)}", hint)
 
 

@@ -53,6 +53,11 @@ class Device:
         """Return its FLOPS in a number format; float16 is as fast as bfloat16."""
         return self.flops["float32" if dtype == "float32" else "bfloat16"]
 
+    @property
+    def fp8(self) -> bool:
+        """Whether it has products of fp8, as all GPUs of the table but the oldest have."""
+        return self.kind == "cuda" and self.name != "a100"
+
 
 _ROW = re.compile(r"^ {4}(\w+) +([\d.]+) +([\d.]+) +(\d+) +([\d.]+) +(\d+)  (.+)$", re.MULTILINE)
 # The table above is the data.
@@ -101,6 +106,13 @@ def this_machine() -> tuple[Device, int]:
     if known is None:
         raise UsageError(f"the figures of {about.name} are not known", f"Name the most similar: {', '.join(DEVICES)}.")
     return replace(known, memory=int(about.total_memory)), torch.cuda.device_count()
+
+
+def computes_fp8(device: str) -> bool:
+    """Tell whether a device of this machine has products of fp8, as GPUs from compute capability 8.9 on have."""
+    import torch
+
+    return device.startswith("cuda") and torch.cuda.get_device_capability(torch.device(device)) >= (8, 9)
 
 
 def this_cpu() -> Device:

@@ -34,7 +34,7 @@ from rrcli.models.loading import equip
 from rrcli.models.manifest import AUTO_MODEL, base_auto_map, read_manifest
 from rrcli.models.weights import ADAPTER_FOLDER
 from rrcli.recursion.chunked_decoding import ChunkedDecoding
-from rrcli.upstream import patched, remote_class
+from rrcli.upstream import patched, remote_class, without_inference_kernels
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,7 @@ def _equip(model: Any, place: Path, manifest: dict[str, Any], depth: int | None)
     if manifest["recursion"] is not None:
         equip(model, place, manifest)
     vars(model)[EQUIPPED] = True
+    without_inference_kernels(model)
     if manifest["recursion"] is None:
         return
     if depth is not None:

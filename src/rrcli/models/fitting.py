@@ -14,7 +14,7 @@ from typing import Any
 from rrcli.errors import RRError, UsageError, suggest
 from rrcli.models.inspection import BITS, inspect_weights
 from rrcli.models.placement import BALANCED, Parallel, Placement
-from rrcli.models.quantisation import NONE, quantised_bytes, stored_format
+from rrcli.models.quantisation import NONE, stored_format
 from rrcli.models.source import ModelSource
 from rrcli.recursion.config import RecursionConfig
 
@@ -25,18 +25,21 @@ CACHED_TOKENS = 4096
 GIB = 2**30
 
 
-def weight_bytes(source: ModelSource, dtype: Any, quantize: str = NONE) -> int | None:
+def weight_bytes(source: ModelSource, dtype: Any, quantize: str, *, skeleton: Callable[[], Any]) -> int | None:
     """Return what the weights of a source take in memory, in bytes; None for GGUF, whose weights grow when read.
 
     Args:
         dtype: a dtype of torch, or "auto": as stored. quantize: in how many bits they are held.
+        skeleton: makes that of the model, which knows what quantised weights take (see `few_bits`); asked for those.
     """
     if source.is_gguf:
         return None
+    if quantize != NONE or stored_format(source):
+        from rrcli.models.footprint import weights_of
+
+        return weights_of(skeleton()).base
     weights = inspect_weights(source.path)
-    if quantize != NONE:
-        return quantised_bytes(source, quantize, 2 if dtype == "auto" else dtype.itemsize)
-    if dtype == "auto" or BITS.get(weights.dtype, 8) <= 8 or stored_format(source):
+    if dtype == "auto" or BITS.get(weights.dtype, 8) <= 8:
         return weights.size
     return weights.size * dtype.itemsize * 8 // BITS[weights.dtype]
 
@@ -68,15 +71,20 @@ def budgets(placement: Placement, device: str) -> dict[str | int, int]:
     return found
 
 
-def arrangement(base: ModelSource, placement: Placement, device: str, *, dtype: Any) -> dict[str, Any]:
+def arrangement(
+    base: ModelSource, placement: Placement, device: str, *, dtype: Any, skeleton: Callable[[], Any]
+) -> dict[str, Any]:
     """Return the options with which `from_pretrained` lays the weights over devices; none where one device has all.
+
+    Args:
+        skeleton: see `weight_bytes`.
 
     Raises:
         UsageError: devices that are not there.
     """
     if isinstance(placement.device_map, dict):
         return {"device_map": {module: _key(str(where)) for module, where in placement.device_map.items()}}
-    room, size = budgets(placement, device), weight_bytes(base, dtype, placement.quantize)
+    room, size = budgets(placement, device), weight_bytes(base, dtype, placement.quantize, skeleton=skeleton)
     spread = placement.device_map == BALANCED and len([key for key in room if isinstance(key, int)]) > 1
     if size is None or (size <= room[_main(device, room)] and not spread):
         return {}
@@ -183,18 +191,20 @@ def need(model: Any, *, config: RecursionConfig, trains: bool = False) -> Need:
     return Need(model, trained, tuple(growing * CACHED_TOKENS + constant for growing, constant in pairs))
 
 
-def surely_fits(base: ModelSource, placement: Placement, device: str, *, dtype: Any, trains: bool) -> bool:
-    """Tell from the size of the weight files alone whether there is no doubt that a model fits as it is placed.
+def surely_fits(
+    base: ModelSource, placement: Placement, device: str, *, dtype: Any, trains: bool, skeleton: Callable[[], Any]
+) -> bool:
+    """Tell from the size of the weights alone whether there is no doubt that a model fits as it is placed.
 
     Args:
-        trains: whether all weights train.
+        trains: whether all weights train. skeleton: see `weight_bytes`.
     """
-    size = weight_bytes(base, dtype, placement.quantize)
+    size = weight_bytes(base, dtype, placement.quantize, skeleton=skeleton)
     if size is None:
         return True
     per_byte = 8 if trains else 1  # of a weight of two bytes: fp32 copy, gradient, moments
     if placement.parallel is None and placement.offload:
-        return not arrangement(base, placement, device, dtype=dtype)
+        return not arrangement(base, placement, device, dtype=dtype, skeleton=skeleton)
     return size * per_byte <= _total(device) // 2
 
 
@@ -227,7 +237,8 @@ def refuse_misfit(
     if least <= there:
         return
     total = _total(device)
-    shares = next((n for n in (2, 4, 8, 16, 32, 64, 128) if found.on_each(Parallel(fsdp=n)) <= total), None)
+    cut = placement.quantize == NONE and not stored_format(base)
+    shares = next((n for n in (2, 4, 8, 16, 32, 64, 128) if cut and found.on_each(Parallel(fsdp=n)) <= total), None)
     fits = [f"--parallel fsdp={shares}"] if shares and device != "mps" and shares > placement.processes else []
     if trains and need(skeleton(), config=config).on_each(placement.parallel) <= total:
         fits.append("--phase b")

@@ -1,6 +1,6 @@
 """How many bytes and FLOPs a model takes to train, to score and to generate, from its skeleton alone.
 
-    weights      of the base in its format; of the sidecar; of the adapters. What trains is held in fp32
+    weights      of the base in its format, or quantised; of the sidecar; of the adapters. What trains is held in fp32
     gradients    4 bytes for each weight that trains
     optimiser    8 bytes for each weight that trains, and 4 for each tensor; 4 more with an average of the weights
     activations  what forward keeps for backward, or computes at a time, at the moment when most is held
@@ -16,7 +16,7 @@ installed, its reference in torch is what is counted, as it is what would run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from rrcli.errors import RRError, first_line
 from rrcli.models import ledger as accounts
 from rrcli.models.costs import held_bytes
+from rrcli.models.few_bits import sizes
 from rrcli.models.ledger import accounted
 from rrcli.recursion import tiles
 from rrcli.recursion.boundary_head import Top
@@ -138,13 +139,13 @@ def weights_of(model: Any, trained: Sequence[Tensor] = (), *, average: bool = Fa
         trained: what `operate` returned. average: whether an average of the weights goes along (`--ema`).
     """
     adapters = {id(p) for p in model.lora.parameters()} if model.__dict__.get("lora") is not None else set()
-    base = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in adapters]
+    held = sizes(model)
     sidecar = list(model.recursion.parameters()) if model.__dict__.get("recursion") is not None else []
     count = sum(p.numel() for p in trained)
     return Weights(
-        base=_bytes(base),
-        sidecar=_bytes(sidecar),
-        adapters=_bytes(p for p in model.parameters() if id(p) in adapters),
+        base=sum(size for key, size in held.items() if key not in adapters),
+        sidecar=sum(p.numel() * p.element_size() for p in sidecar),
+        adapters=sum(size for key, size in held.items() if key in adapters),
         gradients=4 * count,
         optimiser=OF_WEIGHT * count + OF_TENSOR * len(trained) + (4 * count if average else 0),
         parameters=sum(p.numel() for part in _parts(model) for p in part.parameters()),
@@ -267,7 +268,3 @@ def _parts(model: Any) -> Iterator[nn.Module]:
     yield model
     if model.__dict__.get("recursion") is not None:
         yield model.recursion
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rrcli.models.fitting import arrangement, expanded, gib, refuse_misfit, sure
 from rrcli.models.inspection import inspect_weights
 from rrcli.models.manifest import MODELLING_FILE, compare_hashes
 from rrcli.models.placement import Parallel, Placement, read_placement
-from rrcli.models.quantisation import NONE, stored_format
+from rrcli.models.quantisation import NONE, refuse, stored_format
 from rrcli.models.source import ModelSource, base_of, resolve
 from rrcli.models.weights import adapter_folder, weight_files
 from rrcli.recursion.config import RecursionConfig
@@ -69,13 +70,20 @@ def load(
     device = pick_device(device)
     placement = placement or Placement()
     number_format = pick_dtype(dtype, device)
-    if not surely_fits(base, placement, device, dtype=number_format, trains=trains):
+    cut = placement.parallel is not None and placement.parallel.cuts
+    refuse(base, placement.quantize, trains=trains, cut=cut)
+
+    def shapes() -> Any:
+        return _shapes(base, placement, device, number_format, trust_remote_code)
+
+    if not surely_fits(base, placement, device, dtype=number_format, trains=trains, skeleton=shapes):
         config = RecursionConfig.from_dict(manifest["recursion"]) if manifest and manifest["recursion"] else None
         refuse_misfit(
-            base, lambda: _skeleton(base, number_format, trust_remote_code), placement, device,
-            config=config or RecursionConfig(), trains=trains,
+            base, shapes, placement, device, config=config or RecursionConfig(), trains=trains,
         )  # fmt: skip
-    model = _placed(base, placement, device, dtype=number_format, trust_remote_code=trust_remote_code, trains=trains)
+    model = _placed(
+        base, placement, device, dtype=number_format, trust_remote_code=trust_remote_code, trains=trains, shapes=shapes
+    )
     translate(model)
     carries_tokenizer = source.path.is_dir() and (source.path / "tokenizer_config.json").exists()
     tokenizer = load_tokenizer(source if carries_tokenizer else base, trust_remote_code=trust_remote_code)
@@ -218,22 +226,24 @@ def pick_dtype(dtype: str, device: str) -> Any:
 
 
 def _placed(
-    source: ModelSource, placement: Placement, device: str, *, dtype: Any, trust_remote_code: bool, trains: bool
-) -> Any:
-    """Read the weights of a model to where they are to lie, and return it in evaluation mode."""
+    source: ModelSource, placement: Placement, device: str, *, dtype: Any, trust_remote_code: bool, trains: bool,
+    shapes: Callable[[], Any],
+) -> Any:  # fmt: skip
+    """Read the weights of a model to where they are to lie, and return it in evaluation mode.
+
+    Args:
+        shapes: makes its skeleton.
+    """
     import torch
 
     from rrcli.upstream import left_in_files
 
-    quantised = stored_format(source)
-    if placement.quantize != NONE or quantised:
-        _check_quantised(source, placement, quantised, trains=trains)
-        return _quantised(source, placement, device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if placement.quantize != NONE or stored_format(source):
+        options = _where(source, placement, device, dtype=dtype, shapes=shapes) or {"device_map": {"": device}}
+        return _quantised(source, placement.quantize, dtype, trust_remote_code=trust_remote_code, options=options)
     if placement.parallel is not None and (placement.parallel.cuts or trains):
         return _in_parts(source, placement.parallel, dtype, trust_remote_code=trust_remote_code, trains=trains)
-    options = arrangement(source, placement, device, dtype=dtype)
-    if isinstance(placement.device_map, dict):
-        options["device_map"] = expanded(options["device_map"], _skeleton(source, dtype, trust_remote_code))
+    options = _where(source, placement, device, dtype=dtype, shapes=shapes)
     if not options:
         return _read_weights(source, dtype, trust_remote_code).to(torch.device(device)).eval()
     # The few weights that can't be read from the model's own files each time are written here. Not among the system's
@@ -245,40 +255,35 @@ def _placed(
     return model
 
 
-def _check_quantised(source: ModelSource, placement: Placement, stored: str, *, trains: bool) -> None:
-    """Refuse what cannot be done with a quantised base, before anything is read.
-
-    Raises:
-        UsageError: its weights are to be trained, or cut, or quantised once more.
-    """
-    if placement.quantize != NONE and (stored or source.is_gguf):
-        raise UsageError(
-            f"{source.path} is quantised already ({stored or 'gguf'}), --quantize {placement.quantize} cannot be added",
-            "Leave --quantize out.",
-        )
-    what = f"{source.path} is quantised ({stored})" if stored else f"--quantize {placement.quantize} holds few bits"
-    if trains:
-        raise UsageError(f"{what}: such weights cannot be trained", "Take --phase b or --phase a.")
-    if placement.parallel is not None and placement.parallel.cuts:
-        raise UsageError(f"{what}: such weights cannot be cut among processes", "Take --num-processes.")
+def _where(
+    source: ModelSource, placement: Placement, device: str, *, dtype: Any, shapes: Callable[[], Any]
+) -> dict[str, Any]:
+    """Return the options with which the weights are laid over devices; none where one device has all."""
+    options = arrangement(source, placement, device, dtype=dtype, skeleton=shapes)
+    if isinstance(placement.device_map, dict):
+        options["device_map"] = expanded(options["device_map"], shapes())
+    return options
 
 
-def _quantised(source: ModelSource, placement: Placement, device: str, *, dtype: Any, trust_remote_code: bool) -> Any:
+def _quantised(
+    source: ModelSource, quantize: str, dtype: Any, *, trust_remote_code: bool, options: dict[str, Any]
+) -> Any:
     """Read a quantised base, or quantise it while it is read.
+
+    Args:
+        options: where its weights are to lie.
 
     Raises:
         UsageError: bitsandbytes is not installed. RRError: what the format needs is not there.
     """
     from rrcli.models.quantisation import configuration
-    from rrcli.upstream import without_inference_kernels
+    from rrcli.upstream import unpack_compressed, without_inference_kernels
 
-    options = arrangement(source, placement, device, dtype=dtype) or {"device_map": {"": device}}
-    if isinstance(placement.device_map, dict):
-        options["device_map"] = expanded(options["device_map"], _skeleton(source, dtype, trust_remote_code))
-    if placement.quantize != NONE:
-        options["quantization_config"] = configuration(placement.quantize, dtype)
+    if quantize != NONE:
+        options["quantization_config"] = configuration(quantize, dtype)
     model = _read_weights(source, dtype, trust_remote_code, **options)
     without_inference_kernels(model)
+    unpack_compressed(model)
     return model.eval()
 
 
@@ -319,6 +324,14 @@ def _in_parts(source: ModelSource, parallel: Parallel, dtype: Any, *, trust_remo
         parts.hold_masters(model)
     parts.settle(model, trains=trains)
     return model.eval()
+
+
+def _shapes(source: ModelSource, placement: Placement, device: str, dtype: Any, trust_remote_code: bool) -> Any:
+    """Return a model's skeleton with what its weights take as they are placed."""
+    from rrcli.models.devices import computes_fp8
+    from rrcli.models.few_bits import hold
+
+    return hold(_skeleton(source, dtype, trust_remote_code), source, placement.quantize, fp8=computes_fp8(device))
 
 
 def _skeleton(source: ModelSource, dtype: Any, trust_remote_code: bool) -> Any:

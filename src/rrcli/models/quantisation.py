@@ -12,13 +12,10 @@ import re
 from typing import Any
 
 from rrcli.errors import RRError, UsageError
-from rrcli.files import read_json, safetensors_header
+from rrcli.files import read_json
 from rrcli.models.source import ModelSource
-from rrcli.models.weights import weight_files
 
 NONE, FOUR, EIGHT = "none", "4bit", "8bit"
-# Bytes of a quantised weight: 4 bits and a scale in fp32 for 64 of them; 8 bits and a scale for each row.
-SIZES = {FOUR: 0.5 + 4 / 64, EIGHT: 1.01}
 # How far two computations of one sum may be apart where rows are rounded to 8 bits, relative to its terms.
 TOLERANCE = 0.05
 
@@ -31,21 +28,29 @@ def stored_format(source: ModelSource) -> str:
     return str(found.get("quant_method", "quantised")) if isinstance(found, dict) else ""
 
 
-def quantised_bytes(source: ModelSource, kind: str, itemsize: int) -> int:
-    """Return what the weights take in memory once they are quantised, in bytes, from the headers of their files.
+def refuse(source: ModelSource, quantize: str, *, trains: bool, cut: bool) -> None:
+    """Refuse what cannot be done with a quantised base, before anything is read; others are let through.
 
     Args:
-        itemsize: bytes of each weight that is not.
+        quantize: in how many bits it is to be held. trains: whether its weights are to be trained. cut: whether they
+            are to be cut among processes.
+
+    Raises:
+        UsageError: one of these, or it is to be quantised once more.
     """
-    total = 0.0
-    for file in weight_files(source.path):
-        for name, entry in safetensors_header(file).items():
-            count = 1
-            for size in entry["shape"]:
-                count *= size
-            matrix = len(entry["shape"]) == 2 and re.search(r"\.\d+\.", name) and ".experts." not in name
-            total += count * (SIZES[kind] if matrix else itemsize)
-    return round(total)
+    stored = stored_format(source)
+    if quantize == NONE and not stored:
+        return
+    if quantize != NONE and (stored or source.is_gguf):
+        raise UsageError(
+            f"{source.path} is quantised already ({stored or 'gguf'}), --quantize {quantize} cannot be added",
+            "Leave --quantize out.",
+        )
+    what = f"{source.path} is quantised ({stored})" if stored else f"--quantize {quantize} holds few bits"
+    if trains:
+        raise UsageError(f"{what}: such weights cannot be trained", "Take --phase b or --phase a.")
+    if cut:
+        raise UsageError(f"{what}: such weights cannot be cut among processes", "Take --num-processes.")
 
 
 def configuration(kind: str, dtype: Any) -> Any:
@@ -70,20 +75,33 @@ def configuration(kind: str, dtype: Any) -> Any:
 
 def is_quantised(model: Any) -> bool:
     """Tell whether a model was read through a quantiser of transformers that left its weights quantised."""
-    return bool(getattr(model, "is_quantized", False)) and _layers(model) != []
+    return bool(getattr(model, "is_quantized", False)) and bool(_layers(model))
 
 
 def check_gradients(model: Any) -> None:
-    """Check on one quantised layer that gradients go through it.
+    """Check on the quantised layers of each kind that gradients go through them.
 
     A layer without its bias is linear, so the sum of its outputs is that of each input times its gradient.
 
     Raises:
         RRError: they do not.
     """
+    kinds: dict[Any, Any] = {}
+    for name, layer in _layers(model).items():
+        of_its_own = type(layer), type(layer.weight.data), layer.weight.dtype, "forward" in vars(layer)
+        kinds.setdefault((re.sub(r"\d+", "", name), *of_its_own), layer)
+    for layer in kinds.values():
+        if not _passes_gradients(layer, model):
+            raise RRError(
+                f"no gradients go through the kernels of this quantised model ({type(layer).__name__} on "
+                f"{model.device})",
+                "Take another device, or train on the model as it was before it was quantised.",
+            )
+
+
+def _passes_gradients(layer: Any, model: Any) -> bool:
     import torch
 
-    layer = _layers(model)[0]
     before = layer.training
     rows = torch.linspace(-1, 1, 2 * layer.in_features, device=model.device, dtype=model.dtype)
     rows = rows.view(2, layer.in_features).requires_grad_(True)
@@ -93,26 +111,26 @@ def check_gradients(model: Any) -> None:
             (output if layer.bias is None else output - layer.bias).sum().backward()
     layer.train(before)
     output = output.detach()
-    found = None if rows.grad is None else float((rows.grad * rows.detach()).sum())
+    if rows.grad is None:
+        return False
     bias = 0.0 if layer.bias is None else float(layer.bias.detach().sum()) * len(rows)
-    expected, scale = float(output.sum()) - bias, float(output.abs().sum())
-    if found is None or not abs(found - expected) <= TOLERANCE * scale:
-        raise RRError(
-            f"no gradients go through the kernels of this quantised model ({type(layer).__name__} on {model.device})",
-            "Take another device, or train on the model without --quantize.",
-        )
+    found, scale = float((rows.grad * rows.detach()).sum()), float(output.abs().sum())
+    return abs(found - (float(output.sum()) - bias)) <= TOLERANCE * scale
 
 
-def _layers(model: Any) -> list[Any]:
-    """Return the quantised layers: with inputs, but no linear layers of torch, or with a weight that is no floats."""
+def _layers(model: Any) -> dict[str, Any]:
+    """Return the quantised layers by name: with inputs, and not just torch's own linear layer with a weight of floats.
+
+    That may also be one that has a forward of its own, in which compressed-tensors rounds what goes in.
+    """
     import torch
 
     def plain(layer: Any) -> bool:
-        weight = layer.weight if type(layer) is torch.nn.Linear else None
+        weight = layer.weight if type(layer) is torch.nn.Linear and "forward" not in vars(layer) else None
         return weight is not None and type(weight.data) is torch.Tensor and weight.dtype.itemsize > 1
 
-    return [
-        module
-        for module in model.modules()
+    return {
+        name: module
+        for name, module in model.named_modules()
         if hasattr(module, "in_features") and not hasattr(module, "base_layer") and not plain(module)
-    ]
+    }

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rrcli.models.devices import Device
+from rrcli.models.few_bits import sizes
 from rrcli.models.footprint import Weights, weights_of
 from rrcli.models.placement import Parallel
 from rrcli.recursion.facts import experts_per_token, hidden_size, text_config
@@ -74,15 +75,19 @@ class Arrangement:
         return f"--parallel {given}" if given else "one device"
 
 
-def arrangements(model: Any, count: int) -> list[Arrangement]:
-    """Return how a model can be laid over so many devices, those first that send least between them."""
+def arrangements(model: Any, count: int, *, cut: bool = True) -> list[Arrangement]:
+    """Return how a model can be laid over so many devices, those first that send least between them.
+
+    Args:
+        cut: whether its weights can be cut into parts, which quantised ones cannot.
+    """
     if count == 1:
         return [Arrangement()]
     found = [
         *(Arrangement(), Arrangement(replicas=count), Arrangement(fsdp=count), Arrangement(fsdp=count, ep=count)),
         *(Arrangement(tp=count), Arrangement(tp=count, ep=count), Arrangement(mapped=count)),
     ]
-    return [one for one in found if obstacle(model, one.parallel) is None]
+    return [one for one in found if (cut or not one.parallel.cuts) and obstacle(model, one.parallel) is None]
 
 
 def obstacle(model: Any, parallel: Parallel) -> tuple[str, Parallel] | None:
@@ -171,9 +176,9 @@ def held_by_each(model: Any, trained: Sequence[Tensor], arrangement: Arrangement
 
 def _fullest(model: Any, count: int) -> int:
     """Return the bytes of the fullest of `count` devices over which the layers are spread in their order."""
-    sizes = {id(p): p.numel() * p.element_size() for p in model.parameters() if p.numel()}
-    layers = [sum(sizes.pop(id(p), 0) for p in layer.parameters()) for layer in _layers(model)]
-    parts = [sum(sizes.values()) // 2, *layers, sum(sizes.values()) - sum(sizes.values()) // 2]
+    held = sizes(model)
+    layers = [sum(held.pop(id(p), 0) for p in layer.parameters()) for layer in _layers(model)]
+    parts = [sum(held.values()) // 2, *layers, sum(held.values()) - sum(held.values()) // 2]
     least = max(max(parts), math.ceil(sum(parts) / count))
     while _devices_for(parts, least) > count:
         least = math.ceil(least * 1.02)
@@ -184,7 +189,8 @@ def largest_part(model: Any) -> int:
     """Return the bytes of the largest part that runs at a time: a layer, the embedding or the head."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     parts = [*_layers(model), *(module for module in ends if module is not None)]
-    return max(sum(p.numel() * p.element_size() for p in part.parameters()) for part in parts)
+    held = sizes(model)
+    return max(sum(held[id(p)] for p in part.parameters()) for part in parts)
 
 
 def _devices_for(parts: Sequence[int], room: int) -> int:
@@ -239,14 +245,15 @@ def reading(model: Any) -> Reading:
     experts = {id(p) for _, p in _experts(model)}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     rows_alone = {id(embedding)} if head is None or head.weight is not embedding else set()
-    sizes = {id(p): p.numel() * p.element_size() for p in model.parameters() if id(p) not in rows_alone}
+    held = sizes(model)
+    of_weights = {id(p): held[id(p)] for p in model.parameters() if id(p) not in rows_alone}
     sidecar = sum(p.numel() * p.element_size() for p in recursion.parameters()) if recursion is not None else 0
     most = max((p.shape[0] for _, p in _experts(model)), default=1)
     return Reading(
-        dense=sum(size for key, size in sizes.items() if key not in experts),
-        experts=sum(size for key, size in sizes.items() if key in experts),
-        span_dense=sidecar + sum(size for key, size in sizes.items() if key in span and key not in experts),
-        span_experts=sum(size for key, size in sizes.items() if key in span and key in experts),
+        dense=sum(size for key, size in of_weights.items() if key not in experts),
+        experts=sum(size for key, size in of_weights.items() if key in experts),
+        span_dense=sidecar + sum(size for key, size in of_weights.items() if key in span and key not in experts),
+        span_experts=sum(size for key, size in of_weights.items() if key in span and key in experts),
         share=min(1.0, experts_per_token(model) / most),
         layers=len(_layers(model)),
         span=recursion.end - recursion.start if recursion is not None else 0,

@@ -45,7 +45,7 @@ NOT_MATRIX_WORDS = re.compile(
 FREE_PACKAGES = re.compile(
     r"prims?|profiler|_?c10d\w*|_dtensor|fsdp|rngprims|symm_mem|debug\w*|inductor\w*|streams?|export"
 )
-FREE_WORDS = re.compile(r"quantize|pack|permute|transpose|barrier")
+FREE_WORDS = re.compile(r"quantize|quant$|pack|permute|transpose|barrier")
 # The classes of tensors whose operators are counted as they are.
 PLAIN = {"Tensor", "Parameter"}
 EMPTY = re.compile(r"(new_)?empty(_like|_strided|_permuted|_quantized)?")
@@ -283,6 +283,11 @@ OWN_FORMULAS: dict[str, Formula] = {
     "aten::_scaled_dot_product_fused_attention_overrideable_backward": _attention(*_BACKWARD, 1),
     "aten::_scaled_dot_product_attention_math_for_mps": _attention(*_FORWARD, 0),
     "mkldnn::_linear_pointwise": _linear(0, 1),
+    "bitsandbytes::gemm_4bit": _to_output,
+    "bitsandbytes::gemv_4bit": _to_output,
+    "bitsandbytes::int8_linear_matmul": _to_output,
+    "bitsandbytes::int8_scaled_mm": _to_output,
+    "bitsandbytes::int8_mixed_scaled_mm": _linear(1, 2),
     "transformers::grouped_mm_fallback": _grouped(2),
     "transformers::grouped_mm_fallback_backward": lambda args, _, __: 2 * _grouped(2)(args, {}, None),
 }

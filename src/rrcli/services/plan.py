@@ -18,6 +18,7 @@ from rrcli.experiment.planning import Load
 from rrcli.experiment.workspace import Workspace, check_passes
 from rrcli.models.inspection import inspect_weights
 from rrcli.models.loading import load_tokenizer
+from rrcli.models.quantisation import NONE, refuse, stored_format
 from rrcli.reporting import Reporter
 from rrcli.settings import EvalSettings, PlanSettings, S, SurgerySettings, TrainSettings, with_changes
 
@@ -110,8 +111,8 @@ def plan(
         given: section -> option -> value, as given on the command line.
 
     Raises:
-        UsageError: a device that is not known, or options that contradict each other. RRError: there is no such model,
-            or it cannot be run on shapes.
+        UsageError: a device that is not known, options that contradict each other, or a phase that trains quantised
+            weights. RRError: there is no such model, or it cannot be run on shapes.
     """
     load = _with_demo(load, settings, directory, given)
     surgery, training, evaluation = load(SurgerySettings), load(TrainSettings), load(EvalSettings)
@@ -122,15 +123,18 @@ def plan(
     workspace = Workspace(directory, settings)
     source = workspace.base()
     weights = inspect_weights(source.path)
+    refuse(source, settings.quantize, trains=training.phase == "c", cut=False)
 
     from rrcli.experiment.hours import TimedEstimate
     from rrcli.experiment.resources import EVALUATE, GENERATE, RECURSIVE, VANILLA
     from rrcli.experiment.workload import workload
+    from rrcli.models.few_bits import hold
     from rrcli.models.shares import arrangements
     from rrcli.models.skeleton import skeleton
     from rrcli.recursion.facts import context_length
 
-    model = skeleton(settings, source, weights.dtype)
+    model = hold(skeleton(settings, source, weights.dtype), source, settings.quantize, fp8=device.fp8)
+    held = stored_format(source) or settings.quantize
     try:
         tokenizer = load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
     except RRError as error:
@@ -145,7 +149,7 @@ def plan(
         model, surgery=surgery, training=training, evaluation=evaluation, device=device,
         efficiency=settings.efficiency, context=context, rows=settings.rows,
     )  # fmt: skip
-    possible = arrangements(model, count)
+    possible = arrangements(model, count, cut=held == NONE)
     with reporter.progress("plan", len(possible), "placements") as progress:
         memory: list[Memory] = []
         for arrangement in possible:
@@ -161,7 +165,7 @@ def plan(
     if estimate.uncounted:
         reporter.warn(f"the FLOPs leave out what rr cannot count: {', '.join(sorted(estimate.uncounted))}")
     return PlanResult(
-        model=_about(estimate, source.name),
+        model=_about(estimate, source.name) | {"quantised": held},
         device=device,
         count=count,
         room=room,
@@ -172,7 +176,9 @@ def plan(
         caches=estimate.token.held,
         stages=stages,
         work=work,
-        would_fit=[] if fits else list(dict.fromkeys(_would_fit(estimate, possible, room, count, chosen))),
+        would_fit=[]
+        if fits
+        else list(dict.fromkeys(_would_fit(estimate, possible, room, count, chosen, cut=held == NONE))),
     )
 
 
@@ -228,9 +234,14 @@ def _chosen(estimate: TimedEstimate, work: Workload, memory: list[Memory], room:
 
 
 def _would_fit(
-    estimate: Estimate, possible: list[Arrangement], room: int, count: int, chosen: Mapping[str, Arrangement]
-) -> list[str]:
-    """Return options with which everything would fit, each alone, as far as some are found."""
+    estimate: Estimate, possible: list[Arrangement], room: int, count: int, chosen: Mapping[str, Arrangement], *,
+    cut: bool,
+) -> list[str]:  # fmt: skip
+    """Return options with which everything would fit, each alone, as far as some are found.
+
+    Args:
+        cut: whether weights can be cut into parts.
+    """
     from rrcli.models.shares import Arrangement
 
     def fits(other: Estimate, ways: list[Arrangement]) -> bool:
@@ -253,7 +264,7 @@ def _would_fit(
                 found.append(" ".join(_written(name, value) for name, value in changes.items()))
                 break
     for more in MORE_DEVICES if room else ():
-        if more > count and fits(estimate, [Arrangement(fsdp=more), Arrangement(mapped=more)]):
+        if more > count and fits(estimate, [*[Arrangement(fsdp=more)] * cut, Arrangement(mapped=more)]):
             found.append(f"--gpus {more}x{estimate.device.memory / GIB:.3g}")
             break
     return found

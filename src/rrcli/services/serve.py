@@ -74,6 +74,8 @@ def serve(
         command += ["--device", device, "--dtype", dtype]
         if made.manifest["recursion"] or settings.trust_remote_code:
             command.append("--trust-remote-code")
+        if bits := made.training.get("quantize"):
+            command += ["--quantization", f"bnb-{bits}"]
         # In the folder above, the model's name in requests is that of its folder. All it needs lies there.
         process = held.enter_context(
             serving(

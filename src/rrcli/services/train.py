@@ -37,7 +37,7 @@ from rrcli.files import (
 from rrcli.locks import holding, lock
 from rrcli.models.loading import load_for
 from rrcli.models.placement import read_placement
-from rrcli.models.quantisation import check_gradients, is_quantised
+from rrcli.models.quantisation import NONE, check_gradients, is_quantised
 from rrcli.models.source import ModelSource, base_of
 from rrcli.models.weights import stamps
 from rrcli.other_trackers import check_trackers, start_trackers
@@ -408,6 +408,7 @@ def _checkpoints_of(training: TrainingRun) -> Checkpoints:
             "split": SPLIT_RULE,
             "tasks": list(task_specs(settings)) if settings.task_share > 0 else [],
             "text": settings.data if settings.task_share < 1 else "",
+            **({"quantize": settings.quantize} if settings.quantize != NONE else {}),
         },
         made_by=training.made_by,
     )

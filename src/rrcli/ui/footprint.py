@@ -32,9 +32,10 @@ def show_footprint(result: PlanResult) -> None:
     trained = ", ".join(f"{name.removeprefix('train ')} {count:,}" for name, count in about["trained"].items())
     extras = [f"{about['gradient_accumulation']} parts"] * (about["gradient_accumulation"] > 1)
     extras += ["activations recomputed"] * about["gradient_checkpointing"]
+    held = "" if about["quantised"] == "none" else f", quantised ({about['quantised']})"
     show_pairs(
         {
-            "Model": f"{about['name']}: {about['family']}, {about['parameters']:,} parameters, {about['dtype']}",
+            "Model": f"{about['name']}: {about['family']}, {about['parameters']:,} parameters, {about['dtype']}{held}",
             "Recursion": f"{about['sidecar']:,} parameters, layers {about['span'][0]}:{about['span'][1]} of "
             f"{about['layers']}, up to {about['max_steps']} passes after pass 0",
             "Training": f"phase {about['phase']}: {trained} weights; {about['batch_size']} examples of at most "
