@@ -187,27 +187,26 @@ def reference(folder: Path, documents: int) -> dict[str, float]:
 def capped(folder: Path, cap: str, documents: int, batch_tokens: int) -> dict[str, float]:
     """Return what `rr eval` measures with a cap, and what it takes."""
     import transformers.models.llama.modeling_llama  # noqa: F401
-    from accelerate.utils.offload import OffloadedWeightsLoader
 
     import rrcli.evaluation.evaluate  # noqa: F401
+    from rrcli import upstream
     from rrcli.reporting import Silent
     from rrcli.services.eval import evaluate
     from rrcli.settings import EvalSettings
 
-    brought: dict[str, int] = {}
-    sizes: dict[str, int] = {}
+    brought: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     firsts: list[float] = []
-    real = OffloadedWeightsLoader.__getitem__
+    real = upstream._part
 
-    def counted(self: Any, key: str) -> Any:
-        tensor = real(self, key)
-        if tensor is not None and key not in self.state_dict:
-            firsts.append(time.perf_counter())
-            sizes[key] = tensor.nbytes
-            brought[key] = brought.get(key, 0) + tensor.nbytes
+    def counted(part: Any, dtype: Any) -> Any:
+        tensor = real(part, dtype)
+        firsts.append(time.perf_counter())
+        sizes[id(part)] = tensor.nbytes
+        brought[id(part)] = brought.get(id(part), 0) + tensor.nbytes
         return tensor
 
-    OffloadedWeightsLoader.__getitem__ = counted
+    upstream._part = counted
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".larger-") as name:
         settings = EvalSettings(
             model=str(folder.resolve()), device="cpu", max_samples=documents, max_memory=f"cpu={cap}",
