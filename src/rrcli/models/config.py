@@ -50,5 +50,7 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    # It says that weights are on the meta device; rr says where they lie.
-    standard.getLogger("accelerate.big_modeling").setLevel(standard.ERROR)
+    # They say that weights are on the meta device (rr says where they lie), and that a kernel is missing which rr leaves
+    # off, as it has no gradients.
+    for name in ("accelerate.big_modeling", "bitsandbytes.backends.cpu.ops"):
+        standard.getLogger(name).setLevel(standard.ERROR)
