@@ -50,7 +50,7 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    # They say that weights are on the meta device (rr says where they lie), and that a kernel is missing which rr leaves
-    # off, as it has no gradients.
+    # They say that weights are on the meta device (rr says where they lie), and that a kernel is missing (which has no
+    # gradients, so rr leaves it off).
     for name in ("accelerate.big_modeling", "bitsandbytes.backends.cpu.ops"):
         standard.getLogger(name).setLevel(standard.ERROR)
