@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging as standard
 from typing import Any
 
 from rrcli.errors import RRError, first_line
@@ -50,7 +49,3 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    # They say that weights are on the meta device (rr says where they lie), and that a kernel is missing (which has no
-    # gradients, so rr leaves it off).
-    for name in ("accelerate.big_modeling", "bitsandbytes.backends.cpu.ops"):
-        standard.getLogger(name).setLevel(standard.ERROR)
