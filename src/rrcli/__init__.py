@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-# Packages that say what nobody who runs rr can act on, some of them as soon as they are imported: that weights are on the
-# meta device (rr says where they lie), that kernels for GPUs, or kernels that rr leaves off, cannot be loaded.
+# Packages that say what nobody who runs rr can act on, some of them as soon as they are imported: that weights are on
+# the meta device (rr says where they lie), that kernels for GPUs, or kernels that rr leaves off, cannot be loaded.
 for _name in ("accelerate.big_modeling", "bitsandbytes.backends.cpu.ops", "torch.utils._pytree", "torchao"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
