@@ -31,10 +31,10 @@ SEEDS = (0, 1, 2)
 SOLVED = (10, 60, 35)
 
 
-def with_own_problems(result: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Give a seed's results problems of their own, and its own numbers: documents stay the same."""
+def with_own_problems(result: dict[str, Any], seed: int, first: int = 0) -> dict[str, Any]:
+    """Give a seed's results problems of their own from `first` on, and its own numbers: documents stay the same."""
     result = result | {"seed": seed, "test_seeds": [seed]}
-    for row in result["records"]["problems"]:
+    for row in result["records"]["problems"][first:]:
         row["key"] = f"{seed}/{row['key']}"
     result["data"] = result["data"] | {"fingerprint": f"f{seed}"}
     result["provenance"] = result["provenance"] | {"seed": seed}
@@ -96,6 +96,21 @@ def test_seeds_with_own_problems_are_three_observations(comparison: Comparison) 
     text = sentence(comparison, "Primary claim 'reasoning_accuracy")
     assert "n = 3 seeds (+2.5, +27.5, +15.0) with 600 problems in all, 2.0 degrees of freedom" in text
     assert f"About {found.needed.count:,} seeds would show it with 80 % power if this is the true difference" in text
+
+
+def test_problems_of_files_and_of_generators_count_together(tmp_path: Path) -> None:
+    """What is tested is the difference of the means that the table shows, whichever problems the seeds share."""
+    for name, numbers in (("finetuned_vanilla", (5, 5, 5)), ("finetuned_recursive", SOLVED)):
+        for seed, solved in zip(SEEDS, numbers, strict=True):
+            result = with_own_problems(results(name, solved=solved), seed, first=120)
+            file = tmp_path / "eval_results" / f"{name}{f'-seed{seed}' * bool(seed)}_results.json"
+            write_json(file, finite(result))
+    found = compare(CompareSettings(seeds=SEEDS), ["finetuned_vanilla", "finetuned_recursive"], tmp_path)
+    before, after = (cell(found, "reasoning_accuracy", name) for name in ("finetuned_vanilla", "finetuned_recursive"))
+    assert after.difference == pytest.approx((after.value or 0) - (before.value or 0))
+    assert "with 360 problems in all, 120 of them the same for every seed" in sentence(
+        found, "Primary claim 'reasoning_accuracy"
+    )
 
 
 def test_seeds_with_the_same_documents_are_crossed(folder: Path, comparison: Comparison) -> None:

@@ -119,11 +119,33 @@ def test_documents_weigh_by_their_size() -> None:
     assert found.by_seed == pytest.approx(tuple(table.sum(1) / sizes.sum()))
 
 
-def test_keys_that_all_seeds_have_are_crossed_and_others_left_out() -> None:
-    seeds = crossed(draw(np.random.default_rng(5), 3, 12, 0.1, 0.1, 0.1))
-    del seeds[1]["0"]
-    found = across_seeds(seeds)
-    assert (found.crossed, found.n) == (True, 11)
+# -- mixed: some documents are those of all seeds, others each seed's own ---------------------------------------------
+
+
+def mixed(table: np.ndarray) -> list[dict[str, Unit]]:
+    """Return units of which the first third is the same for all seeds."""
+    third = table.shape[1] // 3
+    return [a | b for a, b in zip(crossed(table[:, :third]), nested(table[:, third:]), strict=True)]
+
+
+def test_all_units_of_a_mixed_design_count() -> None:
+    table = draw(np.random.default_rng(5), 3, 30, 0.1, 0.5, 0.3)
+    found, common = across_seeds(mixed(table)), across_seeds(crossed(table[:, :10]))
+    assert (found.common, found.n, found.crossed) == (10, 70, True)
+    assert found.by_seed == pytest.approx(tuple(table.mean(1)))
+    assert found.value == pytest.approx(table.mean())
+    assert found.seed_variance == pytest.approx(table.mean(1).var(ddof=1) / 3)
+    assert found.unit_variance == pytest.approx(common.unit_variance / 9)
+    assert found.shared_variance == pytest.approx(common.shared_variance / 9)
+
+
+def test_one_unit_in_common_does_not_decide() -> None:
+    """A problem that all seeds happen to have: the other problems count as before."""
+    table = draw(np.random.default_rng(9), 3, 40, 0.1, 0.0, 0.5) + 0.2
+    one = [units | {"same": (0.0, 0.0, 1.0)} for units in nested(table)]
+    found, without = across_seeds(one), across_seeds(nested(table))
+    assert found.value == pytest.approx(without.value * 40 / 41)
+    assert found.p_value() == pytest.approx(without.p_value(), rel=0.1)
 
 
 # -- promises ----------------------------------------------------------------------------------------------------------
@@ -139,11 +161,20 @@ def test_no_difference_is_rejected_at_most_as_often_as_promised(
 ) -> None:
     """Satterthwaite's single quantile rejects 12 % with two seeds, and pooling the units up to 86 %."""
     rng = np.random.default_rng(seeds)
-    # If each seed has its own units, what is a unit's own belongs to the rest.
-    for make, parts in ((crossed, (of_unit, rest)), (nested, (0.0, math.hypot(of_unit, rest)))):
-        rejected = [
-            (across_seeds(make(draw(rng, seeds, 30, of_seed, *parts))).p_value() or 0.0) <= 0.05 for _ in range(200)
-        ]
+    # What is a unit's own belongs to the rest, where only one seed has it.
+    alone = math.hypot(of_unit, rest)
+
+    def both() -> list[dict[str, Unit]]:
+        effects = rng.standard_normal((seeds, 1)) * of_seed
+        common, own = draw(rng, seeds, 10, 0.0, of_unit, rest), draw(rng, seeds, 20, 0.0, 0.0, alone)
+        return mixed(np.hstack([common, own]) + effects)
+
+    for make in (
+        lambda: crossed(draw(rng, seeds, 30, of_seed, of_unit, rest)),
+        lambda: nested(draw(rng, seeds, 30, of_seed, 0.0, alone)),
+        both,
+    ):
+        rejected = [(across_seeds(make()).p_value() or 0.0) <= 0.05 for _ in range(200)]
         assert np.mean(rejected) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 200)
 
 
@@ -159,7 +190,7 @@ def test_the_p_value_and_the_interval_agree() -> None:
 
 def test_as_many_seeds_as_are_called_for_have_about_the_power_that_is_stated() -> None:
     rng = np.random.default_rng(7)
-    pilot = AcrossSeeds(0.1, (0.0, 0.1, 0.2), 300, False, 0.01 / 3, 0.0001, 297.0)
+    pilot = AcrossSeeds(0.1, (0.0, 0.1, 0.2), 300, 0, 0.01 / 3, 0.0001, 297.0)
     needed = pilot.needed(0.1, 0.05)
     assert needed is not None
     assert needed.what == "seeds"

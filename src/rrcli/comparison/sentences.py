@@ -305,7 +305,9 @@ def _n(cell: Cell, metric: Metric) -> str:
     if not isinstance(evidence, AcrossSeeds):
         return f"n = {cell.n} {noun}"
     seeds = ", ".join(_signed(metric.shown_difference(value), metric) for value in evidence.by_seed)
-    units = f"the same {cell.n} {noun}" if evidence.crossed else f"{cell.n} {noun} in all"
+    units = f"the same {cell.n} {noun}" if evidence.common == evidence.n else f"{cell.n} {noun} in all"
+    if 0 < evidence.common < evidence.n:
+        units += f", {evidence.common} of them the same for every seed"
     return f"n = {len(evidence.by_seed)} seeds ({seeds}) with {units}, {evidence.df:.1f} degrees of freedom"
 
 

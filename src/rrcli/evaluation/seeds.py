@@ -7,11 +7,15 @@ of several seeds must not be pooled: what one seed did to all its units does not
   two-way layout; what is left, seeds times units, is counted in both margins and taken off once.
 - *Nested*: each seed has units of its own, as the problems of a test set that is drawn for it. The seeds' differences
   are the observations of a t-test, which is exact however much seeds and units vary.
+- *Mixed*: some units are those of all seeds, others each seed's own, as problems of a file beside those of a
+  generator. All of them are in the seeds' differences, whose variance holds what seeds and their own units
+  contribute; what the common units contribute is that of the crossed layout, times the square of their share of the
+  units. With a share of 1 this is the crossed, with 0 the nested design.
 
-If crossed, the interval squares and adds the reach of each component, with its own t quantile: reach² = t²_a·V_a +
-t²_b·V_b - z²·V_e (the modified large-sample method: Graybill & Wang 1980; Burdick & Graybill 1992). Satterthwaite's
-single t quantile was tried: with two or three seeds a small V_a by chance also gives many degrees of freedom, and "no
-difference" is rejected in up to 13 % of experiments; see benchmarks/simulated_statistics.py.
+If crossed or mixed, the interval squares and adds the reach of each component, with its own t quantile: reach² =
+t²_a·V_a + t²_b·V_b - z²·V_e (the modified large-sample method: Graybill & Wang 1980; Burdick & Graybill 1992).
+Satterthwaite's single t quantile was tried: with two or three seeds a small V_a by chance also gives many degrees of
+freedom, and "no difference" is rejected in up to 13 % of experiments; see benchmarks/simulated_statistics.py.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ class AcrossSeeds:
 
     Attributes:
         value: the mean of the seeds' differences. by_seed: these.
-        crossed: whether all seeds have the same units. n: the number of distinct units.
+        n: the number of distinct units. common: how many of them all seeds have.
         seed_variance: V_a, the variance of the mean that seeds show, with `seeds - 1` degrees of freedom.
         unit_variance, unit_df: V_b, the variance that units show.
         shared_variance: V_e, what is in both of them (0 if nested).
@@ -46,11 +50,16 @@ class AcrossSeeds:
     value: float
     by_seed: tuple[float, ...]
     n: int
-    crossed: bool
+    common: int
     seed_variance: float
     unit_variance: float
     unit_df: float
     shared_variance: float = 0.0
+
+    @property
+    def crossed(self) -> bool:
+        """Whether seeds share units, which then contribute to the error of all of them at once."""
+        return self.common > 0
 
     @property
     def df(self) -> float:
@@ -127,8 +136,8 @@ class AcrossSeeds:
 def across_seeds(seeds: Sequence[Mapping[str, Unit]], *, answers: bool = False) -> AcrossSeeds:
     """Estimate the mean difference of a stage and its reference over seeds.
 
-    If the seeds have units in common, these alone count and are crossed with the seeds; else units are nested in seeds.
-    Each seed's difference is (Σtotals - Σreference) / Σsizes, and all seeds weigh the same.
+    Each seed's difference is (Σtotals - Σreference) / Σsizes over all of its units, and all seeds weigh the same. Units
+    that some seeds share, but not all, count as units of their own.
 
     Args:
         seeds: for each seed, key -> unit. answers: whether totals are 0 or 1: a problem is answered wrong or right.
@@ -139,7 +148,11 @@ def across_seeds(seeds: Sequence[Mapping[str, Unit]], *, answers: bool = False) 
     if len(seeds) < 2 or not all(seeds):
         raise ValueError("a comparison over seeds needs at least two seeds, each with units")
     common = [key for key in seeds[0] if all(key in seed for seed in seeds)]
-    return _crossed(seeds, common) if common else _nested(seeds, answers=answers)
+    if all(len(seed) == len(common) for seed in seeds):
+        return _crossed(seeds, common)
+    if len(common) < 2:  # how much units vary, a single one cannot say
+        return _nested(seeds, answers=answers)
+    return _mixed(seeds, common, answers=answers)
 
 
 def _nested(seeds: Sequence[Mapping[str, Unit]], *, answers: bool) -> AcrossSeeds:
@@ -148,7 +161,18 @@ def _nested(seeds: Sequence[Mapping[str, Unit]], *, answers: bool) -> AcrossSeed
     k = len(seeds)
     within = math.fsum(error**2 for _, error, _ in found) / k**2
     return AcrossSeeds(
-        fmean(values), values, sum(map(len, seeds)), False, variance(values) / k, within, sum(df for *_, df in found)
+        fmean(values), values, sum(map(len, seeds)), 0, variance(values) / k, within, sum(df for *_, df in found)
+    )  # fmt: skip
+
+
+def _mixed(seeds: Sequence[Mapping[str, Unit]], common: Sequence[str], *, answers: bool) -> AcrossSeeds:
+    nested, crossed = _nested(seeds, answers=answers), _crossed(seeds, common)
+    share = fmean(
+        math.fsum(seed[key][2] for key in common) / math.fsum(size for *_, size in seed.values()) for seed in seeds
+    )
+    return AcrossSeeds(
+        nested.value, nested.by_seed, len(set().union(*seeds)), len(common), nested._nested_variance,
+        share**2 * crossed.unit_variance, crossed.unit_df, share**2 * crossed.shared_variance,
     )  # fmt: skip
 
 
@@ -177,4 +201,4 @@ def _crossed(seeds: Sequence[Mapping[str, Unit]], keys: Sequence[str]) -> Across
         if s < size
     )
     shared = left / size**2 / (k * (k - 1))
-    return AcrossSeeds(value, values, len(keys), True, variance(values) / k, error**2, df, shared)
+    return AcrossSeeds(value, values, len(keys), len(keys), variance(values) / k, error**2, df, shared)
