@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from commands import rr
-from rrcli import cli
+from rrcli.cli import performing
 from rrcli.files import checkpoints
 
 TRAINED = ("finetuned_vanilla", "finetuned_recursive", "vanilla_equal_flops")
@@ -114,7 +114,7 @@ def test_what_is_stale_is_stale_with_the_seed_that_it_belongs_to(experiment: Pat
 def test_a_seed_more_that_is_interrupted_at_every_step_ends_as_if_it_had_been_there_from_the_start(
     experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    perform, made, said = cli._perform, list[str](), ""
+    perform, made, said = performing.perform, list[str](), ""
 
     def one_step(step: Any, *context: Any) -> None:
         perform(step, *context)
@@ -131,7 +131,7 @@ def test_a_seed_more_that_is_interrupted_at_every_step_ends_as_if_it_had_been_th
         assert done.returncode == 0, done.stderr
 
     assert rr("run", folder=tmp_path, **SMALL).returncode == 0
-    monkeypatch.setattr(cli, "_perform", one_step)
+    monkeypatch.setattr(performing, "perform", one_step)
     first = written(tmp_path, ("finetuned_vanilla", "finetuned_recursive"))
     repeat("run", "--seeds", "2")
     assert len(made) == 2 + 2 + 7  # what is measured once; the control of the first seed; the second seed
