@@ -264,10 +264,10 @@ def experiment(output: Path, given: list[str], *, model: str, shrunken: bool) ->
     text = report(comparison, random_control(folder, output), frontier, folder / "logs")
     (output / "smollm2_recursion.md").write_text(text, encoding="utf-8")
     print(text, end="")
-    plot_curves(curves_of(comparison, folder / "logs"), output / "curves.png")
-    plot_costs(comparison, output / "costs.png")
+    plot_curves(curves_of(comparison, folder / "logs"), output / "smollm2_curves.png")
+    plot_costs(comparison, output / "smollm2_costs.png")
     if frontier is not None:
-        plot_exits(frontier, output / "exits.png")
+        plot_exits(frontier, output / "smollm2_exits.png")
 
 
 def can_exit(folder: Path) -> bool:

@@ -77,9 +77,9 @@ it gets right the share that the last pass gets wrong. All seeds together.
 
 ## During training
 
-Accuracy on the validation problems of `rr train`, means over seeds.
+Accuracy on the validation problems of `rr train`, means over seeds; at equal FLOPs they end some steps apart.
 
-![accuracy during training](curves.png)
+![accuracy during training](smollm2_curves.png)
 
 {curves}
 
@@ -93,7 +93,7 @@ Trainings: medians over seeds. Speed, memory and FLOPs of decoding: `rr costs`, 
 
 {costs}
 
-![accuracy against the cost of a new token](costs.png)
+![accuracy against the cost of a new token](smollm2_costs.png)
 
 ## Ten problems on which the stages differ
 
@@ -101,7 +101,7 @@ Trainings: medians over seeds. Speed, memory and FLOPs of decoding: `rr costs`, 
 
 {flipped}
 """
-EXITS = """![frontier of exits](exits.png)
+EXITS = """![frontier of exits](smollm2_exits.png)
 
 The test side of `rr eval --exits`, seed {first}: {n[problems]} problems, {n[documents]} documents with {n[tokens]}
 tokens. The chosen rule is the cheapest that loses at most {loss:g} points on the validation side.
@@ -130,7 +130,7 @@ def report(comparison: Comparison, control: Results, frontier: Mapping[str, Any]
     shape = recursive.first["model"]["recursion"]
     options = f"span {shape['span'] or 'all'}, {shape['max_steps']} passes, phase {training['phase']}"
     return REPORT.format(
-        model=vanilla.first["settings"]["model"],
+        model=Path(vanilla.first["settings"]["model"]).name,
         options=options,
         steps=training["steps"],
         seeds=", ".join(map(str, recursive.by_seed)),
@@ -157,7 +157,7 @@ def repairs_table(runs: Sequence[Results]) -> str:
         for name in (_task(record["task"]), "all"):
             by_task.setdefault(name, []).append(record["correct"])
     rows = []
-    for name, answers in by_task.items():
+    for name, answers in sorted(by_task.items(), key=lambda item: item[0] == "all"):  # which comes last
         wrong, right = ([one[-1] for one in answers if one[0] == first] for first in (False, True))
         fixed = f"{100 * fmean(wrong):.1f} ({sum(wrong)} of {len(wrong)})" if wrong else "-"
         lost = len(right) - sum(right)
@@ -222,10 +222,14 @@ def _task(spec: str) -> str:
 
 
 def _means(runs: Curves) -> Iterator[tuple[int, float]]:
-    by_step: dict[int, list[float]] = {}
-    for step, value in (point for line in runs.values() for point in line):
-        by_step.setdefault(step, []).append(value)
-    return ((step, fmean(values)) for step, values in sorted(by_step.items()))
+    """Yield step and mean over runs; at equal FLOPs they end some steps apart, and their last points go together."""
+    by_step: dict[int, list[tuple[int, float]]] = {}
+    end = max(line[-1][0] for line in runs.values())
+    for line in runs.values():
+        for step, value in line:
+            by_step.setdefault(end if step == line[-1][0] else step, []).append((step, value))
+    for _, points in sorted(by_step.items()):
+        yield round(fmean(step for step, _ in points)), fmean(value for _, value in points)
 
 
 def _each_depth(values: Sequence[float], form: str) -> str:

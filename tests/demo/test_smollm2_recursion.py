@@ -140,7 +140,7 @@ def test_the_shrunken_benchmark_goes_through_and_a_second_one_has_nothing_to_do(
     first = subprocess.run([*command, "--span", "all"], check=True, capture_output=True, text=True, timeout=900)
     for row in ("as it is, seed 1", "random feedback", "oracle", "all"):
         assert f"| {row} |" in first.stdout
-    assert (tmp_path / "curves.png").is_file()
+    assert (tmp_path / "smollm2_curves.png").is_file()
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")}
     again = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
     assert again.stdout == first.stdout
