@@ -224,10 +224,10 @@ def _task(spec: str) -> str:
 def _means(runs: Curves) -> Iterator[tuple[int, float]]:
     """Yield step and mean over runs; at equal FLOPs they end some steps apart, and their last points go together."""
     by_step: dict[int, list[tuple[int, float]]] = {}
-    end = max(line[-1][0] for line in runs.values())
+    together = len({len(line) for line in runs.values()}) == 1
     for line in runs.values():
-        for step, value in line:
-            by_step.setdefault(end if step == line[-1][0] else step, []).append((step, value))
+        for place, (step, value) in enumerate(line):
+            by_step.setdefault(place if together else step, []).append((step, value))
     for _, points in sorted(by_step.items()):
         yield round(fmean(step for step, _ in points)), fmean(value for _, value in points)
 

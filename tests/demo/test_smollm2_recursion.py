@@ -79,8 +79,8 @@ def test_fixes_and_breaks_are_shares_of_the_errors_and_hits_of_pass_0():
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in _lines(runs)]
     assert rows[2:] == [
         ["chain_sum", "75.0 (3 of 4)", "-"],
-        ["all", "75.0 (3 of 4)", "50.0 (1 of 2)"],
         ["boss_2", "-", "50.0 (1 of 2)"],
+        ["all", "75.0 (3 of 4)", "50.0 (1 of 2)"],
     ]
 
 
@@ -103,6 +103,8 @@ def test_curves_are_means_over_the_seeds_that_were_measured():
         "| finetuned_vanilla | 100 | 25.0 |",
         "| finetuned_vanilla | 200 | 40.0 |",
     ]
+    at_equal_flops = {report.MATCHED: {"a": [(100, 20.0), (328, 40.0)], "b": [(100, 30.0), (332, 70.0)]}}
+    assert report.curves_table(at_equal_flops).splitlines()[3] == "| vanilla_equal_flops | 330 | 55.0 |"
 
 
 def test_recipes_are_shown_by_task_and_depth():
