@@ -93,7 +93,7 @@ class AcrossSeeds:
     def detectable(self, alpha: float, power: float = POWER) -> float | None:
         """Return the smallest true difference that a test at alpha shows with this power, with as many seeds."""
         parts = (self.seed_variance, self.unit_variance)
-        variance_of_mean = max(*parts, sum(parts) - self.shared_variance) if self.crossed else self._nested_variance
+        variance_of_mean = max(*parts, sum(parts) - self.shared_variance) if self.crossed else self.nested_variance
         found = self._reach(alpha) + distributions.t_quantile(2 * power - 1, self.df) * math.sqrt(variance_of_mean)
         return found if self.n >= LEAST_UNITS and 0 < found < math.inf else None
 
@@ -104,7 +104,7 @@ class AcrossSeeds:
         """
         seeds = len(self.by_seed)
         shared = max(0.0, self.unit_variance - self.shared_variance) if self.crossed else 0.0
-        each = (self.seed_variance if self.crossed else self._nested_variance) * seeds
+        each = (self.seed_variance if self.crossed else self.nested_variance) * seeds
         if effect == 0 or not 0 < each < math.inf:
             return None
         for count in range(2, 1001):
@@ -116,7 +116,7 @@ class AcrossSeeds:
         return None
 
     @property
-    def _nested_variance(self) -> float:
+    def nested_variance(self) -> float:
         """V_a, or V_b where all seeds have the same difference by chance, as shares of few problems can have."""
         return self.seed_variance if self.seed_variance > 1e-9 * self.unit_variance else self.unit_variance
 
@@ -126,7 +126,7 @@ class AcrossSeeds:
             return 0.0
         by_seed = distributions.t_quantile(1 - alpha, len(self.by_seed) - 1.0) ** 2
         if not self.crossed:
-            return math.sqrt(by_seed * self._nested_variance)
+            return math.sqrt(by_seed * self.nested_variance)
         by_seeds = by_seed * self.seed_variance
         by_units = distributions.t_quantile(1 - alpha, self.unit_df) ** 2 * self.unit_variance
         twice = NormalDist().inv_cdf(1 - alpha / 2) ** 2 * self.shared_variance
@@ -171,7 +171,7 @@ def _mixed(seeds: Sequence[Mapping[str, Unit]], common: Sequence[str], *, answer
         math.fsum(seed[key][2] for key in common) / math.fsum(size for *_, size in seed.values()) for seed in seeds
     )
     return AcrossSeeds(
-        nested.value, nested.by_seed, len(set().union(*seeds)), len(common), nested._nested_variance,
+        nested.value, nested.by_seed, len(set().union(*seeds)), len(common), nested.nested_variance,
         share**2 * crossed.unit_variance, crossed.unit_df, share**2 * crossed.shared_variance,
     )  # fmt: skip
 
