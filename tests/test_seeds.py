@@ -111,6 +111,7 @@ def test_what_is_stale_is_stale_with_the_seed_that_it_belongs_to(experiment: Pat
     assert shown["next"] == "rr train --mode recursive --seed 1"
 
 
+@pytest.mark.slow
 def test_a_seed_more_that_is_interrupted_at_every_step_ends_as_if_it_had_been_there_from_the_start(
     experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ STAGE = "after_surgery"
 SETTINGS = EvalSettings(
     device="cpu", problems=2, max_samples=3, max_new_tokens=8, batch_tokens=100, skip_performance=True, samples=2
 )
+LARGE = 2**20
 WAYS = {"one": {}, "two": {}, "parts": {"parallel": "fsdp=2"}}
 
 
@@ -38,8 +39,11 @@ def settings_of(way: str, **changes: Any) -> EvalSettings:
     return with_changes(SETTINGS, output_dir=way, log_dir=f"logs-{way}", **WAYS.get(way, {}), **changes)
 
 
-def share_out(folder: Path) -> None:
-    """Evaluate, and measure exits, as one of two processes; note how many batches this one scored."""
+def share_out(folder: Path) -> str:
+    """Evaluate, and measure exits, as one of two processes; note how many batches this one scored.
+
+    Returns more than a pipe holds, as an evaluation of more than a few problems does.
+    """
     real, scored = Readout.score, []
 
     def counting(self: Readout, *args: Any, **kwargs: Any) -> Any:
@@ -54,6 +58,7 @@ def share_out(folder: Path) -> None:
     measure_exits(settings_of("two"), STAGE, folder, Silent())
     if not NO_DRIVER:
         evaluate(settings_of("parts"), STAGE, folder, Silent())
+    return "." * LARGE
 
 
 def die(folder: Path, rank: str, moment: int) -> None:
@@ -83,7 +88,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = log(folder, "one")
     (folder / "begun").mkdir()
     (folder / "begun" / f"{STAGE}_samples.jsonl").write_text("\n".join([*lines[: len(lines) // 2], "{"]))
-    launch(2, share_out, folder)
+    assert len(launch(2, share_out, folder)) == LARGE
     return folder
 
 

@@ -6,6 +6,7 @@ returned.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -55,13 +56,22 @@ def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **option
     before = os.environ.get("OMP_NUM_THREADS")
     if before is None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
-    outcomes = get_context("spawn").SimpleQueue()
+    # Each process has a pipe of its own, which is read while it runs: what does not fit into a pipe waits in it, and a
+    # process that is killed while it writes keeps no other one waiting.
+    pipes = [get_context("spawn").Pipe(duplex=False) for _ in range(count)]
+    found: list[tuple[int, Any]] = []
+    listeners = [threading.Thread(target=_listen, args=(reader, found), daemon=True) for reader, _ in pipes]
     signals: list[int] = []
     handlers = {}
     meeting = tempfile.TemporaryDirectory(prefix="rr-", ignore_cleanup_errors=True)
     try:
         place = os.path.join(meeting.name, "meeting")
-        context = start_processes(_work, (count, place, outcomes, work, arguments, options), nprocs=count, join=False)
+        writers = [writer for _, writer in pipes]
+        context = start_processes(_work, (count, place, writers, work, arguments, options), nprocs=count, join=False)
+        for writer in writers:
+            writer.close()
+        for listener in listeners:
+            listener.start()
 
         def pass_on(number: int, _: Any) -> None:
             signals.append(number)
@@ -83,9 +93,8 @@ def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **option
             signal.signal(number, handler)
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
-    found = []
-    while not outcomes.empty():
-        found.append(outcomes.get())
+    for listener in listeners:
+        listener.join(GRACE)
     errors = [value for _, value in sorted(found, key=lambda pair: pair[0]) if isinstance(value, RRError)]
     if errors:
         raise errors[0]
@@ -99,6 +108,12 @@ def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **option
             "SIGKILL often means that memory ran out: try fewer processes. The same command goes on.",
         )
     return next(value for rank, value in found if rank == 0)
+
+
+def _listen(reader: Any, found: list[tuple[int, Any]]) -> None:
+    """Receive what a process has to say, if it lives to say it."""
+    with contextlib.suppress(EOFError, OSError):
+        found.append(reader.recv())
 
 
 def launch_elsewhere(launcher: str, arguments: Sequence[str], directory: Path) -> int:
@@ -140,7 +155,7 @@ def launch_elsewhere(launcher: str, arguments: Sequence[str], directory: Path) -
 
 
 def _work(
-    rank: int, count: int, place: str, outcomes: Any, work: Callable[..., Any], arguments: Any, options: Any
+    rank: int, count: int, place: str, writers: Any, work: Callable[..., Any], arguments: Any, options: Any
 ) -> None:
     """Run `work` as process `rank`.
 
@@ -151,9 +166,10 @@ def _work(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(count), MEETING_PLACE: place}
     try:
-        outcomes.put((rank, work(*arguments, **options)))
+        result = work(*arguments, **options)
+        writers[rank].send((rank, result if rank == 0 else None))
     except RRError as error:
-        outcomes.put((rank, error))
+        writers[rank].send((rank, error))
         sys.exit(1)  # so that processes that wait for this one are ended
     # All is written. The process ends without the usual cleanup, as shutting down the threads of libraries can abort a
     # process that has succeeded.
