@@ -188,6 +188,15 @@ def test_sharded_weights_learn_the_same_and_are_saved_whole(trained):
 # -- without a second process ------------------------------------------------------------------------------------------
 
 
+def leave_without_a_word() -> None:
+    os._exit(0)
+
+
+def test_a_process_that_ends_without_a_result_is_an_error():
+    with pytest.raises(RRError, match="without a result"):
+        launch(1, leave_without_a_word)
+
+
 def test_one_process_is_alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

@@ -47,7 +47,8 @@ def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **option
     The arguments are pickled, so `work` must be a function of a module.
 
     Raises:
-        RRError: a process raised it, or died. Interrupted: they were stopped before they could report an error.
+        RRError: a process raised it, died, or ended without a result. Interrupted: they were stopped before they could
+            report an error.
     """
     from torch.multiprocessing import get_context, start_processes
     from torch.multiprocessing.spawn import ProcessException, ProcessRaisedException
@@ -107,7 +108,10 @@ def launch(count: int, work: Callable[..., Result], /, *arguments: Any, **option
             f"{str(died)[:1].upper()}{str(died)[1:]}",
             "SIGKILL often means that memory ran out: try fewer processes. The same command goes on.",
         )
-    return next(value for rank, value in found if rank == 0)
+    for rank, value in found:
+        if rank == 0:
+            return value
+    raise RRError("the first process ended without a result", "What it finished is kept: run the same command again.")
 
 
 def _listen(reader: Any, found: list[tuple[int, Any]]) -> None:
